@@ -1,0 +1,204 @@
+"""One thin adapter per array library: all the implementation does not say in array API terms.
+
+How to add a backend
+--------------------
+Write a module beside this one with a subclass of `Adapter` and, where the library has its own idea of
+a layer, a subclass of `groupnorm.layer.GroupNorm`; name both in `groupnorm.dispatch`. Import the
+library there and nowhere else. The base class serves any array API library as it is (see
+``generic.py``): override what differs. Then add a row to ``tests/backends.py``; every test runs on it.
+"""
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from groupnorm.errors import ArgumentTypeError, ArgumentValueError, GroupNormError
+from groupnorm.plan import Plan, make_plan
+
+if TYPE_CHECKING:
+    from groupnorm.layer import GroupNorm
+    from groupnorm.typing import Array
+
+__all__ = ["Adapter", "one_hot_pool"]
+
+
+class Adapter:
+    """What the implementation asks of an array library.
+
+    Parameters
+    ----------
+    xp : module
+        The library's array API namespace.
+    """
+
+    name: ClassVar[str]
+    #: Statements of the form "a jax.Array", for messages.
+    array_name: ClassVar[str]
+    #: The word to pass to `to_backend`; empty where there is no layer of this library.
+    backend: ClassVar[str] = ""
+
+    def __init__(self, xp: Any) -> None:
+        self.xp = xp
+
+    # Arrays -----------------------------------------------------------------------------------
+
+    def is_array(self, x: object) -> bool:
+        """Whether x is this library's own (not merely convertible)."""
+        raise NotImplementedError
+
+    def check_input(self, x: "Array") -> None:
+        """Refuse the kinds of array that would be computed wrongly."""
+
+    def plan(self, *key: Any, sampled: bool) -> Plan:
+        """Make or look up a plan."""
+        return make_plan(*key, sampled=sampled, static=True)
+
+    def device_of(self, x: "Array") -> Any:
+        """Return the array's device; None while tracing."""
+        return getattr(x, "device", None)
+
+    def place(self, x: "Array", device: Any) -> "Array":
+        """Move an array, because the user said so."""
+        return x if device is None else self.xp.asarray(x, device=device)
+
+    def detach(self, x: "Array") -> "Array":
+        """Return a value no gradient flows through."""
+        return x
+
+    def from_host(self, value: "np.ndarray[Any, Any]", like: "Array | None" = None) -> "Array":
+        """Bring a NumPy array here with exactly its values, to the device of `like`."""
+        device = None if like is None else self.device_of(like)
+        dtype = getattr(self.xp, value.dtype.name)
+        return self.xp.asarray(value, dtype=dtype, device=device)
+
+    def to_host(self, x: "Array") -> "np.ndarray[Any, Any]":
+        """Return the values as a NumPy array."""
+        return np.asarray(x)
+
+    # Dtypes -----------------------------------------------------------------------------------
+
+    def is_complex(self, dtype: Any) -> bool:
+        """Whether dtype is complex."""
+        return bool(self.xp.isdtype(dtype, "complex floating"))
+
+    def is_real_floating(self, dtype: Any) -> bool:
+        """Whether dtype is real floating, the small ones included."""
+        return bool(self.xp.isdtype(dtype, "real floating"))
+
+    def dtype(self, name: str) -> Any:
+        """Return this library's dtype of a name."""
+        found = getattr(self.xp, name, None)
+        if found is None:
+            raise ArgumentTypeError(
+                f"dtype={name!r} is no dtype of {self.name}: choose one it has, such as 'float32'."
+            )
+        return found
+
+    def default_float(self) -> Any:
+        """Return the dtype integers are computed in."""
+        return self.xp.__array_namespace_info__().default_dtypes()["real floating"]
+
+    def statistics_dtype(self, dtype: Any) -> Any:
+        """Return the dtype statistics of `dtype` are taken in: at least float32."""
+        return self.xp.result_type(dtype, self.xp.float32)
+
+    def real_dtype(self, dtype: Any) -> Any:
+        """Return the dtype of a complex dtype's parts; others as they are."""
+        if not self.is_complex(dtype):
+            return dtype
+        return self.xp.float32 if dtype == self.xp.complex64 else self.xp.float64
+
+    def smallest_normal(self, dtype: Any) -> float:
+        """Return the smallest number of full precision."""
+        return float(self.xp.finfo(dtype).smallest_normal)
+
+    def complex_from(self, real: "Array", imaginary: "Array") -> "Array":
+        """Put two real arrays together."""
+        xp = self.xp
+        dtype = xp.complex64 if real.dtype == xp.float32 else xp.complex128
+        return xp.astype(real, dtype) + xp.astype(imaginary, dtype) * 1j
+
+    # Replicas ---------------------------------------------------------------------------------
+
+    def pool(
+        self,
+        sums: "tuple[Array, ...]",
+        axis_name: Any,
+        axis_index_groups: tuple[tuple[int, ...], ...] | None,
+    ) -> "tuple[Array, ...]":
+        """Add equal-shaped arrays over all replicas, elementwise: ONE differentiable collective."""
+        raise GroupNormError(
+            f"axis_name={axis_name!r} cannot be used with {self.array_name}: {self.name} has no "
+            "replicas to pool statistics over, and statistics of this array alone would be wrong. "
+            "Use a JAX or PyTorch layer, or leave axis_name out."
+        )
+
+    # Layers -----------------------------------------------------------------------------------
+
+    def hold(self, value: "Array", param_type: Any, name: str) -> Any:
+        """Turn an array into a stored parameter."""
+        return value if param_type is None else param_type(value)
+
+    def read(self, stored: Any) -> "Array":
+        """Turn a stored parameter into an array."""
+        return stored if self.is_array(stored) else getattr(stored, "value", stored)
+
+    def devices(self) -> tuple[str, ...]:
+        """Name the devices this library can compute on here."""
+        return ("cpu",)
+
+    def layer_class(self) -> "type[GroupNorm]":
+        """Return the layer class that is native here."""
+        raise NotImplementedError
+
+    def fused(self, x: "Array", scale: "Array", bias: "Array", plan: Plan, options: Any) -> Any:
+        """Return the result of a kernel that computes exactly this plan, or None for the portable way."""
+        return None
+
+
+def one_hot_pool(
+    adapter: Adapter,
+    sums: "tuple[Array, ...]",
+    index: Any,
+    size: int,
+    axis_index_groups: tuple[tuple[int, ...], ...] | None,
+    add_over_replicas: Any,
+) -> "tuple[Array, ...]":
+    """Pool a tuple as one array, and index groups as rows of it.
+
+    Each replica adds its values into its group's row and reads that row back. Unlike a collective's
+    own groups this works in every kind of map, and takes groups of uneven size.
+
+    Parameters
+    ----------
+    index : int or scalar array
+        This replica's index on the axis.
+    size : int
+        The number of replicas.
+    add_over_replicas : callable
+        Sums one array over all replicas, differentiably.
+    """
+    xp = adapter.xp
+    packed = xp.stack(sums)
+    if axis_index_groups is None:
+        pooled = add_over_replicas(packed)
+        return tuple(pooled[i, ...] for i in range(len(sums)))
+    group_of = _group_of(axis_index_groups, size)
+    table = adapter.from_host(np.asarray(group_of, dtype=np.int32), packed)
+    groups = adapter.from_host(np.arange(len(axis_index_groups), dtype=np.int32), packed)
+    mine = xp.astype(groups == table[index], packed.dtype)
+    mine = xp.reshape(mine, (len(axis_index_groups),) + (1,) * packed.ndim)
+    pooled = xp.sum(mine * add_over_replicas(mine * packed[None, ...]), axis=0)
+    return tuple(pooled[i, ...] for i in range(len(sums)))
+
+
+def _group_of(axis_index_groups: tuple[tuple[int, ...], ...], size: int) -> list[int]:
+    members = sorted(i for group in axis_index_groups for i in group)
+    if members != list(range(size)):
+        raise ArgumentValueError(
+            f"axis_index_groups={axis_index_groups} does not hold every index of an axis of size "
+            f"{size} exactly once: each replica must belong to one group. Split 0 ... {size - 1}."
+        )
+    return [next(g for g, group in enumerate(axis_index_groups) if i in group) for i in range(size)]
+
+

@@ -1,0 +1,50 @@
+"""Any other array API library: array-api-strict, Dask, sparse, MLX ... Nothing is assumed of it."""
+
+from typing import Any
+
+import array_api_compat
+
+from groupnorm.backends import Adapter
+from groupnorm.errors import ArgumentValueError
+from groupnorm.plan import Plan, make_plan
+
+__all__ = ["GenericAdapter", "adapter_for_namespace"]
+
+
+class GenericAdapter(Adapter):
+    """The portable implementation on a library this package does not know."""
+
+    name = "generic"
+
+    def __init__(self, xp: Any) -> None:
+        super().__init__(xp)
+        library = xp.__name__.removeprefix("array_api_compat.").split(".")[0]
+        self.name = library  # type: ignore[misc]  # one class serves many libraries
+        self.array_name = f"{library} arrays"  # type: ignore[misc]
+
+    def is_array(self, x: object) -> bool:
+        """Whether the namespace is this one."""
+        return array_api_compat.is_array_api_obj(x) and array_api_compat.array_namespace(x) is self.xp
+
+    def check_input(self, x: Any) -> None:
+        """Refuse sizes that are not known yet."""
+        if any(not isinstance(size, int) for size in x.shape):
+            raise ArgumentValueError(
+                f"x has shape {x.shape} with unknown sizes: statistics need the number of elements. "
+                "For Dask call x.compute_chunk_sizes() first."
+            )
+
+    def plan(self, *key: Any, sampled: bool) -> Plan:
+        """Leave blocks to the library: it may split an array along any axis."""
+        return make_plan(*key, sampled=sampled, static=not array_api_compat.is_dask_namespace(self.xp))
+
+
+_adapters: dict[str, GenericAdapter] = {}
+
+
+def adapter_for_namespace(xp: Any) -> GenericAdapter:
+    """Return the one adapter of a namespace."""
+    found = _adapters.get(xp.__name__)
+    if found is None or found.xp is not xp:
+        found = _adapters[xp.__name__] = GenericAdapter(xp)
+    return found

@@ -1,0 +1,154 @@
+"""JAX: arrays and tracers, statistics over mapped axes, and a layer that is a pytree."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from groupnorm.backends import Adapter, one_hot_pool
+from groupnorm.errors import ArgumentValueError, AxisNameError
+from groupnorm.layer import GroupNorm, PlainGroupNorm
+
+__all__ = ["JaxAdapter", "JaxGroupNorm", "adapter"]
+
+
+class JaxAdapter(Adapter):
+    """`jax.numpy` is an array API namespace itself; tracers are arrays."""
+
+    name = "JAX"
+    array_name = "JAX arrays"
+    backend = "jax"
+
+    def is_array(self, x: object) -> bool:
+        """Whether x is an array or a tracer."""
+        return isinstance(x, jax.Array)
+
+    def device_of(self, x: Any) -> Any:
+        """Leave placement to JAX: tracers have no device, and JAX itself refuses to mix them."""
+        return None
+
+    def place(self, x: Any, device: Any) -> Any:
+        """Put x on a `jax.Device` or sharding, or a device named like ``"gpu"`` or ``"cpu:1"``."""
+        if device is None:
+            return x
+        return jax.device_put(x, _device(device) if isinstance(device, str) else device)
+
+    def detach(self, x: Any) -> Any:
+        """Stop gradients."""
+        return lax.stop_gradient(x)
+
+    def from_host(self, value: "np.ndarray[Any, Any]", like: Any = None) -> Any:
+        """Bring a NumPy array here; JAX would silently halve the precision of 64-bit ones."""
+        name = value.dtype.name
+        if name in ("float64", "complex128") and not jax.config.read("jax_enable_x64"):
+            raise ArgumentValueError(
+                f"param_dtype={name!r} cannot be held by JAX as it is set up: it would round the "
+                "values to 32 bits. Call jax.config.update('jax_enable_x64', True) first, or use "
+                "32-bit parameters."
+            )
+        return jnp.asarray(value)
+
+    def dtype(self, name: str) -> Any:
+        """Return the dtype, 32 bits wide where JAX is set up so."""
+        return jax.dtypes.canonicalize_dtype(super().dtype(name))
+
+    def default_float(self) -> Any:
+        """Return float32, or float64 if enabled."""
+        return jnp.result_type(float)
+
+    def real_dtype(self, dtype: Any) -> Any:
+        """Return the dtype of a complex dtype's parts."""
+        return jnp.finfo(dtype).dtype if self.is_complex(dtype) else dtype
+
+    def complex_from(self, real: Any, imaginary: Any) -> Any:
+        """Put two real arrays together."""
+        return lax.complex(real, imaginary)
+
+    def pool(
+        self,
+        sums: tuple[Any, ...],
+        axis_name: Any,
+        axis_index_groups: tuple[tuple[int, ...], ...] | None,
+    ) -> tuple[Any, ...]:
+        """Sum over a mapped axis, or over several."""
+        try:
+            index, size = lax.axis_index(axis_name), lax.axis_size(axis_name)
+        except NameError as error:
+            raise AxisNameError(
+                f"axis_name={axis_name!r} is not bound here: call the layer inside jax.shard_map, "
+                "jax.pmap or jax.vmap over an axis of that name, or leave axis_name out."
+            ) from error
+        return one_hot_pool(
+            self, sums, index, size, axis_index_groups, lambda x: lax.psum(x, axis_name)
+        )
+
+    def hold(self, value: Any, param_type: Any, name: str) -> Any:
+        """Wrap the array in a parameter type of flax nnx or brainstate, if one is asked for."""
+        if param_type is not None and getattr(param_type, "__module__", "").startswith("flax."):
+            from flax import nnx
+
+            # An nnx module takes a pytree of Params as data only if it knows its class.
+            nnx.register_data_type(JaxGroupNorm)
+        return super().hold(value, param_type, name)
+
+    def read(self, stored: Any) -> Any:
+        """Unwrap; nnx is about to drop `.value`, brainstate has nothing else."""
+        if self.is_array(stored):
+            return stored
+        get_value = getattr(stored, "get_value", None)
+        return super().read(stored) if get_value is None else get_value()
+
+    def layer_class(self) -> type[GroupNorm]:
+        """Return the pytree layer."""
+        return JaxGroupNorm
+
+    def devices(self) -> tuple[str, ...]:
+        """Name JAX's devices."""
+        return tuple(f"{d.platform}:{d.id}" for d in jax.devices())
+
+
+def _device(name: str) -> Any:
+    platform, _, index = name.partition(":")
+    try:
+        return jax.devices(platform)[int(index or 0)]
+    except (RuntimeError, IndexError, ValueError) as error:
+        known = ", ".join(f"{d.platform}:{d.id}" for d in jax.devices())
+        raise ArgumentValueError(
+            f"device={name!r} is not one JAX has here ({error}): choose from {known}."
+        ) from error
+
+
+class JaxGroupNorm(PlainGroupNorm):
+    """Group normalization as a pytree of its parameters; see `groupnorm.GroupNorm`.
+
+    Everything else is static, so equal layers share compiled programs.
+    """
+
+    _adapter_name = "jax"
+
+    def _flatten(self) -> tuple[tuple[Any, ...], Any]:
+        return (self._scale, self._bias), self._settings
+
+    def _flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], Any]:
+        key = jax.tree_util.GetAttrKey
+        return ((key("scale"), self._scale), (key("bias"), self._bias)), self._settings
+
+    @classmethod
+    def _unflatten(cls, settings: Any, children: tuple[Any, ...]) -> "JaxGroupNorm":
+        # Anything may be a leaf here: tracers, shapes, None, placeholders.
+        layer = cls.__new__(cls)
+        layer._settings = settings
+        layer._scale, layer._bias = children
+        return layer
+
+
+jax.tree_util.register_pytree_with_keys(
+    JaxGroupNorm,
+    JaxGroupNorm._flatten_with_keys,
+    JaxGroupNorm._unflatten,
+    JaxGroupNorm._flatten,
+)
+
+adapter = JaxAdapter(jnp)

@@ -1,0 +1,117 @@
+"""NumPy: plain arrays on the host, and the layer every other library can take over."""
+
+from typing import Any
+
+import array_api_compat.numpy as xp
+import numpy as np
+
+from groupnorm.backends import Adapter
+from groupnorm.errors import ArgumentTypeError, ArgumentValueError, BackendImportError
+from groupnorm.layer import GroupNorm, PlainGroupNorm
+
+__all__ = ["NumpyAdapter", "NumpyGroupNorm", "adapter", "small_float"]
+
+
+class NumpyAdapter(Adapter):
+    """NumPy arrays, those with ml_dtypes' small floats included."""
+
+    name = "NumPy"
+    array_name = "NumPy arrays"
+    backend = "numpy"
+
+    def is_array(self, x: object) -> bool:
+        """Whether x is an ndarray or a NumPy scalar."""
+        return isinstance(x, np.ndarray | np.generic)
+
+    def check_input(self, x: Any) -> None:
+        """Refuse the subclasses that would give a wrong answer without a word."""
+        if isinstance(x, np.ma.MaskedArray):
+            raise ArgumentTypeError(
+                f"x is a numpy.ma.MaskedArray of shape {x.shape}: its mask would be ignored. "
+                "Pass group_norm(x.data, mask=~numpy.ma.getmaskarray(x))."
+            )
+        if isinstance(x, np.matrix):
+            raise ArgumentTypeError(
+                f"x is a numpy.matrix of shape {x.shape}, which always stays two-dimensional: "
+                "pass numpy.asarray(x)."
+            )
+        if x.dtype.kind in "OSUMmV" and not self.is_real_floating(x.dtype):
+            raise ArgumentTypeError(
+                f"x has dtype {x.dtype}: numbers are needed. Convert it with x.astype('float32')."
+            )
+
+    def place(self, x: Any, device: Any) -> Any:
+        """Accept the only device there is."""
+        if device not in (None, "cpu"):
+            raise ArgumentValueError(
+                f"device={device!r} is no device of NumPy: it computes on 'cpu' only. Use "
+                "backend='cupy', 'jax' or 'torch' for others."
+            )
+        return x
+
+    def device_of(self, x: Any) -> Any:
+        """Everything is on the host."""
+        return "cpu"
+
+    def from_host(self, value: "np.ndarray[Any, Any]", like: Any = None) -> Any:
+        """Nothing to do."""
+        return value
+
+    def is_complex(self, dtype: Any) -> bool:
+        """Whether dtype is complex."""
+        return np.dtype(dtype).kind == "c"
+
+    def is_real_floating(self, dtype: Any) -> bool:
+        """Whether dtype is real floating; ml_dtypes' floats are of kind "V" or "f"."""
+        dtype = np.dtype(dtype)
+        return dtype.kind == "f" or (
+            dtype.kind == "V" and dtype.name.startswith(("bfloat", "float"))
+        )
+
+    def real_dtype(self, dtype: Any) -> Any:
+        """Return the dtype of the parts, longdouble included."""
+        return np.zeros((), dtype).real.dtype
+
+    def complex_from(self, real: Any, imaginary: Any) -> Any:
+        """Put two real arrays together."""
+        return real + 1j * imaginary
+
+    def dtype(self, name: str) -> Any:
+        """Return NumPy's dtype of a name, or ml_dtypes'."""
+        try:
+            return np.dtype(name)
+        except TypeError:
+            return small_float(name)
+
+    def layer_class(self) -> type[GroupNorm]:
+        """Return the plain layer."""
+        return NumpyGroupNorm
+
+
+def small_float(name: str) -> "np.dtype[Any]":
+    """Return one of ml_dtypes' dtypes, such as bfloat16."""
+    try:
+        import ml_dtypes
+    except ImportError as error:
+        raise BackendImportError(
+            f"dtype={name!r} is not NumPy's own and needs the package ml_dtypes, which cannot be "
+            "imported: pip install ml_dtypes (it comes with jax)."
+        ) from error
+    if not hasattr(ml_dtypes, name):
+        raise ArgumentTypeError(
+            f"dtype={name!r} is no dtype of NumPy or ml_dtypes: choose one they have, such as "
+            "'float32' or 'bfloat16'."
+        )
+    return np.dtype(getattr(ml_dtypes, name))
+
+
+class NumpyGroupNorm(PlainGroupNorm):
+    """Group normalization with NumPy parameters; see `groupnorm.GroupNorm`.
+
+    Called with another library's array, it carries its parameters over as constants.
+    """
+
+    _adapter_name = "numpy"
+
+
+adapter = NumpyAdapter(xp)

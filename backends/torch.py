@@ -1,0 +1,204 @@
+"""PyTorch: tensors, statistics over process groups, and a layer that is an `nn.Module`."""
+
+from typing import Any
+
+import array_api_compat.torch as xp
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from groupnorm.backends import Adapter, one_hot_pool
+from groupnorm.backends.numpy import small_float
+from groupnorm.errors import AxisNameError
+from groupnorm.layer import GroupNorm, Settings
+from groupnorm.plan import Plan, make_plan, make_plan_uncached
+
+__all__ = ["TorchAdapter", "TorchGroupNorm", "TorchNativeGroupNorm", "adapter"]
+
+
+class TorchAdapter(Adapter):
+    """Tensors, their subclasses and `torch.nn.Parameter`."""
+
+    name = "PyTorch"
+    array_name = "PyTorch tensors"
+    backend = "torch"
+
+    def is_array(self, x: object) -> bool:
+        """Whether x is a tensor."""
+        return isinstance(x, torch.Tensor)
+
+    def plan(self, *key: Any, sampled: bool) -> Plan:
+        """Keep sizes open while compiling, and keep away from the cache then."""
+        if torch.compiler.is_compiling():
+            return make_plan_uncached(*key, sampled=False, static=False)
+        return make_plan(*key, sampled=sampled, static=True)
+
+    def place(self, x: Any, device: Any) -> Any:
+        """Move a tensor."""
+        return x if device is None else x.to(device)
+
+    def detach(self, x: Any) -> Any:
+        """Cut from the graph."""
+        return x.detach()
+
+    def from_host(self, value: "np.ndarray[Any, Any]", like: Any = None) -> Any:
+        """Copy a NumPy array, bit by bit where NumPy and PyTorch share no dtype."""
+        device = None if like is None else like.device
+        dtype = getattr(torch, value.dtype.name)
+        if value.dtype.kind != "V":
+            return torch.tensor(value, dtype=dtype, device=device)
+        bits = value.view(np.int16 if value.dtype.itemsize == 2 else np.uint8)
+        return torch.tensor(bits, device=device).view(dtype)
+
+    def to_host(self, x: Any) -> "np.ndarray[Any, Any]":
+        """Copy to the host, bit by bit where NumPy and PyTorch share no dtype."""
+        x = x.detach().cpu().resolve_conj().resolve_neg()
+        name = str(x.dtype).removeprefix("torch.")
+        if not name.startswith(("bfloat", "float8")):
+            return np.array(x.numpy())
+        bits = x.contiguous().view(torch.int16 if x.dtype.itemsize == 2 else torch.uint8)
+        return np.array(bits.numpy()).view(small_float(name))
+
+    def default_float(self) -> Any:
+        """Return what `torch.set_default_dtype` says."""
+        return torch.get_default_dtype()
+
+    def complex_from(self, real: Any, imaginary: Any) -> Any:
+        """Put two real tensors together."""
+        return torch.complex(real, imaginary)
+
+    def pool(
+        self,
+        sums: tuple[Any, ...],
+        axis_name: Any,
+        axis_index_groups: tuple[tuple[int, ...], ...] | None,
+    ) -> tuple[Any, ...]:
+        """Sum over the ranks of a process group."""
+        if not isinstance(axis_name, dist.ProcessGroup):
+            raise AxisNameError(
+                f"axis_name={axis_name!r} is a {type(axis_name).__name__}: for PyTorch tensors the "
+                "replicas are a torch.distributed.ProcessGroup, such as torch.distributed.group.WORLD "
+                "after init_process_group."
+            )
+        rank = dist.get_rank(axis_name)
+        if rank < 0:
+            raise AxisNameError(
+                f"axis_name={axis_name!r} is a process group this rank is no member of: call the "
+                "layer on the group's members only, or make it with this rank's own group."
+            )
+        return one_hot_pool(
+            self,
+            sums,
+            rank,
+            dist.get_world_size(axis_name),
+            axis_index_groups,
+            lambda x: _AddOverRanks.apply(x, axis_name),
+        )
+
+    def hold(self, value: Any, param_type: Any, name: str) -> Any:
+        """Make a Parameter, or what is asked for."""
+        return (torch.nn.Parameter if param_type is None else param_type)(value)
+
+    def layer_class(self) -> type[GroupNorm]:
+        """Return the module."""
+        return TorchGroupNorm
+
+    def devices(self) -> tuple[str, ...]:
+        """Name the CPU and the accelerators."""
+        found = ["cpu"]
+        if torch.accelerator.is_available():
+            kind = torch.accelerator.current_accelerator()
+            assert kind is not None
+            found += [f"{kind.type}:{i}" for i in range(torch.accelerator.device_count())]
+        return tuple(found)
+
+
+class _AddOverRanks(torch.autograd.Function):
+    """All-reduce that is exact in backward, in double backward and in forward mode.
+
+    `torch.distributed.nn.functional.all_reduce` does not trace, the functional collectives drop
+    forward-mode tangents, and a bare in-place all_reduce gives a wrong gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, group: Any) -> Any:
+        ctx.group = group
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return _AddOverRanks.apply(gradients[0], ctx.group), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return _AddOverRanks.apply(tangents[0], ctx.group)
+
+
+class TorchGroupNorm(GroupNorm, torch.nn.Module):
+    """Group normalization as an `nn.Module`; see `groupnorm.GroupNorm`.
+
+    The parameters are `weight` and `bias`, flat (C,), as `torch.nn.GroupNorm` names them; `scale`
+    reads the weight in the shape of the feature axes.
+    """
+
+    _adapter_name = "torch"
+    weight: Any
+    eps: float
+    num_channels: int
+    affine: bool
+
+    # Module's own, for its hooks; forward is where the work is.
+    __call__ = torch.nn.Module.__call__
+
+    def _setup(self, settings: Settings, scale: Any, bias: Any) -> None:
+        torch.nn.Module.__init__(self)
+        if settings.as_torch_native:
+            self.__class__ = TorchNativeGroupNorm
+        self._settings = settings
+        hold = self._adapter.hold
+        for name, value in (("weight", scale), ("bias", bias)):
+            if value is None:
+                self.register_parameter(name, None)
+            else:
+                setattr(self, name, hold(value.reshape(-1), settings.param_type, name))
+        # nn.GroupNorm's names, which tools read.
+        self.num_channels = settings.num_groups * settings.group_size
+        self.eps = settings.options.epsilon
+        self.affine = settings.use_scale
+
+    def forward(self, x: Any, mask: Any = None) -> Any:
+        """Normalize x; see `update`."""
+        return self._normalize(x, mask)
+
+    @property  # type: ignore[override]  # the parent class only announces it
+    def scale(self) -> Any:
+        """The weight, in the shape of the feature axes."""
+        weight = self.weight
+        shape = self._settings.feature_shape
+        return weight if weight is None or len(shape) == 1 else weight.view(shape)
+
+    def reset_parameters(self) -> None:
+        """Fill the parameters in place with their initial values, as after `to_empty`."""
+        scale, bias = self._initial(self._settings, None)
+        with torch.no_grad():
+            for stored, value in ((self.weight, scale), (self.bias, bias)):
+                if stored is not None and value is not None:
+                    stored.copy_(value.reshape(-1))
+
+    def extra_repr(self) -> str:
+        """Show the arguments."""
+        return self._describe()
+
+    __repr__ = torch.nn.Module.__repr__
+
+
+class TorchNativeGroupNorm(TorchGroupNorm, torch.nn.GroupNorm):
+    """A layer that computes what `torch.nn.GroupNorm` computes, and is one."""
+
+    def _get_name(self) -> str:
+        return "GroupNorm"
+
+
+adapter = TorchAdapter(xp)

@@ -1,0 +1,105 @@
+"""Plan, adapter, statistics: one call, forward alone or with its pullback."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from groupnorm.errors import ArgumentValueError
+from groupnorm.options import Options
+from groupnorm.prepare import (
+    Prepared,
+    check_same_library,
+    from_work,
+    prepare,
+    to_work,
+)
+from groupnorm.pullback import pull_back
+from groupnorm.statistics import Centred, Normalizer, finish, measure, normalize, pool
+from groupnorm.typing import Array, Gradients
+
+if TYPE_CHECKING:
+    from groupnorm.backends import Adapter
+
+__all__ = ["apply", "apply_with_pullback"]
+
+
+def apply(
+    adapter: "Adapter", x: Array, scale: Array, bias: Array, mask: Any, options: Options
+) -> Array:
+    """Compute the normalization of arguments that belong to one library."""
+    ready = prepare(adapter, x, scale, bias, mask, options)
+    if mask is None:
+        y = adapter.fused(ready.x, ready.scale, ready.bias, ready.plan, options)
+        if y is not None:
+            return from_work(y, ready.plan, ready.result_dtype, adapter.xp)
+    y, _, _ = _forward(adapter, ready, options)
+    return from_work(y, ready.plan, ready.result_dtype, adapter.xp)
+
+
+def apply_with_pullback(
+    adapter: "Adapter", x: Array, scale: Array, bias: Array, mask: Any, options: Options
+) -> tuple[Array, Callable[[Array], Gradients]]:
+    """Compute the normalization and keep what its pullback needs."""
+    xp = adapter.xp
+    ready = prepare(adapter, x, scale, bias, mask, options)
+    plan = ready.plan
+    y, centred, normalizer = _forward(adapter, ready, options)
+    y = from_work(y, plan, ready.result_dtype, xp)
+
+    def pullback(dy: Array) -> Gradients:
+        check_same_library(adapter, dy, "dy", x)
+        if tuple(dy.shape) != plan.shape:
+            raise ArgumentValueError(
+                f"dy has shape {tuple(dy.shape)}: a cotangent has the shape of y, which is "
+                f"{plan.shape}."
+            )
+        work = pull_back(
+            to_work(xp.astype(dy, ready.cotangent_dtype, copy=False), plan, xp),
+            ready.mask,
+            ready.scale,
+            centred,
+            normalizer,
+            plan,
+            adapter,
+            options.axis_name,
+            options.axis_index_groups,
+        )
+        dx = work.x
+        if ready.counted is not None:
+            dx = xp.where(ready.counted, dx, xp.zeros_like(dx))
+        floating = adapter.is_real_floating(x.dtype) or adapter.is_complex(x.dtype)
+        return Gradients(
+            from_work(dx, plan, x.dtype if floating else dx.dtype, xp),
+            _parameter_gradient(adapter, work.scale, scale),
+            _parameter_gradient(adapter, work.bias, bias),
+        )
+
+    return y, pullback
+
+
+def _parameter_gradient(adapter: "Adapter", gradient: Array, parameter: Array) -> Array:
+    if parameter is None:
+        return None
+    xp = adapter.xp
+    # A constant from the host is of NumPy; its gradient is of the array's library all the same.
+    dtype = parameter.dtype if adapter.is_array(parameter) else adapter.dtype(parameter.dtype.name)
+    if adapter.is_complex(gradient.dtype) and not adapter.is_complex(dtype):
+        gradient = xp.real(gradient)
+    return xp.astype(xp.reshape(gradient, tuple(parameter.shape)), dtype, copy=False)
+
+
+def _forward(
+    adapter: "Adapter", ready: Prepared, options: Options
+) -> tuple[Array, Centred, Normalizer]:
+    moments, centred = measure(ready.x, ready.mask, ready.plan, adapter, options.epsilon)
+    if options.axis_name is not None:
+        moments = pool(
+            moments, adapter, options.epsilon, options.axis_name, options.axis_index_groups
+        )
+    normalizer = finish(
+        moments,
+        centred,
+        adapter,
+        options.epsilon,
+        may_be_empty=ready.mask is not None or ready.plan.empty or options.axis_name is not None,
+    )
+    return normalize(centred, normalizer, ready.scale, ready.bias), centred, normalizer

@@ -1,0 +1,307 @@
+"""Every shape and axis decision, in plain integers: no array library is needed to make or test one.
+
+A `Plan` says how an array of one shape is normalized. The array is brought to its *work shape*, in
+which neighbouring axes of one kind are merged and the channels are split into groups::
+
+    kept       axes the statistics are separate for (the batch)
+    positions  axes reduced together with the features (space, time)
+    groups, members    the channel axis split in two: (num_groups, group_size)
+
+Statistics are taken in two stages, since that is what runs fast in every memory layout: the `inner`
+axes are summed first, element by element; then the few partial results along `outer` are merged.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+from groupnorm.errors import ArgumentValueError
+
+__all__ = ["Plan", "make_plan", "make_plan_uncached", "product", "resolve_groups"]
+
+Shape = tuple[int, ...]
+
+# Below this many positions a sum per channel is hardly shorter than the data itself, so the members
+# of a group are reduced together with the positions in one stage.
+FEW_POSITIONS = 16
+# A pivot is the mean of at least this many positions. One element, or one position, fails where it
+# is an outlier; about sixty were at rounding level on every data set tried.
+PIVOT_SAMPLES = 64
+# Sampling pays only when it leaves most of the data out.
+WORTH_SAMPLING = 256
+
+
+class Plan(NamedTuple):
+    """How arrays of one shape are normalized; see the module's docstring for the terms."""
+
+    shape: Shape
+    permutation: Shape | None
+    permuted_shape: Shape
+    inverse_permutation: Shape | None
+    merged: tuple[tuple[int, ...], ...]
+    work_shape: Shape
+    kept: Shape
+    positions: Shape
+    members: int
+    inner: Shape
+    outer: Shape
+    sample: tuple[slice, ...] | None
+    parameter_shape: Shape
+    feature_shape: Shape
+    channels: int
+    inner_count: float
+    group_count: int
+    blocked: bool
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to take statistics of, which reductions such as min refuse."""
+        return self.group_count == 0
+
+    def mask_shapes(self, mask_shape: Shape) -> tuple[Shape, Shape, Shape]:
+        """Say how a mask is brought to the work shape without growing more than it must.
+
+        Returns
+        -------
+        full : tuple of int
+            The mask's shape with leading ones added; permute it next.
+        broadcast : tuple of int
+            What the permuted mask is broadcast to: an axis stays 1 where the whole merged axis is.
+        work : tuple of int
+            What it is reshaped to; broadcasts against `work_shape`.
+
+        Raises
+        ------
+        ArgumentValueError
+            If the mask does not broadcast to the plan's shape.
+        """
+        full = (1,) * (len(self.shape) - len(mask_shape)) + mask_shape
+        if len(mask_shape) > len(self.shape) or any(
+            m not in (1, s) for m, s in zip(full, self.shape, strict=True)
+        ):
+            raise ArgumentValueError(
+                f"mask has shape {mask_shape}, which does not broadcast to x of shape {self.shape}: "
+                "each axis, counted from the last, must have x's length or 1. Give the mask x's "
+                "shape, or add axes of length 1, as in mask[..., None]."
+            )
+        permuted = full if self.permutation is None else tuple(full[a] for a in self.permutation)
+        broadcast: list[int] = []
+        work: list[int] = []
+        for axes in self.merged:
+            sizes = [self.permuted_shape[a] for a in axes]
+            if all(permuted[a] == 1 for a in axes):
+                broadcast += [1] * len(axes)
+                work.append(1)
+            else:
+                broadcast += sizes
+                work.append(product(sizes))
+        # The channel axis becomes (groups, members).
+        groups = self.members - 1
+        channels = work[groups]
+        work[groups : groups + 1] = (
+            [1, 1] if channels == 1 else [self.work_shape[groups], self.work_shape[self.members]]
+        )
+        return full, tuple(broadcast), tuple(work)
+
+
+def product(sizes: Iterable[int]) -> int:
+    """Multiply sizes; unlike `math.prod` this can be traced while some of them are still open."""
+    result = 1
+    for size in sizes:
+        result = result * size
+    return result
+
+
+def resolve_groups(channels: int, num_groups: int | None, group_size: int | None) -> int:
+    """Return the number of groups `channels` channels are split into.
+
+    Raises
+    ------
+    ArgumentValueError
+        If the channels cannot be split as asked for.
+    """
+    if num_groups is not None:
+        if channels % num_groups:
+            raise ArgumentValueError(
+                f"num_groups={num_groups} does not divide the {channels} channels: every group must "
+                f"have the same number of channels. Choose a divisor of {channels}"
+                f"{_nearest(channels, num_groups)}."
+            )
+        return num_groups
+    assert group_size is not None
+    if channels % group_size:
+        raise ArgumentValueError(
+            f"group_size={group_size} does not divide the {channels} channels: every group must have "
+            f"the same number of channels. Choose a divisor of {channels}"
+            f"{_nearest(channels, group_size)}."
+        )
+    return channels // group_size
+
+
+def _nearest(channels: int, wanted: int) -> str:
+    divisors = [d for d in range(1, min(channels, 65536) + 1) if channels % d == 0]
+    return f", such as {min(divisors, key=lambda d: abs(d - wanted))}" if divisors else ""
+
+
+def make_plan_uncached(
+    shape: Shape,
+    feature: Shape,
+    num_groups: int | None,
+    group_size: int | None,
+    reduction: Shape | None,
+    *,
+    sampled: bool,
+    static: bool,
+) -> Plan:
+    """Make the plan for arrays of `shape`.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        The input's shape.
+    feature : tuple of int
+        Its feature axes; negative ones count from the end.
+    num_groups, group_size : int or None
+        Exactly one is given.
+    reduction : tuple of int or None
+        The axes statistics are taken over; None is all but the batch.
+    sampled : bool
+        Whether the pivot may be taken from a sample of the positions.
+    static : bool
+        False while a compiler traces with sizes it may change later: then no decision is made that
+        would tie the program to these sizes.
+
+    Raises
+    ------
+    ArgumentValueError
+        If the axes do not fit the shape, or the channels the groups.
+    """
+    ndim = len(shape)
+    features = _normalize_axes("feature_axis", feature, shape)
+    reduced = _reduction_axes(reduction, features, shape)
+    feature_shape = tuple(shape[a] for a in features)
+    channels = product(feature_shape)
+    groups = resolve_groups(channels, num_groups, group_size)
+
+    order = tuple(range(ndim))
+    permutation = None
+    if features != tuple(range(features[0], features[-1] + 1)):
+        rest = [a for a in order if a not in features]
+        at = sum(a < features[-1] for a in rest)
+        permutation = (*rest[:at], *features, *rest[at:])
+        order = permutation
+    kinds = ["F" if a in features else "P" if a in reduced else "K" for a in order]
+    permuted_shape = tuple(shape[a] for a in order)
+
+    merged: list[list[int]] = []
+    for axis, kind in enumerate(kinds):
+        if merged and kinds[merged[-1][-1]] == kind:
+            merged[-1].append(axis)
+        else:
+            merged.append([axis])
+
+    work: list[int] = []
+    kept: list[int] = []
+    positions: list[int] = []
+    members = 0
+    for axes in merged:
+        kind = kinds[axes[0]]
+        if kind == "F":
+            members = len(work) + 1
+            work += [groups, channels // groups]
+            continue
+        (kept if kind == "K" else positions).append(len(work))
+        work.append(product(permuted_shape[a] for a in axes))
+
+    position_count = product(work[a] for a in positions)
+    one_stage = position_count < FEW_POSITIONS or work[members] == 1
+    inner = tuple(sorted([*positions, members])) if one_stage else tuple(positions)
+    inner_count = product(work[a] for a in inner)
+    return Plan(
+        shape=shape,
+        permutation=permutation,
+        permuted_shape=permuted_shape,
+        inverse_permutation=None if permutation is None else _inverse(permutation),
+        merged=tuple(tuple(axes) for axes in merged),
+        work_shape=tuple(work),
+        kept=tuple(kept),
+        positions=tuple(positions),
+        members=members,
+        inner=inner,
+        outer=() if one_stage else (members,),
+        sample=_sample(work, inner, inner_count) if sampled and static else None,
+        parameter_shape=tuple(
+            size if a in (members - 1, members) else 1 for a, size in enumerate(work)
+        ),
+        feature_shape=feature_shape,
+        channels=channels,
+        # A float from the start, since a large int overflows some libraries' default integer; but
+        # turning a size that a compiler still leaves open into a float would fix it.
+        inner_count=float(inner_count) if static else inner_count,
+        group_count=position_count * work[members],
+        blocked=static,
+    )
+
+
+# Plans are made once per shape and option set; a compiler that traces through Python must not meet
+# the cache (it ignores it, with a warning), so adapters choose between the two.
+make_plan = lru_cache(maxsize=4096)(make_plan_uncached)
+
+
+def _normalize_axes(argument: str, axes: Sequence[int], shape: Shape) -> Shape:
+    ndim = len(shape)
+    for axis in axes:
+        if not -ndim <= axis < ndim:
+            raise ArgumentValueError(
+                f"{argument}={axis} is out of range for x of shape {shape}: an axis lies in "
+                f"[{-ndim}, {ndim - 1}]. Give x at least "
+                f"{-axis if axis < 0 else axis + 1} axes, or another axis."
+            )
+    normalized = tuple(sorted(axis % ndim for axis in axes))
+    if len(set(normalized)) != len(normalized):
+        raise ArgumentValueError(
+            f"{argument}={tuple(axes)} names an axis of x of shape {shape} twice: "
+            "give every axis once."
+        )
+    return normalized
+
+
+def _reduction_axes(reduction: Shape | None, features: Shape, shape: Shape) -> Shape:
+    if reduction is None:
+        no_batch = len(shape) == 1 or 0 in features
+        return tuple(range(0 if no_batch else 1, len(shape)))
+    reduced = _normalize_axes("reduction_axes", reduction, shape)
+    missing = [a for a in features if a not in reduced]
+    if missing:
+        raise ArgumentValueError(
+            f"reduction_axes={reduction} leaves out the feature axis {missing[0]} of x of shape "
+            f"{shape}: a group's statistics run over its channels, so reduction_axes must contain "
+            f"every feature axis. Add {missing[0] - len(shape)}."
+        )
+    return reduced
+
+
+def _inverse(permutation: Shape) -> Shape:
+    return tuple(permutation.index(a) for a in range(len(permutation)))
+
+
+def _sample(work: list[int], inner: Shape, count: int) -> tuple[slice, ...] | None:
+    """Slices that pick the positions the pivot is taken from; None takes all of them.
+
+    At least sqrt(count) are taken: then an outlier that happens to be picked moves the pivot by at
+    most about one standard deviation, whatever its size. The stride shares no divisor with the axis,
+    else it could pick one image column only, such as the border.
+    """
+    if count < WORTH_SAMPLING:
+        return None
+    longest = max(inner, key=lambda a: work[a])
+    length = work[longest]
+    stride = min(count // max(PIVOT_SAMPLES, math.isqrt(count)), length // 8)
+    while stride > 1 and math.gcd(stride, length) > 1:
+        stride -= 1
+    if stride <= 1:
+        return None
+    return tuple(
+        slice(None, None, stride) if a == longest else slice(None) for a in range(len(work))
+    )

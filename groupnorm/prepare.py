@@ -1,0 +1,208 @@
+"""Bring the arguments of one call to the work shape and the dtype of the statistics, and back."""
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from groupnorm.dispatch import adapter_of
+from groupnorm.errors import ArgumentTypeError, ArgumentValueError
+from groupnorm.options import Options
+from groupnorm.typing import Array
+
+if TYPE_CHECKING:
+    from groupnorm.backends import Adapter
+    from groupnorm.plan import Plan
+
+__all__ = ["Prepared", "check_same_library", "from_work", "prepare", "to_work"]
+
+
+class Prepared(NamedTuple):
+    """Arguments in the work shape; x, scale and bias in the precision of the statistics."""
+
+    x: Array
+    scale: Array
+    bias: Array
+    mask: Array | None
+    counted: Array | None  # where x itself was taken, not 0 in its place
+    plan: "Plan"
+    result_dtype: Any
+    cotangent_dtype: Any
+
+
+def prepare(
+    adapter: "Adapter", x: Array, scale: Array, bias: Array, mask: Any, options: Options
+) -> Prepared:
+    """Check the arrays against each other and the options, and bring them to the work shape."""
+    xp = adapter.xp
+    adapter.check_input(x)
+    if not x.shape:
+        raise ArgumentValueError(
+            "x is a scalar of shape (): no axis holds its channels. Give it one, as in x[None]."
+        )
+    plan = adapter.plan(
+        tuple(x.shape),
+        options.feature,
+        options.num_groups,
+        options.group_size,
+        options.reduction,
+        sampled=options.fast and mask is None,
+    )
+    if options.feature_shape is not None and plan.feature_shape != options.feature_shape:
+        raise ArgumentValueError(
+            f"x of shape {tuple(x.shape)} has feature axes of length {plan.feature_shape}, and this "
+            f"layer was made for {options.feature_shape}: give x that many channels there, or make "
+            "the layer with the in_size and feature_axis of this x."
+        )
+    scale = _parameter(adapter, "scale", scale, x, plan)
+    bias = _parameter(adapter, "bias", bias, x, plan)
+    work_dtype, parameter_dtype, result_dtype = _dtypes(adapter, x, scale, bias, options.dtype)
+    x_work = to_work(xp.astype(x, work_dtype, copy=False), plan, xp)
+    parameters = [
+        _parameter_to_work(adapter, p, neutral, x_work, parameter_dtype, plan)
+        for p, neutral in ((scale, 1.0), (bias, 0.0))
+    ]
+    mask_work = counted = None
+    if mask is not None:
+        mask_work = _mask_to_work(adapter, mask, x, plan)
+        counted = mask_work | xp.isfinite(x_work)
+        x_work = xp.where(counted, x_work, xp.zeros_like(x_work))
+    return Prepared(
+        x_work, *parameters, mask_work, counted, plan, result_dtype, parameter_dtype
+    )
+
+
+def to_work(x: Array, plan: "Plan", xp: Any) -> Array:
+    """Bring an array of the plan's shape to the work shape."""
+    if plan.permutation is not None:
+        x = xp.permute_dims(x, plan.permutation)
+    return xp.reshape(x, plan.work_shape)
+
+
+def from_work(y: Array, plan: "Plan", dtype: Any, xp: Any) -> Array:
+    """Bring an array of the work shape back, in the dtype it is wanted in."""
+    y = xp.reshape(xp.astype(y, dtype, copy=False), plan.permuted_shape)
+    return y if plan.permutation is None else xp.permute_dims(y, plan.inverse_permutation)
+
+
+def check_same_library(adapter: "Adapter", value: Any, argument: str, x: Array) -> None:
+    """Refuse arrays of another library, and arrays on another device than x's.
+
+    Raises
+    ------
+    ArgumentTypeError, ArgumentValueError
+        Naming both sides.
+    """
+    if not adapter.is_array(value):
+        other = adapter_of(value, argument)
+        raise ArgumentTypeError(
+            f"x is of {adapter.array_name} and {argument} of {other.array_name}: nothing is moved "
+            "between libraries unasked. Convert one of them; for a layer, "
+            f"layer.to_backend({adapter.backend or 'numpy'!r})."
+        )
+    here, there = adapter.device_of(x), adapter.device_of(value)
+    if here is not None and there is not None and here != there:
+        raise ArgumentValueError(
+            f"{argument} is on device {there} and x on device {here}: nothing is moved between "
+            "devices unasked. Move one of them."
+        )
+
+
+def _parameter(
+    adapter: "Adapter", argument: str, value: Any, x: Array, plan: "Plan"
+) -> Array | None:
+    if value is None:
+        return None
+    # Values on the host are constants that serve every library.
+    if isinstance(value, np.ndarray) and not adapter.is_array(value):
+        value = adapter.from_host(value, x)
+    check_same_library(adapter, value, argument, x)
+    shape = tuple(value.shape)
+    if shape not in (plan.feature_shape, (plan.channels,)):
+        raise ArgumentValueError(
+            f"{argument} has shape {shape}: it holds one number a channel, so its shape is that of "
+            f"the feature axes, {plan.feature_shape}. Reshape it, or check feature_axis."
+        )
+    return value
+
+
+def _dtypes(
+    adapter: "Adapter", x: Array, scale: Array | None, bias: Array | None, wanted: str | None
+) -> tuple[Any, Any, Any]:
+    """Return the dtypes of the statistics, of parameters among them, and of the result."""
+    xp = adapter.xp
+    floating = adapter.is_real_floating(x.dtype) or adapter.is_complex(x.dtype)
+    x_dtype = x.dtype if floating else adapter.default_float()
+    result = x_dtype
+    for parameter in (scale, bias):
+        if parameter is not None:
+            result = xp.result_type(result, parameter.dtype)
+    computed = result
+    if wanted == "input":
+        result = x_dtype
+    elif wanted is not None:
+        result = adapter.dtype(wanted)
+    if adapter.is_complex(computed) and not adapter.is_complex(result):
+        raise ArgumentTypeError(
+            f"dtype={wanted!r} is real and the result complex: its imaginary part would be lost. "
+            "Choose a complex dtype, or leave dtype out."
+        )
+    # In the precision of all that takes part, and of the result.
+    parameters = adapter.statistics_dtype(xp.result_type(computed, result))
+    return (
+        parameters if adapter.is_complex(x_dtype) else adapter.real_dtype(parameters),
+        parameters,
+        result,
+    )
+
+
+def _parameter_to_work(
+    adapter: "Adapter",
+    value: Array | None,
+    neutral: float,
+    x: Array,
+    dtype: Any,
+    plan: "Plan",
+) -> Array:
+    xp = adapter.xp
+    if value is None:
+        # Of full shape all the same: then every operand of the last pass runs along whole rows.
+        return xp.full(plan.parameter_shape, neutral, dtype=dtype, device=adapter.device_of(x))
+    return xp.reshape(xp.astype(value, dtype, copy=False), plan.parameter_shape)
+
+
+def _mask_to_work(adapter: "Adapter", mask: Any, x: Array, plan: "Plan") -> Array:
+    xp = adapter.xp
+    if isinstance(mask, bool | int | float | list | tuple | np.ndarray | np.generic):
+        mask = adapter.from_host(_host_mask(mask), x)
+    check_same_library(adapter, mask, "mask", x)
+    if adapter.is_complex(mask.dtype):
+        raise ArgumentTypeError(
+            f"mask has dtype {mask.dtype}: a mask is boolean, or holds zeros and ones. "
+            "Pass mask != 0."
+        )
+    mask = mask != 0
+    full, broadcast, work = plan.mask_shapes(tuple(mask.shape))
+    mask = xp.reshape(mask, full)
+    if plan.permutation is not None:
+        mask = xp.permute_dims(mask, plan.permutation)
+    return xp.reshape(xp.broadcast_to(mask, broadcast), work)
+
+
+def _host_mask(mask: Any) -> "np.ndarray[Any, Any]":
+    try:
+        values = np.asarray(mask)
+    except ValueError:
+        values = np.asarray(None)
+    if values.dtype.kind not in "biuf" and values.dtype.kind != "V":
+        raise ArgumentTypeError(
+            f"mask={mask!r} is no array of booleans or of zeros and ones: give one that broadcasts "
+            "to x, True where elements count."
+        )
+    boolean = values.astype(bool)
+    if values.dtype.kind != "b" and not np.array_equal(values, boolean):
+        odd = values[values != boolean].flat[0]
+        raise ArgumentValueError(
+            f"mask holds {odd}: a mask says which elements count, so it is boolean or holds zeros "
+            "and ones; it cannot weigh them. Pass mask != 0 if that is meant."
+        )
+    return boolean

@@ -1,0 +1,79 @@
+"""The backward pass, by hand, in the same array API terms: for libraries without autograd."""
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from groupnorm.statistics import (
+    Centred,
+    Normalizer,
+    join,
+    real_part,
+    split,
+    total,
+)
+
+if TYPE_CHECKING:
+    from groupnorm.backends import Adapter
+    from groupnorm.plan import Plan
+    from groupnorm.typing import Array
+
+__all__ = ["WorkGradients", "pull_back"]
+
+
+class WorkGradients(NamedTuple):
+    """Gradients in the work shape; the parameters' are this replica's share, not pooled."""
+
+    x: "Array"
+    scale: "Array"
+    bias: "Array"
+
+
+def pull_back(
+    dy: "Array",
+    mask: "Array | None",
+    scale: "Array",
+    centred: Centred,
+    normalizer: Normalizer,
+    plan: "Plan",
+    adapter: "Adapter",
+    axis_name: Any,
+    axis_index_groups: tuple[tuple[int, ...], ...] | None,
+) -> WorkGradients:
+    """Pull a cotangent back through the normalization.
+
+    With ``xhat = (x - mean) * rstd``, ``g = conj(scale) * dy`` and ``m`` the mask,
+    ``dx = rstd * (g - m * (mean(g) + xhat * mean(Re(conj(xhat) * g))))``, where the means run over a
+    group's valid elements on all replicas. Complex gradients are ``dL/dRe + i dL/dIm``.
+    """
+    xp = adapter.xp
+    rstd, count = normalizer.rstd, normalizer.count
+    xhat = centred.deviations * normalizer.gain
+    xhat -= normalizer.shift
+    sum_dy = total(dy, plan.positions, plan, xp)
+    sum_dy_xhat = total(dy * _conj(xhat, adapter), plan.positions, plan, xp)
+    members = (plan.members,)
+    conj_scale = _conj(scale, adapter)
+    p = total(conj_scale * sum_dy, members, plan, xp)
+    if not adapter.is_complex(xhat.dtype):
+        p = real_part(p, adapter)
+    q = real_part(total(conj_scale * sum_dy_xhat, members, plan, xp), adapter)
+    if axis_name is not None:
+        *p_parts, q = adapter.pool((*split(p, adapter), q), axis_name, axis_index_groups)
+        p = join(p_parts, adapter)
+    # A group without a valid element has constant statistics; the mask drops these terms. The weight
+    # is spread over the channels first: an operand that repeats within its rows costs NumPy tenfold.
+    weight = rstd / count * xp.ones_like(real_part(sum_dy, adapter))
+    through_statistics = xhat * (q * weight)
+    through_statistics += p * weight
+    if mask is not None:
+        through_statistics = xp.where(mask, through_statistics, xp.zeros_like(through_statistics))
+    dx = dy * (conj_scale * rstd)
+    if not adapter.is_complex(xhat.dtype):
+        dx = real_part(dx, adapter)
+    dx -= through_statistics
+    return WorkGradients(
+        dx, total(sum_dy_xhat, plan.kept, plan, xp), total(sum_dy, plan.kept, plan, xp)
+    )
+
+
+def _conj(x: "Array", adapter: "Adapter") -> "Array":
+    return adapter.xp.conj(x) if adapter.is_complex(x.dtype) else x

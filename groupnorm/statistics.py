@@ -1,0 +1,372 @@
+"""The implementation: measure a group's count, mean and variance, pool them, and normalize.
+
+Written once, in array API terms, for arrays in the work shape of a `Plan`. Arguments were validated
+before; nothing here asks which library computes.
+
+How the digits are kept
+-----------------------
+Sums run over deviations from a *pivot* `k` near the mean, never over raw values, so an offset of the
+data costs nothing. With `u` a scale for the deviations (so that no square overflows or vanishes) and
+`d = (x - k) * u``, per channel::
+
+    c  = sum(d) / n                      what the pivot missed
+    M2 = sum(|d|^2) - n |c|^2            harmless, since c is small
+
+Channels are merged into groups, and groups over replicas, by the formula of Chan, Golub and LeVeque
+relative to a reference near the mean of means. A mean therefore stays a pair, (reference, small
+correction), and so it is applied: rounding it to one number would lose the digits again.
+
+`use_fast_variance` only decides where the pivot comes from: the mean of a strided sample (the data is
+read once), or the mean of all of it (two passes). Under a mask it is always the latter, because a
+sample may hold no valid element at all.
+
+Pivots, references and scales carry no gradient. The result does not depend on them, so the gradient
+is exact all the same, at any order.
+
+References
+----------
+.. [1] Y. Wu and K. He, "Group Normalization", ECCV 2018, https://arxiv.org/abs/1803.08494
+.. [2] T. F. Chan, G. H. Golub and R. J. LeVeque, "Algorithms for computing the sample variance",
+   The American Statistician 37 (1983), 242-247.
+"""
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from groupnorm.plan import product
+
+if TYPE_CHECKING:
+    from groupnorm.backends import Adapter
+    from groupnorm.plan import Plan, Shape
+    from groupnorm.typing import Array
+
+__all__ = ["Centred", "Moments", "Normalizer", "at_least_one", "finish", "join", "measure", "normalize", "pool", "real_part", "split", "total"]
+
+# Sums longer than twice this are taken block by block: a running float32 sum of n terms errs by about
+# sqrt(n) roundings, and libraries differ in how they would split it. Fixed, so that the same call
+# gives the same bits on every machine.
+BLOCK = 256
+
+
+class Centred(NamedTuple):
+    """The data relative to its pivots."""
+
+    deviations: "Array"  # (x - pivot) * unit, in the work shape
+    pivot: "Array"  # per channel or per group, reduced axes of length 1
+    unit: "Array"  # the scale of the deviations, shaped as the pivot
+
+
+class Moments(NamedTuple):
+    """Count, mean and sum of squared deviations of every group.
+
+    The mean is ``reference + delta / unit``, the sum of squares ``m2 / unit**2``.
+    """
+
+    count: "Array | float"
+    reference: "Array"
+    unit: "Array"
+    delta: "Array"
+    m2: "Array"
+
+
+class Normalizer(NamedTuple):
+    """What turns deviations into normalized values: ``deviations * gain - shift``."""
+
+    gain: "Array"
+    shift: "Array"
+    rstd: "Array"  # 1 / sqrt(var + epsilon), per group
+    count: "Array | float"  # valid elements of a group, at least 1
+
+
+def total(x: "Array", axes: "Shape", plan: "Plan", xp: Any) -> "Array":
+    """Sum over `axes`, kept with length 1, in blocks of fixed size."""
+    for axis in reversed(axes):
+        x = _blocked_sum(x, axis, xp) if plan.blocked else xp.sum(x, axis=axis, keepdims=True)
+    return x
+
+
+def _blocked_sum(x: "Array", axis: int, xp: Any) -> "Array":
+    length = x.shape[axis]
+    if length <= 2 * BLOCK:
+        return xp.sum(x, axis=axis, keepdims=True)
+    block = _block(length)
+    blocks, rest = divmod(length, block)
+    shape = x.shape
+    split = (*shape[:axis], blocks, block, *shape[axis + 1 :])
+    if not rest:
+        return _blocked_sum(xp.sum(xp.reshape(x, split), axis=axis + 1), axis, xp)
+    before = (slice(None),) * axis
+    head = x[(*before, slice(None, blocks * block))]
+    tail = x[(*before, slice(blocks * block, None))]
+    return _blocked_sum(xp.sum(xp.reshape(head, split), axis=axis + 1), axis, xp) + xp.sum(
+        tail, axis=axis, keepdims=True
+    )
+
+
+def _block(length: int) -> int:
+    """Prefer a divisor of the length: no remainder to slice off and add."""
+    for distance in range(BLOCK // 2):
+        for block in (BLOCK - distance, BLOCK + distance):
+            if length % block == 0:
+                return block
+    return BLOCK
+
+
+def measure(
+    x: "Array",
+    mask: "Array | None",
+    plan: "Plan",
+    adapter: "Adapter",
+    epsilon: float,
+) -> tuple[Moments, Centred]:
+    """Measure every group of `x`.
+
+    Parameters
+    ----------
+    x : array
+        In the work shape and in the dtype of the statistics; finite wherever masked out.
+    mask : boolean array or None
+        Valid elements, broadcastable to the work shape.
+
+    Returns
+    -------
+    Moments
+        Of this array alone: nothing is pooled over replicas yet.
+    Centred
+        The deviations the moments were summed from.
+    """
+    xp = adapter.xp
+    counts: Array | float = plan.inner_count
+    enough: Array | float = max(plan.inner_count, 1)
+    if mask is not None:
+        counts = _counts(mask, plan, x, adapter)
+        enough = at_least_one(counts, xp)
+    still = adapter.detach(x)
+    if plan.sample is not None and mask is None:
+        still = still[plan.sample]
+        sampled = float(product(still.shape[a] for a in plan.inner))
+        pivot, lowest, highest = _pivots(still, mask, sampled, plan, adapter)
+    else:
+        pivot, lowest, highest = _pivots(still, mask, enough, plan, adapter)
+    unit = _unit(_magnitude(highest - lowest, adapter), epsilon, adapter)
+    # Of the pivot's full shape, since an operand that repeats within its rows costs NumPy tenfold.
+    unit = unit * xp.ones_like(_magnitude(pivot, adapter))
+
+    deviations = x - pivot
+    deviations *= unit
+    valid = deviations if mask is None else xp.where(mask, deviations, 0.0)
+    delta = total(valid, plan.inner, plan, xp) / enough
+    m2 = total(_abs2(valid, adapter), plan.inner, plan, xp) - counts * _abs2(delta, adapter)
+    centred = Centred(deviations, pivot, unit)
+    if not plan.outer:
+        return Moments(counts, pivot, unit, delta, m2), centred
+
+    weights = xp.ones_like(m2) * counts
+    count = total(weights, plan.outer, plan, xp)
+    enough = at_least_one(count, xp)
+    # Clipped: rounding must not push the mean of equal pivots off their common value.
+    reference = _clip(
+        total(pivot * weights, plan.outer, plan, xp) / enough, lowest, highest, adapter
+    )
+    group_unit = unit[(*(slice(None),) * plan.members, slice(0, 1))]
+    means = (pivot - reference) * unit + delta
+    mean = total(weights * means, plan.outer, plan, xp) / enough
+    m2 = total(m2 + weights * _abs2(means - mean, adapter), plan.outer, plan, xp)
+    return Moments(count, reference, group_unit, mean, m2), centred
+
+
+def at_least_one(count: "Array", xp: Any) -> "Array":
+    """Make a count safe to divide by: of what was not counted every sum is zero."""
+    return xp.where(count > 0, count, xp.ones_like(count))
+
+
+def _unit(spread: "Array", epsilon: float, adapter: "Adapter") -> "Array":
+    """The scale of the deviations: neither their squares nor epsilon's leave the dtype's range."""
+    xp = adapter.xp
+    smallest = 4.0 * adapter.smallest_normal(spread.dtype)
+    least = max(math.sqrt(epsilon), smallest)
+    # A constant group; or, if only the sample was constant, data of which nothing is known.
+    instead = least if epsilon else 1.0
+    return xp.ones_like(spread) / xp.where(spread > least, spread, xp.full_like(spread, instead))
+
+
+def _counts(mask: "Array", plan: "Plan", x: "Array", adapter: "Adapter") -> "Array":
+    """Count the valid elements along the inner axes; an axis the mask is constant along multiplies."""
+    xp = adapter.xp
+    real = adapter.real_dtype(x.dtype)
+    counts = total(xp.astype(mask, real), plan.inner, plan, xp)
+    repeats = product(plan.work_shape[a] for a in plan.inner if mask.shape[a] == 1)
+    return counts * (float(repeats) if plan.blocked else repeats)
+
+
+def _pivots(
+    x: "Array", mask: "Array | None", count: "Array | float", plan: "Plan", adapter: "Adapter"
+) -> tuple["Array", "Array", "Array"]:
+    """Return a pivot near the mean of each inner reduction, and each group's lowest and highest.
+
+    For complex data the real and imaginary parts are taken on their own.
+    """
+    xp = adapter.xp
+    if adapter.is_complex(x.dtype):
+        parts = (
+            _real_pivots(part, mask, count, plan, xp) for part in (xp.real(x), xp.imag(x))
+        )
+        real, imaginary = parts
+        return tuple(  # type: ignore[return-value]  # three of them
+            adapter.complex_from(re, im) for re, im in zip(real, imaginary, strict=True)
+        )
+    return _real_pivots(x, mask, count, plan, adapter.xp)
+
+
+def _real_pivots(
+    x: "Array", mask: "Array | None", count: "Array | float", plan: "Plan", xp: Any
+) -> tuple["Array", "Array", "Array"]:
+    if plan.empty:
+        pivot = xp.sum(x, axis=plan.inner, keepdims=True)
+        edge = xp.sum(pivot, axis=plan.outer, keepdims=True) if plan.outer else pivot
+        return pivot, edge, edge
+    # Masked-out elements become the identity of min and max.
+    above = x if mask is None else xp.where(mask, x, math.inf)
+    below = x if mask is None else xp.where(mask, x, -math.inf)
+    low = xp.min(above, axis=plan.inner, keepdims=True)
+    high = xp.max(below, axis=plan.inner, keepdims=True)
+    lowest, highest = low, high
+    if plan.outer:
+        lowest = xp.min(low, axis=plan.outer, keepdims=True)
+        highest = xp.max(high, axis=plan.outer, keepdims=True)
+    if mask is not None:
+        low, high = _zero_if_none(low, high, xp)
+        lowest, highest = _zero_if_none(lowest, highest, xp)
+    deviations = x - low
+    if mask is not None:
+        deviations = xp.where(mask, deviations, 0.0)
+    pivot = low + total(deviations, plan.inner, plan, xp) / count
+    # Clipped, so that the pivot of equal elements is exactly their value.
+    return _clip_real(pivot, low, high, xp), lowest, highest
+
+
+def _zero_if_none(low: "Array", high: "Array", xp: Any) -> tuple["Array", "Array"]:
+    """Where nothing was valid, low is inf and high -inf: give zeros instead."""
+    nothing = low > high
+    return xp.where(nothing, xp.zeros_like(low), low), xp.where(nothing, xp.zeros_like(high), high)
+
+
+def _clip_real(x: "Array", low: "Array", high: "Array", xp: Any) -> "Array":
+    return xp.where(x < low, low, xp.where(x > high, high, x))
+
+
+def _clip(x: "Array", low: "Array", high: "Array", adapter: "Adapter") -> "Array":
+    xp = adapter.xp
+    if not adapter.is_complex(x.dtype):
+        return _clip_real(x, low, high, xp)
+    return adapter.complex_from(
+        _clip_real(xp.real(x), xp.real(low), xp.real(high), xp),
+        _clip_real(xp.imag(x), xp.imag(low), xp.imag(high), xp),
+    )
+
+
+def _magnitude(x: "Array", adapter: "Adapter") -> "Array":
+    """Size of each element that cannot overflow: for complex numbers the larger part's."""
+    xp = adapter.xp
+    if not adapter.is_complex(x.dtype):
+        return xp.abs(x)
+    real, imaginary = xp.abs(xp.real(x)), xp.abs(xp.imag(x))
+    return xp.where(real < imaginary, imaginary, real)
+
+
+def _abs2(x: "Array", adapter: "Adapter") -> "Array":
+    if not adapter.is_complex(x.dtype):
+        return x * x
+    real, imaginary = adapter.xp.real(x), adapter.xp.imag(x)
+    return real * real + imaginary * imaginary
+
+
+def pool(
+    moments: Moments,
+    adapter: "Adapter",
+    epsilon: float,
+    axis_name: Any,
+    axis_index_groups: tuple[tuple[int, ...], ...] | None,
+) -> Moments:
+    """Merge the moments of all replicas, in two small collectives, with their true counts.
+
+    The first finds a reference and a scale all replicas share, and takes no gradient; the second
+    merges relative to them.
+    """
+    xp = adapter.xp
+    local = xp.ones_like(moments.m2) * moments.count
+    mean = adapter.detach(moments.reference + moments.delta / moments.unit)
+    # How far any element may be from the common mean; an empty replica's unit means nothing.
+    reach = xp.where(
+        local > 0, 1.0 / moments.unit + _magnitude(mean, adapter), xp.zeros_like(moments.unit)
+    )
+    count, reach, *sums = adapter.pool(
+        (local, reach, *split(local * mean, adapter)), axis_name, axis_index_groups
+    )
+    enough = at_least_one(count, xp)
+    common = join([s / enough for s in sums], adapter)
+    unit = _unit(reach, epsilon, adapter)
+
+    ratio = unit / moments.unit
+    off = (moments.reference - common) * unit + moments.delta * ratio
+    m2, *sums = adapter.pool(
+        (moments.m2 * ratio * ratio + local * _abs2(off, adapter), *split(local * off, adapter)),
+        axis_name,
+        axis_index_groups,
+    )
+    delta = join([s / enough for s in sums], adapter)
+    return Moments(count, common, unit, delta, m2 - count * _abs2(delta, adapter))
+
+
+def split(x: "Array", adapter: "Adapter") -> tuple["Array", ...]:
+    """Give the real arrays a collective can carry: the array, or its real and imaginary parts."""
+    if not adapter.is_complex(x.dtype):
+        return (x,)
+    return adapter.xp.real(x), adapter.xp.imag(x)
+
+
+def join(parts: list["Array"], adapter: "Adapter") -> "Array":
+    """Undo `split`."""
+    return parts[0] if len(parts) == 1 else adapter.complex_from(*parts)
+
+
+def real_part(x: "Array", adapter: "Adapter") -> "Array":
+    """Drop the imaginary part, if there is one."""
+    return adapter.xp.real(x) if adapter.is_complex(x.dtype) else x
+
+
+def finish(
+    moments: Moments, centred: Centred, adapter: "Adapter", epsilon: float, *, may_be_empty: bool
+) -> Normalizer:
+    """Turn moments into what normalizes deviations.
+
+    Parameters
+    ----------
+    may_be_empty : bool
+        Whether a group may have no valid element; then its mean is 0 and its variance 1.
+    """
+    xp = adapter.xp
+    count, reference, unit, delta, m2 = moments
+    enough = at_least_one(xp.ones_like(m2) * count, xp) if may_be_empty else count
+    root = math.sqrt(epsilon) * unit
+    # Rounding may leave a tiny negative; this way round, NaN stays NaN.
+    variance = xp.where(m2 < 0, xp.zeros_like(m2), m2) / enough + root * root
+    # Without an epsilon a constant group has nothing to divide by: any finite number will do.
+    variance = xp.where(variance == 0, xp.ones_like(variance), variance)
+    # A square beyond the sample's scale overflowed: say so, instead of dividing everything away.
+    variance = xp.where(variance == math.inf, xp.full_like(variance, math.nan), variance)
+    rstd = unit / xp.sqrt(variance)
+    if may_be_empty:
+        counted = xp.ones_like(m2) * count > 0
+        rstd = xp.where(counted, rstd, xp.full_like(rstd, 1.0 / math.sqrt(1.0 + epsilon)))
+    shift = ((reference - centred.pivot) + delta / unit) * rstd
+    return Normalizer(rstd / centred.unit, shift, rstd, enough)
+
+
+def normalize(
+    centred: Centred, normalizer: Normalizer, scale: "Array", bias: "Array"
+) -> "Array":
+    """Apply: one multiply and one add for each element, everything else is per channel."""
+    y = centred.deviations * (normalizer.gain * scale)
+    y += bias - normalizer.shift * scale
+    return y

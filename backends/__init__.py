@@ -65,6 +65,10 @@ class Adapter:
         """Return a value no gradient flows through."""
         return x
 
+    def settle(self, *values: "Array") -> "tuple[Array, ...]":
+        """Mark small arrays a compiler shall compute once, not again in each element that uses them."""
+        return values
+
     def from_host(self, value: "np.ndarray[Any, Any]", like: "Array | None" = None) -> "Array":
         """Bring a NumPy array here with exactly its values, to the device of `like`."""
         device = None if like is None else self.device_of(like)

@@ -102,4 +102,5 @@ def _forward(
         options.epsilon,
         may_be_empty=ready.mask is not None or ready.plan.empty or options.axis_name is not None,
     )
-    return normalize(centred, normalizer, ready.scale, ready.bias), centred, normalizer
+    y = normalize(centred, normalizer, ready.scale, ready.bias, ready.plan, adapter)
+    return y, centred, normalizer

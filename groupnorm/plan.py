@@ -1,14 +1,20 @@
 """Every shape and axis decision, in plain integers: no array library is needed to make or test one.
 
 A `Plan` says how an array of one shape is normalized. The array is brought to its *work shape*, in
-which neighbouring axes of one kind are merged and the channels are split into groups::
+which neighbouring axes of one kind are merged:
 
-    kept       axes the statistics are separate for (the batch)
-    positions  axes reduced together with the features (space, time)
-    groups, members    the channel axis split in two: (num_groups, group_size)
+kept
+    axes the statistics are separate for (the batch);
+positions
+    axes reduced together with the features (space, time);
+channels
+    the features.
 
-Statistics are taken in two stages, since that is what runs fast in every memory layout: the `inner`
-axes are summed first, element by element; then the few partial results along `outer` are merged.
+Statistics are taken in two stages, since that is what runs fast in every memory layout: first each
+channel's, over the positions (the `inner` axes); then those of a group's channels are merged. Only the
+few numbers of the first stage are ever put in *grouped shape*, where the channel axis is split in two,
+(num_groups, group_size), the second of them called `members`: loops over full-size arrays run along
+whole rows. With very few positions there is one stage only, and the work shape is the grouped one.
 """
 
 import math
@@ -41,13 +47,13 @@ class Plan(NamedTuple):
     inverse_permutation: Shape | None
     merged: tuple[tuple[int, ...], ...]
     work_shape: Shape
-    kept: Shape
-    positions: Shape
-    members: int
-    inner: Shape
-    outer: Shape
+    channel: int  # the channel axis of the work shape; the group axis of the grouped shape
+    kept: Shape  # in the grouped shape
+    positions: Shape  # in the work shape
+    inner: Shape  # in the work shape
+    two_stages: bool
     sample: tuple[slice, ...] | None
-    parameter_shape: Shape
+    parameter_shape: Shape  # grouped
     feature_shape: Shape
     channels: int
     inner_count: float
@@ -58,6 +64,24 @@ class Plan(NamedTuple):
     def empty(self) -> bool:
         """Whether there is nothing to take statistics of, which reductions such as min refuse."""
         return self.group_count == 0
+
+    @property
+    def members(self) -> int:
+        """The axis of the grouped shape along which a group's channels lie."""
+        return self.channel + 1
+
+    def grouped(self, shape: Shape) -> Shape:
+        """Split the channel axis of a shape that has all channels."""
+        if not self.two_stages:
+            return shape
+        split = self.parameter_shape[self.channel : self.channel + 2]
+        return (*shape[: self.channel], *split, *shape[self.channel + 1 :])
+
+    def ungrouped(self, shape: Shape) -> Shape:
+        """Undo `grouped`."""
+        if not self.two_stages:
+            return shape
+        return (*shape[: self.channel], self.channels, *shape[self.channel + 2 :])
 
     def mask_shapes(self, mask_shape: Shape) -> tuple[Shape, Shape, Shape]:
         """Say how a mask is brought to the work shape without growing more than it must.
@@ -96,12 +120,9 @@ class Plan(NamedTuple):
             else:
                 broadcast += sizes
                 work.append(product(sizes))
-        # The channel axis becomes (groups, members).
-        groups = self.members - 1
-        channels = work[groups]
-        work[groups : groups + 1] = (
-            [1, 1] if channels == 1 else [self.work_shape[groups], self.work_shape[self.members]]
-        )
+        if not self.two_stages:
+            at = slice(self.channel, self.channel + 1)
+            work[at] = [1, 1] if work[self.channel] == 1 else self.work_shape[at.start : at.stop + 1]
         return full, tuple(broadcast), tuple(work)
 
 
@@ -201,23 +222,23 @@ def make_plan_uncached(
         else:
             merged.append([axis])
 
-    work: list[int] = []
-    kept: list[int] = []
-    positions: list[int] = []
-    members = 0
-    for axes in merged:
-        kind = kinds[axes[0]]
-        if kind == "F":
-            members = len(work) + 1
-            work += [groups, channels // groups]
-            continue
-        (kept if kind == "K" else positions).append(len(work))
-        work.append(product(permuted_shape[a] for a in axes))
-
-    position_count = product(work[a] for a in positions)
-    one_stage = position_count < FEW_POSITIONS or work[members] == 1
-    inner = tuple(sorted([*positions, members])) if one_stage else tuple(positions)
+    sizes = [product(permuted_shape[a] for a in axes) for axes in merged]
+    roles = [kinds[axes[0]] for axes in merged]
+    channel = roles.index("F")
+    group_size = channels // groups
+    position_count = product(n for n, role in zip(sizes, roles, strict=True) if role == "P")
+    two_stages = position_count >= FEW_POSITIONS and group_size > 1
+    # The group axis and the members take the place of the channels.
+    grouped = [i + (i > channel) for i in range(len(sizes))]
+    work_axes = list(range(len(sizes))) if two_stages else grouped
+    positions = tuple(i for i, role in zip(work_axes, roles, strict=True) if role == "P")
+    work = list(sizes)
+    if not two_stages:
+        work[channel : channel + 1] = [groups, group_size]
+    inner = positions if two_stages else tuple(sorted([*positions, channel + 1]))
     inner_count = product(work[a] for a in inner)
+    parameter_shape = [1] * (len(sizes) + 1)
+    parameter_shape[channel : channel + 2] = [groups, group_size]
     return Plan(
         shape=shape,
         permutation=permutation,
@@ -225,21 +246,19 @@ def make_plan_uncached(
         inverse_permutation=None if permutation is None else _inverse(permutation),
         merged=tuple(tuple(axes) for axes in merged),
         work_shape=tuple(work),
-        kept=tuple(kept),
-        positions=tuple(positions),
-        members=members,
+        channel=channel,
+        kept=tuple(i for i, role in zip(grouped, roles, strict=True) if role == "K"),
+        positions=positions,
         inner=inner,
-        outer=() if one_stage else (members,),
+        two_stages=two_stages,
         sample=_sample(work, inner, inner_count) if sampled and static else None,
-        parameter_shape=tuple(
-            size if a in (members - 1, members) else 1 for a, size in enumerate(work)
-        ),
+        parameter_shape=tuple(parameter_shape),
         feature_shape=feature_shape,
         channels=channels,
         # A float from the start, since a large int overflows some libraries' default integer; but
         # turning a size that a compiler still leaves open into a float would fix it.
         inner_count=float(inner_count) if static else inner_count,
-        group_count=position_count * work[members],
+        group_count=position_count * group_size,
         blocked=static,
     )
 

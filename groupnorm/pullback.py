@@ -46,10 +46,19 @@ def pull_back(
     """
     xp = adapter.xp
     rstd, count = normalizer.rstd, normalizer.count
-    xhat = centred.deviations * normalizer.gain
-    xhat -= normalizer.shift
-    sum_dy = total(dy, plan.positions, plan, xp)
-    sum_dy_xhat = total(dy * _conj(xhat, adapter), plan.positions, plan, xp)
+
+    def channels(value: "Array") -> "Array":
+        return xp.reshape(value, plan.ungrouped(value.shape))
+
+    def groups(value: "Array") -> "Array":
+        return xp.reshape(value, plan.grouped(value.shape))
+
+    ones = xp.ones_like(rstd * real_part(scale, adapter))
+    gain, shift = adapter.settle(normalizer.gain * ones, normalizer.shift * ones)
+    xhat = centred.deviations * channels(gain)
+    xhat -= channels(shift)
+    sum_dy = groups(total(dy, plan.positions, plan, xp))
+    sum_dy_xhat = groups(total(dy * _conj(xhat, adapter), plan.positions, plan, xp))
     members = (plan.members,)
     conj_scale = _conj(scale, adapter)
     p = total(conj_scale * sum_dy, members, plan, xp)
@@ -59,14 +68,15 @@ def pull_back(
     if axis_name is not None:
         *p_parts, q = adapter.pool((*split(p, adapter), q), axis_name, axis_index_groups)
         p = join(p_parts, adapter)
-    # A group without a valid element has constant statistics; the mask drops these terms. The weight
-    # is spread over the channels first: an operand that repeats within its rows costs NumPy tenfold.
-    weight = rstd / count * xp.ones_like(real_part(sum_dy, adapter))
-    through_statistics = xhat * (q * weight)
-    through_statistics += p * weight
+    # Spread over the channels: an operand that repeats within its rows costs NumPy tenfold.
+    weight = rstd / count * ones
+    factor, slope, offset = adapter.settle(conj_scale * rstd, q * weight, p * weight)
+    through_statistics = xhat * channels(slope)
+    through_statistics += channels(offset)
     if mask is not None:
-        through_statistics = xp.where(mask, through_statistics, xp.zeros_like(through_statistics))
-    dx = dy * (conj_scale * rstd)
+        # A group without a valid element has constant statistics: the mask drops all of this.
+        through_statistics = xp.where(mask, through_statistics, 0.0)
+    dx = dy * channels(factor)
     if not adapter.is_complex(xhat.dtype):
         dx = real_part(dx, adapter)
     dx -= through_statistics

@@ -52,7 +52,7 @@ class Centred(NamedTuple):
     """The data relative to its pivots."""
 
     deviations: "Array"  # (x - pivot) * unit, in the work shape
-    pivot: "Array"  # per channel or per group, reduced axes of length 1
+    pivot: "Array"  # per channel (or, in one stage, per group), in the grouped shape
     unit: "Array"  # the scale of the deviations, shaped as the pivot
 
 
@@ -151,27 +151,28 @@ def measure(
     unit = _unit(_magnitude(highest - lowest, adapter), epsilon, adapter)
     # Of the pivot's full shape, since an operand that repeats within its rows costs NumPy tenfold.
     unit = unit * xp.ones_like(_magnitude(pivot, adapter))
+    pivot, unit = adapter.settle(pivot, unit)
 
-    deviations = x - pivot
-    deviations *= unit
+    deviations = x - xp.reshape(pivot, plan.ungrouped(pivot.shape))
+    deviations *= xp.reshape(unit, plan.ungrouped(unit.shape))
     valid = deviations if mask is None else xp.where(mask, deviations, 0.0)
     delta = total(valid, plan.inner, plan, xp) / enough
     m2 = total(_abs2(valid, adapter), plan.inner, plan, xp) - counts * _abs2(delta, adapter)
     centred = Centred(deviations, pivot, unit)
-    if not plan.outer:
+    if not plan.two_stages:
         return Moments(counts, pivot, unit, delta, m2), centred
 
     weights = xp.ones_like(m2) * counts
-    count = total(weights, plan.outer, plan, xp)
+    weights, delta, m2 = (xp.reshape(a, plan.grouped(a.shape)) for a in (weights, delta, m2))
+    members = (plan.members,)
+    count = total(weights, members, plan, xp)
     enough = at_least_one(count, xp)
     # Clipped: rounding must not push the mean of equal pivots off their common value.
-    reference = _clip(
-        total(pivot * weights, plan.outer, plan, xp) / enough, lowest, highest, adapter
-    )
+    reference = _clip(total(pivot * weights, members, plan, xp) / enough, lowest, highest, adapter)
     group_unit = unit[(*(slice(None),) * plan.members, slice(0, 1))]
     means = (pivot - reference) * unit + delta
-    mean = total(weights * means, plan.outer, plan, xp) / enough
-    m2 = total(m2 + weights * _abs2(means - mean, adapter), plan.outer, plan, xp)
+    mean = total(weights * means, members, plan, xp) / enough
+    m2 = total(m2 + weights * _abs2(means - mean, adapter), members, plan, xp)
     return Moments(count, reference, group_unit, mean, m2), centred
 
 
@@ -204,7 +205,7 @@ def _pivots(
 ) -> tuple["Array", "Array", "Array"]:
     """Return a pivot near the mean of each inner reduction, and each group's lowest and highest.
 
-    For complex data the real and imaginary parts are taken on their own.
+    All are in the grouped shape. For complex data the real and imaginary parts are taken on their own.
     """
     xp = adapter.xp
     if adapter.is_complex(x.dtype):
@@ -223,17 +224,16 @@ def _real_pivots(
 ) -> tuple["Array", "Array", "Array"]:
     if plan.empty:
         pivot = xp.sum(x, axis=plan.inner, keepdims=True)
-        edge = xp.sum(pivot, axis=plan.outer, keepdims=True) if plan.outer else pivot
+        pivot = xp.reshape(pivot, plan.grouped(pivot.shape))
+        edge = xp.sum(pivot, axis=plan.members, keepdims=True)
         return pivot, edge, edge
     # Masked-out elements become the identity of min and max.
     above = x if mask is None else xp.where(mask, x, math.inf)
     below = x if mask is None else xp.where(mask, x, -math.inf)
     low = xp.min(above, axis=plan.inner, keepdims=True)
     high = xp.max(below, axis=plan.inner, keepdims=True)
-    lowest, highest = low, high
-    if plan.outer:
-        lowest = xp.min(low, axis=plan.outer, keepdims=True)
-        highest = xp.max(high, axis=plan.outer, keepdims=True)
+    lowest = xp.min(xp.reshape(low, plan.grouped(low.shape)), axis=plan.members, keepdims=True)
+    highest = xp.max(xp.reshape(high, plan.grouped(high.shape)), axis=plan.members, keepdims=True)
     if mask is not None:
         low, high = _zero_if_none(low, high, xp)
         lowest, highest = _zero_if_none(lowest, highest, xp)
@@ -242,7 +242,8 @@ def _real_pivots(
         deviations = xp.where(mask, deviations, 0.0)
     pivot = low + total(deviations, plan.inner, plan, xp) / count
     # Clipped, so that the pivot of equal elements is exactly their value.
-    return _clip_real(pivot, low, high, xp), lowest, highest
+    pivot = _clip_real(pivot, low, high, xp)
+    return xp.reshape(pivot, plan.grouped(pivot.shape)), lowest, highest
 
 
 def _zero_if_none(low: "Array", high: "Array", xp: Any) -> tuple["Array", "Array"]:
@@ -364,9 +365,15 @@ def finish(
 
 
 def normalize(
-    centred: Centred, normalizer: Normalizer, scale: "Array", bias: "Array"
+    centred: Centred,
+    normalizer: Normalizer,
+    scale: "Array",
+    bias: "Array",
+    plan: "Plan",
+    adapter: "Adapter",
 ) -> "Array":
     """Apply: one multiply and one add for each element, everything else is per channel."""
-    y = centred.deviations * (normalizer.gain * scale)
-    y += bias - normalizer.shift * scale
+    factor, term = adapter.settle(normalizer.gain * scale, bias - normalizer.shift * scale)
+    y = centred.deviations * adapter.xp.reshape(factor, plan.ungrouped(factor.shape))
+    y += adapter.xp.reshape(term, plan.ungrouped(term.shape))
     return y

@@ -132,8 +132,9 @@ def _check_rows(columns: list[tuple[BackendReport, str]]) -> list[Row]:
 
 
 def _cell(check: Check) -> str:
-    error = "raised" if check.error is None else f"{check.error:.1e}"
-    return error if check.agrees else f"{error} WRONG"
+    if check.error is None:
+        return "RAISED"
+    return f"{check.error:.1e}" if check.agrees else f"{check.error:.1e} WRONG"
 
 
 def _verdict(reports: list[BackendReport]) -> str:
@@ -166,7 +167,7 @@ def _print_table(title: str, header: Row, rows: list[Row]) -> None:
 def _style(cell: str) -> str:
     if cell == "agrees":
         return "green"
-    return "bold red" if cell == "disagrees" or cell.endswith("WRONG") else ""
+    return "bold red" if cell.endswith(("disagrees", "RAISED", "WRONG")) else ""
 
 
 def _print_plain_table(title: str, header: Row, rows: list[Row]) -> None:

@@ -2,10 +2,11 @@
 
 How to add a backend
 --------------------
-Write a module beside this one with a subclass of `Adapter` and, where the library has its own idea of
-a layer, a subclass of `groupnorm.layer.GroupNorm`; name both in `groupnorm.dispatch`. Import the
+Write a module beside this one with a subclass of `Adapter` and, where the library has its own idea
+of a layer, a subclass of `groupnorm.layer.GroupNorm`; name both in `groupnorm.dispatch`. Import the
 library there and nowhere else. The base class serves any array API library as it is (see
-``generic.py``): override what differs. Then add a row to ``tests/backends.py``; every test runs on it.
+``generic.py``): override what differs. Then add a row to ``tests/backends.py``; every test runs on
+it.
 """
 
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -66,7 +67,7 @@ class Adapter:
         return x
 
     def settle(self, *values: "Array") -> "tuple[Array, ...]":
-        """Mark small arrays a compiler shall compute once, not again in each element that uses them."""
+        """Mark small arrays a compiler shall compute once, not in each element that uses them."""
         return values
 
     def from_host(self, value: "np.ndarray[Any, Any]", like: "Array | None" = None) -> "Array":
@@ -156,7 +157,7 @@ class Adapter:
         raise NotImplementedError
 
     def fused(self, x: "Array", scale: "Array", bias: "Array", plan: Plan, options: Any) -> Any:
-        """Return the result of a kernel that computes exactly this plan, or None for the portable way."""
+        """Return what a kernel for exactly this plan computes, or None for the portable way."""
         return None
 
 
@@ -204,5 +205,3 @@ def _group_of(axis_index_groups: tuple[tuple[int, ...], ...], size: int) -> list
             f"{size} exactly once: each replica must belong to one group. Split 0 ... {size - 1}."
         )
     return [next(g for g, group in enumerate(axis_index_groups) if i in group) for i in range(size)]
-
-

@@ -24,19 +24,23 @@ class GenericAdapter(Adapter):
 
     def is_array(self, x: object) -> bool:
         """Whether the namespace is this one."""
-        return array_api_compat.is_array_api_obj(x) and array_api_compat.array_namespace(x) is self.xp
+        return (
+            array_api_compat.is_array_api_obj(x) and array_api_compat.array_namespace(x) is self.xp
+        )
 
     def check_input(self, x: Any) -> None:
         """Refuse sizes that are not known yet."""
         if any(not isinstance(size, int) for size in x.shape):
             raise ArgumentValueError(
-                f"x has shape {x.shape} with unknown sizes: statistics need the number of elements. "
-                "For Dask call x.compute_chunk_sizes() first."
+                f"x has shape {x.shape} with unknown sizes: statistics need the number of "
+                "elements. For Dask call x.compute_chunk_sizes() first."
             )
 
     def plan(self, *key: Any, sampled: bool) -> Plan:
         """Leave blocks to the library: it may split an array along any axis."""
-        return make_plan(*key, sampled=sampled, static=not array_api_compat.is_dask_namespace(self.xp))
+        return make_plan(
+            *key, sampled=sampled, static=not array_api_compat.is_dask_namespace(self.xp)
+        )
 
 
 _adapters: dict[str, GenericAdapter] = {}

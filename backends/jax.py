@@ -43,7 +43,8 @@ class JaxAdapter(Adapter):
         """End in a reduction, which XLA does not fuse into the loops over all elements.
 
         Fused, the whole chain of small operations before it is computed again for every element,
-        which doubled the time on the CPU; `lax.optimization_barrier` is dropped before fusion there.
+        which doubled the time on the CPU; `lax.optimization_barrier` is dropped before fusion
+        there.
         """
         return tuple(jnp.sum(jnp.stack([v, jnp.zeros_like(v)]), axis=0) for v in values)
 
@@ -144,9 +145,9 @@ class JaxGroupNorm(PlainGroupNorm):
         return ((key("scale"), self._scale), (key("bias"), self._bias)), self._settings
 
     @classmethod
-    def _unflatten(cls, settings: Any, children: tuple[Any, ...]) -> "JaxGroupNorm":
+    def _unflatten(cls, settings: Any, children: Any) -> "JaxGroupNorm":
         # Anything may be a leaf here: tracers, shapes, None, placeholders.
-        layer = cls.__new__(cls)
+        layer: JaxGroupNorm = object.__new__(cls)
         layer._settings = settings
         layer._scale, layer._bias = children
         return layer

@@ -59,14 +59,13 @@ class NumpyAdapter(Adapter):
 
     def is_complex(self, dtype: Any) -> bool:
         """Whether dtype is complex."""
-        return np.dtype(dtype).kind == "c"
+        return bool(np.dtype(dtype).kind == "c")
 
     def is_real_floating(self, dtype: Any) -> bool:
         """Whether dtype is real floating; ml_dtypes' floats are of kind "V" or "f"."""
         dtype = np.dtype(dtype)
-        return dtype.kind == "f" or (
-            dtype.kind == "V" and dtype.name.startswith(("bfloat", "float"))
-        )
+        small = dtype.kind == "V" and dtype.name.startswith(("bfloat", "float"))
+        return bool(dtype.kind == "f" or small)
 
     def real_dtype(self, dtype: Any) -> Any:
         """Return the dtype of the parts, longdouble included."""
@@ -80,7 +79,7 @@ class NumpyAdapter(Adapter):
         """Return NumPy's dtype of a name, or ml_dtypes'."""
         try:
             return np.dtype(name)
-        except TypeError:
+        except TypeError:  # NumPy has no such name
             return small_float(name)
 
     def layer_class(self) -> type[GroupNorm]:
@@ -102,7 +101,8 @@ def small_float(name: str) -> "np.dtype[Any]":
             f"dtype={name!r} is no dtype of NumPy or ml_dtypes: choose one they have, such as "
             "'float32' or 'bfloat16'."
         )
-    return np.dtype(getattr(ml_dtypes, name))
+    dtype: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
+    return dtype
 
 
 class NumpyGroupNorm(PlainGroupNorm):

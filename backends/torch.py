@@ -77,8 +77,8 @@ class TorchAdapter(Adapter):
         if not isinstance(axis_name, dist.ProcessGroup):
             raise AxisNameError(
                 f"axis_name={axis_name!r} is a {type(axis_name).__name__}: for PyTorch tensors the "
-                "replicas are a torch.distributed.ProcessGroup, such as torch.distributed.group.WORLD "
-                "after init_process_group."
+                "replicas are a torch.distributed.ProcessGroup, such as "
+                "torch.distributed.group.WORLD after init_process_group."
             )
         rank = dist.get_rank(axis_name)
         if rank < 0:
@@ -92,7 +92,7 @@ class TorchAdapter(Adapter):
             rank,
             dist.get_world_size(axis_name),
             axis_index_groups,
-            lambda x: _AddOverRanks.apply(x, axis_name),
+            lambda x: _add_over_ranks(x, axis_name),
         )
 
     def hold(self, value: Any, param_type: Any, name: str) -> Any:
@@ -106,9 +106,8 @@ class TorchAdapter(Adapter):
     def devices(self) -> tuple[str, ...]:
         """Name the CPU and the accelerators."""
         found = ["cpu"]
-        if torch.accelerator.is_available():
-            kind = torch.accelerator.current_accelerator()
-            assert kind is not None
+        kind = torch.accelerator.current_accelerator(check_available=True)
+        if kind is not None:
             found += [f"{kind.type}:{i}" for i in range(torch.accelerator.device_count())]
         return tuple(found)
 
@@ -129,11 +128,15 @@ class _AddOverRanks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        return _AddOverRanks.apply(gradients[0], ctx.group), None
+        return _add_over_ranks(gradients[0], ctx.group), None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        return _AddOverRanks.apply(tangents[0], ctx.group)
+        return _add_over_ranks(tangents[0], ctx.group)
+
+
+def _add_over_ranks(x: Any, group: Any) -> Any:
+    return _AddOverRanks.apply(x, group)  # type: ignore[no-untyped-call]
 
 
 class TorchGroupNorm(GroupNorm, torch.nn.Module):
@@ -172,7 +175,7 @@ class TorchGroupNorm(GroupNorm, torch.nn.Module):
         """Normalize x; see `update`."""
         return self._normalize(x, mask)
 
-    @property  # type: ignore[override]  # the parent class only announces it
+    @property
     def scale(self) -> Any:
         """The weight, in the shape of the feature axes."""
         weight = self.weight
@@ -194,7 +197,7 @@ class TorchGroupNorm(GroupNorm, torch.nn.Module):
     __repr__ = torch.nn.Module.__repr__
 
 
-class TorchNativeGroupNorm(TorchGroupNorm, torch.nn.GroupNorm):
+class TorchNativeGroupNorm(TorchGroupNorm, torch.nn.GroupNorm):  # type: ignore[override]
     """A layer that computes what `torch.nn.GroupNorm` computes, and is one."""
 
     def _get_name(self) -> str:

@@ -8,7 +8,7 @@ from groupnorm.discovery import BackendInfo, available_backends
 from groupnorm.functional import group_norm, group_norm_vjp
 from groupnorm.layer import GroupNorm
 
-__version__ = "0.1.0"
+__version__ = "0.1.0.dev0"
 
 __all__ = [
     "BackendInfo",

@@ -65,7 +65,7 @@ def apply_with_pullback(
         )
         dx = work.x
         if ready.counted is not None:
-            dx = xp.where(ready.counted, dx, xp.zeros_like(dx))
+            dx = xp.where(ready.counted, dx, 0.0)
         floating = adapter.is_real_floating(x.dtype) or adapter.is_complex(x.dtype)
         return Gradients(
             from_work(dx, plan, x.dtype if floating else dx.dtype, xp),

@@ -75,8 +75,9 @@ def adapter_of(x: Any, argument: str = "x") -> "Adapter":
             adapter: Adapter = generic.adapter_for_namespace(compat.array_namespace(x))
             return adapter
     raise ArgumentTypeError(
-        f"{argument}={_shortened(x)} is a {type(x).__name__}, not an array: pass an array of NumPy, "
-        f"JAX, PyTorch, CuPy or another array API library, such as numpy.asarray({argument})."
+        f"{argument}={_shortened(x)} is a {type(x).__name__}, not an array: pass an array of "
+        f"NumPy, JAX, PyTorch, CuPy or another array API library, such as "
+        f"numpy.asarray({argument})."
     )
 
 

@@ -1,4 +1,4 @@
-"""The exceptions of this package: each derives from `GroupNormError` and from the usual built-in."""
+"""The exceptions of this package; each derives from `GroupNormError` and a built-in one."""
 
 __all__ = [
     "ArgumentTypeError",

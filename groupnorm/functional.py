@@ -136,10 +136,10 @@ def group_norm_vjp(
     y : array of x's shape
         What `group_norm` returns.
     pullback : callable
-        Takes a cotangent of y's shape, returns `groupnorm.typing.Gradients` with fields `x`, `scale`
-        and `bias` (None where there is no parameter), each in its argument's shape and dtype. With
-        `axis_name` the parameters' gradients are this replica's share: their sum is the gradient.
-        Complex gradients are dL/dRe + i dL/dIm, in every library.
+        Takes a cotangent of y's shape, returns `groupnorm.typing.Gradients` with fields `x`,
+        `scale` and `bias` (None where there is no parameter), each in its argument's shape and
+        dtype. With `axis_name` the parameters' gradients are this replica's share: their sum is the
+        gradient. Complex gradients are dL/dRe + i dL/dIm, in every library.
 
     Raises
     ------

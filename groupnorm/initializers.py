@@ -1,9 +1,9 @@
 """Initial values of scale and bias.
 
-An initializer is a callable that takes ``(shape, dtype)`` and returns an array, as here and in NumPy.
-Those of other frameworks are taken as they are: ``(key, shape, dtype)`` as in JAX, flax and equinox
-(called with ``jax.random.key(0)``), ``(shape)`` alone as in brainstate, and ``torch.nn.init``'s, which
-fill a tensor in place.
+An initializer is a callable that takes ``(shape, dtype)`` and returns an array, as here and in
+NumPy. Those of other frameworks are taken as they are: ``(key, shape, dtype)`` as in JAX, flax and
+equinox (called with ``jax.random.key(0)``), ``(shape)`` alone as in brainstate, and
+``torch.nn.init``'s, which fill a tensor in place.
 """
 
 import inspect
@@ -39,7 +39,7 @@ def ones(shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray[Any, Any
     return np.ones(shape, dtype)
 
 
-class constant:  # noqa: N801  # it is used like the functions beside it
+class constant:  # it is used like the functions beside it
     """Initialize every element to one value.
 
     Parameters
@@ -97,14 +97,14 @@ def initial_value(
     """
     if not callable(init):
         raise ArgumentTypeError(
-            f"{argument}={init!r} is not callable: an initializer takes (shape, dtype) and returns an "
-            "array. For one value everywhere pass groupnorm.initializers.constant(value)."
+            f"{argument}={init!r} is not callable: an initializer takes (shape, dtype) and returns "
+            "an array. For one value everywhere pass groupnorm.initializers.constant(value)."
         )
     value = _call(init, shape, dtype)
     if tuple(np.shape(value)) != shape:
         raise ArgumentValueError(
-            f"{argument}={init!r} returned an array of shape {tuple(np.shape(value))} for the shape "
-            f"{shape} it was asked for: an initializer must return the shape it is given."
+            f"{argument}={init!r} returned an array of shape {tuple(np.shape(value))} for the "
+            f"shape {shape} it was asked for: an initializer must return the shape it is given."
         )
     return value
 
@@ -125,7 +125,5 @@ def _call(init: Callable[..., Any], shape: tuple[int, ...], dtype: Any) -> Any:
         return init(torch.empty(shape, dtype=getattr(torch, np.dtype(dtype).name)))
     if any(p.name == "dtype" for p in parameters):
         return init(shape, dtype=dtype)
-    positional = [
-        p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     return init(shape, dtype) if len(positional) >= 2 else init(shape)

@@ -51,8 +51,7 @@ class Settings(NamedTuple):
     @property
     def feature_shape(self) -> tuple[int, ...]:
         """The lengths of the feature axes."""
-        assert self.options.feature_shape is not None
-        return self.options.feature_shape
+        return self.options.feature_shape or ()
 
     @property
     def as_torch_native(self) -> bool:
@@ -125,7 +124,9 @@ class Layer:
             bias_init=bias_init,
             scale_init=scale_init,
             param_type=param_type,
-            param_dtype=dtype_name("param_dtype", "float32" if param_dtype is None else param_dtype),
+            param_dtype=dtype_name(
+                "param_dtype", "float32" if param_dtype is None else param_dtype
+            ),
         )
         self._setup(settings, *self._initial(settings, device))
 
@@ -143,7 +144,8 @@ class Layer:
 
     def __call__(self, x: ArrayT, mask: MaskLike = None) -> ArrayT:
         """Normalize x; see `update`."""
-        return self._normalize(x, mask)
+        y: ArrayT = self._normalize(x, mask)
+        return y
 
     def update(self, x: ArrayT, mask: MaskLike = None) -> ArrayT:
         """Normalize x; the same as calling the layer.
@@ -173,9 +175,7 @@ class Layer:
     def _normalize(self, x: Any, mask: Any) -> Any:
         return apply(self._serving(x), x, self.scale, self.bias, mask, self._settings.options)
 
-    def vjp(
-        self, x: ArrayT, mask: MaskLike = None
-    ) -> tuple[ArrayT, Callable[[ArrayT], Gradients]]:
+    def vjp(self, x: ArrayT, mask: MaskLike = None) -> tuple[ArrayT, Callable[[ArrayT], Gradients]]:
         """Normalize x, and return what pulls a cotangent back; see `groupnorm.group_norm_vjp`.
 
         Returns
@@ -241,7 +241,7 @@ class Layer:
         """
         target = adapter_named(backend)
         settings = self._settings._replace(param_type=param_type)
-        values = []
+        values: list[Array | None] = []
         for stored in (self.scale, self.bias):
             if stored is None:
                 values.append(None)
@@ -398,11 +398,11 @@ class GroupNorm(Layer):
     ----------
     in_size : int or sequence of int
         The input's shape without the batch, such as ``(28, 28, 64)``; the channels alone, ``64``,
-        will do. One ``...`` stands for any number of axes: ``(64, ...)`` with ``feature_axis=0`` has
-        the channels on axis 1, as PyTorch does. Lengths that are not features are not enforced.
+        will do. One ``...`` stands for any number of axes: ``(64, ...)`` with ``feature_axis=0``
+        has the channels on axis 1, as PyTorch does. Lengths that are not features are not enforced.
     feature_axis : int or sequence of int
-        The indices into `in_size` that hold the channels. Of several, the channels are the row-major
-        product in `in_size`'s order.
+        The indices into `in_size` that hold the channels. Of several, the channels are the
+        row-major product in `in_size`'s order.
     num_groups, group_size : int, optional
         The number of groups, or (with ``num_groups=None``) the number of channels in each.
     epsilon : float
@@ -463,7 +463,9 @@ class GroupNorm(Layer):
     """
 
     @overload
-    def __new__(cls, *args: Any, backend: Literal["numpy"] = ..., **kwargs: Any) -> "NumpyGroupNorm": ...
+    def __new__(
+        cls, *args: Any, backend: Literal["numpy"] = ..., **kwargs: Any
+    ) -> "NumpyGroupNorm": ...
     @overload
     def __new__(cls, *args: Any, backend: Literal["jax"], **kwargs: Any) -> "JaxGroupNorm": ...
     @overload
@@ -496,7 +498,7 @@ class PlainGroupNorm(GroupNorm):
         self._scale = None if scale is None else hold(scale, settings.param_type, "scale")
         self._bias = None if bias is None else hold(bias, settings.param_type, "bias")
 
-    @property  # type: ignore[override]  # the parent class only announces it
+    @property
     def scale(self) -> Array | None:
         """The factor of every channel; assign an array of the same shape to change it."""
         return None if self._scale is None else self._adapter.read(self._scale)
@@ -505,7 +507,7 @@ class PlainGroupNorm(GroupNorm):
     def scale(self, value: Array) -> None:
         self._scale = self._replacement("scale", value, self._settings.use_scale)
 
-    @property  # type: ignore[override]  # the parent class only announces it
+    @property
     def bias(self) -> Array | None:
         """What is added to every channel; assign an array of the same shape to change it."""
         return None if self._bias is None else self._adapter.read(self._bias)
@@ -528,6 +530,7 @@ class PlainGroupNorm(GroupNorm):
             )
         if tuple(value.shape) != shape:
             raise ArgumentValueError(
-                f"{name} has shape {tuple(value.shape)}: this layer's parameters have shape {shape}."
+                f"{name} has shape {tuple(value.shape)}: this layer's parameters have "
+                f"shape {shape}. Reshape it."
             )
         return adapter.hold(value, self._settings.param_type, name)

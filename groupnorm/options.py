@@ -53,8 +53,8 @@ def make_options(
     features = _ints("feature_axis", feature_axis)
     if not features:
         raise ArgumentValueError(
-            f"feature_axis={feature_axis!r} names no axis: groups are groups of channels, so give at "
-            "least one feature axis, such as -1."
+            f"feature_axis={feature_axis!r} names no axis: groups are groups of channels, so give "
+            "at least one feature axis, such as -1."
         )
     return Options(
         feature=features,
@@ -86,14 +86,15 @@ def _integer(argument: str, value: Any) -> int:
     # bool is an int to Python, and True groups would be a silent 1.
     if isinstance(value, bool | np.bool_):
         raise ArgumentTypeError(
-            f"{argument}={value!r} is a bool: an integer is needed. Write {int(value)} if you mean it."
+            f"{argument}={value!r} is a bool: an integer is needed. Write {int(value)} if "
+            "you mean it."
         )
     try:
         return operator.index(value)
     except TypeError:
         raise ArgumentTypeError(
-            f"{argument}={value!r} is a {type(value).__name__}: an integer is needed, of Python's or "
-            "NumPy's integer types."
+            f"{argument}={value!r} is a {type(value).__name__}: an integer is needed, of Python's "
+            "or NumPy's integer types."
         ) from None
 
 
@@ -129,6 +130,7 @@ def _epsilon(value: Any) -> float:
 
 
 def flag(argument: str, value: Any) -> bool:
+    """Check that a switch is a bool."""
     if not isinstance(value, bool | np.bool_):
         raise ArgumentTypeError(
             f"{argument}={value!r} is a {type(value).__name__}: True or False is needed."
@@ -184,8 +186,8 @@ def dtype_name(argument: str, dtype: Any, extra: tuple[str, ...] = ()) -> str:
                 name = "?"
     if not name.startswith(("float", "bfloat", "complex")):
         raise ArgumentTypeError(
-            f"{argument}={dtype!r} is not a floating dtype: normalized values are no integers. Give "
-            "a name such as 'float32' or 'bfloat16', or a framework's dtype object"
+            f"{argument}={dtype!r} is not a floating dtype: normalized values are no integers. "
+            "Give a name such as 'float32' or 'bfloat16', or a framework's dtype object"
             f"{''.join(f', or {e!r}' for e in extra)}."
         )
     return name
@@ -198,7 +200,7 @@ def _name_of(dtype: Any) -> str:
     if "array_api_strict" in type(dtype).__module__:
         return text.rpartition(".")[2]
     try:
-        return np.dtype(dtype).name
+        return str(np.dtype(dtype).name)
     except TypeError:
         return text.rpartition(".")[2]
 
@@ -227,8 +229,8 @@ def check_in_size(in_size: Any, feature_axis: Any) -> InSize:
     ellipses = [i for i, e in enumerate(entries) if e is ...]
     if len(ellipses) > 1:
         raise ArgumentValueError(
-            f"in_size={in_size!r} holds '...' {len(ellipses)} times: it stands for any number of axes "
-            "and may appear once."
+            f"in_size={in_size!r} holds '...' {len(ellipses)} times: it stands for any number of "
+            "axes and may appear once."
         )
     size = tuple(e if e is ... else _integer("in_size", e) for e in entries)
     if not size or any(e is not ... and e < 0 for e in size):
@@ -253,12 +255,13 @@ def check_in_size(in_size: Any, feature_axis: Any) -> InSize:
         )
     if dots in features:
         raise ArgumentValueError(
-            f"feature_axis={feature_axis!r} points at the '...' of in_size={in_size!r}, whose length "
-            "is not known: point at one of its numbers."
+            f"feature_axis={feature_axis!r} points at the '...' of in_size={in_size!r}, whose "
+            "length is not known: point at one of its numbers."
         )
     shape = tuple(e for i in features if (e := size[i]) is not ...)
     if any(n == 0 for n in shape):
         raise ArgumentValueError(
-            f"in_size={in_size!r} has no channels along feature_axis={feature_axis!r}: give at least 1."
+            f"in_size={in_size!r} has no channels along feature_axis={feature_axis!r}: give at "
+            "least 1."
         )
     return InSize(size, tuple(i + 1 if i < dots else i - len(size) for i in features), shape)

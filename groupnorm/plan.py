@@ -11,10 +11,11 @@ channels
     the features.
 
 Statistics are taken in two stages, since that is what runs fast in every memory layout: first each
-channel's, over the positions (the `inner` axes); then those of a group's channels are merged. Only the
-few numbers of the first stage are ever put in *grouped shape*, where the channel axis is split in two,
-(num_groups, group_size), the second of them called `members`: loops over full-size arrays run along
-whole rows. With very few positions there is one stage only, and the work shape is the grouped one.
+channel's, over the positions (the `inner` axes); then those of a group's channels are merged. Only
+the few numbers of the first stage are ever put in *grouped shape*, where the channel axis is split
+in two, (num_groups, group_size), the second of them called `members`: loops over full-size arrays
+run along whole rows. With very few positions there is one stage only, and the work shape is the
+grouped one.
 """
 
 import math
@@ -105,9 +106,9 @@ class Plan(NamedTuple):
             m not in (1, s) for m, s in zip(full, self.shape, strict=True)
         ):
             raise ArgumentValueError(
-                f"mask has shape {mask_shape}, which does not broadcast to x of shape {self.shape}: "
-                "each axis, counted from the last, must have x's length or 1. Give the mask x's "
-                "shape, or add axes of length 1, as in mask[..., None]."
+                f"mask has shape {mask_shape}, which does not broadcast to x of shape "
+                f"{self.shape}: each axis, counted from the last, must have x's length or 1. Give "
+                "the mask x's shape, or add axes of length 1, as in mask[..., None]."
             )
         permuted = full if self.permutation is None else tuple(full[a] for a in self.permutation)
         broadcast: list[int] = []
@@ -122,7 +123,9 @@ class Plan(NamedTuple):
                 work.append(product(sizes))
         if not self.two_stages:
             at = slice(self.channel, self.channel + 1)
-            work[at] = [1, 1] if work[self.channel] == 1 else self.work_shape[at.start : at.stop + 1]
+            work[at] = (
+                [1, 1] if work[self.channel] == 1 else self.work_shape[at.start : at.stop + 1]
+            )
         return full, tuple(broadcast), tuple(work)
 
 
@@ -142,22 +145,16 @@ def resolve_groups(channels: int, num_groups: int | None, group_size: int | None
     ArgumentValueError
         If the channels cannot be split as asked for.
     """
-    if num_groups is not None:
-        if channels % num_groups:
-            raise ArgumentValueError(
-                f"num_groups={num_groups} does not divide the {channels} channels: every group must "
-                f"have the same number of channels. Choose a divisor of {channels}"
-                f"{_nearest(channels, num_groups)}."
-            )
-        return num_groups
-    assert group_size is not None
-    if channels % group_size:
+    argument, divisor = (
+        ("group_size", group_size) if group_size is not None else ("num_groups", num_groups or 1)
+    )
+    if channels % divisor:
         raise ArgumentValueError(
-            f"group_size={group_size} does not divide the {channels} channels: every group must have "
+            f"{argument}={divisor} does not divide the {channels} channels: every group must have "
             f"the same number of channels. Choose a divisor of {channels}"
-            f"{_nearest(channels, group_size)}."
+            f"{_nearest(channels, divisor)}."
         )
-    return channels // group_size
+    return channels // divisor if group_size is not None else divisor
 
 
 def _nearest(channels: int, wanted: int) -> str:
@@ -309,8 +306,8 @@ def _sample(work: list[int], inner: Shape, count: int) -> tuple[slice, ...] | No
     """Slices that pick the positions the pivot is taken from; None takes all of them.
 
     At least sqrt(count) are taken: then an outlier that happens to be picked moves the pivot by at
-    most about one standard deviation, whatever its size. The stride shares no divisor with the axis,
-    else it could pick one image column only, such as the border.
+    most about one standard deviation, whatever its size. The stride shares no divisor with the
+    axis, else it could pick one image column only, such as the border.
     """
     if count < WORTH_SAMPLING:
         return None

@@ -49,26 +49,22 @@ def prepare(
     )
     if options.feature_shape is not None and plan.feature_shape != options.feature_shape:
         raise ArgumentValueError(
-            f"x of shape {tuple(x.shape)} has feature axes of length {plan.feature_shape}, and this "
-            f"layer was made for {options.feature_shape}: give x that many channels there, or make "
-            "the layer with the in_size and feature_axis of this x."
+            f"x of shape {tuple(x.shape)} has feature axes of length {plan.feature_shape}, and "
+            f"this layer was made for {options.feature_shape}: give x that many channels there, or "
+            "make the layer with the in_size and feature_axis of this x."
         )
     scale = _parameter(adapter, "scale", scale, x, plan)
     bias = _parameter(adapter, "bias", bias, x, plan)
     work_dtype, parameter_dtype, result_dtype = _dtypes(adapter, x, scale, bias, options.dtype)
     x_work = to_work(xp.astype(x, work_dtype, copy=False), plan, xp)
-    parameters = [
-        _parameter_to_work(adapter, p, neutral, x_work, parameter_dtype, plan)
-        for p, neutral in ((scale, 1.0), (bias, 0.0))
-    ]
+    scale = _parameter_to_work(adapter, scale, 1.0, x_work, parameter_dtype, plan)
+    bias = _parameter_to_work(adapter, bias, 0.0, x_work, parameter_dtype, plan)
     mask_work = counted = None
     if mask is not None:
         mask_work = _mask_to_work(adapter, mask, x, plan)
         counted = mask_work | xp.isfinite(x_work)
-        x_work = xp.where(counted, x_work, xp.zeros_like(x_work))
-    return Prepared(
-        x_work, *parameters, mask_work, counted, plan, result_dtype, parameter_dtype
-    )
+        x_work = xp.where(counted, x_work, 0.0)
+    return Prepared(x_work, scale, bias, mask_work, counted, plan, result_dtype, parameter_dtype)
 
 
 def to_work(x: Array, plan: "Plan", xp: Any) -> Array:

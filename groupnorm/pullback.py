@@ -41,11 +41,11 @@ def pull_back(
     """Pull a cotangent back through the normalization.
 
     With ``xhat = (x - mean) * rstd``, ``g = conj(scale) * dy`` and ``m`` the mask,
-    ``dx = rstd * (g - m * (mean(g) + xhat * mean(Re(conj(xhat) * g))))``, where the means run over a
-    group's valid elements on all replicas. Complex gradients are ``dL/dRe + i dL/dIm``.
+    ``dx = rstd * (g - m * (mean(g) + xhat * mean(Re(conj(xhat) * g))))``, where the means run over
+    a group's valid elements on all replicas. Complex gradients are ``dL/dRe + i dL/dIm``.
     """
     xp = adapter.xp
-    rstd, count = normalizer.rstd, normalizer.count
+    rstd = normalizer.rstd
 
     def channels(value: "Array") -> "Array":
         return xp.reshape(value, plan.ungrouped(value.shape))
@@ -69,7 +69,7 @@ def pull_back(
         *p_parts, q = adapter.pool((*split(p, adapter), q), axis_name, axis_index_groups)
         p = join(p_parts, adapter)
     # Spread over the channels: an operand that repeats within its rows costs NumPy tenfold.
-    weight = rstd / count * ones
+    weight = rstd / normalizer.n * ones
     factor, slope, offset = adapter.settle(conj_scale * rstd, q * weight, p * weight)
     through_statistics = xhat * channels(slope)
     through_statistics += channels(offset)

@@ -5,9 +5,9 @@ before; nothing here asks which library computes.
 
 How the digits are kept
 -----------------------
-Sums run over deviations from a *pivot* `k` near the mean, never over raw values, so an offset of the
-data costs nothing. With `u` a scale for the deviations (so that no square overflows or vanishes) and
-`d = (x - k) * u``, per channel::
+Sums run over deviations from a *pivot* `k` near the mean, never over raw values, so an offset of
+the data costs nothing. With `u` a scale for the deviations (so that no square overflows or
+vanishes) and `d = (x - k) * u``, per channel::
 
     c  = sum(d) / n                      what the pivot missed
     M2 = sum(|d|^2) - n |c|^2            harmless, since c is small
@@ -16,9 +16,9 @@ Channels are merged into groups, and groups over replicas, by the formula of Cha
 relative to a reference near the mean of means. A mean therefore stays a pair, (reference, small
 correction), and so it is applied: rounding it to one number would lose the digits again.
 
-`use_fast_variance` only decides where the pivot comes from: the mean of a strided sample (the data is
-read once), or the mean of all of it (two passes). Under a mask it is always the latter, because a
-sample may hold no valid element at all.
+`use_fast_variance` only decides where the pivot comes from: the mean of a strided sample (the data
+is read once), or the mean of all of it (two passes). Under a mask it is always the latter, because
+a sample may hold no valid element at all.
 
 Pivots, references and scales carry no gradient. The result does not depend on them, so the gradient
 is exact all the same, at any order.
@@ -40,11 +40,24 @@ if TYPE_CHECKING:
     from groupnorm.plan import Plan, Shape
     from groupnorm.typing import Array
 
-__all__ = ["Centred", "Moments", "Normalizer", "at_least_one", "finish", "join", "measure", "normalize", "pool", "real_part", "split", "total"]
+__all__ = [
+    "Centred",
+    "Moments",
+    "Normalizer",
+    "at_least_one",
+    "finish",
+    "join",
+    "measure",
+    "normalize",
+    "pool",
+    "real_part",
+    "split",
+    "total",
+]
 
-# Sums longer than twice this are taken block by block: a running float32 sum of n terms errs by about
-# sqrt(n) roundings, and libraries differ in how they would split it. Fixed, so that the same call
-# gives the same bits on every machine.
+# Sums longer than twice this are taken block by block: a running float32 sum of n terms errs by
+# about sqrt(n) roundings, and libraries differ in how they would split it. Fixed, so that the same
+# call gives the same bits on every machine.
 BLOCK = 256
 
 
@@ -57,12 +70,12 @@ class Centred(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Count, mean and sum of squared deviations of every group.
+    """Size, mean and sum of squared deviations of every group.
 
     The mean is ``reference + delta / unit``, the sum of squares ``m2 / unit**2``.
     """
 
-    count: "Array | float"
+    n: "Array | float"
     reference: "Array"
     unit: "Array"
     delta: "Array"
@@ -75,7 +88,7 @@ class Normalizer(NamedTuple):
     gain: "Array"
     shift: "Array"
     rstd: "Array"  # 1 / sqrt(var + epsilon), per group
-    count: "Array | float"  # valid elements of a group, at least 1
+    n: "Array | float"  # valid elements of a group, at least 1
 
 
 def total(x: "Array", axes: "Shape", plan: "Plan", xp: Any) -> "Array":
@@ -192,7 +205,7 @@ def _unit(spread: "Array", epsilon: float, adapter: "Adapter") -> "Array":
 
 
 def _counts(mask: "Array", plan: "Plan", x: "Array", adapter: "Adapter") -> "Array":
-    """Count the valid elements along the inner axes; an axis the mask is constant along multiplies."""
+    """Count the valid elements; an inner axis along which the mask is constant multiplies."""
     xp = adapter.xp
     real = adapter.real_dtype(x.dtype)
     counts = total(xp.astype(mask, real), plan.inner, plan, xp)
@@ -205,17 +218,16 @@ def _pivots(
 ) -> tuple["Array", "Array", "Array"]:
     """Return a pivot near the mean of each inner reduction, and each group's lowest and highest.
 
-    All are in the grouped shape. For complex data the real and imaginary parts are taken on their own.
+    All are in the grouped shape. The parts of complex data are taken on their own.
     """
     xp = adapter.xp
     if adapter.is_complex(x.dtype):
-        parts = (
-            _real_pivots(part, mask, count, plan, xp) for part in (xp.real(x), xp.imag(x))
-        )
+        parts = (_real_pivots(part, mask, count, plan, xp) for part in (xp.real(x), xp.imag(x)))
         real, imaginary = parts
-        return tuple(  # type: ignore[return-value]  # three of them
+        pivot, low, high = (
             adapter.complex_from(re, im) for re, im in zip(real, imaginary, strict=True)
         )
+        return pivot, low, high
     return _real_pivots(x, mask, count, plan, adapter.xp)
 
 
@@ -295,7 +307,7 @@ def pool(
     merges relative to them.
     """
     xp = adapter.xp
-    local = xp.ones_like(moments.m2) * moments.count
+    local = xp.ones_like(moments.m2) * moments.n
     mean = adapter.detach(moments.reference + moments.delta / moments.unit)
     # How far any element may be from the common mean; an empty replica's unit means nothing.
     reach = xp.where(
@@ -347,8 +359,8 @@ def finish(
         Whether a group may have no valid element; then its mean is 0 and its variance 1.
     """
     xp = adapter.xp
-    count, reference, unit, delta, m2 = moments
-    enough = at_least_one(xp.ones_like(m2) * count, xp) if may_be_empty else count
+    n, reference, unit, delta, m2 = moments
+    enough = at_least_one(xp.ones_like(m2) * n, xp) if may_be_empty else n
     root = math.sqrt(epsilon) * unit
     # Rounding may leave a tiny negative; this way round, NaN stays NaN.
     variance = xp.where(m2 < 0, xp.zeros_like(m2), m2) / enough + root * root
@@ -358,7 +370,7 @@ def finish(
     variance = xp.where(variance == math.inf, xp.full_like(variance, math.nan), variance)
     rstd = unit / xp.sqrt(variance)
     if may_be_empty:
-        counted = xp.ones_like(m2) * count > 0
+        counted = xp.ones_like(m2) * n > 0
         rstd = xp.where(counted, rstd, xp.full_like(rstd, 1.0 / math.sqrt(1.0 + epsilon)))
     shift = ((reference - centred.pivot) + delta / unit) * rstd
     return Normalizer(rstd / centred.unit, shift, rstd, enough)

@@ -103,9 +103,9 @@ class Adapter:
         """Return the dtype integers are computed in."""
         return self.xp.__array_namespace_info__().default_dtypes()["real floating"]
 
-    def statistics_dtype(self, dtype: Any) -> Any:
-        """Return the dtype statistics of `dtype` are taken in: at least float32."""
-        return self.xp.result_type(dtype, self.xp.float32)
+    def result_type(self, *dtypes: Any) -> Any:
+        """Return what floating and complex dtypes promote to."""
+        return self.xp.result_type(*dtypes)
 
     def real_dtype(self, dtype: Any) -> Any:
         """Return the dtype of a complex dtype's parts; others as they are."""
@@ -122,6 +122,13 @@ class Adapter:
         xp = self.xp
         dtype = xp.complex64 if real.dtype == xp.float32 else xp.complex128
         return xp.astype(real, dtype) + xp.astype(imaginary, dtype) * 1j
+
+    # Sums -------------------------------------------------------------------------------------
+
+    def sum_of_product(self, factors: "tuple[Array, ...]", axis: int) -> "Array":
+        """Sum one array, or the product of two, along an axis, which stays with length 1."""
+        x = factors[0] if len(factors) == 1 else factors[0] * factors[1]
+        return self.xp.sum(x, axis=axis, keepdims=True)
 
     # Replicas ---------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from groupnorm.backends import Adapter
 from groupnorm.errors import ArgumentValueError
 from groupnorm.plan import Plan, make_plan
 
-__all__ = ["GenericAdapter", "adapter_for_namespace"]
+__all__ = ["GenericAdapter", "generic_adapter_of"]
 
 
 class GenericAdapter(Adapter):
@@ -46,8 +46,11 @@ class GenericAdapter(Adapter):
 _adapters: dict[str, GenericAdapter] = {}
 
 
-def adapter_for_namespace(xp: Any) -> GenericAdapter:
-    """Return the one adapter of a namespace."""
+def generic_adapter_of(x: Any) -> GenericAdapter | None:
+    """Return the one adapter of an array's namespace; None if x is no array."""
+    if not array_api_compat.is_array_api_obj(x):
+        return None
+    xp = array_api_compat.array_namespace(x)
     found = _adapters.get(xp.__name__)
     if found is None or found.xp is not xp:
         found = _adapters[xp.__name__] = GenericAdapter(xp)

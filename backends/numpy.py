@@ -67,6 +67,13 @@ class NumpyAdapter(Adapter):
         small = dtype.kind == "V" and dtype.name.startswith(("bfloat", "float"))
         return bool(dtype.kind == "f" or small)
 
+    def result_type(self, *dtypes: Any) -> Any:
+        """Promote; the small floats NumPy cannot promote among each other meet in float32."""
+        try:
+            return np.result_type(*dtypes)
+        except TypeError:
+            return np.result_type(*(np.result_type(d, np.float32) for d in dtypes))
+
     def real_dtype(self, dtype: Any) -> Any:
         """Return the dtype of the parts, longdouble included."""
         return np.zeros((), dtype).real.dtype
@@ -74,6 +81,12 @@ class NumpyAdapter(Adapter):
     def complex_from(self, real: Any, imaginary: Any) -> Any:
         """Put two real arrays together."""
         return real + 1j * imaginary
+
+    def sum_of_product(self, factors: tuple[Any, ...], axis: int) -> Any:
+        """Use einsum: no array of products, and a third of the time of `sum` along middle axes."""
+        axes = list(range(factors[0].ndim))
+        operands = [o for factor in factors for o in (factor, axes)]
+        return np.expand_dims(np.einsum(*operands, axes[:axis] + axes[axis + 1 :]), axis)
 
     def dtype(self, name: str) -> Any:
         """Return NumPy's dtype of a name, or ml_dtypes'."""

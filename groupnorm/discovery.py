@@ -1,7 +1,5 @@
 """Which backends are here."""
 
-import importlib
-import importlib.metadata
 import importlib.util
 from typing import NamedTuple
 
@@ -72,11 +70,13 @@ def _ask(name: str) -> BackendInfo:
     version = _version(name)
     try:
         return BackendInfo(name, True, version, adapter_named(name).devices(), None)
-    except Exception as error:  # a library may fail to load, or find no driver, in any way
+    except (ImportError, OSError, RuntimeError) as error:  # no driver, or a library will not load
         return BackendInfo(name, True, version, (), str(error).partition("\n")[0])
 
 
 def _version(name: str) -> str | None:
+    import importlib.metadata  # here: it takes longer to import than this whole package
+
     for distribution in _DISTRIBUTIONS[name]:
         try:
             return importlib.metadata.version(distribution)

@@ -1,6 +1,5 @@
 """Which adapter serves an array, or a name. Nothing heavy is imported before it is asked for."""
 
-import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +40,7 @@ def adapter_named(name: str) -> "Adapter":
             f"backend={name!r} is not known: choose one of {', '.join(map(repr, BACKENDS))}."
         )
     try:
-        module = importlib.import_module(f"groupnorm.backends.{name}")
+        found = _import_adapter(name)
     except ImportError as error:
         if isinstance(error, BackendImportError):
             raise
@@ -49,7 +48,27 @@ def adapter_named(name: str) -> "Adapter":
             f"backend={name!r} needs a library that cannot be imported ({error}): install it with "
             f'pip install "groupnorm[{name}]".'
         ) from error
-    return _adapters.setdefault(name, module.adapter)
+    return _adapters.setdefault(name, found)
+
+
+def _import_adapter(name: str) -> "Adapter":
+    # Statements, not importlib.import_module: torch.compile can trace these, should the first call
+    # of all be a compiled one.
+    if name == "numpy":
+        from groupnorm.backends.numpy import adapter as numpy_adapter
+
+        return numpy_adapter
+    if name == "jax":
+        from groupnorm.backends.jax import adapter as jax_adapter
+
+        return jax_adapter
+    if name == "torch":
+        from groupnorm.backends.torch import adapter as torch_adapter
+
+        return torch_adapter
+    from groupnorm.backends.cupy import adapter as cupy_adapter
+
+    return cupy_adapter
 
 
 def adapter_of(x: Any, argument: str = "x") -> "Adapter":
@@ -69,11 +88,11 @@ def adapter_of(x: Any, argument: str = "x") -> "Adapter":
             if found.is_array(x):
                 return found
     if hasattr(x, "__array_namespace__") or "dask" in sys.modules:
-        generic = importlib.import_module("groupnorm.backends.generic")
-        compat = importlib.import_module("array_api_compat")
-        if compat.is_array_api_obj(x):
-            adapter: Adapter = generic.adapter_for_namespace(compat.array_namespace(x))
-            return adapter
+        from groupnorm.backends.generic import generic_adapter_of
+
+        generic = generic_adapter_of(x)
+        if generic is not None:
+            return generic
     raise ArgumentTypeError(
         f"{argument}={_shortened(x)} is a {type(x).__name__}, not an array: pass an array of "
         f"NumPy, JAX, PyTorch, CuPy or another array API library, such as "

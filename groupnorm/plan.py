@@ -47,6 +47,7 @@ class Plan(NamedTuple):
     permuted_shape: Shape
     inverse_permutation: Shape | None
     merged: tuple[tuple[int, ...], ...]
+    merged_shape: Shape  # the work shape but for the channel axis, which is one
     work_shape: Shape
     channel: int  # the channel axis of the work shape; the group axis of the grouped shape
     kept: Shape  # in the grouped shape
@@ -242,6 +243,7 @@ def make_plan_uncached(
         permuted_shape=permuted_shape,
         inverse_permutation=None if permutation is None else _inverse(permutation),
         merged=tuple(tuple(axes) for axes in merged),
+        merged_shape=tuple(sizes),
         work_shape=tuple(work),
         channel=channel,
         kept=tuple(i for i, role in zip(grouped, roles, strict=True) if role == "K"),

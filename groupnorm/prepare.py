@@ -71,12 +71,15 @@ def to_work(x: Array, plan: "Plan", xp: Any) -> Array:
     """Bring an array of the plan's shape to the work shape."""
     if plan.permutation is not None:
         x = xp.permute_dims(x, plan.permutation)
-    return xp.reshape(x, plan.work_shape)
+    # In two steps: Dask can merge axes, or split one, but not both at once.
+    x = xp.reshape(x, plan.merged_shape)
+    return x if plan.two_stages else xp.reshape(x, plan.work_shape)
 
 
 def from_work(y: Array, plan: "Plan", dtype: Any, xp: Any) -> Array:
     """Bring an array of the work shape back, in the dtype it is wanted in."""
-    y = xp.reshape(xp.astype(y, dtype, copy=False), plan.permuted_shape)
+    y = xp.reshape(xp.astype(y, dtype, copy=False), plan.merged_shape)
+    y = xp.reshape(y, plan.permuted_shape)
     return y if plan.permutation is None else xp.permute_dims(y, plan.inverse_permutation)
 
 
@@ -131,7 +134,7 @@ def _dtypes(
     result = x_dtype
     for parameter in (scale, bias):
         if parameter is not None:
-            result = xp.result_type(result, parameter.dtype)
+            result = adapter.result_type(result, parameter.dtype)
     computed = result
     if wanted == "input":
         result = x_dtype
@@ -143,7 +146,7 @@ def _dtypes(
             "Choose a complex dtype, or leave dtype out."
         )
     # In the precision of all that takes part, and of the result.
-    parameters = adapter.statistics_dtype(xp.result_type(computed, result))
+    parameters = adapter.result_type(computed, result, xp.float32)
     return (
         parameters if adapter.is_complex(x_dtype) else adapter.real_dtype(parameters),
         parameters,
@@ -176,7 +179,8 @@ def _mask_to_work(adapter: "Adapter", mask: Any, x: Array, plan: "Plan") -> Arra
             f"mask has dtype {mask.dtype}: a mask is boolean, or holds zeros and ones. "
             "Pass mask != 0."
         )
-    mask = mask != 0
+    if mask.dtype != xp.bool:
+        mask = mask != 0
     full, broadcast, work = plan.mask_shapes(tuple(mask.shape))
     mask = xp.reshape(mask, full)
     if plan.permutation is not None:

@@ -9,6 +9,7 @@ from groupnorm.statistics import (
     real_part,
     split,
     total,
+    total_of_products,
 )
 
 if TYPE_CHECKING:
@@ -57,31 +58,30 @@ def pull_back(
     gain, shift = adapter.settle(normalizer.gain * ones, normalizer.shift * ones)
     xhat = centred.deviations * channels(gain)
     xhat -= channels(shift)
-    sum_dy = groups(total(dy, plan.positions, plan, xp))
-    sum_dy_xhat = groups(total(dy * _conj(xhat, adapter), plan.positions, plan, xp))
+    sum_dy = groups(total(dy, plan.positions, plan, adapter))
+    sum_dy_xhat = groups(total_of_products(dy, _conj(xhat, adapter), plan.positions, plan, adapter))
     members = (plan.members,)
     conj_scale = _conj(scale, adapter)
-    p = total(conj_scale * sum_dy, members, plan, xp)
+    p = total(conj_scale * sum_dy, members, plan, adapter)
     if not adapter.is_complex(xhat.dtype):
         p = real_part(p, adapter)
-    q = real_part(total(conj_scale * sum_dy_xhat, members, plan, xp), adapter)
+    q = real_part(total(conj_scale * sum_dy_xhat, members, plan, adapter), adapter)
     if axis_name is not None:
         *p_parts, q = adapter.pool((*split(p, adapter), q), axis_name, axis_index_groups)
         p = join(p_parts, adapter)
     # Spread over the channels: an operand that repeats within its rows costs NumPy tenfold.
-    weight = rstd / normalizer.n * ones
+    weight = rstd * normalizer.share * ones
     factor, slope, offset = adapter.settle(conj_scale * rstd, q * weight, p * weight)
     through_statistics = xhat * channels(slope)
     through_statistics += channels(offset)
     if mask is not None:
-        # A group without a valid element has constant statistics: the mask drops all of this.
         through_statistics = xp.where(mask, through_statistics, 0.0)
     dx = dy * channels(factor)
     if not adapter.is_complex(xhat.dtype):
         dx = real_part(dx, adapter)
     dx -= through_statistics
     return WorkGradients(
-        dx, total(sum_dy_xhat, plan.kept, plan, xp), total(sum_dy, plan.kept, plan, xp)
+        dx, total(sum_dy_xhat, plan.kept, plan, adapter), total(sum_dy, plan.kept, plan, adapter)
     )
 
 

@@ -53,6 +53,7 @@ __all__ = [
     "real_part",
     "split",
     "total",
+    "total_of_products",
 ]
 
 # Sums longer than twice this are taken block by block: a running float32 sum of n terms errs by
@@ -88,32 +89,48 @@ class Normalizer(NamedTuple):
     gain: "Array"
     shift: "Array"
     rstd: "Array"  # 1 / sqrt(var + epsilon), per group
-    n: "Array | float"  # valid elements of a group, at least 1
+    share: "Array | float"  # of one valid element in the mean: 1 / n, and 0 where there is none
 
 
-def total(x: "Array", axes: "Shape", plan: "Plan", xp: Any) -> "Array":
+def total(x: "Array", axes: "Shape", plan: "Plan", adapter: "Adapter") -> "Array":
     """Sum over `axes`, kept with length 1, in blocks of fixed size."""
     for axis in reversed(axes):
-        x = _blocked_sum(x, axis, xp) if plan.blocked else xp.sum(x, axis=axis, keepdims=True)
+        x = _sum((x,), axis, plan, adapter)
     return x
 
 
-def _blocked_sum(x: "Array", axis: int, xp: Any) -> "Array":
-    length = x.shape[axis]
-    if length <= 2 * BLOCK:
-        return xp.sum(x, axis=axis, keepdims=True)
+def total_of_products(
+    a: "Array", b: "Array", axes: "Shape", plan: "Plan", adapter: "Adapter"
+) -> "Array":
+    """Sum a * b over `axes`, kept with length 1, in blocks of fixed size."""
+    if not axes:
+        return a * b
+    return total(_sum((a, b), axes[-1], plan, adapter), axes[:-1], plan, adapter)
+
+
+def _sum(factors: "tuple[Array, ...]", axis: int, plan: "Plan", adapter: "Adapter") -> "Array":
+    """Sum the product of the factors along one axis."""
+    shape = factors[0].shape
+    length = shape[axis]
+    if not plan.blocked or length <= 2 * BLOCK:
+        return adapter.sum_of_product(factors, axis)
+    xp = adapter.xp
     block = _block(length)
     blocks, rest = divmod(length, block)
-    shape = x.shape
     split = (*shape[:axis], blocks, block, *shape[axis + 1 :])
-    if not rest:
-        return _blocked_sum(xp.sum(xp.reshape(x, split), axis=axis + 1), axis, xp)
+    partial_shape = (*shape[:axis], blocks, *shape[axis + 1 :])
     before = (slice(None),) * axis
-    head = x[(*before, slice(None, blocks * block))]
-    tail = x[(*before, slice(blocks * block, None))]
-    return _blocked_sum(xp.sum(xp.reshape(head, split), axis=axis + 1), axis, xp) + xp.sum(
-        tail, axis=axis, keepdims=True
+    after = (slice(None),) * (len(shape) - axis - 1)
+    head = tuple(
+        xp.reshape(f[(*before, slice(None, blocks * block), *after)] if rest else f, split)
+        for f in factors
     )
+    partial = xp.reshape(adapter.sum_of_product(head, axis + 1), partial_shape)
+    result = _sum((partial,), axis, plan, adapter)
+    if rest:
+        tail = tuple(f[(*before, slice(blocks * block, None), *after)] for f in factors)
+        result = result + adapter.sum_of_product(tail, axis)
+    return result
 
 
 def _block(length: int) -> int:
@@ -161,16 +178,16 @@ def measure(
         pivot, lowest, highest = _pivots(still, mask, sampled, plan, adapter)
     else:
         pivot, lowest, highest = _pivots(still, mask, enough, plan, adapter)
-    unit = _unit(_magnitude(highest - lowest, adapter), epsilon, adapter)
+    group_unit = _unit(_magnitude(highest - lowest, adapter), epsilon, adapter)
     # Of the pivot's full shape, since an operand that repeats within its rows costs NumPy tenfold.
-    unit = unit * xp.ones_like(_magnitude(pivot, adapter))
+    unit = group_unit * xp.ones_like(_magnitude(pivot, adapter))
     pivot, unit = adapter.settle(pivot, unit)
 
     deviations = x - xp.reshape(pivot, plan.ungrouped(pivot.shape))
     deviations *= xp.reshape(unit, plan.ungrouped(unit.shape))
     valid = deviations if mask is None else xp.where(mask, deviations, 0.0)
-    delta = total(valid, plan.inner, plan, xp) / enough
-    m2 = total(_abs2(valid, adapter), plan.inner, plan, xp) - counts * _abs2(delta, adapter)
+    delta = total(valid, plan.inner, plan, adapter) / enough
+    m2 = _total_abs2(valid, plan, adapter) - counts * _abs2(delta, adapter)
     centred = Centred(deviations, pivot, unit)
     if not plan.two_stages:
         return Moments(counts, pivot, unit, delta, m2), centred
@@ -178,14 +195,15 @@ def measure(
     weights = xp.ones_like(m2) * counts
     weights, delta, m2 = (xp.reshape(a, plan.grouped(a.shape)) for a in (weights, delta, m2))
     members = (plan.members,)
-    count = total(weights, members, plan, xp)
+    count = total(weights, members, plan, adapter)
     enough = at_least_one(count, xp)
     # Clipped: rounding must not push the mean of equal pivots off their common value.
-    reference = _clip(total(pivot * weights, members, plan, xp) / enough, lowest, highest, adapter)
-    group_unit = unit[(*(slice(None),) * plan.members, slice(0, 1))]
+    reference = _clip(
+        total(pivot * weights, members, plan, adapter) / enough, lowest, highest, adapter
+    )
     means = (pivot - reference) * unit + delta
-    mean = total(weights * means, members, plan, xp) / enough
-    m2 = total(m2 + weights * _abs2(means - mean, adapter), members, plan, xp)
+    mean = total(weights * means, members, plan, adapter) / enough
+    m2 = total(m2 + weights * _abs2(means - mean, adapter), members, plan, adapter)
     return Moments(count, reference, group_unit, mean, m2), centred
 
 
@@ -208,7 +226,7 @@ def _counts(mask: "Array", plan: "Plan", x: "Array", adapter: "Adapter") -> "Arr
     """Count the valid elements; an inner axis along which the mask is constant multiplies."""
     xp = adapter.xp
     real = adapter.real_dtype(x.dtype)
-    counts = total(xp.astype(mask, real), plan.inner, plan, xp)
+    counts = total(xp.astype(mask, real), plan.inner, plan, adapter)
     repeats = product(plan.work_shape[a] for a in plan.inner if mask.shape[a] == 1)
     return counts * (float(repeats) if plan.blocked else repeats)
 
@@ -222,18 +240,21 @@ def _pivots(
     """
     xp = adapter.xp
     if adapter.is_complex(x.dtype):
-        parts = (_real_pivots(part, mask, count, plan, xp) for part in (xp.real(x), xp.imag(x)))
+        parts = (
+            _real_pivots(part, mask, count, plan, adapter) for part in (xp.real(x), xp.imag(x))
+        )
         real, imaginary = parts
         pivot, low, high = (
             adapter.complex_from(re, im) for re, im in zip(real, imaginary, strict=True)
         )
         return pivot, low, high
-    return _real_pivots(x, mask, count, plan, adapter.xp)
+    return _real_pivots(x, mask, count, plan, adapter)
 
 
 def _real_pivots(
-    x: "Array", mask: "Array | None", count: "Array | float", plan: "Plan", xp: Any
+    x: "Array", mask: "Array | None", count: "Array | float", plan: "Plan", adapter: "Adapter"
 ) -> tuple["Array", "Array", "Array"]:
+    xp = adapter.xp
     if plan.empty:
         pivot = xp.sum(x, axis=plan.inner, keepdims=True)
         pivot = xp.reshape(pivot, plan.grouped(pivot.shape))
@@ -252,7 +273,7 @@ def _real_pivots(
     deviations = x - low
     if mask is not None:
         deviations = xp.where(mask, deviations, 0.0)
-    pivot = low + total(deviations, plan.inner, plan, xp) / count
+    pivot = low + total(deviations, plan.inner, plan, adapter) / count
     # Clipped, so that the pivot of equal elements is exactly their value.
     pivot = _clip_real(pivot, low, high, xp)
     return xp.reshape(pivot, plan.grouped(pivot.shape)), lowest, highest
@@ -331,6 +352,16 @@ def pool(
     return Moments(count, common, unit, delta, m2 - count * _abs2(delta, adapter))
 
 
+def _total_abs2(x: "Array", plan: "Plan", adapter: "Adapter") -> "Array":
+    """Sum |x|^2 over the inner axes."""
+    if not adapter.is_complex(x.dtype):
+        return total_of_products(x, x, plan.inner, plan, adapter)
+    real, imaginary = adapter.xp.real(x), adapter.xp.imag(x)
+    return total_of_products(real, real, plan.inner, plan, adapter) + total_of_products(
+        imaginary, imaginary, plan.inner, plan, adapter
+    )
+
+
 def split(x: "Array", adapter: "Adapter") -> tuple["Array", ...]:
     """Give the real arrays a collective can carry: the array, or its real and imaginary parts."""
     if not adapter.is_complex(x.dtype):
@@ -369,11 +400,13 @@ def finish(
     # A square beyond the sample's scale overflowed: say so, instead of dividing everything away.
     variance = xp.where(variance == math.inf, xp.full_like(variance, math.nan), variance)
     rstd = unit / xp.sqrt(variance)
+    share: Array | float = 1.0 / enough
     if may_be_empty:
         counted = xp.ones_like(m2) * n > 0
         rstd = xp.where(counted, rstd, xp.full_like(rstd, 1.0 / math.sqrt(1.0 + epsilon)))
+        share = xp.where(counted, share, xp.zeros_like(m2))
     shift = ((reference - centred.pivot) + delta / unit) * rstd
-    return Normalizer(rstd / centred.unit, shift, rstd, enough)
+    return Normalizer(rstd / centred.unit, shift, rstd, share)
 
 
 def normalize(

@@ -1,0 +1,170 @@
+"""Fixtures and the ``--backends`` option.
+
+``--backends all`` (the default) runs every row of `tests.backends.Backend`; a library that cannot be
+imported then fails the run, it is not skipped. ``--backends numpy`` (or ``numpy,torch:compile``) runs these
+rows alone and imports no other library: a test file that imports one at its top is not collected, and a
+test marked ``needs("flax")`` is skipped with that reason.
+
+A test asks for rows by the name of its argument:
+
+- ``backend``: every row but those too slow to run everywhere: torch:compile, dask, and eager JAX, which
+  compiles each operation again for each shape (jax:jit is there);
+- ``wide_backend``: these, dask and eager JAX;
+- ``any_backend``: every row;
+- ``quick_backend``: eager rows without a compilation for each new shape, for hypothesis;
+- ``autodiff_backend``: torch and jax:jit, whose libraries differentiate on their own.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import os
+import zlib
+from pathlib import Path
+
+# Four host devices for pmap and shard_map. JAX reads this once, when it starts.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+)
+
+import numpy as np
+import pytest
+
+from tests.backends import Backend
+
+LIBRARIES = {row.library for row in Backend}
+PEERS = {"brainstate", "dask", "equinox", "flax", "keras", "optax"}
+QUICK = (Backend.NUMPY, Backend.TORCH, Backend.STRICT)
+ROWS = {
+    "backend": lambda row: row not in (Backend.TORCH_COMPILE, Backend.DASK, Backend.JAX),
+    "wide_backend": lambda row: row is not Backend.TORCH_COMPILE,
+    "any_backend": lambda row: True,
+    "quick_backend": lambda row: row in QUICK,
+    "autodiff_backend": lambda row: (
+        row.differentiable and row not in (Backend.TORCH_COMPILE, Backend.JAX)
+    ),
+}
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--backends",
+        default="all",
+        help="'all', or libraries and rows by comma: " + ", ".join(map(str, Backend)),
+    )
+
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers", "needs(*libraries): skipped where --backends leaves one of these out"
+    )
+    # inductor still uses it itself when it first compiles something for a CPU.
+    config.addinivalue_line(
+        "filterwarnings", "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
+    )
+    config.stash[SELECTED] = select(config.getoption("--backends"))
+
+
+SELECTED = pytest.StashKey[list[Backend]]()
+
+
+def select(option: str) -> list[Backend]:
+    """Return the rows the option names; a name that is none of them ends the run."""
+    if option == "all":
+        # A GPU is not something one can be asked to install: without one its rows do not exist.
+        return [row for row in Backend if not row.needs_gpu or row.gpu_present()]
+    names = [name.strip() for name in option.split(",")]
+    known = LIBRARIES | {row.value for row in Backend}
+    for name in names:
+        if name not in known:
+            raise pytest.UsageError(
+                f"--backends: {name!r} is not one of all, {', '.join(sorted(known))}"
+            )
+    return [
+        row
+        for row in Backend
+        if row.value in names
+        or (row.library in names and (not row.needs_gpu or row is Backend.CUPY))
+    ]
+
+
+def importable(config) -> set[str]:
+    """Return the libraries a test may import under this selection."""
+    if config.getoption("--backends") == "all":
+        return LIBRARIES | PEERS
+    return {row.library for row in config.stash[SELECTED]}
+
+
+def pytest_report_header(config):
+    chosen = config.stash[SELECTED]
+    absent = [row.value for row in Backend if row not in chosen]
+    lines = [f"backends: {', '.join(map(str, chosen))}"]
+    if absent:
+        lines.append(f"not run (not asked for, or no such device): {', '.join(absent)}")
+    return lines
+
+
+def pytest_ignore_collect(collection_path: Path, config):
+    """Leave out test files whose top-level imports are not selected."""
+    if collection_path.suffix != ".py" or config.getoption("--backends") == "all":
+        return None
+    missing = top_level_imports(collection_path) & ((LIBRARIES | PEERS) - importable(config))
+    return True if missing else None
+
+
+def top_level_imports(path: Path) -> set[str]:
+    roots = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            roots |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            roots.add(node.module.partition(".")[0])
+    return roots
+
+
+def pytest_generate_tests(metafunc):
+    chosen = metafunc.config.stash[SELECTED]
+    for argument, wanted in ROWS.items():
+        if argument not in metafunc.fixturenames:
+            continue
+        rows = [
+            pytest.param(row, id=row.value, marks=[pytest.mark.gpu] if row.needs_gpu else [])
+            for row in chosen
+            if wanted(row)
+        ]
+        reason = f"--backends selects no row for {argument!r}"
+        none = pytest.param(None, id="none", marks=pytest.mark.skip(reason=reason))
+        metafunc.parametrize(argument, rows or [none])
+
+
+def pytest_collection_modifyitems(config, items):
+    allowed = importable(config)
+    for item in items:
+        for marker in item.iter_markers("needs"):
+            missing = set(marker.args) - allowed
+            if missing:
+                reason = f"--backends leaves out {', '.join(sorted(missing))}"
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def forget_compiled_code(request):
+    """Start every torch.compile row from an empty cache: recompilations are counted per function."""
+    yield
+    callspec = getattr(request.node, "callspec", None)
+    if callspec and any(value is Backend.TORCH_COMPILE for value in callspec.params.values()):
+        importlib.import_module("torch")._dynamo.reset()
+
+
+@pytest.fixture
+def rng(request) -> np.random.Generator:
+    """Random numbers that differ from test to test, and are the same on every backend and run."""
+    return np.random.default_rng(zlib.crc32(request.node.originalname.encode()))
+
+
+@pytest.fixture
+def needs_bfloat16(request):
+    """Skip where only NumPy was asked for and it has no bfloat16."""
+    if request.config.getoption("--backends") != "all":
+        pytest.importorskip("ml_dtypes", reason="NumPy's bfloat16 comes from ml_dtypes")

@@ -1,0 +1,228 @@
+"""Masks: every shape and kind, non-finite padding, groups without a valid element, gradients."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+import groupnorm
+from tests import oracle
+from tests.backends import (
+    CONTRACT,
+    Backend,
+    assert_close,
+    assert_gradients,
+    assert_result,
+    differentiate,
+    place,
+    run,
+)
+
+SHAPE = (3, 4, 5, 6)
+FULL_SHAPES = [
+    tuple(n if use else 1 for n, use in zip(SHAPE, uses, strict=True))
+    for uses in itertools.product([False, True], repeat=4)
+]
+SHORT_SHAPES = [(), (1,), (6,), (5, 1), (5, 6), (4, 1, 1), (4, 1, 6)]
+PADDING = [np.nan, np.inf, -np.inf]
+
+
+def random_mask(rng, shape):
+    """Return about two thirds True, and never all of one kind when there is room for both."""
+    mask = rng.random(shape) < 0.65
+    if mask.size > 1:
+        mask.flat[0], mask.flat[-1] = True, False
+    return mask
+
+
+def draw(rng, shape=SHAPE, axis=-1):
+    x, dy = rng.normal(size=(2, *shape)).astype(np.float32)
+    scale = rng.uniform(0.5, 1.5, size=shape[axis]).astype(np.float32)
+    return x, dy, scale, rng.normal(size=shape[axis]).astype(np.float32)
+
+
+def poison(x, mask):
+    """Put NaN, inf and -inf where the mask is False."""
+    x = x.copy()
+    out = np.flatnonzero(~np.broadcast_to(mask, x.shape))
+    x.flat[out] = np.resize(PADDING, out.size)
+    return x
+
+
+@pytest.mark.parametrize("shape", FULL_SHAPES + SHORT_SHAPES, ids=str)
+def test_every_broadcastable_shape(backend, shape, rng):
+    x, _, scale, bias = draw(rng)
+    mask = random_mask(rng, shape)
+    x = poison(x, mask)
+    result = run(backend, x, scale, bias, num_groups=2, mask=mask)
+    reference = oracle.group_norm(x, scale, bias, num_groups=2, mask=mask)
+    assert_result(backend, result, reference)
+
+
+@pytest.mark.parametrize("shape", FULL_SHAPES + SHORT_SHAPES, ids=str)
+def test_gradients_for_every_broadcastable_shape(quick_backend, shape, rng):
+    check_gradients(quick_backend, "vjp", rng, random_mask(rng, shape))
+
+
+# Masks along the features, the positions, the batch, and all of them.
+GRADIENT_MASKS = [(6,), (4, 1, 1), (3, 1, 1, 1), (3, 4, 5, 6), (3, 4, 5, 1)]
+
+
+@pytest.mark.parametrize("feature_axis", [-1, 1])
+@pytest.mark.parametrize("shape", GRADIENT_MASKS, ids=str)
+@pytest.mark.parametrize("how", ["vjp", "autodiff"])
+def test_gradients_of_differentiating_libraries(autodiff_backend, how, shape, feature_axis, rng):
+    check_gradients(autodiff_backend, how, rng, random_mask(rng, shape), feature_axis)
+
+
+def check_gradients(backend, how, rng, mask, feature_axis=-1, **more):
+    x, dy, scale, bias = draw(rng, axis=feature_axis)
+    x = poison(x, mask)
+    keywords = {
+        "num_groups": 2,
+        "feature_axis": feature_axis,
+        "mask": mask,
+        "epsilon": 1e-3,
+        **more,
+    }
+    got = differentiate(backend, x, dy, scale, bias, how=how, **keywords)
+    assert_close(got.y, oracle.group_norm(x, scale, bias, **keywords), tolerance=CONTRACT)
+    want = oracle.group_norm_gradients(x, dy, scale, bias, **keywords)
+    assert_gradients(got, want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["vjp", "autodiff"])
+@pytest.mark.parametrize("padding", [*PADDING, 1e30])
+def test_a_fully_masked_sample(autodiff_backend, how, padding, rng):
+    """Mean 0, variance 1 there; nothing reaches the other samples or turns a gradient NaN."""
+    check_masked_sample(autodiff_backend, how, padding, rng)
+
+
+@pytest.mark.parametrize("padding", [*PADDING, 1e30])
+def test_a_fully_masked_sample_by_vjp(quick_backend, padding, rng):
+    check_masked_sample(quick_backend, "vjp", padding, rng)
+
+
+def check_masked_sample(backend, how, padding, rng):
+    x, dy, scale, bias = draw(rng)
+    mask = np.arange(3).reshape(3, 1, 1, 1) != 1
+    x[1] = padding
+    keywords = {"num_groups": 2, "mask": mask}
+    got = differentiate(backend, x, dy, scale, bias, how=how, **keywords)
+    assert_close(got.y, oracle.group_norm(x, scale, bias, **keywords), tolerance=CONTRACT)
+    want = oracle.group_norm_gradients(x, dy, scale, bias, **keywords)
+    rtol = 1e-5 if np.isfinite(padding) else 2e-6
+    assert_gradients(got, want, rtol=rtol)
+
+
+NOTHING = {"bool": False, "list": [False], "ints": [[[0]]], "array": np.zeros((3, 1, 1, 6), bool)}
+EVERYTHING = {
+    "bool": True,
+    "int": 1,
+    "float": 1.0,
+    "list": [[1.0]],
+    "array": np.ones(SHAPE, np.int8),
+}
+
+
+@pytest.mark.parametrize("mask", NOTHING.values(), ids=NOTHING)
+def test_everything_masked(backend, mask, rng):
+    x, _, scale, bias = draw(rng)
+    result = run(backend, x, scale, bias, num_groups=3, mask=mask)
+    assert_result(backend, result, x.astype(float) / np.sqrt(1 + 1e-6) * scale + bias)
+
+
+@pytest.mark.parametrize("mask", EVERYTHING.values(), ids=EVERYTHING)
+def test_an_all_true_mask_changes_nothing(backend, mask, rng):
+    x, _, scale, bias = draw(rng)
+    result = run(backend, x, scale, bias, num_groups=3, mask=mask)
+    assert_result(backend, result, oracle.group_norm(x, scale, bias, num_groups=3))
+
+
+@pytest.mark.parametrize("dtype", ["bool", "uint8", "int32", "float32"])
+def test_numeric_masks(wide_backend, dtype, rng):
+    x, _, scale, bias = draw(rng)
+    mask = random_mask(rng, (3, 4, 5, 1))
+    x = poison(x, mask)
+    result = run(wide_backend, x, scale, bias, num_groups=3, mask=mask.astype(dtype))
+    assert_result(wide_backend, result, oracle.group_norm(x, scale, bias, num_groups=3, mask=mask))
+
+
+@pytest.mark.parametrize("kind", [bool, int, float])
+def test_nested_list_masks(wide_backend, kind, rng):
+    x, _, scale, bias = draw(rng)
+    mask = random_mask(rng, (4, 5, 1))
+    x = poison(x, mask)
+    result = run(wide_backend, x, scale, bias, num_groups=3, mask=mask.astype(kind).tolist())
+    assert_result(wide_backend, result, oracle.group_norm(x, scale, bias, num_groups=3, mask=mask))
+
+
+def test_numpy_masks_for_every_library(backend, rng):
+    """A mask made on the host goes with any library's input."""
+    if backend is Backend.JAX_JIT:
+        pytest.skip("a host mask is a constant there, which jax covers")
+    x = draw(rng)[0]
+    mask = random_mask(rng, (3, 4, 1, 1))
+    y = groupnorm.group_norm(place(backend, poison(x, mask)), num_groups=2, mask=mask)
+    reference = oracle.group_norm(poison(x, mask), num_groups=2, mask=mask)
+    assert_close(backend.to_numpy(y), reference, tolerance=CONTRACT)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("reduction_axes", [(-1,), (0, -1), (1, -1), (0, 1, 2, 3)])
+def test_masks_with_reduction_axes(backend, reduction_axes, fast, rng):
+    x, _, scale, bias = draw(rng)
+    mask = random_mask(rng, (3, 4, 1, 6))
+    x = poison(x, mask)
+    keywords = {"num_groups": 2, "reduction_axes": reduction_axes, "mask": mask}
+    result = run(backend, x, scale, bias, use_fast_variance=fast, **keywords)
+    assert_result(backend, result, oracle.group_norm(x, scale, bias, **keywords))
+
+
+@pytest.mark.parametrize("features", [(1, 3), (0, 2), (2, 3)])
+def test_masks_with_two_feature_axes(backend, features, rng):
+    x = rng.normal(size=(4, 4, 5, 6)).astype(np.float32)
+    mask = random_mask(rng, (4, 1, 5, 6))
+    x = poison(x, mask)
+    keywords = {"num_groups": 2, "feature_axis": features, "mask": mask}
+    assert_result(backend, run(backend, x, **keywords), oracle.group_norm(x, **keywords))
+
+
+@pytest.mark.parametrize("padding", [0.0, 1e6, np.nan, np.inf])
+@pytest.mark.parametrize("feature_axis", [-1, 1])
+def test_padded_batch_equals_one_by_one(backend, padding, feature_axis, rng):
+    lengths, channels = (7, 12, 1, 9), 8
+    batch = np.full((4, 12, channels), padding, dtype=np.float32)
+    samples = [rng.normal(3, 2, size=(1, n, channels)).astype(np.float32) for n in lengths]
+    for row, sample in zip(batch, samples, strict=True):
+        row[: sample.shape[1]] = sample[0]
+    mask = (np.arange(12) < np.array(lengths)[:, None])[..., None]
+    if feature_axis == 1:
+        batch, mask = batch.transpose(0, 2, 1), mask.transpose(0, 2, 1)
+    together = run(backend, batch, num_groups=2, feature_axis=feature_axis, mask=mask).values
+    for i, sample in enumerate(samples):
+        alone = sample if feature_axis == -1 else sample.transpose(0, 2, 1)
+        single = run(backend, alone, num_groups=2, feature_axis=feature_axis).values[0]
+        valid = together[i, :, : lengths[i]] if feature_axis == 1 else together[i, : lengths[i]]
+        assert_close(valid, single.astype(np.float64), tolerance=CONTRACT)
+
+
+def test_nan_at_a_valid_position_stays_in_its_group(backend, rng):
+    """A mask hides padding, it does not hide faults."""
+    x = draw(rng)[0]
+    x[1, 2, 3, 4] = np.nan
+    mask = np.ones((4, 1, 1), dtype=bool)
+    for given in (None, mask):
+        y = run(backend, x, num_groups=2, mask=given).values
+        bad = np.isnan(y)
+        assert bad[1, ..., 3:].all()
+        assert bad.sum() == bad[1, ..., 3:].size
+
+
+def test_the_mask_is_not_changed(rng):
+    x, mask = draw(rng)[0], random_mask(rng, (3, 4, 1, 1)).astype(np.float32)
+    kept_x, kept_mask = x.copy(), mask.copy()
+    y, pullback = groupnorm.group_norm_vjp(x, num_groups=2, mask=mask)
+    pullback(y)
+    np.testing.assert_array_equal(x, kept_x)
+    np.testing.assert_array_equal(mask, kept_mask)

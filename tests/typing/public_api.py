@@ -1,0 +1,120 @@
+"""What a user's type checker sees: `nox -s types` checks this file, nothing runs it."""
+
+from typing import Any, assert_type
+
+import jax
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+import groupnorm
+from groupnorm import (
+    GroupNorm,
+    available_backends,
+    errors,
+    group_norm,
+    group_norm_vjp,
+    initializers,
+)
+from groupnorm.backends.cupy import CupyGroupNorm
+from groupnorm.backends.jax import JaxGroupNorm
+from groupnorm.backends.numpy import NumpyGroupNorm
+from groupnorm.backends.torch import TorchGroupNorm
+
+Host = NDArray[np.float32]
+
+
+def the_backend_decides_the_class(name: str) -> None:
+    assert_type(GroupNorm(8, num_groups=2), NumpyGroupNorm)
+    assert_type(GroupNorm(8, num_groups=2, backend="numpy"), NumpyGroupNorm)
+    assert_type(GroupNorm(8, num_groups=2, backend="jax"), JaxGroupNorm)
+    assert_type(GroupNorm(8, num_groups=2, backend="torch"), TorchGroupNorm)
+    assert_type(GroupNorm(8, num_groups=2, backend="cupy"), CupyGroupNorm)
+
+
+def every_layer_is_a_group_norm(layers: list[GroupNorm]) -> None:
+    layers.append(GroupNorm(8, num_groups=2, backend="numpy"))
+    layers.append(GroupNorm(8, num_groups=2, backend="jax"))
+    layers.append(GroupNorm(8, num_groups=2, backend="torch"))
+    layers.append(GroupNorm(8, num_groups=2, backend="cupy"))
+
+
+def a_torch_layer_is_a_module(x: torch.Tensor) -> torch.Tensor:
+    layer = GroupNorm((8, ...), 0, 2, backend="torch", device="cpu")
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), layer)
+    torch.optim.SGD(layer.parameters(), lr=0.1)
+    return assert_type(layer(x), torch.Tensor) + model(x)
+
+
+def to_backend_names_the_class_too(layer: GroupNorm) -> None:
+    assert_type(layer.to_backend("numpy"), NumpyGroupNorm)
+    assert_type(layer.to_backend("jax"), JaxGroupNorm)
+    assert_type(layer.to_backend("torch", device="cpu"), TorchGroupNorm)
+    assert_type(layer.to_backend("cupy"), CupyGroupNorm)
+
+
+def array_in_array_out(x: Host, t: torch.Tensor, j: jax.Array) -> None:
+    layer = GroupNorm((4, 4, 8), num_groups=None, group_size=4)
+    assert_type(layer(x), Host)
+    assert_type(layer.update(x, mask=[[True], [False]]), Host)
+    assert_type(layer(j), jax.Array)
+    assert_type(GroupNorm(8, num_groups=2, backend="torch")(t), torch.Tensor)
+    assert_type(GroupNorm(8, num_groups=2, backend="jax")(j), jax.Array)
+    assert_type(group_norm(x, num_groups=2), Host)
+    assert_type(group_norm(t, num_groups=2, mask=t > 0), torch.Tensor)
+    assert_type(group_norm(j, num_groups=2, dtype="bfloat16"), jax.Array)
+
+
+def pullbacks(x: Host, t: torch.Tensor) -> None:
+    y, pullback = GroupNorm(8, num_groups=2).vjp(x)
+    assert_type(y, Host)
+    gradients = pullback(y)
+    np.sum(gradients.x)
+    if gradients.scale is not None and gradients.bias is not None:
+        np.sum(gradients.scale + gradients.bias)
+    out, pull = group_norm_vjp(t, torch.ones(8), torch.zeros(8), num_groups=2)
+    assert_type(out, torch.Tensor)
+    pull(out)
+
+
+def attributes(layer: GroupNorm) -> None:
+    assert_type(layer.num_groups, int)
+    assert_type(layer.group_size, int)
+    assert_type(layer.epsilon, float)
+
+
+def options() -> None:
+    GroupNorm(
+        in_size=(4, 4, 8),
+        feature_axis=(-2, -1),
+        num_groups=4,
+        epsilon=1e-5,
+        dtype="input",
+        use_bias=False,
+        use_scale=True,
+        scale_init=initializers.constant(2.0),
+        bias_init=initializers.zeros,
+        reduction_axes=(1, 2, 3),
+        axis_name="devices",
+        axis_index_groups=[[0, 1], [2, 3]],
+        use_fast_variance=False,
+        param_dtype=np.float64,
+    )
+
+
+def what_is_here() -> None:
+    for backend in available_backends():
+        assert_type(backend.name, str)
+        assert_type(backend.installed, bool)
+        assert_type(backend.version, str | None)
+        assert_type(backend.devices, tuple[str, ...])
+        assert_type(backend.error, str | None)
+
+
+def errors_are_also_the_usual_ones(x: Any) -> None:
+    try:
+        group_norm(x, num_groups=3)
+    except errors.ArgumentValueError as error:
+        value: ValueError = error
+        own: groupnorm.errors.GroupNormError = error
+        print(value, own)

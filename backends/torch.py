@@ -1,6 +1,6 @@
 """PyTorch: tensors, statistics over process groups, and a layer that is an `nn.Module`."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import array_api_compat.torch as xp
 import numpy as np
@@ -10,8 +10,10 @@ import torch.distributed as dist
 from groupnorm.backends import Adapter, one_hot_pool
 from groupnorm.backends.numpy import small_float
 from groupnorm.errors import AxisNameError
-from groupnorm.layer import GroupNorm, Settings
+from groupnorm.layer import GroupNorm
 from groupnorm.plan import Plan, make_plan, make_plan_uncached
+from groupnorm.settings import Settings
+from groupnorm.typing import ArrayT, MaskLike
 
 __all__ = ["TorchAdapter", "TorchGroupNorm", "TorchNativeGroupNorm", "adapter"]
 
@@ -152,13 +154,18 @@ class TorchGroupNorm(GroupNorm, torch.nn.Module):
     num_channels: int
     affine: bool
 
-    # Module's own, for its hooks; forward is where the work is.
-    __call__ = torch.nn.Module.__call__
+    if TYPE_CHECKING:
+
+        def __call__(self, x: ArrayT, mask: MaskLike = None) -> ArrayT:
+            """Normalize x; see `update`."""
+    else:
+        # Module's own, for its hooks; forward is where the work is.
+        __call__ = torch.nn.Module.__call__
 
     def _setup(self, settings: Settings, scale: Any, bias: Any) -> None:
         torch.nn.Module.__init__(self)
         if settings.as_torch_native:
-            self.__class__ = TorchNativeGroupNorm
+            self.__class__ = TorchNativeGroupNorm  # pyright: ignore[reportAttributeAccessIssue]
         self._settings = settings
         hold = self._adapter.hold
         for name, value in (("weight", scale), ("bias", bias)):
@@ -194,7 +201,8 @@ class TorchGroupNorm(GroupNorm, torch.nn.Module):
         """Show the arguments."""
         return self._describe()
 
-    __repr__ = torch.nn.Module.__repr__
+    def __repr__(self) -> str:
+        return torch.nn.Module.__repr__(self)
 
 
 class TorchNativeGroupNorm(TorchGroupNorm, torch.nn.GroupNorm):  # type: ignore[override]

@@ -8,9 +8,8 @@ from groupnorm.statistics import (
     join,
     real_part,
     split,
-    total,
-    total_of_products,
 )
+from groupnorm.summation import total, total_of_products
 
 if TYPE_CHECKING:
     from groupnorm.backends import Adapter

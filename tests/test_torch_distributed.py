@@ -1,7 +1,7 @@
 """Statistics pooled over real processes: gloo, two and four ranks.
 
 Processes start slowly, so one run of `programs/torch_ranks.py` computes all cases of a world size,
-and every case is a subtest here. All ranks' numbers are compared with the oracle on the whole array.
+and every case is a subtest here. All numbers are compared with the oracle on the whole array.
 """
 
 from __future__ import annotations

@@ -43,7 +43,8 @@ def a_torch_layer_is_a_module(x: torch.Tensor) -> torch.Tensor:
     layer = GroupNorm((8, ...), 0, 2, backend="torch", device="cpu")
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), layer)
     torch.optim.SGD(layer.parameters(), lr=0.1)
-    return assert_type(layer(x), torch.Tensor) + model(x)
+    through_model: torch.Tensor = model(x)
+    return assert_type(layer(x), torch.Tensor) + through_model
 
 
 def to_backend_names_the_class_too(layer: GroupNorm) -> None:

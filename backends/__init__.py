@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from groupnorm.errors import ArgumentTypeError, ArgumentValueError, GroupNormError
+from groupnorm.errors import ArgumentTypeError, GroupNormError
 from groupnorm.plan import Plan, make_plan
+from groupnorm.replicas import Replicas
 
 if TYPE_CHECKING:
     from groupnorm.layer import GroupNorm
     from groupnorm.typing import Array
 
-__all__ = ["Adapter", "one_hot_pool"]
+__all__ = ["Adapter"]
 
 
 class Adapter:
@@ -132,13 +133,8 @@ class Adapter:
 
     # Replicas ---------------------------------------------------------------------------------
 
-    def pool(
-        self,
-        sums: "tuple[Array, ...]",
-        axis_name: Any,
-        axis_index_groups: tuple[tuple[int, ...], ...] | None,
-    ) -> "tuple[Array, ...]":
-        """Add equal-shaped arrays over all replicas, elementwise: ONE differentiable collective."""
+    def replicas(self, axis_name: Any) -> Replicas:
+        """Find the replicas a name stands for, here."""
         raise GroupNormError(
             f"axis_name={axis_name!r} cannot be used with {self.array_name}: {self.name} has no "
             "replicas to pool statistics over, and statistics of this array alone would be wrong. "
@@ -166,49 +162,3 @@ class Adapter:
     def fused(self, x: "Array", scale: "Array", bias: "Array", plan: Plan, options: Any) -> Any:
         """Return what a kernel for exactly this plan computes, or None for the portable way."""
         return None
-
-
-def one_hot_pool(
-    adapter: Adapter,
-    sums: "tuple[Array, ...]",
-    index: Any,
-    size: int,
-    axis_index_groups: tuple[tuple[int, ...], ...] | None,
-    add_over_replicas: Any,
-) -> "tuple[Array, ...]":
-    """Pool a tuple as one array, and index groups as rows of it.
-
-    Each replica adds its values into its group's row and reads that row back. Unlike a collective's
-    own groups this works in every kind of map, and takes groups of uneven size.
-
-    Parameters
-    ----------
-    index : int or scalar array
-        This replica's index on the axis.
-    size : int
-        The number of replicas.
-    add_over_replicas : callable
-        Sums one array over all replicas, differentiably.
-    """
-    xp = adapter.xp
-    packed = xp.stack(sums)
-    if axis_index_groups is None:
-        pooled = add_over_replicas(packed)
-        return tuple(pooled[i, ...] for i in range(len(sums)))
-    group_of = _group_of(axis_index_groups, size)
-    table = adapter.from_host(np.asarray(group_of, dtype=np.int32), packed)
-    groups = adapter.from_host(np.arange(len(axis_index_groups), dtype=np.int32), packed)
-    mine = xp.astype(groups == table[index], packed.dtype)
-    mine = xp.reshape(mine, (len(axis_index_groups),) + (1,) * packed.ndim)
-    pooled = xp.sum(mine * add_over_replicas(mine * packed[None, ...]), axis=0)
-    return tuple(pooled[i, ...] for i in range(len(sums)))
-
-
-def _group_of(axis_index_groups: tuple[tuple[int, ...], ...], size: int) -> list[int]:
-    members = sorted(i for group in axis_index_groups for i in group)
-    if members != list(range(size)):
-        raise ArgumentValueError(
-            f"axis_index_groups={axis_index_groups} does not hold every index of an axis of size "
-            f"{size} exactly once: each replica must belong to one group. Split 0 ... {size - 1}."
-        )
-    return [next(g for g, group in enumerate(axis_index_groups) if i in group) for i in range(size)]

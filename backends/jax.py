@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from groupnorm.backends import Adapter, one_hot_pool
+from groupnorm.backends import Adapter
 from groupnorm.errors import ArgumentValueError, AxisNameError
 from groupnorm.layer import GroupNorm, PlainGroupNorm
+from groupnorm.replicas import Replicas
 
 __all__ = ["JaxAdapter", "JaxGroupNorm", "adapter"]
 
@@ -75,13 +76,8 @@ class JaxAdapter(Adapter):
         """Put two real arrays together."""
         return lax.complex(real, imaginary)
 
-    def pool(
-        self,
-        sums: tuple[Any, ...],
-        axis_name: Any,
-        axis_index_groups: tuple[tuple[int, ...], ...] | None,
-    ) -> tuple[Any, ...]:
-        """Sum over a mapped axis, or over several."""
+    def replicas(self, axis_name: Any) -> Replicas:
+        """Find a mapped axis, or several."""
         try:
             index, size = lax.axis_index(axis_name), lax.axis_size(axis_name)
         except NameError as error:
@@ -89,9 +85,7 @@ class JaxAdapter(Adapter):
                 f"axis_name={axis_name!r} is not bound here: call the layer inside jax.shard_map, "
                 "jax.pmap or jax.vmap over an axis of that name, or leave axis_name out."
             ) from error
-        return one_hot_pool(
-            self, sums, index, size, axis_index_groups, lambda x: lax.psum(x, axis_name)
-        )
+        return Replicas(index, size, lambda x: lax.psum(x, axis_name))
 
     def hold(self, value: Any, param_type: Any, name: str) -> Any:
         """Wrap the array in a parameter type of flax nnx or brainstate, if one is asked for."""

@@ -7,11 +7,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from groupnorm.backends import Adapter, one_hot_pool
+from groupnorm.backends import Adapter
 from groupnorm.backends.numpy import small_float
-from groupnorm.errors import AxisNameError
+from groupnorm.errors import ArgumentValueError, AxisNameError
 from groupnorm.layer import GroupNorm
 from groupnorm.plan import Plan, make_plan, make_plan_uncached
+from groupnorm.replicas import Replicas
 from groupnorm.settings import Settings
 from groupnorm.typing import ArrayT, MaskLike
 
@@ -37,7 +38,14 @@ class TorchAdapter(Adapter):
 
     def place(self, x: Any, device: Any) -> Any:
         """Move a tensor."""
-        return x if device is None else x.to(device)
+        try:
+            return x if device is None else x.to(device)
+        except (RuntimeError, AssertionError, TypeError) as error:
+            raise ArgumentValueError(
+                f"device={device!r} is not one PyTorch can use here "
+                f"({str(error).partition(chr(10))[0]}): choose from "
+                f"{', '.join(self.devices())}, or 'meta'."
+            ) from error
 
     def detach(self, x: Any) -> Any:
         """Cut from the graph."""
@@ -69,13 +77,8 @@ class TorchAdapter(Adapter):
         """Put two real tensors together."""
         return torch.complex(real, imaginary)
 
-    def pool(
-        self,
-        sums: tuple[Any, ...],
-        axis_name: Any,
-        axis_index_groups: tuple[tuple[int, ...], ...] | None,
-    ) -> tuple[Any, ...]:
-        """Sum over the ranks of a process group."""
+    def replicas(self, axis_name: Any) -> Replicas:
+        """Find the ranks of a process group."""
         if not isinstance(axis_name, dist.ProcessGroup):
             raise AxisNameError(
                 f"axis_name={axis_name!r} is a {type(axis_name).__name__}: for PyTorch tensors the "
@@ -88,14 +91,8 @@ class TorchAdapter(Adapter):
                 f"axis_name={axis_name!r} is a process group this rank is no member of: call the "
                 "layer on the group's members only, or make it with this rank's own group."
             )
-        return one_hot_pool(
-            self,
-            sums,
-            rank,
-            dist.get_world_size(axis_name),
-            axis_index_groups,
-            lambda x: _add_over_ranks(x, axis_name),
-        )
+        size = dist.get_world_size(axis_name)
+        return Replicas(rank, size, lambda x: _add_over_ranks(x, axis_name))
 
     def hold(self, value: Any, param_type: Any, name: str) -> Any:
         """Make a Parameter, or what is asked for."""
@@ -132,13 +129,18 @@ class _AddOverRanks(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         return _add_over_ranks(gradients[0], ctx.group), None
 
+
+class _AddOverRanksDual(_AddOverRanks):
+    """The same with forward mode, which a compiler cannot trace."""
+
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         return _add_over_ranks(tangents[0], ctx.group)
 
 
 def _add_over_ranks(x: Any, group: Any) -> Any:
-    return _AddOverRanks.apply(x, group)  # type: ignore[no-untyped-call]
+    function = _AddOverRanks if torch.compiler.is_compiling() else _AddOverRanksDual
+    return function.apply(x, group)  # type: ignore[no-untyped-call]
 
 
 class TorchGroupNorm(GroupNorm, torch.nn.Module):

@@ -88,7 +88,7 @@ class Layer(Described):
             use_scale=flag("use_scale", use_scale),
             bias_init=bias_init,
             scale_init=scale_init,
-            param_type=param_type,
+            param_type=_check_param_type(param_type),
             param_dtype=dtype_name(
                 "param_dtype", "float32" if param_dtype is None else param_dtype
             ),
@@ -223,7 +223,7 @@ class Layer(Described):
         2
         """
         target = adapter_named(backend)
-        settings = self._settings._replace(param_type=param_type)
+        settings = self._settings._replace(param_type=_check_param_type(param_type))
         values: list[Array | None] = []
         for stored in (self.scale, self.bias):
             if stored is None:
@@ -255,3 +255,12 @@ class Layer(Described):
         if not adapter.is_array(value):
             value = adapter.from_host(np.asarray(value, dtype=host_dtype))
         return adapter.place(adapter.xp.astype(value, adapter.dtype(dtype), copy=False), device)
+
+
+def _check_param_type(param_type: Any) -> Any:
+    if param_type is not None and not callable(param_type):
+        raise ArgumentTypeError(
+            f"param_type={param_type!r} is not callable: it is what makes a stored parameter of an "
+            "array, such as flax.nnx.Param, brainstate.ParamState or torch.nn.Parameter."
+        )
+    return param_type

@@ -13,7 +13,7 @@ from groupnorm.prepare import (
     to_work,
 )
 from groupnorm.pullback import pull_back
-from groupnorm.statistics import Centred, Normalizer, finish, measure, normalize, pool
+from groupnorm.statistics import Centred, Normalizer, finish, measure, merge_replicas, normalize
 from groupnorm.typing import Array, Gradients
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def _forward(
 ) -> tuple[Array, Centred, Normalizer]:
     moments, centred = measure(ready.x, ready.mask, ready.plan, adapter, options.epsilon)
     if options.axis_name is not None:
-        moments = pool(
+        moments = merge_replicas(
             moments, adapter, options.epsilon, options.axis_name, options.axis_index_groups
         )
     normalizer = finish(

@@ -132,7 +132,7 @@ class PlainGroupNorm(GroupNorm):
     @property
     def scale(self) -> Array | None:
         """The factor of every channel; assign an array of the same shape to change it."""
-        return None if self._scale is None else self._adapter.read(self._scale)
+        return self._read(self._scale)
 
     @scale.setter
     def scale(self, value: Array) -> None:
@@ -141,11 +141,16 @@ class PlainGroupNorm(GroupNorm):
     @property
     def bias(self) -> Array | None:
         """What is added to every channel; assign an array of the same shape to change it."""
-        return None if self._bias is None else self._adapter.read(self._bias)
+        return self._read(self._bias)
 
     @bias.setter
     def bias(self, value: Array) -> None:
         self._bias = self._replacement("bias", value, self._settings.use_bias)
+
+    def _read(self, stored: Any) -> Array | None:
+        # Without a param_type what is stored is meant, even a placeholder some tree has put there.
+        plain = stored is None or self._settings.param_type is None
+        return stored if plain else self._adapter.read(stored)
 
     def _replacement(self, name: str, value: Array, used: bool) -> Any:
         if not used:

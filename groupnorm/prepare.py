@@ -47,7 +47,7 @@ def prepare(
         options.reduction,
         sampled=options.fast and mask is None,
     )
-    if options.feature_shape is not None and plan.feature_shape != options.feature_shape:
+    if options.feature_shape is not None and not _equal(plan.feature_shape, options.feature_shape):
         raise ArgumentValueError(
             f"x of shape {tuple(x.shape)} has feature axes of length {plan.feature_shape}, and "
             f"this layer was made for {options.feature_shape}: give x that many channels there, or "
@@ -116,12 +116,17 @@ def _parameter(
         value = adapter.from_host(value, x)
     check_same_library(adapter, value, argument, x)
     shape = tuple(value.shape)
-    if shape not in (plan.feature_shape, (plan.channels,)):
+    if not (_equal(shape, plan.feature_shape) or _equal(shape, (plan.channels,))):
         raise ArgumentValueError(
             f"{argument} has shape {shape}: it holds one number a channel, so its shape is that of "
             f"the feature axes, {plan.feature_shape}. Reshape it, or check feature_axis."
         )
     return value
+
+
+def _equal(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    # One by one: while a compiler leaves sizes open, tuples of them never compare equal.
+    return len(shape) == len(other) and all(a == b for a, b in zip(shape, other, strict=True))
 
 
 def _dtypes(

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from groupnorm.replicas import pool
 from groupnorm.statistics import (
     Centred,
     Normalizer,
@@ -66,7 +67,7 @@ def pull_back(
         p = real_part(p, adapter)
     q = real_part(total(conj_scale * sum_dy_xhat, members, plan, adapter), adapter)
     if axis_name is not None:
-        *p_parts, q = adapter.pool((*split(p, adapter), q), axis_name, axis_index_groups)
+        *p_parts, q = pool((*split(p, adapter), q), adapter, axis_name, axis_index_groups)
         p = join(p_parts, adapter)
     # Spread over the channels: an operand that repeats within its rows costs NumPy tenfold.
     weight = rstd * normalizer.share * ones

@@ -34,6 +34,7 @@ import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from groupnorm.plan import product
+from groupnorm.replicas import gather
 from groupnorm.summation import total, total_of_products
 
 if TYPE_CHECKING:
@@ -49,8 +50,8 @@ __all__ = [
     "finish",
     "join",
     "measure",
+    "merge_replicas",
     "normalize",
-    "pool",
     "real_part",
     "split",
 ]
@@ -259,41 +260,55 @@ def _abs2(x: "Array", adapter: "Adapter") -> "Array":
     return real * real + imaginary * imaginary
 
 
-def pool(
+def merge_replicas(
     moments: Moments,
     adapter: "Adapter",
     epsilon: float,
     axis_name: Any,
     axis_index_groups: tuple[tuple[int, ...], ...] | None,
 ) -> Moments:
-    """Merge the moments of all replicas, in two small collectives, with their true counts.
+    """Merge the moments of all replicas, with their true counts, in one small collective.
 
-    The first finds a reference and a scale all replicas share, and takes no gradient; the second
-    merges relative to them.
+    Every replica gets all of theirs and merges them in the same order, relative to a reference and
+    a scale found then: a sum of moments would need both before it is taken.
     """
     xp = adapter.xp
-    local = xp.ones_like(moments.m2) * moments.n
-    mean = adapter.detach(moments.reference + moments.delta / moments.unit)
-    # How far any element may be from the common mean; an empty replica's unit means nothing.
-    reach = xp.where(
-        local > 0, 1.0 / moments.unit + _magnitude(mean, adapter), xp.zeros_like(moments.unit)
+    n = xp.ones_like(moments.m2) * moments.n
+    reference, delta = split(moments.reference, adapter), split(moments.delta, adapter)
+    values = (n, moments.unit, moments.m2, *reference, *delta)
+    n, unit, m2, *parts = gather(values, adapter, axis_name, axis_index_groups)
+    references = [adapter.detach(part) for part in parts[: len(reference)]]
+    deltas = parts[len(reference) :]
+    valid = n > 0
+    unit = adapter.detach(xp.where(valid, unit, 1.0))
+    count = at_least_one(xp.sum(n, axis=0), xp)
+    common = [_mean_within(part, n, valid, count, xp) for part in references]
+    off = [part - mean for part, mean in zip(references, common, strict=True)]
+    reach = 1.0 / unit
+    for part in off:
+        reach = reach + xp.abs(part)
+    common_unit = _unit(xp.max(xp.where(valid, reach, 0.0), axis=0), epsilon, adapter)
+    ratio = common_unit / unit
+    means = [o * common_unit + d * ratio for o, d in zip(off, deltas, strict=True)]
+    mean = [xp.sum(n * part, axis=0) / count for part in means]
+    m2 = m2 * ratio * ratio
+    for part, centre in zip(means, mean, strict=True):
+        m2 = m2 + n * (part - centre) * (part - centre)
+    return Moments(
+        xp.sum(n, axis=0),
+        join(common, adapter),
+        common_unit,
+        join(mean, adapter),
+        xp.sum(m2, axis=0),
     )
-    count, reach, *sums = adapter.pool(
-        (local, reach, *split(local * mean, adapter)), axis_name, axis_index_groups
-    )
-    enough = at_least_one(count, xp)
-    common = join([s / enough for s in sums], adapter)
-    unit = _unit(reach, epsilon, adapter)
 
-    ratio = unit / moments.unit
-    off = (moments.reference - common) * unit + moments.delta * ratio
-    m2, *sums = adapter.pool(
-        (moments.m2 * ratio * ratio + local * _abs2(off, adapter), *split(local * off, adapter)),
-        axis_name,
-        axis_index_groups,
-    )
-    delta = join([s / enough for s in sums], adapter)
-    return Moments(count, common, unit, delta, m2 - count * _abs2(delta, adapter))
+
+def _mean_within(x: "Array", n: "Array", valid: "Array", count: "Array", xp: Any) -> "Array":
+    """Average over the leading axis; equal values average to exactly their value."""
+    low = xp.min(xp.where(valid, x, math.inf), axis=0)
+    high = xp.max(xp.where(valid, x, -math.inf), axis=0)
+    low, high = _zero_if_none(low, high, xp)
+    return _clip_real(xp.sum(xp.where(valid, n * x, 0.0), axis=0) / count, low, high, xp)
 
 
 def _total_abs2(x: "Array", plan: "Plan", adapter: "Adapter") -> "Array":

@@ -16,6 +16,8 @@ from tests.backends import (
     assert_gradients,
     assert_result,
     differentiate,
+    dtype_name,
+    host_dtype,
     run,
 )
 
@@ -132,12 +134,12 @@ def test_torch_memory_format_changes_nothing(rng):
 
 
 @pytest.mark.parametrize("parameters", ["float16", "bfloat16", "float64"])
-def test_mixed_dtypes(backend, parameters, rng):
+def test_mixed_dtypes(backend, parameters, rng, request):
     """torch: raises in eager mode, accepted when compiled."""
+    if parameters == "bfloat16":
+        request.getfixturevalue("needs_bfloat16")
     if parameters not in backend.dtypes:
         pytest.skip(f"{backend.library} has no {parameters}")
-    from tests.backends import host_dtype
-
     x, _, scale, bias = draw(rng, 2, 5, 6)
     scale, bias = (a.astype(host_dtype(parameters)) for a in (scale, bias))
     with backend.precision(parameters):
@@ -203,12 +205,10 @@ def test_groups_are_neighbouring_channels(backend):
     np.testing.assert_allclose(result.values, [[-1, 1, -1, 1, -1, 1]], rtol=1e-6)
 
 
-def test_bfloat16_stays_when_asked(backend, rng):
+def test_bfloat16_stays_when_asked(backend, rng, needs_bfloat16):
     """brainstate: bfloat16 in, float32 out, whatever dtype says."""
     if "bfloat16" not in backend.dtypes:
         pytest.skip(f"{backend.library} has no bfloat16")
-    from tests.backends import dtype_name, host_dtype
-
     x, _, scale, bias = draw(rng, 2, 5, 6)
     x = x.astype(host_dtype("bfloat16"))
     result = run(backend, x, scale, bias, num_groups=3, dtype="input")

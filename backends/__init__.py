@@ -53,7 +53,7 @@ class Adapter:
 
     def plan(self, *key: Any, sampled: bool) -> Plan:
         """Make or look up a plan."""
-        return make_plan(*key, sampled=sampled, static=True)
+        return make_plan(*key, sampled=sampled, static=True, blocked=True)
 
     def device_of(self, x: "Array") -> Any:
         """Return the array's device; None while tracing."""

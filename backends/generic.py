@@ -38,9 +38,8 @@ class GenericAdapter(Adapter):
 
     def plan(self, *key: Any, sampled: bool) -> Plan:
         """Leave blocks to the library: it may split an array along any axis."""
-        return make_plan(
-            *key, sampled=sampled, static=not array_api_compat.is_dask_namespace(self.xp)
-        )
+        dask = array_api_compat.is_dask_namespace(self.xp)
+        return make_plan(*key, sampled=sampled and not dask, static=True, blocked=not dask)
 
 
 _adapters: dict[str, GenericAdapter] = {}

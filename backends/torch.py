@@ -33,8 +33,10 @@ class TorchAdapter(Adapter):
     def plan(self, *key: Any, sampled: bool) -> Plan:
         """Keep sizes open while compiling, and keep away from the cache then."""
         if torch.compiler.is_compiling():
-            return make_plan_uncached(*key, sampled=False, static=False)
-        return make_plan(*key, sampled=sampled, static=True)
+            # Blocks hold for a range of sizes only, and an exported program is for all of them.
+            blocked = not torch.compiler.is_exporting()
+            return make_plan_uncached(*key, sampled=False, static=False, blocked=blocked)
+        return make_plan(*key, sampled=sampled, static=True, blocked=True)
 
     def place(self, x: Any, device: Any) -> Any:
         """Move a tensor."""
@@ -54,6 +56,8 @@ class TorchAdapter(Adapter):
     def from_host(self, value: "np.ndarray[Any, Any]", like: Any = None) -> Any:
         """Copy a NumPy array, bit by bit where NumPy and PyTorch share no dtype."""
         device = None if like is None else like.device
+        if torch.compiler.is_compiling():  # which cannot trace what is asked of the array below
+            return torch.as_tensor(value, device=device)
         dtype = getattr(torch, value.dtype.name)
         if value.dtype.kind != "V":
             return torch.tensor(value, dtype=dtype, device=device)

@@ -84,7 +84,8 @@ def _parameter_gradient(adapter: "Adapter", gradient: Array, parameter: Array) -
     dtype = parameter.dtype if adapter.is_array(parameter) else adapter.dtype(parameter.dtype.name)
     if adapter.is_complex(gradient.dtype) and not adapter.is_complex(dtype):
         gradient = xp.real(gradient)
-    return xp.astype(xp.reshape(gradient, tuple(parameter.shape)), dtype, copy=False)
+    flat = xp.reshape(xp.astype(gradient, dtype, copy=False), (-1,))
+    return xp.reshape(flat, tuple(parameter.shape))
 
 
 def _forward(

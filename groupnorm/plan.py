@@ -60,6 +60,7 @@ class Plan(NamedTuple):
     channels: int
     inner_count: float
     group_count: int
+    static: bool
     blocked: bool
 
     @property
@@ -172,6 +173,7 @@ def make_plan_uncached(
     *,
     sampled: bool,
     static: bool,
+    blocked: bool,
 ) -> Plan:
     """Make the plan for arrays of `shape`.
 
@@ -190,6 +192,8 @@ def make_plan_uncached(
     static : bool
         False while a compiler traces with sizes it may change later: then no decision is made that
         would tie the program to these sizes.
+    blocked : bool
+        Whether sums are taken in blocks of fixed size, or in whatever order the library prefers.
 
     Raises
     ------
@@ -258,7 +262,8 @@ def make_plan_uncached(
         # turning a size that a compiler still leaves open into a float would fix it.
         inner_count=float(inner_count) if static else inner_count,
         group_count=position_count * group_size,
-        blocked=static,
+        static=static,
+        blocked=blocked,
     )
 
 

@@ -171,7 +171,8 @@ def _parameter_to_work(
     if value is None:
         # Of full shape all the same: then every operand of the last pass runs along whole rows.
         return xp.full(plan.parameter_shape, neutral, dtype=dtype, device=adapter.device_of(x))
-    return xp.reshape(xp.astype(value, dtype, copy=False), plan.parameter_shape)
+    flat = xp.reshape(xp.astype(value, dtype, copy=False), (plan.channels,))
+    return xp.reshape(flat, plan.parameter_shape)
 
 
 def _mask_to_work(adapter: "Adapter", mask: Any, x: Array, plan: "Plan") -> Array:

@@ -8,8 +8,6 @@ collective's own groups this works in every kind of map, and for sets of uneven 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from groupnorm.errors import ArgumentValueError
 
 if TYPE_CHECKING:
@@ -39,8 +37,8 @@ def pool(
     if groups is None:
         pooled = replicas.add(packed)
     else:
-        table = np.asarray(_group_of(groups, replicas.size), dtype=np.int32)
-        mine = adapter.from_host(table, packed)[replicas.index]
+        table = _group_of(groups, replicas.size)
+        mine = xp.asarray(table, device=adapter.device_of(packed))[replicas.index]
         row = _row(mine, len(groups), packed, adapter)
         sums = replicas.add(xp.where(row, packed[None, ...], 0.0))
         pooled = xp.sum(xp.where(row, sums, 0.0), axis=0)
@@ -60,15 +58,16 @@ def gather(
     row = _row(replicas.index, replicas.size, packed, adapter)
     rows = replicas.add(xp.where(row, packed[None, ...], 0.0))
     if groups is not None:
-        table = np.asarray(_group_of(groups, replicas.size))
-        together = adapter.from_host(table[:, None] == table, packed)[replicas.index]
+        group_of = _group_of(groups, replicas.size)
+        table = [[mine == other for other in group_of] for mine in group_of]
+        together = xp.asarray(table, device=adapter.device_of(packed))[replicas.index]
         rows = xp.where(xp.reshape(together, (replicas.size,) + (1,) * packed.ndim), rows, 0.0)
     return tuple(rows[:, i, ...] for i in range(len(values)))
 
 
 def _row(index: Any, rows: int, packed: "Array", adapter: "Adapter") -> "Array":
     """True in one of `rows` rows. Chosen by where: a product would spread a NaN to all rows."""
-    numbers = adapter.from_host(np.arange(rows, dtype=np.int32), packed)
+    numbers = adapter.xp.arange(rows, device=adapter.device_of(packed))
     return adapter.xp.reshape(numbers == index, (rows,) + (1,) * packed.ndim)
 
 

@@ -173,7 +173,7 @@ def _counts(mask: "Array", plan: "Plan", x: "Array", adapter: "Adapter") -> "Arr
     real = adapter.real_dtype(x.dtype)
     counts = total(xp.astype(mask, real), plan.inner, plan, adapter)
     repeats = product(plan.work_shape[a] for a in plan.inner if mask.shape[a] == 1)
-    return counts * (float(repeats) if plan.blocked else repeats)
+    return counts * (float(repeats) if plan.static else repeats)
 
 
 def _pivots(

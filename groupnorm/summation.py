@@ -38,7 +38,7 @@ def _sum(factors: "tuple[Array, ...]", axis: int, plan: "Plan", adapter: "Adapte
     if not plan.blocked or length <= 2 * BLOCK:
         return adapter.sum_of_product(factors, axis)
     xp = adapter.xp
-    block = _block(length)
+    block = _block(length) if plan.static else BLOCK
     blocks, rest = divmod(length, block)
     split = (*shape[:axis], blocks, block, *shape[axis + 1 :])
     partial_shape = (*shape[:axis], blocks, *shape[axis + 1 :])

@@ -1,7 +1,7 @@
 """The rows the suite runs on: every array library, and the ways one of them can be used.
 
-A row's value is ``"<library>[:<tag>]"``, so ``pytest -k torch:compile`` selects it. Libraries are imported
-when a row is first used, so that ``--backends numpy`` needs nothing but NumPy.
+A row's value is ``"<library>[:<tag>]"``, so ``pytest -k torch:compile`` selects it. Libraries are
+imported when a row is first used, so that ``--backends numpy`` needs nothing but NumPy.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ GRADIENT = 2e-6
 GRADIENT_FAR = 1e-4
 
 WIDE = {"float64", "complex128", "int64", "uint64"}
-COMMON = "float32 float64 complex64 complex128 uint8 int8 int16 int32 int64 bool"
+COMMON = (
+    "float32 float64 complex64 complex128 bool uint8 uint16 uint32 uint64 int8 int16 int32 int64"
+)
 
 
 class Backend(enum.Enum):
@@ -135,7 +137,7 @@ class Backend(enum.Enum):
         return "float32" if self.library in ("jax", "torch") else "float64"
 
     def precision(self, *dtypes: str | None):
-        """Return a context in which the library keeps these dtypes: JAX narrows to 32 bits otherwise."""
+        """Return a context where the library keeps these dtypes; JAX narrows to 32 bits outside."""
         if self.library == "jax" and WIDE & set(dtypes):
             return importlib.import_module("jax").enable_x64(True)
         return contextlib.nullcontext()
@@ -198,7 +200,7 @@ class Result(NamedTuple):
 
 
 class Differentiated(NamedTuple):
-    """Output and gradients on the host, after their namespace, dtype, device and shape were checked."""
+    """Output and gradients on the host; their library, dtype, device and shape were checked."""
 
     y: np.ndarray
     x: np.ndarray
@@ -224,7 +226,7 @@ def place(backend: Backend, a: Any) -> Any:
 
 
 def call_with_arrays(backend: Backend, function, **arguments):
-    """Call function(**arguments) through the row's compiler; only arrays become traced arguments."""
+    """Call function(**arguments) through the row's compiler; only arrays are traced arguments."""
     arrays = {k: place(backend, v) for k, v in arguments.items()}
     static = {
         k: v for k, v in arrays.items() if v is None or isinstance(v, (list, bool, int, float))
@@ -260,7 +262,7 @@ def check_array(backend: Backend, y: Any, *, shape, dtype: str) -> None:
 
 
 def assert_close(actual: np.ndarray, reference: np.ndarray, *, tolerance: float) -> None:
-    """Assert |error| <= tolerance * max(1, |reference|), and that nothing is NaN that should not be."""
+    """Assert |error| <= tolerance * max(1, |reference|), and NaN exactly where the reference is."""
     actual = np.asarray(actual)
     wide = actual.astype(np.complex128 if np.iscomplexobj(actual) else np.float64)
     assert wide.shape == reference.shape

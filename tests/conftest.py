@@ -1,14 +1,14 @@
 """Fixtures and the ``--backends`` option.
 
-``--backends all`` (the default) runs every row of `tests.backends.Backend`; a library that cannot be
-imported then fails the run, it is not skipped. ``--backends numpy`` (or ``numpy,torch:compile``) runs these
-rows alone and imports no other library: a test file that imports one at its top is not collected, and a
-test marked ``needs("flax")`` is skipped with that reason.
+``--backends all`` (the default) runs every row of `tests.backends.Backend`; a library that cannot
+be imported then fails the run, it is not skipped. ``--backends numpy`` (or ``numpy,torch:compile``)
+runs these rows alone and imports no other library: a test file that imports one at its top is not
+collected, and a test marked ``needs("flax")`` is skipped with that reason.
 
 A test asks for rows by the name of its argument:
 
-- ``backend``: every row but those too slow to run everywhere: torch:compile, dask, and eager JAX, which
-  compiles each operation again for each shape (jax:jit is there);
+- ``backend``: every row but those too slow to run everywhere: torch:compile, dask, and eager JAX,
+  which compiles each operation again for each shape (jax:jit is there);
 - ``wide_backend``: these, dask and eager JAX;
 - ``any_backend``: every row;
 - ``quick_backend``: eager rows without a compilation for each new shape, for hypothesis;
@@ -150,7 +150,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def forget_compiled_code(request):
-    """Start every torch.compile row from an empty cache: recompilations are counted per function."""
+    """Start every torch.compile row with an empty cache: recompilations are counted by function."""
     yield
     callspec = getattr(request.node, "callspec", None)
     if callspec and any(value is Backend.TORCH_COMPILE for value in callspec.params.values()):

@@ -1,8 +1,9 @@
 """The reference: group normalization and its gradients in float64, one group after the other.
 
-Nothing here is shared with the library, neither code nor method. Every element is given the number of
-its group from its index, elements of one group are gathered by fancy indexing, and the textbook formula
-is applied to that list. Sums are exact (``math.fsum``), or 80-bit where a group is too big for that.
+Nothing here is shared with the library, neither code nor method. Every element is given the number
+of its group from its index, elements of one group are gathered by fancy indexing, and the textbook
+formula is applied to that list. Sums are exact (``math.fsum``), or 80-bit where a group is too big
+for that.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-# math.fsum costs about 50 ns an element; above this size numpy's pairwise sum in long double takes over,
-# which is still three digits better than float64.
+# math.fsum costs about 50 ns an element; above this size numpy's pairwise sum in long double takes
+# over, which is still three digits better than float64.
 FSUM_LIMIT = 1 << 17
 
 
@@ -63,7 +64,7 @@ def default_reduction(ndim: int, features: list[int]) -> list[int]:
 
 
 def channel_numbers(shape: tuple[int, ...], features: list[int]) -> np.ndarray:
-    """Number the channel of every element: row-major over the feature axes, in increasing axis order."""
+    """Number the channel of every element: row-major over the feature axes, in increasing order."""
     number = np.zeros(shape, dtype=np.int64)
     index = np.indices(shape, sparse=True)
     for axis in features:
@@ -113,7 +114,7 @@ def measure(x: np.ndarray, valid: np.ndarray, where, epsilon: float) -> Group:
 
 
 def prepare(x, mask, num_groups, group_size, feature_axis, reduction_axes):
-    """Return x in float64 with masked-out non-finite values zeroed, the mask, the axes, the groups."""
+    """Return x in float64 with masked-out non-finite values zeroed, the mask, axes and groups."""
     x = widen(x)
     valid = np.ones(x.shape, dtype=bool)
     if mask is not None:
@@ -180,8 +181,9 @@ def group_norm_gradients(
 ) -> Gradients:
     """Return the gradients of ``sum(Re(conj(dy) * y))``, dL/dRe + i dL/dIm for complex arrays.
 
-    With h = conj(scale) * dy, and sums over ALL elements of the group (masked-out ones are normalized by
-    the same statistics, so they pull on them too) divided by the number n of valid ones:
+    With h = conj(scale) * dy, and sums over ALL elements of the group (masked-out ones are
+    normalized by the same statistics, so they pull on them too) divided by the number n of the
+    valid ones:
     p = sum(h) / n, q = Re sum(conj(h) * xhat) / n, dx = rstd * (h - m * (p + xhat * q)).
     A masked-out non-finite input is the constant 0: its own gradient is 0.
     """
@@ -214,7 +216,7 @@ def group_norm_gradients(
 
 
 def sum_by_channel(values, number, parameter) -> np.ndarray:
-    """Sum over all elements of each channel, into the parameter's shape; real for a real parameter."""
+    """Sum over all elements of each channel: shaped like the parameter, real where it is real."""
     parameter = np.asarray(parameter)
     flat = np.zeros(parameter.size, dtype=values.dtype)
     for channel in range(parameter.size):

@@ -21,7 +21,7 @@ from tests.backends import (
 
 # Every axis can hold the channels, in groups of three, and no two have one length.
 SHAPES = {3: (6, 9, 12), 4: (3, 6, 9, 12)}
-# A group of three nearly equal numbers loses digits in any float32 gradient; a wrong axis is off by 1.
+# Three nearly equal numbers lose digits in any float32 gradient; a wrong axis is off by 1.
 AXES_GRADIENT = 2e-5
 
 
@@ -93,15 +93,37 @@ def check_gradients(backend, how, shape, features, reduced, rng):
     assert_gradients(got, want, rtol=AXES_GRADIENT)
 
 
-@pytest.mark.parametrize("feature_axis", [-1, 1, 2, 0, (1, 3), (0, 2), (3, 0)])
-def test_default_reduction_is_everything_but_the_batch(backend, feature_axis, rng):
-    """The batch is the leading axis, unless that axis holds features."""
-    x = rng.normal(size=(4, 6, 2, 6)).astype(np.float32)
-    keywords = {"num_groups": 2, "feature_axis": feature_axis}
+@pytest.mark.parametrize(
+    ("ndim", "features"),
+    [
+        (ndim, features)
+        for ndim in (1, 2, 3, 4)
+        for count in (1, 2)
+        for features in itertools.combinations(range(ndim), count)
+    ],
+)
+def test_default_reduction_is_everything_but_the_batch(backend, ndim, features, rng):
+    """The batch is the leading axis, unless that axis holds features or is the only one."""
+    x = rng.normal(size=(6, 4, 8, 2)[:ndim]).astype(np.float32)
+    keywords = {"num_groups": 2, "feature_axis": features}
+    axes = range(0 if 0 in features else 1, ndim)
     result = run(backend, x, **keywords)
-    features = {a % 4 for a in np.atleast_1d(feature_axis)}
-    axes = range(0 if 0 in features else 1, 4)
     assert_result(backend, result, oracle.group_norm(x, reduction_axes=axes, **keywords))
+
+
+UNBATCHED = {"one axis": (12,), "channels first": (12, 20), "pixels": (12, 4, 5)}
+
+
+@pytest.mark.parametrize("case", UNBATCHED)
+def test_gradients_without_a_batch(backend, case, rng):
+    shape = UNBATCHED[case]
+    x, dy = rng.normal(size=(2, *shape)).astype(np.float32)
+    scale, bias = parameters(rng, shape, (0,))
+    keywords = {"num_groups": 3, "feature_axis": 0}
+    got = differentiate(backend, x, dy, scale, bias, **keywords)
+    assert_close(got.y, oracle.group_norm(x, scale, bias, **keywords), tolerance=CONTRACT)
+    want = oracle.group_norm_gradients(x, dy, scale, bias, **keywords)
+    assert_gradients(got, want, rtol=AXES_GRADIENT)
 
 
 @pytest.mark.parametrize("order", [(1, 3), (3, 1), (-1, 1), (1, -1), [-1, -3]])

@@ -10,10 +10,13 @@ from tests import oracle
 from tests.backends import (
     CONTRACT,
     CONTRACT_64,
+    GRADIENT,
     Backend,
     assert_close,
+    assert_gradient,
     assert_gradients,
     assert_result,
+    call_with_arrays,
     check_array,
     differentiate,
     dtype_name,
@@ -23,7 +26,7 @@ from tests.backends import (
 
 SHAPE = (3, 20, 12)
 LOW = ["float16", "bfloat16"]
-INTEGERS = ["uint8", "int8", "int16", "int32", "int64"]
+INTEGERS = ["uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"]
 TOLERANCE = {
     "float32": CONTRACT,
     "complex64": CONTRACT,
@@ -48,7 +51,7 @@ def draw(rng, dtype, shape=SHAPE):
 
 
 def assert_rounded(actual, reference, dtype):
-    """Assert that `actual` is the reference rounded to `dtype`, within one unit in the last place more."""
+    """Assert that `actual` is the reference rounded to `dtype`, within one last-place unit more."""
     digits, smallest = STEPS[dtype]
     _, exponent = np.frexp(np.abs(reference))
     unit = np.ldexp(1.0, np.maximum(exponent - 1 - digits, smallest))
@@ -148,12 +151,31 @@ def check_gradients(backend, how, dtype, masked, rng):
 def test_integers_become_the_default_float(wide_backend, dtype, rng):
     skip_unless(wide_backend, dtype)
     x = rng.integers(0, 2 if dtype == "bool" else 100, size=SHAPE).astype(dtype)
-    with wide_backend.precision("int64" if dtype == "int64" else None):
-        wide = dtype == "int64" and wide_backend.library == "jax"
+    with wide_backend.precision(dtype):
+        wide = dtype in ("int64", "uint64") and wide_backend.library == "jax"
         expected = "float64" if wide else wide_backend.default_float
         result = run(wide_backend, x, num_groups=3)
         reference = oracle.group_norm(x, num_groups=3)
         assert_result(wide_backend, result, reference, dtype=expected, tolerance=CONTRACT)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int32", "bool"])
+def test_gradients_of_integer_input(backend, dtype, rng):
+    """They have the result's dtype: an integer has no room for them."""
+    x = rng.integers(0, 2 if dtype == "bool" else 100, size=SHAPE).astype(dtype)
+    dy, scale = draw(rng, "float32"), draw(rng, "float32", (12,))
+
+    def gradients(x, dy, scale):
+        y, pullback = groupnorm.group_norm_vjp(x, scale, num_groups=3)
+        return y, *pullback(dy)[:2]
+
+    out, _ = call_with_arrays(backend, gradients, x=x, dy=dy, scale=scale)
+    y, dx, dscale = (backend.to_numpy(a) for a in out)
+    assert dx.dtype == y.dtype == np.dtype(backend.default_float)
+    assert_close(y, oracle.group_norm(x, scale, num_groups=3), tolerance=4 * CONTRACT)
+    want = oracle.group_norm_gradients(x, dy, scale, num_groups=3)
+    assert_gradient(dx, want.x, rtol=GRADIENT)
+    assert_gradient(dscale, want.scale, rtol=GRADIENT)
 
 
 # input, scale, bias -> result, where it does not depend on the library
@@ -254,7 +276,7 @@ def test_dtype_input_of_integers_is_the_default_float(backend, rng):
     "dtypes", [("bfloat16", "float32"), ("float32", "float16"), ("float16", "bfloat16")]
 )
 def test_gradients_have_their_argument_s_dtype(autodiff_backend, how, dtypes, rng):
-    """The dtypes of the gradients are asserted by `differentiate`; here input and parameters differ."""
+    """`differentiate` asserts the dtypes of the gradients; here input and parameters differ."""
     x, scale, bias = draw(rng, dtypes[0]), *draw(rng, dtypes[1], (2, 12))
     dy = draw(rng, "float32")
     got = differentiate(autodiff_backend, x, dy, scale, bias, how=how, num_groups=3)

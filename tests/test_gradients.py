@@ -46,7 +46,7 @@ def check_accuracy(backend, how, layout, fast, masked, rng):
             backend, x, dy, scale, bias, how=how, use_fast_variance=fast, **keywords
         )
         reference = oracle.group_norm(x, scale, bias, **keywords)
-        # y = xhat * scale + bias, with scale up to 1.5: two roundings more than the contract counts.
+        # y = xhat * scale + bias, with scale up to 1.5: two roundings beyond the contract.
         assert_close(got.y, reference, tolerance=2 * CONTRACT)
         want = oracle.group_norm_gradients(x, dy, scale, bias, **keywords)
         assert_gradients(got, want, rtol=bound)

@@ -9,6 +9,7 @@ import groupnorm
 from tests import oracle
 from tests.backends import (
     CONTRACT,
+    GRADIENT,
     Backend,
     assert_close,
     assert_gradients,
@@ -23,7 +24,8 @@ FULL_SHAPES = [
     tuple(n if use else 1 for n, use in zip(SHAPE, uses, strict=True))
     for uses in itertools.product([False, True], repeat=4)
 ]
-SHORT_SHAPES = [(), (1,), (6,), (5, 1), (5, 6), (4, 1, 1), (4, 1, 6)]
+# With fewer axes than x as well: all that broadcast.
+SHORT_SHAPES = sorted({shape[missing:] for shape in FULL_SHAPES for missing in range(1, 5)})
 PADDING = [np.nan, np.inf, -np.inf]
 
 
@@ -37,8 +39,9 @@ def random_mask(rng, shape):
 
 def draw(rng, shape=SHAPE, axis=-1):
     x, dy = rng.normal(size=(2, *shape)).astype(np.float32)
-    scale = rng.uniform(0.5, 1.5, size=shape[axis]).astype(np.float32)
-    return x, dy, scale, rng.normal(size=shape[axis]).astype(np.float32)
+    sizes = [shape[a] for a in np.atleast_1d(axis)]
+    scale = rng.uniform(0.5, 1.5, size=sizes).astype(np.float32)
+    return x, dy, scale, rng.normal(size=sizes).astype(np.float32)
 
 
 def poison(x, mask):
@@ -59,6 +62,19 @@ def test_every_broadcastable_shape(backend, shape, rng):
     assert_result(backend, result, reference)
 
 
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "two-pass"])
+@pytest.mark.parametrize("along", list(itertools.product([0, 1], repeat=4)), ids=str)
+def test_offsets_under_every_broadcastable_shape(quick_backend, along, fast, rng):
+    """Masked-out elements keep their digits too, also in channels where nothing is valid."""
+    shape = (3, 8, 10, 12)  # enough positions for one pivot a channel
+    mask = random_mask(rng, [n if use else 1 for n, use in zip(shape, along, strict=True)])
+    noise = rng.normal(size=shape)
+    for offset in (0, 1e3, 1e5):
+        x = (offset + noise).astype(np.float32)
+        result = run(quick_backend, x, num_groups=2, mask=mask, use_fast_variance=fast)
+        assert_result(quick_backend, result, oracle.group_norm(x, num_groups=2, mask=mask))
+
+
 @pytest.mark.parametrize("shape", FULL_SHAPES + SHORT_SHAPES, ids=str)
 def test_gradients_for_every_broadcastable_shape(quick_backend, shape, rng):
     check_gradients(quick_backend, "vjp", rng, random_mask(rng, shape))
@@ -75,17 +91,49 @@ def test_gradients_of_differentiating_libraries(autodiff_backend, how, shape, fe
     check_gradients(autodiff_backend, how, rng, random_mask(rng, shape), feature_axis)
 
 
-def check_gradients(backend, how, rng, mask, feature_axis=-1, **more):
-    x, dy, scale, bias = draw(rng, axis=feature_axis)
+KINDS = {
+    "bool": lambda mask: mask,
+    "uint8": lambda mask: mask.astype(np.uint8),
+    "int32": lambda mask: mask.astype(np.int32),
+    "float32": lambda mask: mask.astype(np.float32),
+    "list of bools": lambda mask: mask.tolist(),
+    "list of ints": lambda mask: mask.astype(int).tolist(),
+    "list of floats": lambda mask: mask.astype(float).tolist(),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_under_every_kind_of_mask(backend, kind, rng):
+    mask = random_mask(rng, (4, 5, 1))
+    check_gradients(backend, "vjp", rng, mask, given=KINDS[kind](mask))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_by_autodiff_under_every_kind_of_mask(autodiff_backend, kind, rng):
+    mask = random_mask(rng, (4, 5, 1))
+    check_gradients(autodiff_backend, "autodiff", rng, mask, given=KINDS[kind](mask))
+
+
+@pytest.mark.parametrize("axes", [(-1,), (0, -1), (1, -1), (0, 1, 2, 3)], ids=str)
+def test_gradients_with_reduction_axes(backend, axes, rng):
+    mask = random_mask(rng, (3, 4, 1, 6))
+    check_gradients(backend, "vjp", rng, mask, reduction_axes=axes)
+
+
+@pytest.mark.parametrize("features", [(1, 3), (0, 2), (2, 3)], ids=str)
+def test_gradients_with_two_feature_axes(backend, features, rng):
+    # An even number of channels along every pair of axes, for two groups.
+    mask = random_mask(rng, (4, 1, 5, 6))
+    check_gradients(backend, "vjp", rng, mask, features, shape=(4, 4, 5, 6))
+
+
+def check_gradients(backend, how, rng, mask, feature_axis=-1, *, given=None, shape=SHAPE, **more):
+    x, dy, scale, bias = draw(rng, shape, feature_axis)
     x = poison(x, mask)
-    keywords = {
-        "num_groups": 2,
-        "feature_axis": feature_axis,
-        "mask": mask,
-        "epsilon": 1e-3,
-        **more,
-    }
-    got = differentiate(backend, x, dy, scale, bias, how=how, **keywords)
+    keywords = {"num_groups": 2, "feature_axis": feature_axis, "epsilon": 1e-3, **more}
+    passed = mask if given is None else given
+    got = differentiate(backend, x, dy, scale, bias, how=how, mask=passed, **keywords)
+    keywords["mask"] = mask
     assert_close(got.y, oracle.group_norm(x, scale, bias, **keywords), tolerance=CONTRACT)
     want = oracle.group_norm_gradients(x, dy, scale, bias, **keywords)
     assert_gradients(got, want, rtol=1e-5)
@@ -130,6 +178,18 @@ def test_everything_masked(backend, mask, rng):
     x, _, scale, bias = draw(rng)
     result = run(backend, x, scale, bias, num_groups=3, mask=mask)
     assert_result(backend, result, x.astype(float) / np.sqrt(1 + 1e-6) * scale + bias)
+
+
+@pytest.mark.parametrize("mask", NOTHING.values(), ids=NOTHING)
+def test_gradients_where_everything_is_masked(backend, mask, rng):
+    """There y = x / sqrt(1 + epsilon) * scale + bias, and non-finite input counts as 0."""
+    x, dy, scale, bias = draw(rng)
+    x[0, 0] = np.nan
+    got = differentiate(backend, x, dy, scale, bias, num_groups=3, mask=mask)
+    mask = np.zeros(SHAPE, bool)
+    want = oracle.group_norm_gradients(x, dy, scale, bias, num_groups=3, mask=mask)
+    assert (want.x[0, 0] == 0).all()
+    assert_gradients(got, want, rtol=GRADIENT)
 
 
 @pytest.mark.parametrize("mask", EVERYTHING.values(), ids=EVERYTHING)

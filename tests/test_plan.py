@@ -12,7 +12,9 @@ from groupnorm.plan import make_plan
 
 
 def plan(shape, feature=(-1,), groups=2, size=None, reduction=None, *, sampled=False, static=True):
-    return make_plan(shape, feature, groups, size, reduction, sampled=sampled, static=static)
+    return make_plan(
+        shape, feature, groups, size, reduction, sampled=sampled, static=static, blocked=static
+    )
 
 
 # shape, feature axes, reduction axes -> the work shape with its channels split into groups, and the
@@ -147,7 +149,7 @@ def test_planning_loads_no_array_library():
     """Nothing but what the package itself needs."""
     code = (
         "import sys; import groupnorm.plan as p; "
-        "p.make_plan((4, 6), (-1,), 2, None, None, sampled=False, static=True)"
+        "p.make_plan((4, 6), (-1,), 2, None, None, sampled=False, static=True, blocked=True)"
     )
     heavy = ["jax", "torch", "cupy", "dask", "numba"]
     code += (

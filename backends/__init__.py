@@ -38,6 +38,8 @@ class Adapter:
     array_name: ClassVar[str]
     #: The word to pass to `to_backend`; empty where there is no layer of this library.
     backend: ClassVar[str] = ""
+    #: Whether the library may need intermediate arrays again after the call.
+    has_autograd: ClassVar[bool] = True
 
     def __init__(self, xp: Any) -> None:
         self.xp = xp

@@ -19,6 +19,7 @@ class CupyAdapter(Adapter):
     name = "CuPy"
     array_name = "CuPy arrays"
     backend = "cupy"
+    has_autograd = False
 
     def is_array(self, x: object) -> bool:
         """Whether x is a CuPy array."""

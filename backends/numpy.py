@@ -18,6 +18,7 @@ class NumpyAdapter(Adapter):
     name = "NumPy"
     array_name = "NumPy arrays"
     backend = "numpy"
+    has_autograd = False
 
     def is_array(self, x: object) -> bool:
         """Whether x is an ndarray or a NumPy scalar."""

@@ -31,7 +31,7 @@ def apply(
         y = adapter.fused(ready.x, ready.scale, ready.bias, ready.plan, options)
         if y is not None:
             return from_work(y, ready.plan, ready.result_dtype, adapter.xp)
-    y, _, _ = _forward(adapter, ready, options)
+    y, _, _ = _forward(adapter, ready, options, keep_deviations=False)
     return from_work(y, ready.plan, ready.result_dtype, adapter.xp)
 
 
@@ -42,7 +42,7 @@ def apply_with_pullback(
     xp = adapter.xp
     ready = prepare(adapter, x, scale, bias, mask, options)
     plan = ready.plan
-    y, centred, normalizer = _forward(adapter, ready, options)
+    y, centred, normalizer = _forward(adapter, ready, options, keep_deviations=True)
     y = from_work(y, plan, ready.result_dtype, xp)
 
     def pullback(dy: Array) -> Gradients:
@@ -89,7 +89,7 @@ def _parameter_gradient(adapter: "Adapter", gradient: Array, parameter: Array) -
 
 
 def _forward(
-    adapter: "Adapter", ready: Prepared, options: Options
+    adapter: "Adapter", ready: Prepared, options: Options, *, keep_deviations: bool
 ) -> tuple[Array, Centred, Normalizer]:
     moments, centred = measure(ready.x, ready.mask, ready.plan, adapter, options.epsilon)
     if options.axis_name is not None:
@@ -103,5 +103,13 @@ def _forward(
         options.epsilon,
         may_be_empty=ready.mask is not None or ready.plan.empty or options.axis_name is not None,
     )
-    y = normalize(centred, normalizer, ready.scale, ready.bias, ready.plan, adapter)
+    y = normalize(
+        centred,
+        normalizer,
+        ready.scale,
+        ready.bias,
+        ready.plan,
+        adapter,
+        keep_deviations=keep_deviations or adapter.has_autograd,
+    )
     return y, centred, normalizer

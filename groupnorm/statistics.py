@@ -375,9 +375,22 @@ def normalize(
     bias: "Array",
     plan: "Plan",
     adapter: "Adapter",
+    *,
+    keep_deviations: bool,
 ) -> "Array":
-    """Apply: one multiply and one add for each element, everything else is per channel."""
+    """Apply: one multiply and one add for each element, everything else is per channel.
+
+    Parameters
+    ----------
+    keep_deviations : bool
+        Whether someone needs the deviations afterwards; else the result may take their place.
+    """
     factor, term = adapter.settle(normalizer.gain * scale, bias - normalizer.shift * scale)
-    y = centred.deviations * adapter.xp.reshape(factor, plan.ungrouped(factor.shape))
+    factor = adapter.xp.reshape(factor, plan.ungrouped(factor.shape))
+    y = centred.deviations
+    if keep_deviations or factor.dtype != y.dtype:
+        y = y * factor
+    else:
+        y *= factor
     y += adapter.xp.reshape(term, plan.ungrouped(term.shape))
     return y

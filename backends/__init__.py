@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from groupnorm.errors import ArgumentTypeError, GroupNormError
+from groupnorm.errors import ArgumentTypeError, AxisNameError
 from groupnorm.plan import Plan, make_plan
 from groupnorm.replicas import Replicas
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from groupnorm.layer import GroupNorm
     from groupnorm.typing import Array
 
-__all__ = ["Adapter"]
+__all__ = ["Adapter", "native"]
 
 
 class Adapter:
@@ -34,7 +34,7 @@ class Adapter:
     """
 
     name: ClassVar[str]
-    #: Statements of the form "a jax.Array", for messages.
+    #: What messages call its arrays.
     array_name: ClassVar[str]
     #: The word to pass to `to_backend`; empty where there is no layer of this library.
     backend: ClassVar[str] = ""
@@ -50,7 +50,7 @@ class Adapter:
         """Whether x is this library's own (not merely convertible)."""
         raise NotImplementedError
 
-    def check_input(self, x: "Array") -> None:
+    def check_input(self, x: "Array", argument: str = "x") -> None:
         """Refuse the kinds of array that would be computed wrongly."""
 
     def plan(self, *key: Any, sampled: bool) -> Plan:
@@ -76,8 +76,8 @@ class Adapter:
     def from_host(self, value: "np.ndarray[Any, Any]", like: "Array | None" = None) -> "Array":
         """Bring a NumPy array here with exactly its values, to the device of `like`."""
         device = None if like is None else self.device_of(like)
-        dtype = getattr(self.xp, value.dtype.name)
-        return self.xp.asarray(value, dtype=dtype, device=device)
+        dtype = self.dtype(value.dtype.name)
+        return self.xp.asarray(native(value), dtype=dtype, device=device)
 
     def to_host(self, x: "Array") -> "np.ndarray[Any, Any]":
         """Return the values as a NumPy array."""
@@ -120,6 +120,10 @@ class Adapter:
         """Return the smallest number of full precision."""
         return float(self.xp.finfo(dtype).smallest_normal)
 
+    def largest(self, dtype: Any) -> float:
+        """Return the largest finite number."""
+        return float(self.xp.finfo(dtype).max)
+
     def complex_from(self, real: "Array", imaginary: "Array") -> "Array":
         """Put two real arrays together."""
         xp = self.xp
@@ -137,7 +141,7 @@ class Adapter:
 
     def replicas(self, axis_name: Any) -> Replicas:
         """Find the replicas a name stands for, here."""
-        raise GroupNormError(
+        raise AxisNameError(
             f"axis_name={axis_name!r} cannot be used with {self.array_name}: {self.name} has no "
             "replicas to pool statistics over, and statistics of this array alone would be wrong. "
             "Use a JAX or PyTorch layer, or leave axis_name out."
@@ -145,7 +149,7 @@ class Adapter:
 
     # Layers -----------------------------------------------------------------------------------
 
-    def hold(self, value: "Array", param_type: Any, name: str) -> Any:
+    def hold(self, value: "Array", param_type: Any) -> Any:
         """Turn an array into a stored parameter."""
         return value if param_type is None else param_type(value)
 
@@ -162,5 +166,13 @@ class Adapter:
         raise NotImplementedError
 
     def fused(self, x: "Array", scale: "Array", bias: "Array", plan: Plan, options: Any) -> Any:
-        """Return what a kernel for exactly this plan computes, or None for the portable way."""
+        """Return what a kernel for exactly this plan computes, or None for the portable way.
+
+        Asked for calls without a mask.
+        """
         return None
+
+
+def native(value: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+    """Lay an array out as every library can read it: in order, in the machine's bytes."""
+    return np.ascontiguousarray(value, dtype=value.dtype.newbyteorder("="))

@@ -28,11 +28,11 @@ class GenericAdapter(Adapter):
             array_api_compat.is_array_api_obj(x) and array_api_compat.array_namespace(x) is self.xp
         )
 
-    def check_input(self, x: Any) -> None:
+    def check_input(self, x: Any, argument: str = "x") -> None:
         """Refuse sizes that are not known yet."""
         if any(not isinstance(size, int) for size in x.shape):
             raise ArgumentValueError(
-                f"x has shape {x.shape} with unknown sizes: statistics need the number of "
+                f"{argument} has shape {x.shape} with unknown sizes: statistics need the number of "
                 "elements. For Dask call x.compute_chunk_sizes() first."
             )
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from groupnorm.backends import Adapter
+from groupnorm.backends import Adapter, native
 from groupnorm.errors import ArgumentValueError, AxisNameError
 from groupnorm.layer import GroupNorm, PlainGroupNorm
 from groupnorm.replicas import Replicas
@@ -50,15 +50,24 @@ class JaxAdapter(Adapter):
         return tuple(jnp.sum(jnp.stack([v, jnp.zeros_like(v)]), axis=0) for v in values)
 
     def from_host(self, value: "np.ndarray[Any, Any]", like: Any = None) -> Any:
-        """Bring a NumPy array here; JAX would silently halve the precision of 64-bit ones."""
+        """Bring a NumPy array here.
+
+        A constant of one call (which has a `like`) is rounded to JAX's precision, as JAX does with
+        NumPy arrays; what is to be kept is not.
+        """
         name = value.dtype.name
-        if name in ("float64", "complex128") and not jax.config.read("jax_enable_x64"):
+        if (
+            like is None
+            and name in ("float64", "complex128")
+            and not jax.config.read("jax_enable_x64")
+        ):
             raise ArgumentValueError(
-                f"param_dtype={name!r} cannot be held by JAX as it is set up: it would round the "
-                "values to 32 bits. Call jax.config.update('jax_enable_x64', True) first, or use "
+                f"parameters of dtype {name} cannot be held by JAX as it is set up: it would round "
+                "the values to 32 bits. Call "
+                "jax.config.update('jax_enable_x64', True) first, or use "
                 "32-bit parameters."
             )
-        return jnp.asarray(value)
+        return jnp.asarray(native(value))
 
     def dtype(self, name: str) -> Any:
         """Return the dtype, 32 bits wide where JAX is set up so."""
@@ -87,14 +96,14 @@ class JaxAdapter(Adapter):
             ) from error
         return Replicas(index, size, lambda x: lax.psum(x, axis_name))
 
-    def hold(self, value: Any, param_type: Any, name: str) -> Any:
+    def hold(self, value: Any, param_type: Any) -> Any:
         """Wrap the array in a parameter type of flax nnx or brainstate, if one is asked for."""
         if param_type is not None and getattr(param_type, "__module__", "").startswith("flax."):
             from flax import nnx
 
             # An nnx module takes a pytree of Params as data only if it knows its class.
             nnx.register_data_type(JaxGroupNorm)
-        return super().hold(value, param_type, name)
+        return super().hold(value, param_type)
 
     def read(self, stored: Any) -> Any:
         """Unwrap; nnx is about to drop `.value`, brainstate has nothing else."""

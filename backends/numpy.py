@@ -24,21 +24,22 @@ class NumpyAdapter(Adapter):
         """Whether x is an ndarray or a NumPy scalar."""
         return isinstance(x, np.ndarray | np.generic)
 
-    def check_input(self, x: Any) -> None:
+    def check_input(self, x: Any, argument: str = "x") -> None:
         """Refuse the subclasses that would give a wrong answer without a word."""
         if isinstance(x, np.ma.MaskedArray):
             raise ArgumentTypeError(
-                f"x is a numpy.ma.MaskedArray of shape {x.shape}: its mask would be ignored. "
-                "Pass group_norm(x.data, mask=~numpy.ma.getmaskarray(x))."
+                f"{argument} is a numpy.ma.MaskedArray of shape {x.shape}: its mask would be "
+                "ignored. Pass group_norm(x.data, mask=~numpy.ma.getmaskarray(x))."
             )
         if isinstance(x, np.matrix):
             raise ArgumentTypeError(
-                f"x is a numpy.matrix of shape {x.shape}, which always stays two-dimensional: "
-                "pass numpy.asarray(x)."
+                f"{argument} is a numpy.matrix of shape {x.shape}, which always stays "
+                f"two-dimensional: pass numpy.asarray({argument})."
             )
         if x.dtype.kind in "OSUMmV" and not self.is_real_floating(x.dtype):
             raise ArgumentTypeError(
-                f"x has dtype {x.dtype}: numbers are needed. Convert it with x.astype('float32')."
+                f"{argument} has dtype {x.dtype}: numbers are needed. Convert it with "
+                f"{argument}.astype('float32')."
             )
 
     def place(self, x: Any, device: Any) -> Any:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from groupnorm.backends import Adapter
+from groupnorm.backends import Adapter, native
 from groupnorm.backends.numpy import small_float
 from groupnorm.errors import ArgumentValueError, AxisNameError
 from groupnorm.layer import GroupNorm
@@ -58,7 +58,7 @@ class TorchAdapter(Adapter):
         device = None if like is None else like.device
         if torch.compiler.is_compiling():  # which cannot trace what is asked of the array below
             return torch.as_tensor(value, device=device)
-        dtype = getattr(torch, value.dtype.name)
+        dtype, value = self.dtype(value.dtype.name), native(value)
         if value.dtype.kind != "V":
             return torch.tensor(value, dtype=dtype, device=device)
         bits = value.view(np.int16 if value.dtype.itemsize == 2 else np.uint8)
@@ -98,7 +98,7 @@ class TorchAdapter(Adapter):
         size = dist.get_world_size(axis_name)
         return Replicas(rank, size, lambda x: _add_over_ranks(x, axis_name))
 
-    def hold(self, value: Any, param_type: Any, name: str) -> Any:
+    def hold(self, value: Any, param_type: Any) -> Any:
         """Make a Parameter, or what is asked for."""
         return (torch.nn.Parameter if param_type is None else param_type)(value)
 
@@ -178,7 +178,7 @@ class TorchGroupNorm(GroupNorm, torch.nn.Module):
             if value is None:
                 self.register_parameter(name, None)
             else:
-                setattr(self, name, hold(value.reshape(-1), settings.param_type, name))
+                setattr(self, name, hold(value.reshape(-1), settings.param_type))
         # nn.GroupNorm's names, which tools read.
         self.num_channels = settings.num_groups * settings.group_size
         self.eps = settings.options.epsilon

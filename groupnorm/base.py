@@ -254,7 +254,7 @@ class Layer(Described):
         value = initial_value(f"{name}_init", init, settings.feature_shape, host_dtype)
         if not adapter.is_array(value):
             value = adapter.from_host(np.asarray(value, dtype=host_dtype))
-        return adapter.place(adapter.xp.astype(value, adapter.dtype(dtype), copy=False), device)
+        return adapter.place(adapter.xp.astype(value, adapter.dtype(dtype), copy=True), device)
 
 
 def _check_param_type(param_type: Any) -> Any:

@@ -13,7 +13,15 @@ from groupnorm.prepare import (
     to_work,
 )
 from groupnorm.pullback import pull_back
-from groupnorm.statistics import Centred, Normalizer, finish, measure, merge_replicas, normalize
+from groupnorm.statistics import (
+    Centred,
+    Normalizer,
+    finish,
+    measure,
+    merge_replicas,
+    normalize,
+    recentre,
+)
 from groupnorm.typing import Array, Gradients
 
 if TYPE_CHECKING:
@@ -84,7 +92,10 @@ def _parameter_gradient(adapter: "Adapter", gradient: Array, parameter: Array) -
     dtype = parameter.dtype if adapter.is_array(parameter) else adapter.dtype(parameter.dtype.name)
     if adapter.is_complex(gradient.dtype) and not adapter.is_complex(dtype):
         gradient = xp.real(gradient)
-    flat = xp.reshape(xp.astype(gradient, dtype, copy=False), (-1,))
+    if not (adapter.is_real_floating(dtype) or adapter.is_complex(dtype)):
+        dtype = gradient.dtype  # a gradient is no integer, even of an integer
+    # A copy: where nothing was summed up, this is still the caller's own dy.
+    flat = xp.reshape(xp.astype(gradient, dtype, copy=True), (-1,))
     return xp.reshape(flat, tuple(parameter.shape))
 
 
@@ -93,9 +104,12 @@ def _forward(
 ) -> tuple[Array, Centred, Normalizer]:
     moments, centred = measure(ready.x, ready.mask, ready.plan, adapter, options.epsilon)
     if options.axis_name is not None:
+        local = moments
         moments = merge_replicas(
-            moments, adapter, options.epsilon, options.axis_name, options.axis_index_groups
+            local, adapter, options.epsilon, options.axis_name, options.axis_index_groups
         )
+        if ready.mask is not None:
+            centred = recentre(ready.x, ready.mask, centred, local, moments, ready.plan, adapter)
     normalizer = finish(
         moments,
         centred,

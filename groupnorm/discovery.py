@@ -39,11 +39,6 @@ class BackendInfo(NamedTuple):
     devices: tuple[str, ...]
     error: str | None
 
-    @property
-    def usable(self) -> bool:
-        """Whether a layer of this backend can compute."""
-        return bool(self.devices)
-
 
 def available_backends() -> tuple[BackendInfo, ...]:
     """Ask every backend whether it is installed and what it can compute on.

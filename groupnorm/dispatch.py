@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BACKENDS", "adapter_named", "adapter_of"]
 
-#: The names `backend=` takes, and the modules that have their adapters.
+#: The names `backend=` takes; each has a module of that name in groupnorm.backends.
 BACKENDS = ("numpy", "jax", "torch", "cupy")
 
 # The root module of an array's class, or of a class it derives from, says which library it is from.

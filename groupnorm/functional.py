@@ -55,8 +55,8 @@ def group_norm(
         The result's; ``"input"`` keeps x's. Default is what the library promotes x, scale and bias
         to.
     mask : array broadcastable to x, optional
-        True (or 1) where elements count for mean and variance. Non-finite values elsewhere count as
-        0. A group without any has mean 0 and variance 1.
+        True (or 1; anything but 0) where elements count for mean and variance. Non-finite values
+        elsewhere count as 0. A group without any has mean 0 and variance 1.
     axis_name : optional
         Replicas that hold parts of the same groups: in JAX the name (or names) of a mapped axis, in
         PyTorch a `torch.distributed.ProcessGroup`. Every part gets the slice of the whole's result.

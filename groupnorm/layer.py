@@ -108,6 +108,11 @@ class GroupNorm(Layer):
     def __new__(cls, *args: Any, backend: Any = "numpy", **kwargs: Any) -> Any:
         """Pick the backend's own class, as `pathlib.Path` picks the platform's."""
         if cls is not GroupNorm:  # also how copies and pickles come here, without arguments
+            if not hasattr(cls, "_adapter_name"):
+                raise ArgumentTypeError(
+                    f"{cls.__name__} derives from GroupNorm, which only picks a backend's class: "
+                    "derive from that one, such as groupnorm.backends.torch.TorchGroupNorm."
+                )
             return object.__new__(cls)
         if not isinstance(backend, str):
             raise ArgumentTypeError(
@@ -126,8 +131,8 @@ class PlainGroupNorm(GroupNorm):
     def _setup(self, settings: Settings, scale: Array | None, bias: Array | None) -> None:
         self._settings = settings
         hold = self._adapter.hold
-        self._scale = None if scale is None else hold(scale, settings.param_type, "scale")
-        self._bias = None if bias is None else hold(bias, settings.param_type, "bias")
+        self._scale = None if scale is None else hold(scale, settings.param_type)
+        self._bias = None if bias is None else hold(bias, settings.param_type)
 
     @property
     def scale(self) -> Array | None:
@@ -169,4 +174,4 @@ class PlainGroupNorm(GroupNorm):
                 f"{name} has shape {tuple(value.shape)}: this layer's parameters have "
                 f"shape {shape}. Reshape it."
             )
-        return adapter.hold(value, self._settings.param_type, name)
+        return adapter.hold(value, self._settings.param_type)

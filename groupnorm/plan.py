@@ -148,7 +148,7 @@ def resolve_groups(channels: int, num_groups: int | None, group_size: int | None
         If the channels cannot be split as asked for.
     """
     argument, divisor = (
-        ("group_size", group_size) if group_size is not None else ("num_groups", num_groups or 1)
+        ("num_groups", num_groups) if num_groups is not None else ("group_size", group_size or 1)
     )
     if channels % divisor:
         raise ArgumentValueError(
@@ -229,7 +229,7 @@ def make_plan_uncached(
     channel = roles.index("F")
     group_size = channels // groups
     position_count = product(n for n, role in zip(sizes, roles, strict=True) if role == "P")
-    two_stages = position_count >= FEW_POSITIONS and group_size > 1
+    two_stages = group_size > 1 and (not static or position_count >= FEW_POSITIONS)
     # The group axis and the members take the place of the channels.
     grouped = [i + (i > channel) for i in range(len(sizes))]
     work_axes = list(range(len(sizes))) if two_stages else grouped

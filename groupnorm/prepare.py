@@ -45,7 +45,8 @@ def prepare(
         options.num_groups,
         options.group_size,
         options.reduction,
-        sampled=options.fast and mask is None,
+        # Without epsilon, data that is constant where sampled has no scale to go by.
+        sampled=options.fast and mask is None and options.epsilon > 0,
     )
     if options.feature_shape is not None and not _equal(plan.feature_shape, options.feature_shape):
         raise ArgumentValueError(
@@ -98,6 +99,7 @@ def check_same_library(adapter: "Adapter", value: Any, argument: str, x: Array) 
             "between libraries unasked. Convert one of them; for a layer, "
             f"layer.to_backend({adapter.backend or 'numpy'!r})."
         )
+    adapter.check_input(value, argument)
     here, there = adapter.device_of(x), adapter.device_of(value)
     if here is not None and there is not None and here != there:
         raise ArgumentValueError(
@@ -139,7 +141,10 @@ def _dtypes(
     result = x_dtype
     for parameter in (scale, bias):
         if parameter is not None:
-            result = adapter.result_type(result, parameter.dtype)
+            known = adapter.is_real_floating(parameter.dtype) or adapter.is_complex(parameter.dtype)
+            result = adapter.result_type(
+                result, parameter.dtype if known else adapter.default_float()
+            )
     computed = result
     if wanted == "input":
         result = x_dtype
@@ -195,6 +200,11 @@ def _mask_to_work(adapter: "Adapter", mask: Any, x: Array, plan: "Plan") -> Arra
 
 
 def _host_mask(mask: Any) -> "np.ndarray[Any, Any]":
+    if isinstance(mask, np.ma.MaskedArray):
+        raise ArgumentTypeError(
+            "mask is a numpy.ma.MaskedArray: what it masks would be ignored. Pass a plain boolean "
+            "array, such as numpy.ma.getmaskarray(...)."
+        )
     try:
         values = np.asarray(mask)
     except ValueError:

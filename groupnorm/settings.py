@@ -24,6 +24,10 @@ class Settings(NamedTuple):
     param_type: Any
     param_dtype: str
 
+    def __deepcopy__(self, memo: Any) -> "Settings":
+        """Share: nothing in here changes, and a process group cannot be copied."""
+        return self
+
     @property
     def feature_shape(self) -> tuple[int, ...]:
         """The lengths of the feature axes."""
@@ -34,8 +38,7 @@ class Settings(NamedTuple):
         """Whether this is just what `torch.nn.GroupNorm` computes, for inputs of any rank."""
         options = self.options
         return (
-            len(self.in_size) == 2
-            and options.feature == (1,)
+            options.feature == (1,)
             and options.reduction is None
             and options.axis_name is None
             and options.dtype in (None, "input")

@@ -53,6 +53,7 @@ __all__ = [
     "merge_replicas",
     "normalize",
     "real_part",
+    "recentre",
     "split",
 ]
 
@@ -116,24 +117,20 @@ def measure(
     if mask is not None:
         counts = _counts(mask, plan, x, adapter)
         enough = at_least_one(counts, xp)
-    still = adapter.detach(x)
-    if plan.sample is not None and mask is None:
+    still, seen = adapter.detach(x), enough
+    if plan.sample is not None:  # and so there is no mask
         still = still[plan.sample]
-        sampled = float(product(still.shape[a] for a in plan.inner))
-        pivot, lowest, highest = _pivots(still, mask, sampled, plan, adapter)
-    else:
-        pivot, lowest, highest = _pivots(still, mask, enough, plan, adapter)
+        seen = float(product(still.shape[a] for a in plan.inner))
+    pivot, lowest, highest = _pivots(still, mask, seen, plan, adapter)
     group_unit = _unit(_magnitude(highest - lowest, adapter), epsilon, adapter)
     # Of the pivot's full shape, since an operand that repeats within its rows costs NumPy tenfold.
     unit = group_unit * xp.ones_like(_magnitude(pivot, adapter))
     pivot, unit = adapter.settle(pivot, unit)
 
-    deviations = x - xp.reshape(pivot, plan.ungrouped(pivot.shape))
-    deviations *= xp.reshape(unit, plan.ungrouped(unit.shape))
-    valid = deviations if mask is None else xp.where(mask, deviations, 0.0)
+    centred = _centre(x, mask, pivot, unit, plan, adapter)
+    valid = centred.deviations if mask is None else xp.where(mask, centred.deviations, 0.0)
     delta = total(valid, plan.inner, plan, adapter) / enough
     m2 = _total_abs2(valid, plan, adapter) - counts * _abs2(delta, adapter)
-    centred = Centred(deviations, pivot, unit)
     if not plan.two_stages:
         return Moments(counts, pivot, unit, delta, m2), centred
 
@@ -147,9 +144,56 @@ def measure(
         total(pivot * weights, members, plan, adapter) / enough, lowest, highest, adapter
     )
     means = (pivot - reference) * unit + delta
+    if mask is not None:
+        # A channel without a valid element has no mean, and its pivot may be of any size.
+        means = xp.where(weights > 0, means, 0.0)
     mean = total(weights * means, members, plan, adapter) / enough
     m2 = total(m2 + weights * _abs2(means - mean, adapter), members, plan, adapter)
     return Moments(count, reference, group_unit, mean, m2), centred
+
+
+def _centre(
+    x: "Array",
+    mask: "Array | None",
+    pivot: "Array",
+    unit: "Array",
+    plan: "Plan",
+    adapter: "Adapter",
+) -> Centred:
+    xp = adapter.xp
+    deviations = x - xp.reshape(pivot, plan.ungrouped(pivot.shape))
+    unit_of_channel = xp.reshape(unit, plan.ungrouped(unit.shape))
+    if mask is not None:
+        deviations = _saturate(deviations, mask, unit_of_channel, adapter)
+    deviations *= unit_of_channel
+    return Centred(deviations, pivot, unit)
+
+
+def recentre(
+    x: "Array",
+    mask: "Array",
+    centred: Centred,
+    local: Moments,
+    merged: Moments,
+    plan: "Plan",
+    adapter: "Adapter",
+) -> Centred:
+    """Centre groups that have no valid element here, but on other replicas, near their mean."""
+    pivot = adapter.xp.where(local.n > 0, centred.pivot, merged.reference)
+    return _centre(x, mask, pivot, centred.unit, plan, adapter)
+
+
+def _saturate(deviations: "Array", mask: "Array", unit: "Array", adapter: "Adapter") -> "Array":
+    """Bound what is masked out, such as a padding of the dtype's lowest number.
+
+    It would overflow when it is scaled, and then inf times a cotangent of 0 be NaN for a channel.
+    """
+    xp = adapter.xp
+    if adapter.is_complex(deviations.dtype):
+        return deviations
+    limit = 2.0**-16 * adapter.largest(deviations.dtype) / xp.where(unit > 1, unit, 1.0)
+    bounded = xp.where(deviations > 0, limit, -limit)
+    return xp.where(mask | (xp.abs(deviations) <= limit), deviations, bounded)
 
 
 def at_least_one(count: "Array", xp: Any) -> "Array":
@@ -200,9 +244,12 @@ def _real_pivots(
     x: "Array", mask: "Array | None", count: "Array | float", plan: "Plan", adapter: "Adapter"
 ) -> tuple["Array", "Array", "Array"]:
     xp = adapter.xp
+
+    def grouped(value: "Array") -> "Array":
+        return xp.reshape(value, plan.grouped(value.shape))
+
     if plan.empty:
-        pivot = xp.sum(x, axis=plan.inner, keepdims=True)
-        pivot = xp.reshape(pivot, plan.grouped(pivot.shape))
+        pivot = grouped(xp.sum(x, axis=plan.inner, keepdims=True))
         edge = xp.sum(pivot, axis=plan.members, keepdims=True)
         return pivot, edge, edge
     # Masked-out elements become the identity of min and max.
@@ -210,24 +257,21 @@ def _real_pivots(
     below = x if mask is None else xp.where(mask, x, -math.inf)
     low = xp.min(above, axis=plan.inner, keepdims=True)
     high = xp.max(below, axis=plan.inner, keepdims=True)
-    lowest = xp.min(xp.reshape(low, plan.grouped(low.shape)), axis=plan.members, keepdims=True)
-    highest = xp.max(xp.reshape(high, plan.grouped(high.shape)), axis=plan.members, keepdims=True)
-    if mask is not None:
-        low, high = _zero_if_none(low, high, xp)
-        lowest, highest = _zero_if_none(lowest, highest, xp)
-    deviations = x - low
-    if mask is not None:
-        deviations = xp.where(mask, deviations, 0.0)
-    pivot = low + total(deviations, plan.inner, plan, adapter) / count
-    # Clipped, so that the pivot of equal elements is exactly their value.
-    pivot = _clip_real(pivot, low, high, xp)
-    return xp.reshape(pivot, plan.grouped(pivot.shape)), lowest, highest
-
-
-def _zero_if_none(low: "Array", high: "Array", xp: Any) -> tuple["Array", "Array"]:
-    """Where nothing was valid, low is inf and high -inf: give zeros instead."""
-    nothing = low > high
-    return xp.where(nothing, xp.zeros_like(low), low), xp.where(nothing, xp.zeros_like(high), high)
+    lowest = xp.min(grouped(low), axis=plan.members, keepdims=True)
+    highest = xp.max(grouped(high), axis=plan.members, keepdims=True)
+    if mask is None:
+        pivot = low + total(x - low, plan.inner, plan, adapter) / count
+        # Clipped, so that the pivot of equal elements is exactly their value.
+        return grouped(_clip_real(pivot, low, high, xp)), lowest, highest
+    nothing, none_at_all = low > high, lowest > highest
+    low, high = xp.where(nothing, 0.0, low), xp.where(nothing, 0.0, high)
+    deviations = xp.where(mask, x - low, 0.0)
+    pivot = _clip_real(low + total(deviations, plan.inner, plan, adapter) / count, low, high, xp)
+    # A channel without a valid element is normalized all the same. A number near its mean keeps
+    # the digits: one of its group. Where the group has none either, the mean is 0.
+    pivot = xp.where(grouped(nothing), xp.where(none_at_all, 0.0, lowest), grouped(pivot))
+    # The spread of nothing is taken as 1.
+    return pivot, xp.where(none_at_all, 0.0, lowest), xp.where(none_at_all, 1.0, highest)
 
 
 def _clip_real(x: "Array", low: "Array", high: "Array", xp: Any) -> "Array":
@@ -307,7 +351,8 @@ def _mean_within(x: "Array", n: "Array", valid: "Array", count: "Array", xp: Any
     """Average over the leading axis; equal values average to exactly their value."""
     low = xp.min(xp.where(valid, x, math.inf), axis=0)
     high = xp.max(xp.where(valid, x, -math.inf), axis=0)
-    low, high = _zero_if_none(low, high, xp)
+    nothing = low > high
+    low, high = xp.where(nothing, 0.0, low), xp.where(nothing, 0.0, high)
     return _clip_real(xp.sum(xp.where(valid, n * x, 0.0), axis=0) / count, low, high, xp)
 
 
@@ -351,6 +396,10 @@ def finish(
     xp = adapter.xp
     n, reference, unit, delta, m2 = moments
     enough = at_least_one(xp.ones_like(m2) * n, xp) if may_be_empty else n
+    if may_be_empty:
+        counted = xp.ones_like(m2) * n > 0
+        # The mean of nothing is 0, whatever it was measured relative to.
+        reference, delta = xp.where(counted, reference, 0.0), xp.where(counted, delta, 0.0)
     root = math.sqrt(epsilon) * unit
     # Rounding may leave a tiny negative; this way round, NaN stays NaN.
     variance = xp.where(m2 < 0, xp.zeros_like(m2), m2) / enough + root * root
@@ -361,7 +410,6 @@ def finish(
     rstd = unit / xp.sqrt(variance)
     share: Array | float = 1.0 / enough
     if may_be_empty:
-        counted = xp.ones_like(m2) * n > 0
         rstd = xp.where(counted, rstd, xp.full_like(rstd, 1.0 / math.sqrt(1.0 + epsilon)))
         share = xp.where(counted, share, xp.zeros_like(m2))
     shift = ((reference - centred.pivot) + delta / unit) * rstd
@@ -392,5 +440,8 @@ def normalize(
         y = y * factor
     else:
         y *= factor
-    y += adapter.xp.reshape(term, plan.ungrouped(term.shape))
+    term = adapter.xp.reshape(term, plan.ungrouped(term.shape))
+    if adapter.has_autograd:
+        return y + term  # not in place: y may be less batched than the bias, under torch.vmap
+    y += term
     return y

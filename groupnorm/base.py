@@ -77,10 +77,9 @@ class Layer(Described):
         )
         channels = int(np.prod(size.feature_shape))
         groups = resolve_groups(channels, options.num_groups, options.group_size)
-        axes = tuple(int(a) for a in np.atleast_1d(np.asarray(feature_axis)))
         settings = Settings(
             in_size=size.in_size,
-            feature_axis=axes[0] if len(axes) == 1 else axes,
+            feature_axis=size.feature_axis,
             num_groups=groups,
             group_size=channels // groups,
             options=options,

@@ -209,6 +209,7 @@ class InSize(NamedTuple):
     """An input size, and where its features are in `x`."""
 
     in_size: "tuple[int | EllipsisType, ...]"
+    feature_axis: int | tuple[int, ...]  # as given
     feature: tuple[int, ...]  # axes of x
     feature_shape: tuple[int, ...]
 
@@ -223,9 +224,12 @@ def check_in_size(in_size: Any, feature_axis: Any) -> InSize:
     ArgumentTypeError, ArgumentValueError
         Naming the argument, its value, the rule and the fix.
     """
-    entries = tuple(in_size) if isinstance(in_size, Sequence | np.ndarray) else (in_size,)
-    if isinstance(in_size, str):
-        _integer("in_size", in_size)
+    several = isinstance(in_size, Sequence | np.ndarray) and not isinstance(in_size, str)
+    entries = (
+        tuple(np.atleast_1d(in_size) if isinstance(in_size, np.ndarray) else in_size)
+        if several
+        else (in_size,)
+    )
     ellipses = [i for i, e in enumerate(entries) if e is ...]
     if len(ellipses) > 1:
         raise ArgumentValueError(
@@ -240,7 +244,8 @@ def check_in_size(in_size: Any, feature_axis: Any) -> InSize:
         )
     dots = ellipses[0] if ellipses else -1
     features: list[int] = []
-    for axis in _ints("feature_axis", feature_axis):
+    given = _ints("feature_axis", feature_axis)
+    for axis in given:
         if not -len(size) <= axis < len(size):
             raise ArgumentValueError(
                 f"feature_axis={axis} is out of range for in_size={in_size!r}: it is an index into "
@@ -264,4 +269,9 @@ def check_in_size(in_size: Any, feature_axis: Any) -> InSize:
             f"in_size={in_size!r} has no channels along feature_axis={feature_axis!r}: give at "
             "least 1."
         )
-    return InSize(size, tuple(i + 1 if i < dots else i - len(size) for i in features), shape)
+    return InSize(
+        size,
+        given[0] if len(given) == 1 else given,
+        tuple(i + 1 if i < dots else i - len(size) for i in features),
+        shape,
+    )

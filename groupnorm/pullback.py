@@ -2,14 +2,9 @@
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from groupnorm.parts import join, real_part, split
 from groupnorm.replicas import pool
-from groupnorm.statistics import (
-    Centred,
-    Normalizer,
-    join,
-    real_part,
-    split,
-)
+from groupnorm.statistics import Centred, Normalizer
 from groupnorm.summation import total, total_of_products
 
 if TYPE_CHECKING:

@@ -33,6 +33,8 @@ References
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from groupnorm.parts import abs2, join, magnitude, split
+from groupnorm.pivots import clip, clip_real, pivots, unit_of
 from groupnorm.plan import product
 from groupnorm.replicas import gather
 from groupnorm.summation import total, total_of_products
@@ -48,13 +50,10 @@ __all__ = [
     "Normalizer",
     "at_least_one",
     "finish",
-    "join",
     "measure",
     "merge_replicas",
     "normalize",
-    "real_part",
     "recentre",
-    "split",
 ]
 
 
@@ -121,16 +120,16 @@ def measure(
     if plan.sample is not None:  # and so there is no mask
         still = still[plan.sample]
         seen = float(product(still.shape[a] for a in plan.inner))
-    pivot, lowest, highest = _pivots(still, mask, seen, plan, adapter)
-    group_unit = _unit(_magnitude(highest - lowest, adapter), epsilon, adapter)
+    pivot, lowest, highest = pivots(still, mask, seen, plan, adapter)
+    group_unit = unit_of(magnitude(highest - lowest, adapter), epsilon, adapter)
     # Of the pivot's full shape, since an operand that repeats within its rows costs NumPy tenfold.
-    unit = group_unit * xp.ones_like(_magnitude(pivot, adapter))
+    unit = group_unit * xp.ones_like(magnitude(pivot, adapter))
     pivot, unit = adapter.settle(pivot, unit)
 
     centred = _centre(x, mask, pivot, unit, plan, adapter)
     valid = centred.deviations if mask is None else xp.where(mask, centred.deviations, 0.0)
     delta = total(valid, plan.inner, plan, adapter) / enough
-    m2 = _total_abs2(valid, plan, adapter) - counts * _abs2(delta, adapter)
+    m2 = _total_abs2(valid, plan, adapter) - counts * abs2(delta, adapter)
     if not plan.two_stages:
         return Moments(counts, pivot, unit, delta, m2), centred
 
@@ -140,7 +139,7 @@ def measure(
     count = total(weights, members, plan, adapter)
     enough = at_least_one(count, xp)
     # Clipped: rounding must not push the mean of equal pivots off their common value.
-    reference = _clip(
+    reference = clip(
         total(pivot * weights, members, plan, adapter) / enough, lowest, highest, adapter
     )
     means = (pivot - reference) * unit + delta
@@ -148,7 +147,7 @@ def measure(
         # A channel without a valid element has no mean, and its pivot may be of any size.
         means = xp.where(weights > 0, means, 0.0)
     mean = total(weights * means, members, plan, adapter) / enough
-    m2 = total(m2 + weights * _abs2(means - mean, adapter), members, plan, adapter)
+    m2 = total(m2 + weights * abs2(means - mean, adapter), members, plan, adapter)
     return Moments(count, reference, group_unit, mean, m2), centred
 
 
@@ -201,16 +200,6 @@ def at_least_one(count: "Array", xp: Any) -> "Array":
     return xp.where(count > 0, count, xp.ones_like(count))
 
 
-def _unit(spread: "Array", epsilon: float, adapter: "Adapter") -> "Array":
-    """The scale of the deviations: neither their squares nor epsilon's leave the dtype's range."""
-    xp = adapter.xp
-    smallest = 4.0 * adapter.smallest_normal(spread.dtype)
-    least = max(math.sqrt(epsilon), smallest)
-    # A constant group; or, if only the sample was constant, data of which nothing is known.
-    instead = least if epsilon else 1.0
-    return xp.ones_like(spread) / xp.where(spread > least, spread, xp.full_like(spread, instead))
-
-
 def _counts(mask: "Array", plan: "Plan", x: "Array", adapter: "Adapter") -> "Array":
     """Count the valid elements; an inner axis along which the mask is constant multiplies."""
     xp = adapter.xp
@@ -218,90 +207,6 @@ def _counts(mask: "Array", plan: "Plan", x: "Array", adapter: "Adapter") -> "Arr
     counts = total(xp.astype(mask, real), plan.inner, plan, adapter)
     repeats = product(plan.work_shape[a] for a in plan.inner if mask.shape[a] == 1)
     return counts * (float(repeats) if plan.static else repeats)
-
-
-def _pivots(
-    x: "Array", mask: "Array | None", count: "Array | float", plan: "Plan", adapter: "Adapter"
-) -> tuple["Array", "Array", "Array"]:
-    """Return a pivot near the mean of each inner reduction, and each group's lowest and highest.
-
-    All are in the grouped shape. The parts of complex data are taken on their own.
-    """
-    xp = adapter.xp
-    if adapter.is_complex(x.dtype):
-        parts = (
-            _real_pivots(part, mask, count, plan, adapter) for part in (xp.real(x), xp.imag(x))
-        )
-        real, imaginary = parts
-        pivot, low, high = (
-            adapter.complex_from(re, im) for re, im in zip(real, imaginary, strict=True)
-        )
-        return pivot, low, high
-    return _real_pivots(x, mask, count, plan, adapter)
-
-
-def _real_pivots(
-    x: "Array", mask: "Array | None", count: "Array | float", plan: "Plan", adapter: "Adapter"
-) -> tuple["Array", "Array", "Array"]:
-    xp = adapter.xp
-
-    def grouped(value: "Array") -> "Array":
-        return xp.reshape(value, plan.grouped(value.shape))
-
-    if plan.empty:
-        pivot = grouped(xp.sum(x, axis=plan.inner, keepdims=True))
-        edge = xp.sum(pivot, axis=plan.members, keepdims=True)
-        return pivot, edge, edge
-    # Masked-out elements become the identity of min and max.
-    above = x if mask is None else xp.where(mask, x, math.inf)
-    below = x if mask is None else xp.where(mask, x, -math.inf)
-    low = xp.min(above, axis=plan.inner, keepdims=True)
-    high = xp.max(below, axis=plan.inner, keepdims=True)
-    lowest = xp.min(grouped(low), axis=plan.members, keepdims=True)
-    highest = xp.max(grouped(high), axis=plan.members, keepdims=True)
-    if mask is None:
-        pivot = low + total(x - low, plan.inner, plan, adapter) / count
-        # Clipped, so that the pivot of equal elements is exactly their value.
-        return grouped(_clip_real(pivot, low, high, xp)), lowest, highest
-    nothing, none_at_all = low > high, lowest > highest
-    low, high = xp.where(nothing, 0.0, low), xp.where(nothing, 0.0, high)
-    deviations = xp.where(mask, x - low, 0.0)
-    pivot = _clip_real(low + total(deviations, plan.inner, plan, adapter) / count, low, high, xp)
-    # A channel without a valid element is normalized all the same. A number near its mean keeps
-    # the digits: one of its group. Where the group has none either, the mean is 0.
-    pivot = xp.where(grouped(nothing), xp.where(none_at_all, 0.0, lowest), grouped(pivot))
-    # The spread of nothing is taken as 1.
-    return pivot, xp.where(none_at_all, 0.0, lowest), xp.where(none_at_all, 1.0, highest)
-
-
-def _clip_real(x: "Array", low: "Array", high: "Array", xp: Any) -> "Array":
-    return xp.where(x < low, low, xp.where(x > high, high, x))
-
-
-def _clip(x: "Array", low: "Array", high: "Array", adapter: "Adapter") -> "Array":
-    xp = adapter.xp
-    if not adapter.is_complex(x.dtype):
-        return _clip_real(x, low, high, xp)
-    return adapter.complex_from(
-        _clip_real(xp.real(x), xp.real(low), xp.real(high), xp),
-        _clip_real(xp.imag(x), xp.imag(low), xp.imag(high), xp),
-    )
-
-
-def _magnitude(x: "Array", adapter: "Adapter") -> "Array":
-    """Size of each element that cannot overflow: for complex numbers the larger part's."""
-    xp = adapter.xp
-    if not adapter.is_complex(x.dtype):
-        return xp.abs(x)
-    real, imaginary = xp.abs(xp.real(x)), xp.abs(xp.imag(x))
-    return xp.where(real < imaginary, imaginary, real)
-
-
-def _abs2(x: "Array", adapter: "Adapter") -> "Array":
-    if not adapter.is_complex(x.dtype):
-        return x * x
-    real, imaginary = adapter.xp.real(x), adapter.xp.imag(x)
-    return real * real + imaginary * imaginary
 
 
 def merge_replicas(
@@ -331,7 +236,7 @@ def merge_replicas(
     reach = 1.0 / unit
     for part in off:
         reach = reach + xp.abs(part)
-    common_unit = _unit(xp.max(xp.where(valid, reach, 0.0), axis=0), epsilon, adapter)
+    common_unit = unit_of(xp.max(xp.where(valid, reach, 0.0), axis=0), epsilon, adapter)
     ratio = common_unit / unit
     means = [o * common_unit + d * ratio for o, d in zip(off, deltas, strict=True)]
     mean = [xp.sum(n * part, axis=0) / count for part in means]
@@ -353,34 +258,16 @@ def _mean_within(x: "Array", n: "Array", valid: "Array", count: "Array", xp: Any
     high = xp.max(xp.where(valid, x, -math.inf), axis=0)
     nothing = low > high
     low, high = xp.where(nothing, 0.0, low), xp.where(nothing, 0.0, high)
-    return _clip_real(xp.sum(xp.where(valid, n * x, 0.0), axis=0) / count, low, high, xp)
+    return clip_real(xp.sum(xp.where(valid, n * x, 0.0), axis=0) / count, low, high, xp)
 
 
 def _total_abs2(x: "Array", plan: "Plan", adapter: "Adapter") -> "Array":
     """Sum |x|^2 over the inner axes."""
-    if not adapter.is_complex(x.dtype):
-        return total_of_products(x, x, plan.inner, plan, adapter)
-    real, imaginary = adapter.xp.real(x), adapter.xp.imag(x)
-    return total_of_products(real, real, plan.inner, plan, adapter) + total_of_products(
-        imaginary, imaginary, plan.inner, plan, adapter
-    )
-
-
-def split(x: "Array", adapter: "Adapter") -> tuple["Array", ...]:
-    """Give the real arrays a collective can carry: the array, or its real and imaginary parts."""
-    if not adapter.is_complex(x.dtype):
-        return (x,)
-    return adapter.xp.real(x), adapter.xp.imag(x)
-
-
-def join(parts: list["Array"], adapter: "Adapter") -> "Array":
-    """Undo `split`."""
-    return parts[0] if len(parts) == 1 else adapter.complex_from(*parts)
-
-
-def real_part(x: "Array", adapter: "Adapter") -> "Array":
-    """Drop the imaginary part, if there is one."""
-    return adapter.xp.real(x) if adapter.is_complex(x.dtype) else x
+    real, *imaginary = split(x, adapter)
+    sums = total_of_products(real, real, plan.inner, plan, adapter)
+    for part in imaginary:
+        sums = sums + total_of_products(part, part, plan.inner, plan, adapter)
+    return sums
 
 
 def finish(

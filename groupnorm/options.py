@@ -224,12 +224,10 @@ def check_in_size(in_size: Any, feature_axis: Any) -> InSize:
     ArgumentTypeError, ArgumentValueError
         Naming the argument, its value, the rule and the fix.
     """
-    several = isinstance(in_size, Sequence | np.ndarray) and not isinstance(in_size, str)
-    entries = (
-        tuple(np.atleast_1d(in_size) if isinstance(in_size, np.ndarray) else in_size)
-        if several
-        else (in_size,)
-    )
+    if isinstance(in_size, np.ndarray):
+        in_size = in_size.tolist()
+    several = isinstance(in_size, Sequence) and not isinstance(in_size, str)
+    entries = tuple(in_size) if several else (in_size,)
     ellipses = [i for i, e in enumerate(entries) if e is ...]
     if len(ellipses) > 1:
         raise ArgumentValueError(
@@ -270,8 +268,8 @@ def check_in_size(in_size: Any, feature_axis: Any) -> InSize:
             "least 1."
         )
     return InSize(
-        size,
-        given[0] if len(given) == 1 else given,
-        tuple(i + 1 if i < dots else i - len(size) for i in features),
-        shape,
+        in_size=size,
+        feature_axis=given[0] if len(given) == 1 else given,
+        feature=tuple(i + 1 if i < dots else i - len(size) for i in features),
+        feature_shape=shape,
     )

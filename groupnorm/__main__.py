@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from .selfcheck import NOT_INSTALLED, BackendReport, Check, agree, check_backends
+from groupnorm.selfcheck import NOT_INSTALLED, BackendReport, Check, agree, check_backends
 
 Row = tuple[str, ...]
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from . import BackendInfo, available_backends, group_norm, group_norm_vjp
+from groupnorm import BackendInfo, available_backends, group_norm, group_norm_vjp
 
 __all__ = ["NOT_INSTALLED", "BackendReport", "Check", "agree", "check_backends"]
 

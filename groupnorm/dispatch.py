@@ -94,7 +94,7 @@ def adapter_of(x: Any, argument: str = "x") -> "Adapter":
         if generic is not None:
             return generic
     raise ArgumentTypeError(
-        f"{argument}={_shortened(x)} is a {type(x).__name__}, not an array: pass an array of "
+        f"{argument}={_shortened(x)} is of type {type(x).__name__}, not an array: pass an array of "
         f"NumPy, JAX, PyTorch, CuPy or another array API library, such as "
         f"numpy.asarray({argument})."
     )

@@ -42,7 +42,7 @@ def group_norm(
     scale, bias : array of shape (C,), optional
         Or of the shape of the feature axes. NumPy arrays serve every library.
     num_groups, group_size : int, optional
-        The number of groups, or the number of channels in each; exactly one.
+        The number of groups (default 32), or with ``num_groups=None`` the channels in each.
     feature_axis : int or sequence of int
         The axes of x that hold the channels. Of several, the channels are the row-major product in
         x's order; a group is a contiguous block of them.
@@ -55,8 +55,10 @@ def group_norm(
         The result's; ``"input"`` keeps x's. Default is what the library promotes x, scale and bias
         to.
     mask : array broadcastable to x, optional
-        True (or 1; anything but 0) where elements count for mean and variance. Non-finite values
-        elsewhere count as 0. A group without any has mean 0 and variance 1.
+        True (or 1) where elements count for mean and variance. All are normalized; non-finite
+        values that do not count are taken as 0. A group without any that counts has mean 0 and
+        variance 1. Of lists and NumPy arrays other values than 0 and 1 are refused; looking would
+        make other libraries wait, so there anything but 0 counts.
     axis_name : optional
         Replicas that hold parts of the same groups: in JAX the name (or names) of a mapped axis, in
         PyTorch a `torch.distributed.ProcessGroup`. Every part gets the slice of the whole's result.

@@ -32,12 +32,12 @@ class GroupNorm(Layer):
         will do. One ``...`` stands for any number of axes: ``(64, ...)`` with ``feature_axis=0``
         has the channels on axis 1, as PyTorch does. Lengths that are not features are not enforced.
     feature_axis : int or sequence of int
-        The indices into `in_size` that hold the channels. Of several, the channels are the
-        row-major product in `in_size`'s order.
+        The indices into `in_size` that hold the channels, by default the last. Of several, the
+        channels are the row-major product in `in_size`'s order.
     num_groups, group_size : int, optional
-        The number of groups, or (with ``num_groups=None``) the number of channels in each.
+        The number of groups (default 32), or with ``num_groups=None`` the channels in each.
     epsilon : float
-        Added to the variance. PyTorch's default is 1e-5.
+        Added to the variance. Default is 1e-6; PyTorch's is 1e-5.
     dtype : str or dtype, optional
         The result's; ``"input"`` keeps x's. Default is what the library promotes x and the
         parameters to: bfloat16 x with float32 parameters gives float32.
@@ -52,7 +52,7 @@ class GroupNorm(Layer):
         Replicas that hold parts of the same groups, and how to split them into sets; see
         `groupnorm.group_norm`.
     use_fast_variance : bool
-        Read the data once for its statistics, or (False) twice. Both keep all digits.
+        Read the data once for its statistics (the default), or twice. Both keep all digits.
     param_type : optional
         What holds a parameter, such as `flax.nnx.Param` or `brainstate.ParamState`. Default is a
         plain array, in PyTorch `torch.nn.Parameter`.
@@ -116,8 +116,8 @@ class GroupNorm(Layer):
             return object.__new__(cls)
         if not isinstance(backend, str):
             raise ArgumentTypeError(
-                f"backend={backend!r} is a {type(backend).__name__}: give the name of one, such as "
-                "'numpy' or 'torch'."
+                f"backend={backend!r} is of type {type(backend).__name__}: give the name of "
+                "one, such as 'numpy' or 'torch'."
             )
         return object.__new__(adapter_named(backend).layer_class())
 
@@ -166,7 +166,7 @@ class PlainGroupNorm(GroupNorm):
         adapter, shape = self._adapter, self._settings.feature_shape
         if not adapter.is_array(value):
             raise ArgumentTypeError(
-                f"{name} is a {type(value).__name__}: this layer's parameters are of "
+                f"{name} is of type {type(value).__name__}: this layer's parameters are of "
                 f"{adapter.array_name}. Convert it, or use to_backend."
             )
         if tuple(value.shape) != shape:

@@ -93,8 +93,8 @@ def _integer(argument: str, value: Any) -> int:
         return operator.index(value)
     except TypeError:
         raise ArgumentTypeError(
-            f"{argument}={value!r} is a {type(value).__name__}: an integer is needed, of Python's "
-            "or NumPy's integer types."
+            f"{argument}={value!r} is of type {type(value).__name__}: an integer is needed, of "
+            "Python's or NumPy's integer types."
         ) from None
 
 
@@ -118,7 +118,8 @@ def _ints(argument: str, value: Any) -> tuple[int, ...]:
 def _epsilon(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ArgumentTypeError(
-            f"epsilon={value!r} is a {type(value).__name__}: a real number is needed, such as 1e-6."
+            f"epsilon={value!r} is of type {type(value).__name__}: a real number is needed, "
+            "such as 1e-6."
         )
     epsilon = float(value)
     if not (math.isfinite(epsilon) and epsilon >= 0):
@@ -133,7 +134,7 @@ def flag(argument: str, value: Any) -> bool:
     """Check that a switch is a bool."""
     if not isinstance(value, bool | np.bool_):
         raise ArgumentTypeError(
-            f"{argument}={value!r} is a {type(value).__name__}: True or False is needed."
+            f"{argument}={value!r} is of type {type(value).__name__}: True or False is needed."
         )
     return bool(value)
 
@@ -247,7 +248,8 @@ def check_in_size(in_size: Any, feature_axis: Any) -> InSize:
         if not -len(size) <= axis < len(size):
             raise ArgumentValueError(
                 f"feature_axis={axis} is out of range for in_size={in_size!r}: it is an index into "
-                f"in_size, so it lies in [{-len(size)}, {len(size) - 1}]."
+                f"in_size, so it lies in [{-len(size)}, {len(size) - 1}]. (PyTorch's "
+                "GroupNorm(groups, channels) is GroupNorm(channels, num_groups=groups) here.)"
             )
         features.append(axis % len(size))
     features.sort()

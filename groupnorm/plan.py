@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from groupnorm.errors import ArgumentValueError
 
-__all__ = ["Plan", "make_plan", "make_plan_uncached", "product", "resolve_groups"]
+__all__ = ["Plan", "make_plan", "make_plan_uncached", "product", "resolve_groups", "same_shape"]
 
 Shape = tuple[int, ...]
 
@@ -139,6 +139,11 @@ def product(sizes: Iterable[int]) -> int:
     return result
 
 
+def same_shape(shape: Shape, other: Shape) -> bool:
+    """Compare one by one: while a compiler leaves sizes open, tuples of them never are equal."""
+    return len(shape) == len(other) and all(a == b for a, b in zip(shape, other, strict=True))
+
+
 def resolve_groups(channels: int, num_groups: int | None, group_size: int | None) -> int:
     """Return the number of groups `channels` channels are split into.
 
@@ -170,6 +175,7 @@ def make_plan_uncached(
     num_groups: int | None,
     group_size: int | None,
     reduction: Shape | None,
+    expected: Shape | None = None,
     *,
     sampled: bool,
     static: bool,
@@ -187,6 +193,8 @@ def make_plan_uncached(
         Exactly one is given.
     reduction : tuple of int or None
         The axes statistics are taken over; None is all but the batch.
+    expected : tuple of int or None
+        The lengths the feature axes must have; None takes any.
     sampled : bool
         Whether the pivot may be taken from a sample of the positions.
     static : bool
@@ -205,6 +213,12 @@ def make_plan_uncached(
     reduced = _reduction_axes(reduction, features, shape)
     feature_shape = tuple(shape[a] for a in features)
     channels = product(feature_shape)
+    if expected is not None and not same_shape(feature_shape, expected):
+        raise ArgumentValueError(
+            f"x of shape {shape} has feature axes of length {feature_shape}, and this layer was "
+            f"made for {expected}: give x that many channels there, or make the layer with the "
+            "in_size and feature_axis of this x (channels on axis 1: in_size=(C, ...), feature_axis=0)."
+        )
     groups = resolve_groups(channels, num_groups, group_size)
 
     order = tuple(range(ndim))

@@ -7,6 +7,7 @@ import numpy as np
 from groupnorm.dispatch import adapter_of
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
 from groupnorm.options import Options
+from groupnorm.plan import same_shape
 from groupnorm.typing import Array
 
 if TYPE_CHECKING:
@@ -45,15 +46,10 @@ def prepare(
         options.num_groups,
         options.group_size,
         options.reduction,
+        options.feature_shape,
         # Without epsilon, data that is constant where sampled has no scale to go by.
         sampled=options.fast and mask is None and options.epsilon > 0,
     )
-    if options.feature_shape is not None and not _equal(plan.feature_shape, options.feature_shape):
-        raise ArgumentValueError(
-            f"x of shape {tuple(x.shape)} has feature axes of length {plan.feature_shape}, and "
-            f"this layer was made for {options.feature_shape}: give x that many channels there, or "
-            "make the layer with the in_size and feature_axis of this x."
-        )
     scale = _parameter(adapter, "scale", scale, x, plan)
     bias = _parameter(adapter, "bias", bias, x, plan)
     work_dtype, parameter_dtype, result_dtype = _dtypes(adapter, x, scale, bias, options.dtype)
@@ -118,17 +114,12 @@ def _parameter(
         value = adapter.from_host(value, x)
     check_same_library(adapter, value, argument, x)
     shape = tuple(value.shape)
-    if not (_equal(shape, plan.feature_shape) or _equal(shape, (plan.channels,))):
+    if not (same_shape(shape, plan.feature_shape) or same_shape(shape, (plan.channels,))):
         raise ArgumentValueError(
             f"{argument} has shape {shape}: it holds one number a channel, so its shape is that of "
             f"the feature axes, {plan.feature_shape}. Reshape it, or check feature_axis."
         )
     return value
-
-
-def _equal(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    # One by one: while a compiler leaves sizes open, tuples of them never compare equal.
-    return len(shape) == len(other) and all(a == b for a, b in zip(shape, other, strict=True))
 
 
 def _dtypes(

@@ -217,7 +217,8 @@ def make_plan_uncached(
         raise ArgumentValueError(
             f"x of shape {shape} has feature axes of length {feature_shape}, and this layer was "
             f"made for {expected}: give x that many channels there, or make the layer with the "
-            "in_size and feature_axis of this x (channels on axis 1: in_size=(C, ...), feature_axis=0)."
+            "in_size and feature_axis of this x (for channels on axis 1, in_size=(C, ...) and "
+            "feature_axis=0)."
         )
     groups = resolve_groups(channels, num_groups, group_size)
 

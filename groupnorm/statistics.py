@@ -283,8 +283,8 @@ def finish(
     xp = adapter.xp
     n, reference, unit, delta, m2 = moments
     enough = at_least_one(xp.ones_like(m2) * n, xp) if may_be_empty else n
-    if may_be_empty:
-        counted = xp.ones_like(m2) * n > 0
+    counted = xp.ones_like(m2) * n > 0 if may_be_empty else None
+    if counted is not None:
         # The mean of nothing is 0, whatever it was measured relative to.
         reference, delta = xp.where(counted, reference, 0.0), xp.where(counted, delta, 0.0)
     root = math.sqrt(epsilon) * unit
@@ -296,7 +296,7 @@ def finish(
     variance = xp.where(variance == math.inf, xp.full_like(variance, math.nan), variance)
     rstd = unit / xp.sqrt(variance)
     share: Array | float = 1.0 / enough
-    if may_be_empty:
+    if counted is not None:
         rstd = xp.where(counted, rstd, xp.full_like(rstd, 1.0 / math.sqrt(1.0 + epsilon)))
         share = xp.where(counted, share, xp.zeros_like(m2))
     shift = ((reference - centred.pivot) + delta / unit) * rstd

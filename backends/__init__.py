@@ -33,9 +33,9 @@ class Adapter:
         The library's array API namespace.
     """
 
-    name: ClassVar[str]
+    name: str
     #: What messages call its arrays.
-    array_name: ClassVar[str]
+    array_name: str
     #: The word to pass to `to_backend`; empty where there is no layer of this library.
     backend: ClassVar[str] = ""
     #: Whether the library may need intermediate arrays again after the call.
@@ -92,6 +92,10 @@ class Adapter:
     def is_real_floating(self, dtype: Any) -> bool:
         """Whether dtype is real floating, the small ones included."""
         return bool(self.xp.isdtype(dtype, "real floating"))
+
+    def is_floating(self, dtype: Any) -> bool:
+        """Whether dtype is real floating or complex, not integer or boolean."""
+        return self.is_real_floating(dtype) or self.is_complex(dtype)
 
     def dtype(self, name: str) -> Any:
         """Return this library's dtype of a name."""

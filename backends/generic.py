@@ -19,8 +19,8 @@ class GenericAdapter(Adapter):
     def __init__(self, xp: Any) -> None:
         super().__init__(xp)
         library = xp.__name__.removeprefix("array_api_compat.").split(".")[0]
-        self.name = library  # type: ignore[misc]  # one class serves many libraries
-        self.array_name = f"{library} arrays"  # type: ignore[misc]
+        self.name = library
+        self.array_name = f"{library} arrays"
 
     def is_array(self, x: object) -> bool:
         """Whether the namespace is this one."""

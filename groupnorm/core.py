@@ -74,7 +74,7 @@ def apply_with_pullback(
         dx = work.x
         if ready.counted is not None:
             dx = xp.where(ready.counted, dx, 0.0)
-        floating = adapter.is_real_floating(x.dtype) or adapter.is_complex(x.dtype)
+        floating = adapter.is_floating(x.dtype)
         return Gradients(
             from_work(dx, plan, x.dtype if floating else dx.dtype, xp),
             _parameter_gradient(adapter, work.scale, scale),
@@ -92,7 +92,7 @@ def _parameter_gradient(adapter: "Adapter", gradient: Array, parameter: Array) -
     dtype = parameter.dtype if adapter.is_array(parameter) else adapter.dtype(parameter.dtype.name)
     if adapter.is_complex(gradient.dtype) and not adapter.is_complex(dtype):
         gradient = xp.real(gradient)
-    if not (adapter.is_real_floating(dtype) or adapter.is_complex(dtype)):
+    if not adapter.is_floating(dtype):
         dtype = gradient.dtype  # a gradient is no integer, even of an integer
     # A copy: where nothing was summed up, this is still the caller's own dy.
     flat = xp.reshape(xp.astype(gradient, dtype, copy=True), (-1,))

@@ -127,14 +127,13 @@ def _dtypes(
 ) -> tuple[Any, Any, Any]:
     """Return the dtypes of the statistics, of parameters among them, and of the result."""
     xp = adapter.xp
-    floating = adapter.is_real_floating(x.dtype) or adapter.is_complex(x.dtype)
-    x_dtype = x.dtype if floating else adapter.default_float()
+    x_dtype = x.dtype if adapter.is_floating(x.dtype) else adapter.default_float()
     result = x_dtype
     for parameter in (scale, bias):
         if parameter is not None:
-            known = adapter.is_real_floating(parameter.dtype) or adapter.is_complex(parameter.dtype)
+            floating = adapter.is_floating(parameter.dtype)
             result = adapter.result_type(
-                result, parameter.dtype if known else adapter.default_float()
+                result, parameter.dtype if floating else adapter.default_float()
             )
     computed = result
     if wanted == "input":

@@ -18,7 +18,8 @@ correction), and so it is applied: rounding it to one number would lose the digi
 
 `use_fast_variance` only decides where the pivot comes from: the mean of a strided sample (the data
 is read once), or the mean of all of it (two passes). Under a mask it is always the latter, because
-a sample may hold no valid element at all.
+a sample may hold no valid element at all; so it is without an epsilon, where a constant sample
+would give no scale, and under torch.compile, which leaves sizes open.
 
 Pivots, references and scales carry no gradient. The result does not depend on them, so the gradient
 is exact all the same, at any order.

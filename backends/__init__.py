@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from groupnorm.binding import bound
 from groupnorm.errors import ArgumentTypeError, AxisNameError
 from groupnorm.plan import Plan, make_plan
-from groupnorm.replicas import Replicas
+from groupnorm.replicas import Replicas, over_all
 
 if TYPE_CHECKING:
     from groupnorm.layer import GroupNorm
@@ -144,11 +145,20 @@ class Adapter:
     # Replicas ---------------------------------------------------------------------------------
 
     def replicas(self, axis_name: Any) -> Replicas:
-        """Find the replicas a name stands for, here."""
+        """Find the replicas a name, a communicator or a tuple of them stands for, here."""
+        names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+        if not names:
+            raise AxisNameError(
+                "axis_name=() names no axis: give at least one name, or leave axis_name out."
+            )
+        return over_all([self.replicas_of(bound(name)) for name in names])
+
+    def replicas_of(self, communicator: Any) -> Replicas:
+        """Find the replicas of a communicator."""
         raise AxisNameError(
-            f"axis_name={axis_name!r} cannot be used with {self.array_name}: {self.name} has no "
+            f"axis_name={communicator!r} cannot be used with {self.array_name}: {self.name} has no "
             "replicas to pool statistics over, and statistics of this array alone would be wrong. "
-            "Use a JAX or PyTorch layer, or leave axis_name out."
+            "Use JAX, PyTorch, NumPy or CuPy arrays, or leave axis_name out."
         )
 
     # Layers -----------------------------------------------------------------------------------

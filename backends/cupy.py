@@ -7,8 +7,9 @@ import cupy
 import numpy as np
 
 from groupnorm.backends import Adapter
-from groupnorm.errors import ArgumentValueError, BackendImportError
+from groupnorm.errors import ArgumentValueError, AxisNameError, BackendImportError
 from groupnorm.layer import GroupNorm, PlainGroupNorm
+from groupnorm.replicas import Replicas
 
 __all__ = ["CupyAdapter", "CupyGroupNorm", "adapter"]
 
@@ -45,6 +46,30 @@ class CupyAdapter(Adapter):
     def complex_from(self, real: Any, imaginary: Any) -> Any:
         """Put two real arrays together."""
         return real + 1j * imaginary
+
+    def replicas_of(self, communicator: Any) -> Replicas:
+        """Find the ranks of a communicator of NCCL, bare or cupyx.distributed's."""
+        # cupyx.distributed wraps one; NCCL itself is asked, so that both go the same way.
+        library = getattr(communicator, "_comm", communicator)
+        if not hasattr(library, "allReduce"):
+            raise AxisNameError(
+                f"axis_name={communicator!r} is a {type(communicator).__name__}: for CuPy arrays "
+                "the replicas are a cupy.cuda.nccl.NcclCommunicator, what "
+                "cupyx.distributed.init_process_group returns, or a name bound to one of them by "
+                "groupnorm.bind_axis."
+            )
+
+        def add(x: Any) -> Any:
+            # In C order: NCCL adds what lies in memory, and would mix other orders up.
+            x = cupy.ascontiguousarray(x)
+            total = cupy.empty(x.shape, x.dtype, order="C")
+            nccl: Any = cupy.cuda.nccl  # holds nothing where the library is missing
+            kind = nccl.NCCL_FLOAT32 if x.dtype == cupy.float32 else nccl.NCCL_FLOAT64
+            stream = cupy.cuda.get_current_stream().ptr
+            library.allReduce(x.data.ptr, total.data.ptr, x.size, kind, nccl.NCCL_SUM, stream)
+            return total
+
+        return Replicas(library.rank_id(), library.size(), add, (communicator,))
 
     def layer_class(self) -> type[GroupNorm]:
         """Return the plain layer."""

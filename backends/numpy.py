@@ -6,8 +6,14 @@ import array_api_compat.numpy as xp
 import numpy as np
 
 from groupnorm.backends import Adapter
-from groupnorm.errors import ArgumentTypeError, ArgumentValueError, BackendImportError
+from groupnorm.errors import (
+    ArgumentTypeError,
+    ArgumentValueError,
+    AxisNameError,
+    BackendImportError,
+)
 from groupnorm.layer import GroupNorm, PlainGroupNorm
+from groupnorm.replicas import Replicas
 
 __all__ = ["NumpyAdapter", "NumpyGroupNorm", "adapter", "small_float"]
 
@@ -89,6 +95,29 @@ class NumpyAdapter(Adapter):
         axes = list(range(factors[0].ndim))
         operands = [o for factor in factors for o in (factor, axes)]
         return np.expand_dims(np.einsum(*operands, axes[:axis] + axes[axis + 1 :]), axis)
+
+    def replicas_of(self, communicator: Any) -> Replicas:
+        """Find the ranks of an mpi4py communicator."""
+        # Asked for by its methods: whoever has one has imported mpi4py.
+        if not hasattr(communicator, "Allreduce") or getattr(communicator, "is_inter", True):
+            raise AxisNameError(
+                f"axis_name={communicator!r} is a {type(communicator).__name__}: for NumPy arrays "
+                "the replicas are an mpi4py.MPI.Intracomm, such as MPI.COMM_WORLD, or a name bound "
+                "to one by groupnorm.bind_axis."
+            )
+        if not communicator:
+            raise AxisNameError(
+                "axis_name is MPI.COMM_NULL, the communicator of a group this rank is no member "
+                "of: call the layer on the group's members only."
+            )
+
+        def add(x: Any) -> Any:
+            # In order and in one piece, as MPI reads it.
+            total = np.empty(x.shape, x.dtype)
+            communicator.Allreduce(np.ascontiguousarray(x), total)
+            return total
+
+        return Replicas(communicator.Get_rank(), communicator.Get_size(), add, (communicator,))
 
     def dtype(self, name: str) -> Any:
         """Return NumPy's dtype of a name, or ml_dtypes'."""

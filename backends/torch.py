@@ -5,18 +5,18 @@ from typing import TYPE_CHECKING, Any
 import array_api_compat.torch as xp
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from groupnorm.backends import Adapter, native
 from groupnorm.backends.numpy import small_float
-from groupnorm.errors import ArgumentValueError, AxisNameError
+from groupnorm.backends.torch_distributed import replicas_of, sum_gradients
+from groupnorm.errors import ArgumentValueError
 from groupnorm.layer import GroupNorm
 from groupnorm.plan import Plan, make_plan, make_plan_uncached
 from groupnorm.replicas import Replicas
 from groupnorm.settings import Settings
 from groupnorm.typing import ArrayT, MaskLike
 
-__all__ = ["TorchAdapter", "TorchGroupNorm", "TorchNativeGroupNorm", "adapter"]
+__all__ = ["TorchAdapter", "TorchGroupNorm", "TorchNativeGroupNorm", "adapter", "sum_gradients"]
 
 
 class TorchAdapter(Adapter):
@@ -81,22 +81,9 @@ class TorchAdapter(Adapter):
         """Put two real tensors together."""
         return torch.complex(real, imaginary)
 
-    def replicas(self, axis_name: Any) -> Replicas:
-        """Find the ranks of a process group."""
-        if not isinstance(axis_name, dist.ProcessGroup):
-            raise AxisNameError(
-                f"axis_name={axis_name!r} is a {type(axis_name).__name__}: for PyTorch tensors the "
-                "replicas are a torch.distributed.ProcessGroup, such as "
-                "torch.distributed.group.WORLD after init_process_group."
-            )
-        rank = dist.get_rank(axis_name)
-        if rank < 0:
-            raise AxisNameError(
-                f"axis_name={axis_name!r} is a process group this rank is no member of: call the "
-                "layer on the group's members only, or make it with this rank's own group."
-            )
-        size = dist.get_world_size(axis_name)
-        return Replicas(rank, size, lambda x: _add_over_ranks(x, axis_name))
+    def replicas_of(self, communicator: Any) -> Replicas:
+        """Find the ranks of a process group, or of a mesh that has one."""
+        return replicas_of(communicator)
 
     def hold(self, value: Any, param_type: Any) -> Any:
         """Make a Parameter, or what is asked for."""
@@ -113,38 +100,6 @@ class TorchAdapter(Adapter):
         if kind is not None:
             found += [f"{kind.type}:{i}" for i in range(torch.accelerator.device_count())]
         return tuple(found)
-
-
-class _AddOverRanks(torch.autograd.Function):
-    """All-reduce that is exact in backward, in double backward and in forward mode.
-
-    `torch.distributed.nn.functional.all_reduce` does not trace, the functional collectives drop
-    forward-mode tangents, and a bare in-place all_reduce gives a wrong gradient.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Any, group: Any) -> Any:
-        ctx.group = group
-        total = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        return _add_over_ranks(gradients[0], ctx.group), None
-
-
-class _AddOverRanksDual(_AddOverRanks):
-    """The same with forward mode, which a compiler cannot trace."""
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        return _add_over_ranks(tangents[0], ctx.group)
-
-
-def _add_over_ranks(x: Any, group: Any) -> Any:
-    function = _AddOverRanks if torch.compiler.is_compiling() else _AddOverRanksDual
-    return function.apply(x, group)  # type: ignore[no-untyped-call]
 
 
 class TorchGroupNorm(GroupNorm, torch.nn.Module):

@@ -4,18 +4,26 @@ See `GroupNorm` for the layer, `group_norm` for the function.
 """
 
 from groupnorm import errors, initializers
+from groupnorm.binding import bind_axis
+from groupnorm.by_parts import group_statistics, merge_statistics, normalize
 from groupnorm.discovery import BackendInfo, available_backends
 from groupnorm.functional import group_norm, group_norm_vjp
 from groupnorm.layer import GroupNorm
+from groupnorm.merging import GroupStatistics
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
     "BackendInfo",
     "GroupNorm",
+    "GroupStatistics",
     "available_backends",
+    "bind_axis",
     "errors",
     "group_norm",
     "group_norm_vjp",
+    "group_statistics",
     "initializers",
+    "merge_statistics",
+    "normalize",
 ]

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from groupnorm.errors import ArgumentValueError
+from groupnorm.merging import GroupStatistics, merge_replicas
 from groupnorm.options import Options
 from groupnorm.prepare import (
     Prepared,
@@ -13,21 +14,23 @@ from groupnorm.prepare import (
     to_work,
 )
 from groupnorm.pullback import pull_back
+from groupnorm.replicas import Replicas, agree
 from groupnorm.statistics import (
     Centred,
     Normalizer,
+    centre,
     finish,
     measure,
-    merge_replicas,
     normalize,
     recentre,
 )
 from groupnorm.typing import Array, Gradients
+from groupnorm.values import from_value, to_value
 
 if TYPE_CHECKING:
     from groupnorm.backends import Adapter
 
-__all__ = ["apply", "apply_with_pullback"]
+__all__ = ["apply", "apply_statistics", "apply_with_pullback", "take_statistics"]
 
 
 def apply(
@@ -39,7 +42,8 @@ def apply(
         y = adapter.fused(ready.x, ready.scale, ready.bias, ready.plan, options)
         if y is not None:
             return from_work(y, ready.plan, ready.result_dtype, adapter.xp)
-    y, _, _ = _forward(adapter, ready, options, keep_deviations=False)
+    replicas = _replicas(adapter, ready, options)
+    y, _, _ = _forward(adapter, ready, options, replicas, keep_deviations=False)
     return from_work(y, ready.plan, ready.result_dtype, adapter.xp)
 
 
@@ -50,7 +54,9 @@ def apply_with_pullback(
     xp = adapter.xp
     ready = prepare(adapter, x, scale, bias, mask, options)
     plan = ready.plan
-    y, centred, normalizer = _forward(adapter, ready, options, keep_deviations=True)
+    # Found once: when the pullback is called, a name may be bound no more.
+    replicas = _replicas(adapter, ready, options)
+    y, centred, normalizer = _forward(adapter, ready, options, replicas, keep_deviations=True)
     y = from_work(y, plan, ready.result_dtype, xp)
 
     def pullback(dy: Array) -> Gradients:
@@ -68,7 +74,7 @@ def apply_with_pullback(
             normalizer,
             plan,
             adapter,
-            options.axis_name,
+            replicas,
             options.axis_index_groups,
         )
         dx = work.x
@@ -82,6 +88,40 @@ def apply_with_pullback(
         )
 
     return y, pullback
+
+
+def take_statistics(adapter: "Adapter", x: Array, mask: Any, options: Options) -> GroupStatistics:
+    """Measure the groups of x, as values."""
+    ready = prepare(adapter, x, None, None, mask, options)
+    statistics, _, _ = _measure(adapter, ready, options, _replicas(adapter, ready, options))
+    return to_value(statistics, ready.plan, adapter)
+
+
+def apply_statistics(
+    adapter: "Adapter",
+    x: Array,
+    statistics: GroupStatistics,
+    scale: Array,
+    bias: Array,
+    mask: Any,
+    options: Options,
+) -> Array:
+    """Normalize x by statistics that were taken before."""
+    ready = prepare(adapter, x, scale, bias, mask, options)
+    plan = ready.plan
+    there = from_value(statistics, ready.x, plan, adapter, options.epsilon)
+    centred = centre(ready.x, ready.mask, there, plan, adapter)
+    normalizer = finish(there, centred, adapter, options.epsilon, may_be_empty=True)
+    y = normalize(
+        centred,
+        normalizer,
+        ready.scale,
+        ready.bias,
+        plan,
+        adapter,
+        keep_deviations=adapter.has_autograd,
+    )
+    return from_work(y, plan, ready.result_dtype, adapter.xp)
 
 
 def _parameter_gradient(adapter: "Adapter", gradient: Array, parameter: Array) -> Array:
@@ -99,23 +139,32 @@ def _parameter_gradient(adapter: "Adapter", gradient: Array, parameter: Array) -
     return xp.reshape(flat, tuple(parameter.shape))
 
 
+def _replicas(adapter: "Adapter", ready: Prepared, options: Options) -> Replicas | None:
+    """Find the replicas to pool over, if any, and make sure that they can be pooled."""
+    if options.axis_name is None:
+        return None
+    replicas = adapter.replicas(options.axis_name)
+    agree(ready.plan.statistics_shape, ready.x, adapter, replicas, options.axis_index_groups)
+    return replicas
+
+
 def _forward(
-    adapter: "Adapter", ready: Prepared, options: Options, *, keep_deviations: bool
+    adapter: "Adapter",
+    ready: Prepared,
+    options: Options,
+    replicas: Replicas | None,
+    *,
+    keep_deviations: bool,
 ) -> tuple[Array, Centred, Normalizer]:
-    moments, centred = measure(ready.x, ready.mask, ready.plan, adapter, options.epsilon)
-    if options.axis_name is not None:
-        local = moments
-        moments = merge_replicas(
-            local, adapter, options.epsilon, options.axis_name, options.axis_index_groups
-        )
-        if ready.mask is not None:
-            centred = recentre(ready.x, ready.mask, centred, local, moments, ready.plan, adapter)
+    statistics, local, centred = _measure(adapter, ready, options, replicas)
+    if replicas is not None and ready.mask is not None:
+        centred = recentre(ready.x, ready.mask, centred, local, statistics, ready.plan, adapter)
     normalizer = finish(
-        moments,
+        statistics,
         centred,
         adapter,
         options.epsilon,
-        may_be_empty=ready.mask is not None or ready.plan.empty or options.axis_name is not None,
+        may_be_empty=ready.mask is not None or ready.plan.empty or replicas is not None,
     )
     y = normalize(
         centred,
@@ -127,3 +176,14 @@ def _forward(
         keep_deviations=keep_deviations or adapter.has_autograd,
     )
     return y, centred, normalizer
+
+
+def _measure(
+    adapter: "Adapter", ready: Prepared, options: Options, replicas: Replicas | None
+) -> tuple[GroupStatistics, GroupStatistics, Centred]:
+    """Take the statistics of all replicas, and of this one alone."""
+    local, centred = measure(ready.x, ready.mask, ready.plan, adapter, options.epsilon)
+    if replicas is None:
+        return local, local, centred
+    merged = merge_replicas(local, adapter, options.epsilon, replicas, options.axis_index_groups)
+    return merged, local, centred

@@ -60,8 +60,12 @@ def group_norm(
         variance 1. Of lists and NumPy arrays other values than 0 and 1 are refused; looking would
         make other libraries wait, so there anything but 0 counts.
     axis_name : optional
-        Replicas that hold parts of the same groups: in JAX the name (or names) of a mapped axis, in
-        PyTorch a `torch.distributed.ProcessGroup`. Every part gets the slice of the whole's result.
+        Replicas that hold parts of the same groups; every part gets the slice of the whole's
+        result. In JAX the name of a mapped axis. Else a name given to a communicator by
+        `groupnorm.bind_axis`, or the communicator itself: in PyTorch a
+        `torch.distributed.ProcessGroup` or a `DeviceMesh` of one dimension, in NumPy an
+        `mpi4py.MPI.Intracomm`, in CuPy a communicator of NCCL. A tuple of them pools over all. A
+        PyTorch `DTensor` needs none: it says itself how it is split.
     axis_index_groups : sequence of sequences of int, optional
         Splits the replicas into sets that share statistics, such as ``[[0, 1], [2, 3]]``.
     use_fast_variance : bool

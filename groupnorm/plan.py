@@ -73,6 +73,42 @@ class Plan(NamedTuple):
         """The axis of the grouped shape along which a group's channels lie."""
         return self.channel + 1
 
+    @property
+    def statistics_shape(self) -> Shape:
+        """The shape statistics have as values: the kept axes, then the groups."""
+        before, after = self._kept_sizes
+        return (*before, *after, self.parameter_shape[self.channel])
+
+    @property
+    def grouped_statistics_shape(self) -> Shape:
+        """The grouped shape of one number a group."""
+        sizes = [1] * len(self.parameter_shape)
+        sizes[self.channel] = self.parameter_shape[self.channel]
+        for axis in self.kept:
+            sizes[axis] = self.merged_shape[axis - (axis > self.channel)]
+        return tuple(sizes)
+
+    @property
+    def groups_among_kept(self) -> Shape:
+        """The shape of one number a group with all kept axes, the groups where the channels are."""
+        before, after = self._kept_sizes
+        return (*before, self.parameter_shape[self.channel], *after)
+
+    @property
+    def kept_before(self) -> int:
+        """The number of kept axes before the channels."""
+        return len(self._kept_sizes[0])
+
+    @property
+    def _kept_sizes(self) -> tuple[Shape, Shape]:
+        """The lengths of the kept axes, those before and those after the channels."""
+        merged = [axis - (axis > self.channel) for axis in self.kept]
+        before = [
+            self.permuted_shape[a] for i in merged if i < self.channel for a in self.merged[i]
+        ]
+        after = [self.permuted_shape[a] for i in merged if i > self.channel for a in self.merged[i]]
+        return tuple(before), tuple(after)
+
     def grouped(self, shape: Shape) -> Shape:
         """Split the channel axis of a shape that has all channels."""
         if not self.two_stages:

@@ -1,9 +1,9 @@
 """The backward pass, by hand, in the same array API terms: for libraries without autograd."""
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from groupnorm.parts import join, real_part, split
-from groupnorm.replicas import pool
+from groupnorm.replicas import IndexGroups, Replicas, pool
 from groupnorm.statistics import Centred, Normalizer
 from groupnorm.summation import total, total_of_products
 
@@ -31,8 +31,8 @@ def pull_back(
     normalizer: Normalizer,
     plan: "Plan",
     adapter: "Adapter",
-    axis_name: Any,
-    axis_index_groups: tuple[tuple[int, ...], ...] | None,
+    replicas: Replicas | None,
+    groups: IndexGroups,
 ) -> WorkGradients:
     """Pull a cotangent back through the normalization.
 
@@ -46,23 +46,25 @@ def pull_back(
     def channels(value: "Array") -> "Array":
         return xp.reshape(value, plan.ungrouped(value.shape))
 
-    def groups(value: "Array") -> "Array":
+    def grouped(value: "Array") -> "Array":
         return xp.reshape(value, plan.grouped(value.shape))
 
     ones = xp.ones_like(rstd * real_part(scale, adapter))
     gain, shift = adapter.settle(normalizer.gain * ones, normalizer.shift * ones)
     xhat = centred.deviations * channels(gain)
     xhat -= channels(shift)
-    sum_dy = groups(total(dy, plan.positions, plan, adapter))
-    sum_dy_xhat = groups(total_of_products(dy, _conj(xhat, adapter), plan.positions, plan, adapter))
+    sum_dy = grouped(total(dy, plan.positions, plan, adapter))
+    sum_dy_xhat = grouped(
+        total_of_products(dy, _conj(xhat, adapter), plan.positions, plan, adapter)
+    )
     members = (plan.members,)
     conj_scale = _conj(scale, adapter)
     p = total(conj_scale * sum_dy, members, plan, adapter)
     if not adapter.is_complex(xhat.dtype):
         p = real_part(p, adapter)
     q = real_part(total(conj_scale * sum_dy_xhat, members, plan, adapter), adapter)
-    if axis_name is not None:
-        *p_parts, q = pool((*split(p, adapter), q), adapter, axis_name, axis_index_groups)
+    if replicas is not None:
+        *p_parts, q = pool((*split(p, adapter), q), adapter, replicas, groups)
         p = join(p_parts, adapter)
     # Spread over the channels: an operand that repeats within its rows costs NumPy tenfold.
     weight = rstd * normalizer.share * ones

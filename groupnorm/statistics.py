@@ -32,12 +32,12 @@ References
 """
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from groupnorm.parts import abs2, join, magnitude, split
-from groupnorm.pivots import clip, clip_real, pivots, unit_of
+from groupnorm.merging import GroupStatistics, at_least_one
+from groupnorm.parts import abs2, magnitude, split
+from groupnorm.pivots import clip, pivots, unit_of
 from groupnorm.plan import product
-from groupnorm.replicas import gather
 from groupnorm.summation import total, total_of_products
 
 if TYPE_CHECKING:
@@ -47,12 +47,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Centred",
-    "Moments",
     "Normalizer",
-    "at_least_one",
+    "centre",
     "finish",
     "measure",
-    "merge_replicas",
     "normalize",
     "recentre",
 ]
@@ -64,19 +62,6 @@ class Centred(NamedTuple):
     deviations: "Array"  # (x - pivot) * unit, in the work shape
     pivot: "Array"  # per channel (or, in one stage, per group), in the grouped shape
     unit: "Array"  # the scale of the deviations, shaped as the pivot
-
-
-class Moments(NamedTuple):
-    """Size, mean and sum of squared deviations of every group.
-
-    The mean is ``reference + delta / unit``, the sum of squares ``m2 / unit**2``.
-    """
-
-    n: "Array | float"
-    reference: "Array"
-    unit: "Array"
-    delta: "Array"
-    m2: "Array"
 
 
 class Normalizer(NamedTuple):
@@ -94,7 +79,7 @@ def measure(
     plan: "Plan",
     adapter: "Adapter",
     epsilon: float,
-) -> tuple[Moments, Centred]:
+) -> tuple[GroupStatistics, Centred]:
     """Measure every group of `x`.
 
     Parameters
@@ -106,10 +91,10 @@ def measure(
 
     Returns
     -------
-    Moments
-        Of this array alone: nothing is pooled over replicas yet.
+    GroupStatistics
+        In the grouped shape; of this array alone: nothing is pooled over replicas yet.
     Centred
-        The deviations the moments were summed from.
+        The deviations they were summed from.
     """
     xp = adapter.xp
     counts: Array | float = plan.inner_count
@@ -132,7 +117,7 @@ def measure(
     delta = total(valid, plan.inner, plan, adapter) / enough
     m2 = _total_abs2(valid, plan, adapter) - counts * abs2(delta, adapter)
     if not plan.two_stages:
-        return Moments(counts, pivot, unit, delta, m2), centred
+        return GroupStatistics(counts, pivot, m2, delta, unit), centred
 
     weights = xp.ones_like(m2) * counts
     weights, delta, m2 = (xp.reshape(a, plan.grouped(a.shape)) for a in (weights, delta, m2))
@@ -149,7 +134,7 @@ def measure(
         means = xp.where(weights > 0, means, 0.0)
     mean = total(weights * means, members, plan, adapter) / enough
     m2 = total(m2 + weights * abs2(means - mean, adapter), members, plan, adapter)
-    return Moments(count, reference, group_unit, mean, m2), centred
+    return GroupStatistics(count, reference, m2, mean, group_unit), centred
 
 
 def _centre(
@@ -169,17 +154,31 @@ def _centre(
     return Centred(deviations, pivot, unit)
 
 
+def centre(
+    x: "Array",
+    mask: "Array | None",
+    statistics: GroupStatistics,
+    plan: "Plan",
+    adapter: "Adapter",
+) -> Centred:
+    """Centre x at means that are known before, one for each group."""
+    # Of full length: loops run along whole channel rows, and the work shape has no group axis.
+    members = adapter.xp.ones(plan.parameter_shape, dtype=statistics.unit.dtype)
+    pivot = adapter.detach(statistics.mean) * members
+    return _centre(x, mask, pivot, statistics.unit * members, plan, adapter)
+
+
 def recentre(
     x: "Array",
     mask: "Array",
     centred: Centred,
-    local: Moments,
-    merged: Moments,
+    local: GroupStatistics,
+    merged: GroupStatistics,
     plan: "Plan",
     adapter: "Adapter",
 ) -> Centred:
     """Centre groups that have no valid element here, but on other replicas, near their mean."""
-    pivot = adapter.xp.where(local.n > 0, centred.pivot, merged.reference)
+    pivot = adapter.xp.where(local.count > 0, centred.pivot, merged.mean)
     return _centre(x, mask, pivot, centred.unit, plan, adapter)
 
 
@@ -196,11 +195,6 @@ def _saturate(deviations: "Array", mask: "Array", unit: "Array", adapter: "Adapt
     return xp.where(mask | (xp.abs(deviations) <= limit), deviations, bounded)
 
 
-def at_least_one(count: "Array", xp: Any) -> "Array":
-    """Make a count safe to divide by: of what was not counted every sum is zero."""
-    return xp.where(count > 0, count, xp.ones_like(count))
-
-
 def _counts(mask: "Array", plan: "Plan", x: "Array", adapter: "Adapter") -> "Array":
     """Count the valid elements; an inner axis along which the mask is constant multiplies."""
     xp = adapter.xp
@@ -208,58 +202,6 @@ def _counts(mask: "Array", plan: "Plan", x: "Array", adapter: "Adapter") -> "Arr
     counts = total(xp.astype(mask, real), plan.inner, plan, adapter)
     repeats = product(plan.work_shape[a] for a in plan.inner if mask.shape[a] == 1)
     return counts * (float(repeats) if plan.static else repeats)
-
-
-def merge_replicas(
-    moments: Moments,
-    adapter: "Adapter",
-    epsilon: float,
-    axis_name: Any,
-    axis_index_groups: tuple[tuple[int, ...], ...] | None,
-) -> Moments:
-    """Merge the moments of all replicas, with their true counts, in one small collective.
-
-    Every replica gets all of theirs and merges them in the same order, relative to a reference and
-    a scale found then: a sum of moments would need both before it is taken.
-    """
-    xp = adapter.xp
-    n = xp.ones_like(moments.m2) * moments.n
-    reference, delta = split(moments.reference, adapter), split(moments.delta, adapter)
-    values = (n, moments.unit, moments.m2, *reference, *delta)
-    n, unit, m2, *parts = gather(values, adapter, axis_name, axis_index_groups)
-    references = [adapter.detach(part) for part in parts[: len(reference)]]
-    deltas = parts[len(reference) :]
-    valid = n > 0
-    unit = adapter.detach(xp.where(valid, unit, 1.0))
-    count = at_least_one(xp.sum(n, axis=0), xp)
-    common = [_mean_within(part, n, valid, count, xp) for part in references]
-    off = [part - mean for part, mean in zip(references, common, strict=True)]
-    reach = 1.0 / unit
-    for part in off:
-        reach = reach + xp.abs(part)
-    common_unit = unit_of(xp.max(xp.where(valid, reach, 0.0), axis=0), epsilon, adapter)
-    ratio = common_unit / unit
-    means = [o * common_unit + d * ratio for o, d in zip(off, deltas, strict=True)]
-    mean = [xp.sum(n * part, axis=0) / count for part in means]
-    m2 = m2 * ratio * ratio
-    for part, centre in zip(means, mean, strict=True):
-        m2 = m2 + n * (part - centre) * (part - centre)
-    return Moments(
-        xp.sum(n, axis=0),
-        join(common, adapter),
-        common_unit,
-        join(mean, adapter),
-        xp.sum(m2, axis=0),
-    )
-
-
-def _mean_within(x: "Array", n: "Array", valid: "Array", count: "Array", xp: Any) -> "Array":
-    """Average over the leading axis; equal values average to exactly their value."""
-    low = xp.min(xp.where(valid, x, math.inf), axis=0)
-    high = xp.max(xp.where(valid, x, -math.inf), axis=0)
-    nothing = low > high
-    low, high = xp.where(nothing, 0.0, low), xp.where(nothing, 0.0, high)
-    return clip_real(xp.sum(xp.where(valid, n * x, 0.0), axis=0) / count, low, high, xp)
 
 
 def _total_abs2(x: "Array", plan: "Plan", adapter: "Adapter") -> "Array":
@@ -272,9 +214,14 @@ def _total_abs2(x: "Array", plan: "Plan", adapter: "Adapter") -> "Array":
 
 
 def finish(
-    moments: Moments, centred: Centred, adapter: "Adapter", epsilon: float, *, may_be_empty: bool
+    statistics: GroupStatistics,
+    centred: Centred,
+    adapter: "Adapter",
+    epsilon: float,
+    *,
+    may_be_empty: bool,
 ) -> Normalizer:
-    """Turn moments into what normalizes deviations.
+    """Turn statistics into what normalizes deviations.
 
     Parameters
     ----------
@@ -282,7 +229,7 @@ def finish(
         Whether a group may have no valid element; then its mean is 0 and its variance 1.
     """
     xp = adapter.xp
-    n, reference, unit, delta, m2 = moments
+    n, reference, m2, delta, unit = statistics
     enough = at_least_one(xp.ones_like(m2) * n, xp) if may_be_empty else n
     counted = xp.ones_like(m2) * n > 0 if may_be_empty else None
     if counted is not None:

@@ -135,7 +135,7 @@ def check_same_bits(shards: list[dict]) -> None:
 def check_text(shards: list[dict]) -> None:
     for shard in shards:
         assert "GroupNormError" in shard["types"], shard
-        for word in ("axis_name", "'shards'", "ProcessGroup"):
+        for word in ("axis_name", "'shards'", "bind_axis"):
             assert word in shard["message"]
 
 

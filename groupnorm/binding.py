@@ -1,0 +1,118 @@
+"""Names for what statistics are pooled over, where the library has none of its own.
+
+JAX names its mapped axes itself. For torch.distributed, MPI and NCCL a layer may hold the name of
+a communicator instead of the communicator: then it can be copied, pickled and moved to another
+backend, and the same code runs on every engine.
+"""
+
+from typing import Any
+
+from groupnorm.errors import ArgumentTypeError, ArgumentValueError, AxisNameError
+
+__all__ = ["Binding", "bind_axis", "bound"]
+
+# Of the whole process, not of one thread or context: autograd runs in threads of its own.
+_bound: dict[str, Any] = {}
+
+
+class Binding:
+    """What `bind_axis` has bound; a context manager that takes it back at the end."""
+
+    def __init__(self, names: dict[str, Any]) -> None:
+        self._names = names
+        self._before = {name: _bound[name] for name in names if name in _bound}
+        _bound.update(names)
+
+    def unbind(self) -> None:
+        """Take the names back, and bind what they stood for before."""
+        for name, communicator in self._names.items():
+            if _bound.get(name) is communicator:
+                del _bound[name]
+                if name in self._before:
+                    _bound[name] = self._before[name]
+        self._names = {}
+
+    def __enter__(self) -> "Binding":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.unbind()
+
+
+def bind_axis(mesh: Any = None, /, **names: Any) -> Binding:
+    """Give names to communicators, for `axis_name` of PyTorch, NumPy and CuPy layers.
+
+    The names hold from this call on, in the whole process; used as a context manager, until its
+    end. In JAX they are not needed: `jax.shard_map` and its like bind names themselves.
+
+    Parameters
+    ----------
+    mesh : torch.distributed.DeviceMesh, optional
+        Binds every named dimension of the mesh.
+    **names
+        For each name a `torch.distributed.ProcessGroup`, a `DeviceMesh` of one dimension, an
+        `mpi4py.MPI.Intracomm`, a `cupy.cuda.nccl.NcclCommunicator` or what
+        `cupyx.distributed.init_process_group` returns.
+
+    Returns
+    -------
+    Binding
+        A context manager; its `unbind()` takes the names back as well.
+
+    Raises
+    ------
+    groupnorm.errors.ArgumentTypeError, groupnorm.errors.ArgumentValueError
+        If nothing is named, a mesh has no names, or a name is given no communicator.
+
+    Examples
+    --------
+    One process that is alone with its array:
+
+    >>> import numpy as np
+    >>> from mpi4py import MPI
+    >>> from groupnorm import GroupNorm, bind_axis
+    >>> layer = GroupNorm(4, num_groups=2, axis_name="rows")
+    >>> with bind_axis(rows=MPI.COMM_SELF):
+    ...     layer(np.ones((3, 4), np.float32)).shape
+    (3, 4)
+    """
+    if mesh is not None:
+        dimensions = getattr(mesh, "mesh_dim_names", None)
+        if not dimensions:
+            raise ArgumentTypeError(
+                f"mesh={mesh!r} is no DeviceMesh with named dimensions: what is bound without a "
+                "keyword must bring names. Pass mesh_dim_names to init_device_mesh, or bind it "
+                "under a name, as in bind_axis(rows=...)."
+            )
+        names = {name: mesh[name] for name in dimensions} | names
+    if not names:
+        raise ArgumentValueError(
+            "bind_axis() is given no name: give at least one, as in bind_axis(rows=group)."
+        )
+    for name, communicator in names.items():
+        if communicator is None or isinstance(communicator, str):
+            raise ArgumentTypeError(
+                f"{name}={communicator!r} is no communicator: bind a torch.distributed "
+                "ProcessGroup or DeviceMesh, an mpi4py communicator or one of NCCL."
+            )
+    return Binding(names)
+
+
+def bound(axis_name: Any) -> Any:
+    """Return what a name stands for; what is no name stands for itself.
+
+    Raises
+    ------
+    AxisNameError
+        If the name is not bound.
+    """
+    if not isinstance(axis_name, str):
+        return axis_name
+    if axis_name not in _bound:
+        known = ", ".join(map(repr, _bound)) or "none"
+        raise AxisNameError(
+            f"axis_name={axis_name!r} is not bound (bound names: {known}): statistics of this "
+            "array alone would be wrong. Bind it to a communicator first, as in "
+            f"groupnorm.bind_axis({axis_name}=group), or leave axis_name out."
+        )
+    return _bound[axis_name]

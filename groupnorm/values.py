@@ -1,0 +1,123 @@
+"""Statistics between the grouped shape of one computation and the values users share."""
+
+import numbers
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from groupnorm.errors import ArgumentTypeError, ArgumentValueError
+from groupnorm.merging import GroupStatistics
+from groupnorm.prepare import check_same_library
+from groupnorm.typing import Array
+
+if TYPE_CHECKING:
+    from groupnorm.backends import Adapter
+    from groupnorm.plan import Plan
+
+__all__ = ["check_statistics", "from_value", "ordinary", "to_value"]
+
+# Spreads within this factor of 1 are ordinary: neither their squares, summed over 2**24 elements,
+# nor those of their deviations leave float32's range.
+_ORDINARY = 2.0**40
+
+
+def to_value(statistics: GroupStatistics, plan: "Plan", adapter: "Adapter") -> GroupStatistics:
+    """Bring statistics from the grouped shape to that of values, which no layout shows in."""
+    xp = adapter.xp
+    at, ndim = plan.kept_before, len(plan.statistics_shape)
+    groups_last = (*range(at), *range(at + 1, ndim), at)
+
+    def field(a: Array) -> Array:
+        a = xp.reshape(a, plan.groups_among_kept)
+        return a if at == ndim - 1 else xp.permute_dims(a, groups_last)
+
+    count = xp.ones_like(statistics.m2) * statistics.count
+    return GroupStatistics(*map(field, ordinary(statistics._replace(count=count), adapter)))
+
+
+def ordinary(statistics: GroupStatistics, adapter: "Adapter") -> GroupStatistics:
+    """Make the unit 1 wherever the dtype allows, and the mean the nearest number there is."""
+    xp = adapter.xp
+    count, mean, m2, residual, unit = statistics
+    # Written so that the NaN of data with a NaN ends up in the statistics, not in the unit.
+    strange = (unit < 1 / _ORDINARY) | (unit > _ORDINARY)
+    new = xp.where(strange, unit, xp.ones_like(unit))
+    ratio = new / unit
+    rest = residual / unit
+    rounded = mean + rest
+    return GroupStatistics(count, rounded, m2 * ratio * ratio, ((mean - rounded) + rest) * new, new)
+
+
+def from_value(
+    statistics: GroupStatistics, x: Array, plan: "Plan", adapter: "Adapter", epsilon: float
+) -> GroupStatistics:
+    """Bring values to the grouped shape and to the dtype of `x`, which is in the work shape.
+
+    Raises
+    ------
+    ArgumentTypeError, ArgumentValueError
+        If the statistics are not of x's library, or of groups that x does not have.
+    """
+    xp = adapter.xp
+    check_statistics("statistics", statistics)
+    at, ndim = plan.kept_before, len(plan.statistics_shape)
+    groups_back = (*range(at), ndim - 1, *range(at, ndim - 1))
+    real = adapter.real_dtype(x.dtype)
+
+    def field(name: str) -> Array:
+        a = _array(adapter, f"statistics.{name}", getattr(statistics, name), x, plan)
+        a = a if at == ndim - 1 else xp.permute_dims(a, groups_back)
+        return xp.reshape(a, plan.grouped_statistics_shape)
+
+    wide_mean = field("mean")
+    mean = xp.astype(_real_if_real(wide_mean, "mean", x, adapter), x.dtype, copy=False)
+    residual = xp.astype(
+        _real_if_real(field("residual"), "residual", x, adapter), x.dtype, copy=False
+    )
+    count, m2, unit = (xp.astype(field(name), real, copy=False) for name in ("count", "m2", "unit"))
+    unit = adapter.detach(unit)
+    if wide_mean.dtype != x.dtype and adapter.is_floating(wide_mean.dtype):
+        # Of a wider mean the rest is kept as well.
+        lost = wide_mean - xp.astype(mean, wide_mean.dtype)
+        residual = residual + xp.astype(lost, x.dtype) * unit
+    if epsilon:
+        # Spreads below epsilon's root need no scale of their own, and epsilon would overflow in it.
+        most = xp.full_like(unit, epsilon**-0.5)
+        new = xp.where(unit > most, most, unit)
+        ratio = new / unit
+        m2, residual, unit = m2 * ratio * ratio, residual * ratio, new
+    return GroupStatistics(count, mean, m2, residual, unit)
+
+
+def check_statistics(argument: str, value: Any) -> None:
+    """Refuse what is no GroupStatistics."""
+    if not isinstance(value, GroupStatistics):
+        raise ArgumentTypeError(
+            f"{argument} is of type {type(value).__name__}: it must be a GroupStatistics, such as "
+            "group_statistics and merge_statistics return, or GroupStatistics(count, mean, m2)."
+        )
+
+
+def _real_if_real(value: Array, name: str, x: Array, adapter: "Adapter") -> Array:
+    if adapter.is_complex(value.dtype) and not adapter.is_complex(x.dtype):
+        raise ArgumentTypeError(
+            f"statistics.{name} is of {value.dtype} and x is real: these are statistics of other "
+            "data. Pass statistics of real data."
+        )
+    return value
+
+
+def _array(adapter: "Adapter", argument: str, value: Any, x: Array, plan: "Plan") -> Array:
+    xp, shape = adapter.xp, plan.statistics_shape
+    if isinstance(value, numbers.Number):
+        return xp.full(shape, value, dtype=x.dtype, device=adapter.device_of(x))
+    if isinstance(value, np.ndarray | np.generic) and not adapter.is_array(value):
+        value = adapter.from_host(np.asarray(value), x)
+    check_same_library(adapter, value, argument, x)
+    if tuple(value.shape) != shape:
+        raise ArgumentValueError(
+            f"{argument} has shape {tuple(value.shape)}, and for x of shape {plan.shape} it must "
+            f"be {shape}: the axes that are not reduced, then the groups. Pass the same "
+            "num_groups, feature_axis and reduction_axes to group_statistics and normalize."
+        )
+    return value

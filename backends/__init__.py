@@ -161,6 +161,13 @@ class Adapter:
             "Use JAX, PyTorch, NumPy or CuPy arrays, or leave axis_name out."
         )
 
+    def over_shards(self, x: "Array") -> Any:
+        """Return what computes an array that says itself how it lies on several devices.
+
+        None for all others: a function of `groupnorm.core.apply` and its arguments.
+        """
+        return None
+
     # Layers -----------------------------------------------------------------------------------
 
     def hold(self, value: "Array", param_type: Any) -> Any:

@@ -1,5 +1,6 @@
 """PyTorch: tensors, statistics over process groups, and a layer that is an `nn.Module`."""
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import array_api_compat.torch as xp
@@ -84,6 +85,16 @@ class TorchAdapter(Adapter):
     def replicas_of(self, communicator: Any) -> Replicas:
         """Find the ranks of a process group, or of a mesh that has one."""
         return replicas_of(communicator)
+
+    def over_shards(self, x: Any) -> Any:
+        """Compute a DTensor by its local shards."""
+        # Whoever has one has imported its module; importing it takes a while.
+        module = sys.modules.get("torch.distributed.tensor")
+        if module is None or not isinstance(x, module.DTensor):
+            return None
+        from groupnorm.backends.dtensor import over_shards
+
+        return over_shards
 
     def hold(self, value: Any, param_type: Any) -> Any:
         """Make a Parameter, or what is asked for."""

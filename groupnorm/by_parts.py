@@ -6,11 +6,10 @@ from typing import Any
 from groupnorm.core import apply_statistics, take_statistics
 from groupnorm.dispatch import adapter_of
 from groupnorm.errors import ArgumentValueError
-from groupnorm.merging import GroupStatistics, merge
+from groupnorm.merging import GroupStatistics
 from groupnorm.options import make_options
-from groupnorm.prepare import check_same_library
 from groupnorm.typing import ArrayT, AxisIndexGroups, DTypeLike, MaskLike
-from groupnorm.values import check_statistics, ordinary
+from groupnorm.values import merge_values
 
 __all__ = ["group_statistics", "merge_statistics", "normalize"]
 
@@ -119,32 +118,7 @@ def merge_statistics(*statistics: GroupStatistics) -> GroupStatistics:
             "merge_statistics() is given nothing to merge: pass at least one GroupStatistics, as "
             "in merge_statistics(*parts)."
         )
-    for i, part in enumerate(statistics):
-        check_statistics(f"statistics[{i}]", part)
-    first = statistics[0]
-    adapter = adapter_of(first.mean, "statistics[0].mean")
-    xp = adapter.xp
-    for i, part in enumerate(statistics):
-        check_same_library(adapter, part.mean, f"statistics[{i}].mean", first.mean)
-        if tuple(part.mean.shape) != tuple(first.mean.shape):
-            raise ArgumentValueError(
-                f"statistics[{i}].mean has shape {tuple(part.mean.shape)} and statistics[0].mean "
-                f"{tuple(first.mean.shape)}: only statistics of the same groups of the same "
-                "samples can be merged. Take them with the same num_groups and axes."
-            )
-    mean_dtype = adapter.result_type(*(part.mean.dtype for part in statistics))
-    dtypes = (adapter.real_dtype(mean_dtype), mean_dtype)
-    fields = []
-    for name, dtype in zip(GroupStatistics._fields, (0, 1, 0, 1, 0), strict=True):
-        parts = [_full(getattr(part, name), part.mean, dtypes[dtype], xp) for part in statistics]
-        fields.append(xp.stack(parts))
-    return ordinary(merge(GroupStatistics(*fields), adapter, 0.0), adapter)
-
-
-def _full(value: Any, mean: Any, dtype: Any, xp: Any) -> Any:
-    """Give a field, which may be a number, the shape and dtype of the others."""
-    zeros = xp.zeros_like(mean, dtype=dtype)
-    return zeros + (value if isinstance(value, int | float) else xp.astype(value, dtype))
+    return merge_values(statistics)
 
 
 def normalize(

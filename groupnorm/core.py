@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from groupnorm.errors import ArgumentValueError
+from groupnorm.errors import ArgumentTypeError, ArgumentValueError
 from groupnorm.merging import GroupStatistics, merge_replicas
 from groupnorm.options import Options
 from groupnorm.prepare import (
@@ -37,6 +37,9 @@ def apply(
     adapter: "Adapter", x: Array, scale: Array, bias: Array, mask: Any, options: Options
 ) -> Array:
     """Compute the normalization of arguments that belong to one library."""
+    over_shards = adapter.over_shards(x)
+    if over_shards is not None:
+        return over_shards(apply, adapter, x, scale, bias, mask, options)
     ready = prepare(adapter, x, scale, bias, mask, options)
     if mask is None:
         y = adapter.fused(ready.x, ready.scale, ready.bias, ready.plan, options)
@@ -52,6 +55,7 @@ def apply_with_pullback(
 ) -> tuple[Array, Callable[[Array], Gradients]]:
     """Compute the normalization and keep what its pullback needs."""
     xp = adapter.xp
+    _check_local(adapter, x)
     ready = prepare(adapter, x, scale, bias, mask, options)
     plan = ready.plan
     # Found once: when the pullback is called, a name may be bound no more.
@@ -92,6 +96,7 @@ def apply_with_pullback(
 
 def take_statistics(adapter: "Adapter", x: Array, mask: Any, options: Options) -> GroupStatistics:
     """Measure the groups of x, as values."""
+    _check_local(adapter, x)
     ready = prepare(adapter, x, None, None, mask, options)
     statistics, _, _ = _measure(adapter, ready, options, _replicas(adapter, ready, options))
     return to_value(statistics, ready.plan, adapter)
@@ -107,6 +112,7 @@ def apply_statistics(
     options: Options,
 ) -> Array:
     """Normalize x by statistics that were taken before."""
+    _check_local(adapter, x)
     ready = prepare(adapter, x, scale, bias, mask, options)
     plan = ready.plan
     there = from_value(statistics, ready.x, plan, adapter, options.epsilon)
@@ -137,6 +143,15 @@ def _parameter_gradient(adapter: "Adapter", gradient: Array, parameter: Array) -
     # A copy: where nothing was summed up, this is still the caller's own dy.
     flat = xp.reshape(xp.astype(gradient, dtype, copy=True), (-1,))
     return xp.reshape(flat, tuple(parameter.shape))
+
+
+def _check_local(adapter: "Adapter", x: Array) -> None:
+    if adapter.over_shards(x) is not None:
+        raise ArgumentTypeError(
+            f"x is a {type(x).__name__}, which is split over several devices: only group_norm and "
+            "layers take it whole, and autograd differentiates them. Pass this rank's part, "
+            "x.to_local(), and axis_name= for the mesh dimension it is split over."
+        )
 
 
 def _replicas(adapter: "Adapter", ready: Prepared, options: Options) -> Replicas | None:

@@ -1,12 +1,15 @@
 """Statistics between the grouped shape of one computation and the values users share."""
 
 import numbers
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from groupnorm.dispatch import adapter_of
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
-from groupnorm.merging import GroupStatistics
+from groupnorm.merging import GroupStatistics, merge
+from groupnorm.plan import same_shape
 from groupnorm.prepare import check_same_library
 from groupnorm.typing import Array
 
@@ -14,11 +17,11 @@ if TYPE_CHECKING:
     from groupnorm.backends import Adapter
     from groupnorm.plan import Plan
 
-__all__ = ["check_statistics", "from_value", "ordinary", "to_value"]
+__all__ = ["from_value", "merge_values", "to_value"]
 
 # Spreads within this factor of 1 are ordinary: neither their squares, summed over 2**24 elements,
 # nor those of their deviations leave float32's range.
-_ORDINARY = 2.0**40
+_FACTOR = 2.0**40
 
 
 def to_value(statistics: GroupStatistics, plan: "Plan", adapter: "Adapter") -> GroupStatistics:
@@ -32,15 +35,15 @@ def to_value(statistics: GroupStatistics, plan: "Plan", adapter: "Adapter") -> G
         return a if at == ndim - 1 else xp.permute_dims(a, groups_last)
 
     count = xp.ones_like(statistics.m2) * statistics.count
-    return GroupStatistics(*map(field, ordinary(statistics._replace(count=count), adapter)))
+    return GroupStatistics(*map(field, _ordinary(statistics._replace(count=count), adapter)))
 
 
-def ordinary(statistics: GroupStatistics, adapter: "Adapter") -> GroupStatistics:
+def _ordinary(statistics: GroupStatistics, adapter: "Adapter") -> GroupStatistics:
     """Make the unit 1 wherever the dtype allows, and the mean the nearest number there is."""
     xp = adapter.xp
     count, mean, m2, residual, unit = statistics
     # Written so that the NaN of data with a NaN ends up in the statistics, not in the unit.
-    strange = (unit < 1 / _ORDINARY) | (unit > _ORDINARY)
+    strange = (unit < 1 / _FACTOR) | (unit > _FACTOR)
     new = xp.where(strange, unit, xp.ones_like(unit))
     ratio = new / unit
     rest = residual / unit
@@ -59,7 +62,7 @@ def from_value(
         If the statistics are not of x's library, or of groups that x does not have.
     """
     xp = adapter.xp
-    check_statistics("statistics", statistics)
+    _check_statistics("statistics", statistics)
     at, ndim = plan.kept_before, len(plan.statistics_shape)
     groups_back = (*range(at), ndim - 1, *range(at, ndim - 1))
     real = adapter.real_dtype(x.dtype)
@@ -89,7 +92,44 @@ def from_value(
     return GroupStatistics(count, mean, m2, residual, unit)
 
 
-def check_statistics(argument: str, value: Any) -> None:
+def merge_values(statistics: Sequence[GroupStatistics]) -> GroupStatistics:
+    """Merge values of the same groups.
+
+    Raises
+    ------
+    ArgumentTypeError, ArgumentValueError
+        If they are not, or are of different libraries.
+    """
+    for i, part in enumerate(statistics):
+        _check_statistics(f"statistics[{i}]", part)
+    first = statistics[0].mean
+    adapter = adapter_of(first, "statistics[0].mean")
+    xp = adapter.xp
+    for i, part in enumerate(statistics):
+        check_same_library(adapter, part.mean, f"statistics[{i}].mean", first)
+        if not same_shape(tuple(part.mean.shape), tuple(first.shape)):
+            raise ArgumentValueError(
+                f"statistics[{i}].mean has shape {tuple(part.mean.shape)} and statistics[0].mean "
+                f"{tuple(first.shape)}: only statistics of the same groups of the same samples can "
+                "be merged. Take them with the same num_groups and axes."
+            )
+    mean_dtype = adapter.result_type(*(part.mean.dtype for part in statistics))
+    dtypes = {"mean": mean_dtype, "residual": mean_dtype}  # the others are always real
+
+    def stacked(name: str) -> Array:
+        dtype = dtypes.get(name, adapter.real_dtype(mean_dtype))
+        parts = []
+        for part in statistics:
+            value, zeros = getattr(part, name), xp.zeros_like(part.mean, dtype=dtype)
+            number = isinstance(value, numbers.Number)
+            parts.append(zeros + (value if number else xp.astype(value, dtype)))
+        return xp.stack(parts)
+
+    merged = merge(GroupStatistics(*map(stacked, GroupStatistics._fields)), adapter, 0.0)
+    return _ordinary(merged, adapter)
+
+
+def _check_statistics(argument: str, value: Any) -> None:
     """Refuse what is no GroupStatistics."""
     if not isinstance(value, GroupStatistics):
         raise ArgumentTypeError(
@@ -110,11 +150,12 @@ def _real_if_real(value: Array, name: str, x: Array, adapter: "Adapter") -> Arra
 def _array(adapter: "Adapter", argument: str, value: Any, x: Array, plan: "Plan") -> Array:
     xp, shape = adapter.xp, plan.statistics_shape
     if isinstance(value, numbers.Number):
-        return xp.full(shape, value, dtype=x.dtype, device=adapter.device_of(x))
-    if isinstance(value, np.ndarray | np.generic) and not adapter.is_array(value):
-        value = adapter.from_host(np.asarray(value), x)
+        dtype = x.dtype if isinstance(value, complex) else adapter.real_dtype(x.dtype)
+        return xp.full(shape, value, dtype=dtype, device=adapter.device_of(x))
+    if isinstance(value, np.ndarray) and not adapter.is_array(value):
+        value = adapter.from_host(value, x)
     check_same_library(adapter, value, argument, x)
-    if tuple(value.shape) != shape:
+    if not same_shape(tuple(value.shape), shape):
         raise ArgumentValueError(
             f"{argument} has shape {tuple(value.shape)}, and for x of shape {plan.shape} it must "
             f"be {shape}: the axes that are not reduced, then the groups. Pass the same "

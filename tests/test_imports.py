@@ -156,7 +156,10 @@ def test_available_backends_of_other_libraries():
 
 
 def test_public_names():
-    expected = {"GroupNorm", "group_norm", "group_norm_vjp", "available_backends"}
+    expected = {
+        *("GroupNorm", "group_norm", "group_norm_vjp", "available_backends", "bind_axis"),
+        *("GroupStatistics", "group_statistics", "merge_statistics", "normalize"),
+    }
     assert expected <= set(groupnorm.__all__)
     for name in groupnorm.__all__:
         thing = getattr(groupnorm, name)
@@ -214,10 +217,14 @@ def test_command_line_fails_when_a_backend_is_wrong():
 
 PUBLIC_MODULES = [
     "groupnorm",
+    "groupnorm.base",
+    "groupnorm.binding",
+    "groupnorm.by_parts",
     "groupnorm.discovery",
     "groupnorm.functional",
     "groupnorm.initializers",
     "groupnorm.layer",
+    "groupnorm.merging",
 ]
 
 
@@ -235,6 +242,11 @@ def test_there_are_examples():
         groupnorm.group_norm,
         groupnorm.group_norm_vjp,
         groupnorm.available_backends,
+        groupnorm.bind_axis,
+        groupnorm.GroupStatistics,
+        groupnorm.group_statistics,
+        groupnorm.merge_statistics,
+        groupnorm.normalize,
     ):
         found = finder.find(thing)
         assert any(test.examples for test in found), f"{thing.__name__} has no example"
@@ -242,6 +254,6 @@ def test_there_are_examples():
 
 @pytest.mark.needs("jax", "torch", "cupy")
 def test_examples_in_docstrings_of_adapters():
-    for name in ("numpy", "jax", "torch", "cupy", "generic"):
+    for name in ("numpy", "jax", "torch", "torch_distributed", "cupy", "generic"):
         failed, _ = doctest.testmod(importlib.import_module(f"groupnorm.backends.{name}"))
         assert failed == 0

@@ -10,11 +10,16 @@ from numpy.typing import NDArray
 import groupnorm
 from groupnorm import (
     GroupNorm,
+    GroupStatistics,
     available_backends,
+    bind_axis,
     errors,
     group_norm,
     group_norm_vjp,
+    group_statistics,
     initializers,
+    merge_statistics,
+    normalize,
 )
 from groupnorm.backends.cupy import CupyGroupNorm
 from groupnorm.backends.jax import JaxGroupNorm
@@ -119,3 +124,15 @@ def errors_are_also_the_usual_ones(x: Any) -> None:
         value: ValueError = error
         own: groupnorm.errors.GroupNormError = error
         print(value, own)
+
+
+def statistics_are_values(x: Host, tensor: torch.Tensor) -> None:
+    whole = merge_statistics(group_statistics(x), group_statistics(x, mask=[True]))
+    assert_type(whole, GroupStatistics)
+    assert_type(normalize(x, whole), Host)
+    assert_type(normalize(tensor, GroupStatistics(count=4, mean=tensor, m2=tensor)), torch.Tensor)
+
+
+def names_are_bound(communicator: object) -> None:
+    with bind_axis(rows=communicator) as binding:
+        binding.unbind()

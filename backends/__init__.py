@@ -56,7 +56,7 @@ class Adapter:
 
     def plan(self, *key: Any, sampled: bool) -> Plan:
         """Make or look up a plan."""
-        return make_plan(*key, sampled=sampled, static=True, blocked=True)
+        return make_plan(*key, sampled=sampled)
 
     def device_of(self, x: "Array") -> Any:
         """Return the array's device; None while tracing."""
@@ -146,12 +146,7 @@ class Adapter:
 
     def replicas(self, axis_name: Any) -> Replicas:
         """Find the replicas a name, a communicator or a tuple of them stands for, here."""
-        names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-        if not names:
-            raise AxisNameError(
-                "axis_name=() names no axis: give at least one name, or leave axis_name out."
-            )
-        return over_all([self.replicas_of(bound(name)) for name in names])
+        return over_all([self.replicas_of(communicator) for communicator in bound(axis_name)])
 
     def replicas_of(self, communicator: Any) -> Replicas:
         """Find the replicas of a communicator."""

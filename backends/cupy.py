@@ -9,7 +9,7 @@ import numpy as np
 from groupnorm.backends import Adapter
 from groupnorm.errors import ArgumentValueError, AxisNameError, BackendImportError
 from groupnorm.layer import GroupNorm, PlainGroupNorm
-from groupnorm.replicas import Replicas
+from groupnorm.replicas import Engine, Replicas
 
 __all__ = ["CupyAdapter", "CupyGroupNorm", "adapter"]
 
@@ -64,12 +64,20 @@ class CupyAdapter(Adapter):
             x = cupy.ascontiguousarray(x)
             total = cupy.empty(x.shape, x.dtype, order="C")
             nccl: Any = cupy.cuda.nccl  # holds nothing where the library is missing
-            kind = nccl.NCCL_FLOAT32 if x.dtype == cupy.float32 else nccl.NCCL_FLOAT64
+            kind = {"f": nccl.NCCL_FLOAT32, "d": nccl.NCCL_FLOAT64}[x.dtype.char]
             stream = cupy.cuda.get_current_stream().ptr
             library.allReduce(x.data.ptr, total.data.ptr, x.size, kind, nccl.NCCL_SUM, stream)
             return total
 
-        return Replicas(library.rank_id(), library.size(), add, (communicator,))
+        rank, size = library.rank_id(), library.size()
+
+        def exchange(numbers: list[int], like: Any) -> list[list[int]]:
+            table = cupy.zeros((size, len(numbers)), cupy.float64)  # exact up to 2**53
+            table[rank] = cupy.asarray(numbers)
+            return [[int(number) for number in row] for row in cupy.asnumpy(add(table))]
+
+        agreed = _agreed.setdefault(id(library), (library, set()))[1]
+        return Replicas(rank, size, add, (Engine(rank, size, exchange, agreed),))
 
     def layer_class(self) -> type[GroupNorm]:
         """Return the plain layer."""
@@ -78,6 +86,11 @@ class CupyAdapter(Adapter):
     def devices(self) -> tuple[str, ...]:
         """Name the CUDA devices."""
         return tuple(f"cuda:{i}" for i in range(device_count()))
+
+
+# Communicators are kept with what their ranks agreed on: they cannot be referred to weakly, and an
+# id must not come to mean another one.
+_agreed: dict[int, tuple[Any, set[Any]]] = {}
 
 
 def device_count() -> int:

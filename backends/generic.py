@@ -39,7 +39,7 @@ class GenericAdapter(Adapter):
     def plan(self, *key: Any, sampled: bool) -> Plan:
         """Leave blocks to the library: it may split an array along any axis."""
         dask = array_api_compat.is_dask_namespace(self.xp)
-        return make_plan(*key, sampled=sampled and not dask, static=True, blocked=not dask)
+        return make_plan(*key, sampled=sampled and not dask, blocked=not dask)
 
 
 _adapters: dict[str, GenericAdapter] = {}

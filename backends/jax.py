@@ -10,6 +10,7 @@ from jax import lax
 from groupnorm.backends import Adapter, native
 from groupnorm.errors import ArgumentValueError, AxisNameError
 from groupnorm.layer import GroupNorm, PlainGroupNorm
+from groupnorm.plan import Plan, make_plan
 from groupnorm.replicas import Replicas
 
 __all__ = ["JaxAdapter", "JaxGroupNorm", "adapter"]
@@ -29,6 +30,17 @@ class JaxAdapter(Adapter):
     def device_of(self, x: Any) -> Any:
         """Leave placement to JAX: tracers have no device, and JAX itself refuses to mix them."""
         return None
+
+    def plan(self, *key: Any, sampled: bool) -> Plan:
+        """Keep axes apart where one of them may lie on several devices, which jit does not tell."""
+        return make_plan(*key, sampled=sampled, merging=jax.device_count() == 1)
+
+    def over_shards(self, x: Any) -> Any:
+        """Leave it to the compiler, where shardings are parts of types."""
+        sharding = jax.typeof(x).sharding
+        explicit = set(getattr(sharding.mesh, "explicit_axes", ()))
+        used = {n for names in sharding.spec for n in _names(names)}
+        return _over_shards if explicit & used else None
 
     def place(self, x: Any, device: Any) -> Any:
         """Put x on a `jax.Device` or sharding, or a device named like ``"gpu"`` or ``"cpu:1"``."""
@@ -119,6 +131,25 @@ class JaxAdapter(Adapter):
     def devices(self) -> tuple[str, ...]:
         """Name JAX's devices."""
         return tuple(f"{d.platform}:{d.id}" for d in jax.devices())
+
+
+def _names(entry: Any) -> tuple[Any, ...]:
+    """Return the mesh axes one entry of a PartitionSpec names."""
+    return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+
+
+def _over_shards(apply: Any, adapter: Any, x: Any, *arguments: Any) -> Any:
+    """Compute an array with an explicit sharding, whose result is to lie where it lies.
+
+    Splitting channels into groups, and blocks for sums, have no sharding of their own that a type
+    could state; the compiler needs none.
+    """
+    *arrays, options = arguments
+
+    def compute(x: Any, *arrays: Any) -> Any:
+        return apply(adapter, x, *arrays, options)
+
+    return jax.sharding.auto_axes(compute, out_sharding=jax.typeof(x).sharding)(x, *arrays)
 
 
 def _device(name: str) -> Any:

@@ -13,7 +13,7 @@ from groupnorm.errors import (
     BackendImportError,
 )
 from groupnorm.layer import GroupNorm, PlainGroupNorm
-from groupnorm.replicas import Replicas
+from groupnorm.replicas import Engine, Replicas
 
 __all__ = ["NumpyAdapter", "NumpyGroupNorm", "adapter", "small_float"]
 
@@ -117,7 +117,15 @@ class NumpyAdapter(Adapter):
             communicator.Allreduce(np.ascontiguousarray(x), total)
             return total
 
-        return Replicas(communicator.Get_rank(), communicator.Get_size(), add, (communicator,))
+        rank, size = communicator.Get_rank(), communicator.Get_size()
+
+        def exchange(numbers: list[int], like: Any) -> list[list[int]]:
+            table = np.zeros((size, len(numbers)), np.int64)
+            table[rank] = numbers
+            rows: list[list[int]] = add(table).tolist()
+            return rows
+
+        return Replicas(rank, size, add, (Engine(rank, size, exchange, _agreed_on(communicator)),))
 
     def dtype(self, name: str) -> Any:
         """Return NumPy's dtype of a name, or ml_dtypes'."""
@@ -147,6 +155,23 @@ def small_float(name: str) -> "np.dtype[Any]":
         )
     dtype: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
     return dtype
+
+
+_keyval: list[int] = []
+
+
+def _agreed_on(communicator: Any) -> set[Any]:
+    """Return what the ranks agreed on, which MPI keeps with the communicator itself.
+
+    Python may have many handles of one communicator, which cannot be hashed.
+    """
+    if not _keyval:
+        _keyval.append(type(communicator).Create_keyval())
+    agreed: set[Any] | None = communicator.Get_attr(_keyval[0])
+    if agreed is None:
+        agreed = set()
+        communicator.Set_attr(_keyval[0], agreed)
+    return agreed
 
 
 class NumpyGroupNorm(PlainGroupNorm):

@@ -37,7 +37,7 @@ class TorchAdapter(Adapter):
             # Blocks hold for a range of sizes only, and an exported program is for all of them.
             blocked = not torch.compiler.is_exporting()
             return make_plan_uncached(*key, sampled=False, static=False, blocked=blocked)
-        return make_plan(*key, sampled=sampled, static=True, blocked=True)
+        return make_plan(*key, sampled=sampled)
 
     def place(self, x: Any, device: Any) -> Any:
         """Move a tensor."""

@@ -1,5 +1,7 @@
 """Process groups of torch.distributed: sums over ranks that autograd goes through."""
 
+import weakref
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from groupnorm.binding import bound
 from groupnorm.errors import AxisNameError
-from groupnorm.replicas import Replicas, over_all
+from groupnorm.replicas import Engine, Replicas, over_all
 
 __all__ = ["replicas_of", "sum_gradients"]
 
@@ -29,6 +31,8 @@ def replicas_of(communicator: Any) -> Replicas:
                 "statistics are pooled over named ones. Give one of them, as in mesh['rows'], "
                 "or several as a tuple."
             )
+        if communicator.get_coordinate() is None:
+            raise AxisNameError(_no_member(repr(communicator)))
         group = communicator.get_group()
     if group is dist.GroupMember.NON_GROUP_MEMBER:
         raise AxisNameError(_no_member("what new_group() returned"))
@@ -42,14 +46,31 @@ def replicas_of(communicator: Any) -> Replicas:
     rank = dist.get_rank(group)
     if rank < 0:
         raise AxisNameError(_no_member(repr(group)))
-    # A program that is being compiled cannot look at what the other ranks say.
-    known = () if torch.compiler.is_compiling() else (group,)
-    return Replicas(rank, dist.get_world_size(group), lambda x: _add_over_ranks(x, group), known)
+    size = dist.get_world_size(group)
+    engines: tuple[Engine, ...] = ()
+    if not torch.compiler.is_compiling():  # a compiled program cannot look at what others say
+        agreed = _agreed.setdefault(group, set())
+        engines = (Engine(rank, size, partial(_exchange, group, rank, size), agreed),)
+    return Replicas(rank, size, lambda x: _add_over_ranks(x, group), engines)
+
+
+_agreed: "weakref.WeakKeyDictionary[Any, set[Any]]" = weakref.WeakKeyDictionary()
+
+
+def _exchange(
+    group: Any, rank: int, size: int, numbers: list[int], like: torch.Tensor
+) -> list[list[int]]:
+    table = torch.zeros(size, len(numbers), dtype=torch.int64)
+    table[rank] = torch.tensor(numbers)
+    table = table.to(like.device)
+    dist.all_reduce(table, group=group)
+    rows: list[list[int]] = table.tolist()
+    return rows
 
 
 def _no_member(axis_name: str) -> str:
     return (
-        f"axis_name={axis_name} is a process group this rank is no member of: call the layer on "
+        f"axis_name={axis_name} is a group this rank is no member of: call the layer on "
         "the group's members only, or make it with this rank's own group."
     )
 
@@ -131,8 +152,7 @@ def sum_gradients(parameters: Any, axis_name: Any) -> None:
     tensor([2., 2., 2.])
     >>> dist.destroy_process_group()
     """
-    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-    replicas = over_all([replicas_of(bound(name)) for name in names])
+    replicas = over_all([replicas_of(communicator) for communicator in bound(axis_name)])
     given = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
     trained = [p for p in given if p.requires_grad]
     if not trained:

@@ -101,21 +101,31 @@ def bind_axis(mesh: Any = None, /, **names: Any) -> Binding:
     return Binding(names)
 
 
-def bound(axis_name: Any) -> Any:
-    """Return what a name stands for; what is no name stands for itself.
+def bound(axis_name: Any) -> list[Any]:
+    """Return what a name, or several, stand for; what is no name stands for itself.
 
     Raises
     ------
     AxisNameError
-        If the name is not bound.
+        If a name is not bound.
     """
-    if not isinstance(axis_name, str):
-        return axis_name
-    if axis_name not in _bound:
+    names = axis_name if isinstance(axis_name, tuple | list) else (axis_name,)
+    if not names:
+        raise AxisNameError(
+            f"axis_name={axis_name!r} names no axis: give at least one name, or leave axis_name "
+            "out."
+        )
+    return [_bound_to(name) for name in names]
+
+
+def _bound_to(name: Any) -> Any:
+    if not isinstance(name, str):
+        return name
+    if name not in _bound:
         known = ", ".join(map(repr, _bound)) or "none"
         raise AxisNameError(
-            f"axis_name={axis_name!r} is not bound (bound names: {known}): statistics of this "
+            f"axis_name={name!r} is not bound (bound names: {known}): statistics of this "
             "array alone would be wrong. Bind it to a communicator first, as in "
-            f"groupnorm.bind_axis({axis_name}=group), or leave axis_name out."
+            f"groupnorm.bind_axis({name}=group), or leave axis_name out."
         )
-    return _bound[axis_name]
+    return _bound[name]

@@ -148,9 +148,9 @@ def _parameter_gradient(adapter: "Adapter", gradient: Array, parameter: Array) -
 def _check_local(adapter: "Adapter", x: Array) -> None:
     if adapter.over_shards(x) is not None:
         raise ArgumentTypeError(
-            f"x is a {type(x).__name__}, which is split over several devices: only group_norm and "
-            "layers take it whole, and autograd differentiates them. Pass this rank's part, "
-            "x.to_local(), and axis_name= for the mesh dimension it is split over."
+            f"x is a {type(x).__name__} that lies on several devices by its type: only group_norm "
+            "and layers take it whole, and the library's own differentiation. Pass one device's "
+            "part and axis_name: x.to_local() of a DTensor, or what jax.shard_map passes."
         )
 
 
@@ -159,7 +159,7 @@ def _replicas(adapter: "Adapter", ready: Prepared, options: Options) -> Replicas
     if options.axis_name is None:
         return None
     replicas = adapter.replicas(options.axis_name)
-    agree(ready.plan.statistics_shape, ready.x, adapter, replicas, options.axis_index_groups)
+    agree(ready.plan.statistics_shape, ready.x, replicas, options.axis_index_groups)
     return replicas
 
 

@@ -214,8 +214,9 @@ def make_plan_uncached(
     expected: Shape | None = None,
     *,
     sampled: bool,
-    static: bool,
-    blocked: bool,
+    static: bool = True,
+    blocked: bool = True,
+    merging: bool = True,
 ) -> Plan:
     """Make the plan for arrays of `shape`.
 
@@ -238,6 +239,9 @@ def make_plan_uncached(
         would tie the program to these sizes.
     blocked : bool
         Whether sums are taken in blocks of fixed size, or in whatever order the library prefers.
+    merging : bool
+        Whether neighbouring axes of one kind become one. It is what NumPy and PyTorch run fastest;
+        but an axis that lies on several devices must stay one.
 
     Raises
     ------
@@ -270,7 +274,7 @@ def make_plan_uncached(
 
     merged: list[list[int]] = []
     for axis, kind in enumerate(kinds):
-        if merged and kinds[merged[-1][-1]] == kind:
+        if merged and kinds[merged[-1][-1]] == kind and (merging or kind == "F"):
             merged[-1].append(axis)
         else:
             merged.append([axis])

@@ -6,8 +6,6 @@ collective's own groups this works in every kind of map, needs no further commun
 sets of uneven size.
 """
 
-import itertools
-import weakref
 import zlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,9 +16,20 @@ if TYPE_CHECKING:
     from groupnorm.backends import Adapter
     from groupnorm.typing import Array
 
-__all__ = ["Replicas", "agree", "gather", "over_all", "pool"]
+__all__ = ["Engine", "Replicas", "agree", "gather", "over_all", "pool"]
 
 IndexGroups = tuple[tuple[int, ...], ...] | None
+
+
+class Engine(NamedTuple):
+    """Ranks that run programs of their own, which could disagree."""
+
+    rank: int
+    size: int
+    #: Gives everyone's numbers, as many as this rank's, to all; `like` says on which device.
+    exchange: "Callable[[list[int], Array], list[list[int]]]"
+    #: What the ranks have agreed on. All have the same, since every call involves all.
+    agreed: set[Any]
 
 
 class Replicas(NamedTuple):
@@ -29,8 +38,7 @@ class Replicas(NamedTuple):
     index: Any  # this replica's, an int or a scalar array
     size: int
     add: Callable[[Any], Any]  # sums an array over all replicas, differentiably
-    #: The engine's own objects, where the replicas run programs of their own, which could disagree.
-    communicators: tuple[Any, ...] = ()
+    engines: tuple[Engine, ...] = ()
 
 
 def over_all(parts: Sequence[Replicas]) -> Replicas:
@@ -46,7 +54,7 @@ def _product(a: Replicas, b: Replicas) -> Replicas:
         a.index * b.size + b.index,
         a.size * b.size,
         lambda x: b.add(a.add(x)),
-        a.communicators + b.communicators,
+        a.engines + b.engines,
     )
 
 
@@ -104,11 +112,6 @@ def _group_of(groups: tuple[tuple[int, ...], ...], size: int) -> list[int]:
 
 # Whether all ranks agree --------------------------------------------------------------------------
 
-# What the ranks of a communicator have agreed on. All of them have seen the same, since every call
-# involves all; the numbers tell communicators apart, and unlike ids are not used twice.
-_agreed: "weakref.WeakKeyDictionary[Any, tuple[int, set[Any]]]" = weakref.WeakKeyDictionary()
-_numbers = itertools.count()
-
 # Sizes of the kept axes that are told apart by value; all of them are by checksum.
 _SIZES = 4
 
@@ -116,61 +119,37 @@ _SIZES = 4
 def agree(
     statistics_shape: tuple[int, ...],
     like: "Array",
-    adapter: "Adapter",
     replicas: Replicas,
     groups: IndexGroups,
 ) -> None:
     """Make sure that all ranks exchange the same kind of numbers, before they do.
 
     Else the engine would abort the process, wait for ever, or mix what does not belong together. It
-    costs one collective, the first time a communicator meets these arguments.
+    costs one collective for each communicator, the first time it meets these arguments.
 
     Raises
     ------
     ArgumentValueError
         On every rank, if the ranks disagree.
     """
-    if not replicas.communicators:
+    if not replicas.engines:
         return
     dtype = str(like.dtype)
-    entries = [_entry(communicator) for communicator in replicas.communicators]
-    if any(entry is None for entry in entries):
-        return
-    numbers, sets = zip(*(entry for entry in entries if entry is not None), strict=True)
-    signature = (numbers, statistics_shape, dtype, groups)
-    if signature in sets[0]:
-        return
+    signature = (statistics_shape, dtype, groups)
     sizes = (*statistics_shape, *(0,) * _SIZES)[:_SIZES]
+    # Always as many numbers, whatever the ranks disagree on.
     mine = [len(statistics_shape), *sizes, *map(_checksum, (statistics_shape, dtype, groups))]
-    rows = _everyones(mine, like, adapter, replicas)
-    if any(row != rows[0] for row in rows):
-        raise ArgumentValueError(_disagreement(rows, replicas.index, statistics_shape, groups))
-    sets[0].add(signature)
-
-
-def _entry(communicator: Any) -> tuple[int, set[Any]] | None:
-    try:
-        known = _agreed.get(communicator)
-        if known is None:
-            known = _agreed[communicator] = (next(_numbers), set())
-    except TypeError:  # an engine whose communicators cannot be remembered
-        return None
-    return known
+    for engine in replicas.engines:
+        if signature in engine.agreed:
+            continue
+        rows = engine.exchange(mine, like)
+        if any(row != rows[0] for row in rows):
+            raise ArgumentValueError(_disagreement(rows, engine.rank, statistics_shape, groups))
+        engine.agreed.add(signature)
 
 
 def _checksum(value: Any) -> int:
-    return zlib.crc32(repr(value).encode()) % 2**24  # exact in float32
-
-
-def _everyones(
-    numbers: list[int], like: "Array", adapter: "Adapter", replicas: Replicas
-) -> list[list[int]]:
-    xp = adapter.xp
-    # Always of one size and dtype, whatever the ranks disagree on.
-    mine = xp.asarray(numbers, dtype=xp.float32, device=adapter.device_of(like))
-    row = _row(replicas.index, replicas.size, mine, adapter)
-    table = adapter.to_host(replicas.add(xp.where(row, mine[None, ...], 0.0)))
-    return [[int(number) for number in row] for row in table]
+    return zlib.crc32(repr(value).encode())
 
 
 def _disagreement(

@@ -99,16 +99,17 @@ class NumpyAdapter(Adapter):
     def replicas_of(self, communicator: Any) -> Replicas:
         """Find the ranks of an mpi4py communicator."""
         # Asked for by its methods: whoever has one has imported mpi4py.
-        if not hasattr(communicator, "Allreduce") or getattr(communicator, "is_inter", True):
+        known = hasattr(communicator, "Allreduce")
+        if known and not communicator:
+            raise AxisNameError(
+                "axis_name is MPI.COMM_NULL, the communicator of a group this rank is no member "
+                "of: call the layer on the group's members only."
+            )
+        if not known or communicator.is_inter:
             raise AxisNameError(
                 f"axis_name={communicator!r} is a {type(communicator).__name__}: for NumPy arrays "
                 "the replicas are an mpi4py.MPI.Intracomm, such as MPI.COMM_WORLD, or a name bound "
                 "to one by groupnorm.bind_axis."
-            )
-        if not communicator:
-            raise AxisNameError(
-                "axis_name is MPI.COMM_NULL, the communicator of a group this rank is no member "
-                "of: call the layer on the group's members only."
             )
 
         def add(x: Any) -> Any:

@@ -11,26 +11,24 @@ from groupnorm.errors import ArgumentTypeError, ArgumentValueError, AxisNameErro
 
 __all__ = ["Binding", "bind_axis", "bound"]
 
-# Of the whole process, not of one thread or context: autograd runs in threads of its own.
-_bound: dict[str, Any] = {}
+# What each name was bound to, the latest last, and by whom. Of the whole process, not of one thread
+# or context: autograd runs in threads of its own.
+_bound: "dict[str, list[tuple[Binding, Any]]]" = {}
 
 
 class Binding:
     """What `bind_axis` has bound; a context manager that takes it back at the end."""
 
     def __init__(self, names: dict[str, Any]) -> None:
-        self._names = names
-        self._before = {name: _bound[name] for name in names if name in _bound}
-        _bound.update(names)
+        for name, communicator in names.items():
+            _bound.setdefault(name, []).append((self, communicator))
 
     def unbind(self) -> None:
-        """Take the names back, and bind what they stood for before."""
-        for name, communicator in self._names.items():
-            if _bound.get(name) is communicator:
+        """Take the names back: they stand for what they stood for before, if for anything."""
+        for name, entries in list(_bound.items()):
+            entries[:] = [entry for entry in entries if entry[0] is not self]
+            if not entries:
                 del _bound[name]
-                if name in self._before:
-                    _bound[name] = self._before[name]
-        self._names = {}
 
     def __enter__(self) -> "Binding":
         return self
@@ -128,4 +126,4 @@ def _bound_to(name: Any) -> Any:
             "array alone would be wrong. Bind it to a communicator first, as in "
             f"groupnorm.bind_axis({name}=group), or leave axis_name out."
         )
-    return _bound[name]
+    return _bound[name][-1][1]

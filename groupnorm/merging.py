@@ -117,15 +117,18 @@ def merge(statistics: GroupStatistics, adapter: "Adapter", epsilon: float) -> Gr
     n, mean, m2, residual, unit = statistics
     means, residuals = split(mean, adapter), split(residual, adapter)
     valid = n > 0
-    unit = adapter.detach(xp.where(valid, unit, 1.0))
+    # Data that is not finite has no scale.
+    unit = adapter.detach(xp.where(valid & (unit > 0), unit, 1.0))
     total = xp.sum(n, axis=0)
     count = at_least_one(total, xp)
     # One reference for all, near the mean. It is detached, and so the result does not depend on it.
     common = [_mean_within(adapter.detach(part), n, valid, count, xp) for part in means]
     off = [part - reference for part, reference in zip(means, common, strict=True)]
-    reach = 1.0 / unit
-    for part in off:
-        reach = reach + xp.abs(adapter.detach(part))
+    # How far values lie from the reference. A part that is constant has a unit that says nothing.
+    reach = xp.where(m2 > 0, 1.0 / unit, 0.0)
+    for part, residual_part in zip(off, residuals, strict=True):
+        reach = reach + xp.abs(part) + xp.abs(residual_part) / unit
+    reach = adapter.detach(reach)
     common_unit = unit_of(xp.max(xp.where(valid, reach, 0.0), axis=0), epsilon, adapter)
     ratio = common_unit / unit
     deviations = [o * common_unit + r * ratio for o, r in zip(off, residuals, strict=True)]

@@ -134,18 +134,27 @@ def agree(
     """
     if not replicas.engines:
         return
-    dtype = str(like.dtype)
+    dtype = str(like.dtype).rpartition(".")[2]
     signature = (statistics_shape, dtype, groups)
     sizes = (*statistics_shape, *(0,) * _SIZES)[:_SIZES]
     # Always as many numbers, whatever the ranks disagree on.
-    mine = [len(statistics_shape), *sizes, *map(_checksum, (statistics_shape, dtype, groups))]
+    mine = [len(statistics_shape), *sizes, _checksum(statistics_shape), _code(dtype)]
+    mine.append(_checksum(groups))
     for engine in replicas.engines:
         if signature in engine.agreed:
             continue
         rows = engine.exchange(mine, like)
         if any(row != rows[0] for row in rows):
-            raise ArgumentValueError(_disagreement(rows, engine.rank, statistics_shape, groups))
+            raise ArgumentValueError(_disagreement(rows, engine.rank, signature))
         engine.agreed.add(signature)
+
+
+# What statistics are computed in; others are as good as unknown.
+_DTYPES = ("float32", "float64", "complex64", "complex128", "longdouble", "clongdouble")
+
+
+def _code(dtype: str) -> int:
+    return _DTYPES.index(dtype) if dtype in _DTYPES else len(_DTYPES)
 
 
 def _checksum(value: Any) -> int:
@@ -153,24 +162,26 @@ def _checksum(value: Any) -> int:
 
 
 def _disagreement(
-    rows: list[list[int]], index: int, statistics_shape: tuple[int, ...], groups: IndexGroups
+    rows: list[list[int]], rank: int, signature: tuple[tuple[int, ...], str, IndexGroups]
 ) -> str:
-    other = next(i for i, row in enumerate(rows) if row != rows[index])
-    mine, theirs = rows[index], rows[other]
+    statistics_shape, dtype, groups = signature
+    other = next(i for i, row in enumerate(rows) if row != rows[rank])
+    mine, theirs = rows[rank], rows[other]
     if mine[: _SIZES + 2] != theirs[: _SIZES + 2]:
         there = tuple(theirs[1 : 1 + theirs[0]]) if theirs[0] <= _SIZES else "another shape"
         return (
             f"x has statistics of shape {statistics_shape} (the axes that are not reduced, then "
-            f"the groups) on rank {index} and {there} on rank {other}: the ranks of axis_name hold "
+            f"the groups) on rank {rank} and {there} on rank {other}: the ranks of axis_name hold "
             "parts of the same groups, so only reduced axes may differ in length. Give all ranks "
             "the same batch, num_groups and feature axes."
         )
     if mine[-1] != theirs[-1]:
         return (
-            f"axis_index_groups={groups} on rank {index} is not what rank {other} was given: all "
+            f"axis_index_groups={groups} on rank {rank} is not what rank {other} was given: all "
             "ranks split the axis in the same way. Pass the same groups everywhere."
         )
+    there = (*_DTYPES, "another dtype")[theirs[-2]]
     return (
-        f"x has another dtype on rank {index} than on rank {other}, and so have its statistics: "
-        "convert it on one of them."
+        f"x, or a parameter, has another dtype on rank {rank} than on rank {other}: statistics are "
+        f"computed in {dtype} here and {there} there, and cannot be pooled. Convert one of them."
     )

@@ -42,7 +42,8 @@ def _ordinary(statistics: GroupStatistics, adapter: "Adapter") -> GroupStatistic
     """Make the unit 1 wherever the dtype allows, and the mean the nearest number there is."""
     xp = adapter.xp
     count, mean, m2, residual, unit = statistics
-    # Written so that the NaN of data with a NaN ends up in the statistics, not in the unit.
+    # Data that is not finite has no scale; it has made NaN of the rest, which says so.
+    unit = xp.where(unit > 0, unit, xp.ones_like(unit))
     strange = (unit < 1 / _FACTOR) | (unit > _FACTOR)
     new = xp.where(strange, unit, xp.ones_like(unit))
     ratio = new / unit
@@ -68,21 +69,35 @@ def from_value(
     real = adapter.real_dtype(x.dtype)
 
     def field(name: str) -> Array:
-        a = _array(adapter, f"statistics.{name}", getattr(statistics, name), x, plan)
+        return field_of(name, getattr(statistics, name))
+
+    def field_of(name: str, value: Any) -> Array:
+        a = _array(adapter, f"statistics.{name}", value, x, plan)
         a = a if at == ndim - 1 else xp.permute_dims(a, groups_back)
         return xp.reshape(a, plan.grouped_statistics_shape)
 
-    wide_mean = field("mean")
-    mean = xp.astype(_real_if_real(wide_mean, "mean", x, adapter), x.dtype, copy=False)
-    residual = xp.astype(
-        _real_if_real(field("residual"), "residual", x, adapter), x.dtype, copy=False
+    given, lost_on_host = _rounded_on_host(statistics.mean, x)
+    statistics = statistics._replace(mean=given)
+    count = xp.astype(field("count"), real, copy=False)
+    counted = count > 0
+    # Of nothing there is no mean, whatever it says there.
+    mean, m2, residual, unit = (
+        xp.where(counted, field(name), neutral)
+        for name, neutral in (("mean", 0.0), ("m2", 0.0), ("residual", 0.0), ("unit", 1.0))
     )
-    count, m2, unit = (xp.astype(field(name), real, copy=False) for name in ("count", "m2", "unit"))
+    for name, value in (("mean", mean), ("residual", residual)):
+        _check_real(value, name, x, adapter)
+    wide = mean
+    mean, residual = (xp.astype(value, x.dtype, copy=False) for value in (mean, residual))
+    m2, unit = (xp.astype(value, real, copy=False) for value in (m2, unit))
     unit = adapter.detach(unit)
-    if wide_mean.dtype != x.dtype and adapter.is_floating(wide_mean.dtype):
-        # Of a wider mean the rest is kept as well.
-        lost = wide_mean - xp.astype(mean, wide_mean.dtype)
+    # Of a wider mean the rest is kept as well.
+    if wide.dtype != x.dtype and adapter.is_floating(wide.dtype):
+        lost = wide - xp.astype(mean, wide.dtype)
         residual = residual + xp.astype(lost, x.dtype) * unit
+    if lost_on_host is not None:
+        lost = field_of("mean", lost_on_host)
+        residual = residual + xp.where(counted, xp.astype(lost, x.dtype, copy=False), 0.0) * unit
     if epsilon:
         # Spreads below epsilon's root need no scale of their own, and epsilon would overflow in it.
         most = xp.full_like(unit, epsilon**-0.5)
@@ -113,7 +128,9 @@ def merge_values(statistics: Sequence[GroupStatistics]) -> GroupStatistics:
                 f"{tuple(first.shape)}: only statistics of the same groups of the same samples can "
                 "be merged. Take them with the same num_groups and axes."
             )
-    mean_dtype = adapter.result_type(*(part.mean.dtype for part in statistics))
+    given = [part.mean.dtype for part in statistics]
+    floating = [d if adapter.is_floating(d) else adapter.default_float() for d in given]
+    mean_dtype = adapter.result_type(*floating, xp.float32)
     dtypes = {"mean": mean_dtype, "residual": mean_dtype}  # the others are always real
 
     def stacked(name: str) -> Array:
@@ -125,7 +142,10 @@ def merge_values(statistics: Sequence[GroupStatistics]) -> GroupStatistics:
             parts.append(zeros + (value if number else xp.astype(value, dtype)))
         return xp.stack(parts)
 
-    merged = merge(GroupStatistics(*map(stacked, GroupStatistics._fields)), adapter, 0.0)
+    count, mean, m2, residual, unit = map(stacked, GroupStatistics._fields)
+    # Of nothing there is no mean, whatever it says there.
+    mean, m2, residual = (xp.where(count > 0, field, 0.0) for field in (mean, m2, residual))
+    merged = merge(GroupStatistics(count, mean, m2, residual, unit), adapter, 0.0)
     return _ordinary(merged, adapter)
 
 
@@ -138,13 +158,29 @@ def _check_statistics(argument: str, value: Any) -> None:
         )
 
 
-def _real_if_real(value: Array, name: str, x: Array, adapter: "Adapter") -> Array:
+def _check_real(value: Array, name: str, x: Array, adapter: "Adapter") -> None:
     if adapter.is_complex(value.dtype) and not adapter.is_complex(x.dtype):
         raise ArgumentTypeError(
             f"statistics.{name} is of {value.dtype} and x is real: these are statistics of other "
             "data. Pass statistics of real data."
         )
-    return value
+
+
+def _rounded_on_host(mean: Any, x: Array) -> tuple[Any, Any]:
+    """Split a mean that lies on the host, where x's library may have no dtype for its digits."""
+    number = isinstance(mean, numbers.Number)
+    name = str(x.dtype).rpartition(".")[2]
+    if not (number or isinstance(mean, np.ndarray)) or name not in ("float32", "complex64"):
+        return mean, None
+    wide = np.asarray(mean)
+    if wide.dtype.kind not in "fc" or wide.dtype.itemsize <= np.dtype(name).itemsize:
+        return mean, None
+    if wide.dtype.kind == "c" and name == "float32":
+        return mean, None  # refused below
+    with np.errstate(invalid="ignore"):
+        rounded = wide.astype(name)
+        lost = (wide - rounded).astype(name)
+    return (rounded.item(), lost.item()) if number else (rounded, lost)
 
 
 def _array(adapter: "Adapter", argument: str, value: Any, x: Array, plan: "Plan") -> Array:

@@ -9,7 +9,7 @@ import numpy as np
 from groupnorm.backends import Adapter
 from groupnorm.errors import ArgumentValueError, AxisNameError, BackendImportError
 from groupnorm.layer import GroupNorm, PlainGroupNorm
-from groupnorm.replicas import Engine, Replicas
+from groupnorm.replicas import Agreement, Engine, Replicas
 
 __all__ = ["CupyAdapter", "CupyGroupNorm", "adapter"]
 
@@ -71,13 +71,12 @@ class CupyAdapter(Adapter):
 
         rank, size = library.rank_id(), library.size()
 
-        def exchange(numbers: list[int], like: Any) -> list[list[int]]:
-            table = cupy.zeros((size, len(numbers)), cupy.float64)  # exact up to 2**53
-            table[rank] = cupy.asarray(numbers)
-            return [[int(number) for number in row] for row in cupy.asnumpy(add(table))]
+        def add_table(table: list[list[int]], like: Any) -> list[list[int]]:
+            total = cupy.asnumpy(add(cupy.asarray(table, dtype=cupy.float64)))  # exact up to 2**53
+            return [[int(number) for number in row] for row in total]
 
-        agreed = _agreed.setdefault(id(library), (library, set()))[1]
-        return Replicas(rank, size, add, (Engine(rank, size, exchange, agreed),))
+        _, agreement = _agreements.setdefault(id(library), (library, Agreement()))
+        return Replicas(rank, size, add, (Engine(add_table, agreement),))
 
     def layer_class(self) -> type[GroupNorm]:
         """Return the plain layer."""
@@ -90,7 +89,7 @@ class CupyAdapter(Adapter):
 
 # Communicators are kept with what their ranks agreed on: they cannot be referred to weakly, and an
 # id must not come to mean another one.
-_agreed: dict[int, tuple[Any, set[Any]]] = {}
+_agreements: dict[int, tuple[Any, Agreement]] = {}
 
 
 def device_count() -> int:

@@ -13,7 +13,7 @@ from groupnorm.errors import (
     BackendImportError,
 )
 from groupnorm.layer import GroupNorm, PlainGroupNorm
-from groupnorm.replicas import Engine, Replicas
+from groupnorm.replicas import Agreement, Engine, Replicas
 
 __all__ = ["NumpyAdapter", "NumpyGroupNorm", "adapter", "small_float"]
 
@@ -120,13 +120,11 @@ class NumpyAdapter(Adapter):
 
         rank, size = communicator.Get_rank(), communicator.Get_size()
 
-        def exchange(numbers: list[int], like: Any) -> list[list[int]]:
-            table = np.zeros((size, len(numbers)), np.int64)
-            table[rank] = numbers
-            rows: list[list[int]] = add(table).tolist()
+        def add_table(table: list[list[int]], like: Any) -> list[list[int]]:
+            rows: list[list[int]] = add(np.asarray(table, np.int64)).tolist()
             return rows
 
-        return Replicas(rank, size, add, (Engine(rank, size, exchange, _agreed_on(communicator)),))
+        return Replicas(rank, size, add, (Engine(add_table, _agreement(communicator)),))
 
     def dtype(self, name: str) -> Any:
         """Return NumPy's dtype of a name, or ml_dtypes'."""
@@ -161,16 +159,16 @@ def small_float(name: str) -> "np.dtype[Any]":
 _keyval: list[int] = []
 
 
-def _agreed_on(communicator: Any) -> set[Any]:
+def _agreement(communicator: Any) -> Agreement:
     """Return what the ranks agreed on, which MPI keeps with the communicator itself.
 
     Python may have many handles of one communicator, which cannot be hashed.
     """
     if not _keyval:
         _keyval.append(type(communicator).Create_keyval())
-    agreed: set[Any] | None = communicator.Get_attr(_keyval[0])
+    agreed: Agreement | None = communicator.Get_attr(_keyval[0])
     if agreed is None:
-        agreed = set()
+        agreed = Agreement()
         communicator.Set_attr(_keyval[0], agreed)
     return agreed
 

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from groupnorm.binding import bound
 from groupnorm.errors import AxisNameError
-from groupnorm.replicas import Engine, Replicas, over_all
+from groupnorm.replicas import Agreement, Engine, Replicas, over_all
 
 __all__ = ["replicas_of", "sum_gradients"]
 
@@ -49,22 +49,18 @@ def replicas_of(communicator: Any) -> Replicas:
     size = dist.get_world_size(group)
     engines: tuple[Engine, ...] = ()
     if not torch.compiler.is_compiling():  # a compiled program cannot look at what others say
-        agreed = _agreed.setdefault(group, set())
-        engines = (Engine(rank, size, partial(_exchange, group, rank, size), agreed),)
+        agreement = _agreements.get(group) or _agreements.setdefault(group, Agreement())
+        engines = (Engine(partial(_add_table, group), agreement),)
     return Replicas(rank, size, lambda x: _add_over_ranks(x, group), engines)
 
 
-_agreed: "weakref.WeakKeyDictionary[Any, set[Any]]" = weakref.WeakKeyDictionary()
+_agreements: "weakref.WeakKeyDictionary[Any, Agreement]" = weakref.WeakKeyDictionary()
 
 
-def _exchange(
-    group: Any, rank: int, size: int, numbers: list[int], like: torch.Tensor
-) -> list[list[int]]:
-    table = torch.zeros(size, len(numbers), dtype=torch.int64)
-    table[rank] = torch.tensor(numbers)
-    table = table.to(like.device)
-    dist.all_reduce(table, group=group)
-    rows: list[list[int]] = table.tolist()
+def _add_table(group: Any, table: list[list[int]], like: torch.Tensor) -> list[list[int]]:
+    total = torch.tensor(table, dtype=torch.int64, device=like.device)
+    dist.all_reduce(total, group=group)
+    rows: list[list[int]] = total.tolist()
     return rows
 
 

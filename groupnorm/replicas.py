@@ -6,30 +6,39 @@ collective's own groups this works in every kind of map, needs no further commun
 sets of uneven size.
 """
 
+import itertools
 import zlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from groupnorm.errors import ArgumentValueError
+from groupnorm.errors import ArgumentValueError, AxisNameError
 
 if TYPE_CHECKING:
     from groupnorm.backends import Adapter
     from groupnorm.typing import Array
 
-__all__ = ["Engine", "Replicas", "agree", "gather", "over_all", "pool"]
+__all__ = ["Agreement", "Engine", "Replicas", "agree", "gather", "over_all", "pool"]
 
 IndexGroups = tuple[tuple[int, ...], ...] | None
+
+
+class Agreement:
+    """What the ranks of a communicator have agreed on: all the same, as every call involves all."""
+
+    def __init__(self) -> None:
+        self.number = next(_numbers)  # unlike an id never used again
+        self.signatures: set[Any] = set()
+
+
+_numbers = itertools.count()
 
 
 class Engine(NamedTuple):
     """Ranks that run programs of their own, which could disagree."""
 
-    rank: int
-    size: int
-    #: Gives everyone's numbers, as many as this rank's, to all; `like` says on which device.
-    exchange: "Callable[[list[int], Array], list[list[int]]]"
-    #: What the ranks have agreed on. All have the same, since every call involves all.
-    agreed: set[Any]
+    #: Sums a table of integers over all ranks; `like` says on which device.
+    add: "Callable[[list[list[int]], Array], list[list[int]]]"
+    agreement: Agreement
 
 
 class Replicas(NamedTuple):
@@ -125,7 +134,7 @@ def agree(
     """Make sure that all ranks exchange the same kind of numbers, before they do.
 
     Else the engine would abort the process, wait for ever, or mix what does not belong together. It
-    costs one collective for each communicator, the first time it meets these arguments.
+    costs one collective for each communicator, the first time they meet these arguments.
 
     Raises
     ------
@@ -136,17 +145,29 @@ def agree(
         return
     dtype = str(like.dtype).rpartition(".")[2]
     signature = (statistics_shape, dtype, groups)
+    # Kept with all the communicators pooled over: what some have agreed on, others may not know.
+    agreed = replicas.engines[0].agreement.signatures
+    known = (signature, tuple(engine.agreement.number for engine in replicas.engines))
+    if known in agreed:
+        return
     sizes = (*statistics_shape, *(0,) * _SIZES)[:_SIZES]
     # Always as many numbers, whatever the ranks disagree on.
-    mine = [len(statistics_shape), *sizes, _checksum(statistics_shape), _code(dtype)]
+    mine = [1, len(statistics_shape), *sizes, _checksum(statistics_shape), _code(dtype)]
     mine.append(_checksum(groups))
+    table = [[0] * len(mine) for _ in range(replicas.size)]
+    table[replicas.index] = mine
     for engine in replicas.engines:
-        if signature in engine.agreed:
-            continue
-        rows = engine.exchange(mine, like)
-        if any(row != rows[0] for row in rows):
-            raise ArgumentValueError(_disagreement(rows, engine.rank, signature))
-        engine.agreed.add(signature)
+        table = engine.add(table, like)
+    if any(row[0] != 1 for row in table):
+        raise AxisNameError(
+            f"axis_name names {len(replicas.engines)} communicators that reach a rank more than "
+            "once, or not at all: several must be the dimensions of a grid. Give each once, or the "
+            "one that holds all ranks."
+        )
+    rows = [row[1:] for row in table]
+    if any(row != rows[0] for row in rows):
+        raise ArgumentValueError(_disagreement(rows, replicas.index, signature))
+    agreed.add(known)
 
 
 # What statistics are computed in; others are as good as unknown.

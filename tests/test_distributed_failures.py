@@ -57,13 +57,13 @@ class Rank(NamedTuple):
     log: str
 
 
-def run(engine: str, scenario: str, folder: Path) -> list[Rank]:
-    """Run both ranks through one scenario."""
+def run(engine: str, scenario: str, folder: Path, ranks: int = RANKS) -> list[Rank]:
+    """Run all ranks through one scenario."""
     if engine == "torch":
         return run_gloo([scenario], folder)[scenario]
     arguments = ("mpi", folder, scenario)
-    status, log = run_mpi(RANKS, folder, PROGRAM, *arguments, seconds=SECONDS)
-    return [read(folder / scenario, rank, status, log) for rank in range(RANKS)]
+    status, log = run_mpi(ranks, folder, PROGRAM, *arguments, seconds=SECONDS)
+    return [read(folder / scenario, rank, status, log) for rank in range(ranks)]
 
 
 def run_gloo(scenarios: Sequence[str], folder: Path) -> dict[str, list[Rank]]:
@@ -135,6 +135,8 @@ NAME_ERRORS = {
     "unbound again": (*UNBOUND, "none"),
     "no communicator": ("axis_name=<object object", "bind_axis"),
     "nothing": ("axis_name=()", "at least one name"),
+    "the same twice": ("axis_name", "more than once"),
+    "all of them twice": ("axis_name", "more than once"),
 }
 # Each of these also bound to a name, and in a tuple with one that is right.
 FOREIGN = {
@@ -193,6 +195,29 @@ def check_number(out: dict) -> None:
     want = np.abs(oracle.group_norm(x, num_groups=4)).max()
     assert "returned" in out, out
     assert abs(out["returned"] - want) <= CONTRACT * max(1, want)
+
+
+@pytest.mark.slow
+@needs_numpy
+def test_every_rank_of_a_grid_learns_what_is_wrong(mpi, tmp_path, subtests):
+    """Also a rank that shares no communicator with the one that differs."""
+    ranks = run(mpi, "in a grid", tmp_path, ranks=4)
+    for rank in ranks:
+        assert rank.status == 0, rank.log
+    shapes = ("(1, 4)", "(2, 4)", "Give all ranks the same batch")
+    expected = {
+        "other batch": ("ArgumentValueError", shapes),
+        "other dtype": ("ArgumentValueError", ("dtype", "float32", "float64")),
+        "index groups": ("ArgumentValueError", ("axis_index_groups=", "same groups")),
+        "one is known": ("ArgumentValueError", shapes),
+        "no grid": ("AxisNameError", ("axis_name", "more than once")),
+    }
+    for name, (kind, words) in expected.items():
+        for number, rank in enumerate(ranks):
+            with subtests.test(name, rank=number):
+                check_error(rank.out[name], kind, words)
+                if f"{name}, afterwards" in rank.out:
+                    check_number(rank.out[f"{name}, afterwards"])
 
 
 # What no rank comes back from ---------------------------------------------------------------------

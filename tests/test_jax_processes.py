@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import re
 import subprocess
 import sys
 import time
@@ -24,9 +25,9 @@ from tests.sharding import Case, check, data
 pytestmark = [pytest.mark.needs("jax"), pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS = 150
-# For a process whose peer is lost: it starts, compiles once, and gives the other up after five.
-SECONDS_TO_GIVE_UP = 60
+SECONDS = 300
+# For a process whose peer is lost: it starts, compiles once, and gives the other up after ten.
+SECONDS_TO_GIVE_UP = 120
 
 
 @contextlib.contextmanager
@@ -135,7 +136,7 @@ def test_a_lost_process_ends_the_other_with_an_error(lost, tmp_path):
     assert not late[survivor], f"hung without the other process:\n{log}"
     assert started[survivor].returncode != 0
     # The engine's own words: of the collective, or of the service that watches over processes.
-    assert "Gloo all-reduce failed" in log or "JAX distributed service detected fatal errors" in log
+    assert re.search("Gloo .* failed|JAX distributed service detected fatal errors", log), log
 
 
 def test_a_part_that_is_missing_or_wrong_is_seen():

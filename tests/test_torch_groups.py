@@ -44,7 +44,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),
 ]
 
-SECONDS = 150
+SECONDS = 300
 EPSILON = 1e-6
 # Of derivatives in float64, relative to the largest: some hundred roundings of 1e-16 each.
 ROUNDING = 1e-13

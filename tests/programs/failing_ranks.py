@@ -2,8 +2,8 @@
 
 Run as ``python -m tests.programs.failing_ranks torch FOLDER SCENARIO...``, which starts both ranks
 for each scenario in turn, or as ``mpiexec -n 2 python -m mpi4py -m tests.programs.failing_ranks mpi
-FOLDER SCENARIO``. What rank 0 did in FOLDER/SCENARIO is in ``0.json``; ``0.well`` is there if it
-came as far as the scenario wants to go wrong.
+FOLDER SCENARIO``, with ``-n 4`` for a grid. What came of rank 0 in FOLDER/SCENARIO is in
+``0.json``, and ``0.well`` is there if it came as far as the scenario wants to go wrong.
 """
 
 from __future__ import annotations
@@ -86,6 +86,11 @@ class Mpi:
 
     def group(self):
         return self.mpi.COMM_WORLD.Dup()
+
+    def grid(self) -> tuple:
+        """Return a communicator along the rows, and one along the columns, of a square of four."""
+        world = self.mpi.COMM_WORLD
+        return world.Split(self.rank % 2, self.rank), world.Split(self.rank // 2, self.rank)
 
     def foreign(self) -> dict:
         world, mpi = self.mpi.COMM_WORLD, self.mpi
@@ -179,12 +184,37 @@ def unusable(engine) -> dict:
     out["unbound again"] = caught(lambda: largest(engine, "rows"))
     out["no communicator"] = caught(lambda: largest(engine, object()))
     out["nothing"] = caught(lambda: largest(engine, ()))
+    # Ranks would be counted more than once.
+    out["the same twice"] = caught(lambda: largest(engine, (group, group)))
+    out["all of them twice"] = caught(lambda: largest(engine, (engine.group(), engine.group())))
     for name, communicator in engine.foreign().items():
         out[name] = caught(lambda c=communicator: largest(engine, c))
         with bind_axis(foreign=communicator):
             out[f"{name}, by name"] = caught(lambda: largest(engine, "foreign"))
         out[f"{name}, in a tuple"] = caught(lambda c=communicator: largest(engine, (group, c)))
     out["afterwards"] = caught(lambda: largest(engine, group))
+    return out
+
+
+def in_a_grid(engine) -> dict:
+    """Let one of four ranks differ, which half of the others share no communicator with."""
+    out = {}
+    for name, wrong, keywords in (
+        ("other batch", 3, {"batch": 1}),
+        ("other dtype", 0, {"dtype": "float64"}),
+        ("index groups", 2, {"axis_index_groups": [[0, 1], [2, 3]]}),
+    ):
+        grid = engine.grid()
+        keywords = keywords if engine.rank == wrong else {}
+        out[name] = caught(lambda g=grid, k=keywords: largest(engine, g, **k))
+        out[f"{name}, afterwards"] = caught(lambda g=grid: largest(engine, g))
+    # Alone, one of the communicators has agreed already.
+    rows, columns = engine.grid()
+    largest(engine, rows, batch=1)
+    keywords = {} if engine.rank == 1 else {"batch": 1}
+    out["one is known"] = caught(lambda: largest(engine, (rows, columns), **keywords))
+    # No grid: every rank would be counted twice.
+    out["no grid"] = caught(lambda: largest(engine, (rows, engine.group())))
     return out
 
 
@@ -242,6 +272,7 @@ def never_comes(engine) -> float:
     return largest(engine, group)
 
 
+ORDERLY = {"orderly": orderly, "in a grid": in_a_grid}
 FATAL = {
     "other batch": lambda engine: later(engine, batch=1),
     "other dtype": lambda engine: later(engine, dtype="float64"),
@@ -260,8 +291,8 @@ FATAL = {
 
 def compute(scenario: str, engine) -> None:
     file = engine.folder / f"{engine.rank}.json"
-    if scenario == "orderly":
-        file.write_text(json.dumps(orderly(engine)))
+    if scenario in ORDERLY:
+        file.write_text(json.dumps(ORDERLY[scenario](engine)))
         return
     start = time.monotonic()
     out = {}

@@ -29,7 +29,7 @@ SHARDS = PROCESSES * DEVICES
 PATIENCE = 60
 # Less where one is lost on purpose. Its peer learns that at once from the closed connection, but
 # then waits for it once more, to shut down together.
-PATIENCE_WITH_THE_LOST = 5
+PATIENCE_WITH_THE_LOST = 10
 
 UNEVEN, EMPTY = (5, 2, 3, 1), (5, 0, 3, 2)  # of one padded shape: one compilation serves both
 ONE_AND_THREE = ((2,), (0, 3, 1))
@@ -64,6 +64,14 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def wait_for(file: Path) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not file.exists():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"the other process never wrote {file}")
+        time.sleep(0.02)
+
+
 def initialize(rank: int, folder: Path, patience: int) -> None:
     """Meet the other process; the first one chooses the port, as late as it can."""
     jax.config.update("jax_platforms", "cpu")
@@ -74,11 +82,7 @@ def initialize(rank: int, folder: Path, patience: int) -> None:
         partial = folder / "port.partial"
         partial.write_text(str(free_port()))
         partial.rename(meeting)
-    deadline = time.monotonic() + PATIENCE
-    while not meeting.exists():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"process 0 wrote no port to {meeting}")
-        time.sleep(0.02)
+    wait_for(meeting)
     jax.distributed.initialize(
         f"localhost:{meeting.read_text()}",
         PROCESSES,
@@ -185,11 +189,13 @@ def compute_everything(rank: int, folder: Path) -> None:
         (folder / f"{rank}.pickle").write_bytes(pickle.dumps(out))
 
 
-def lose_one(rank: int, lost: int) -> None:
+def lose_one(rank: int, folder: Path, lost: int) -> None:
     """Compute once, lose a process, and compute on."""
     case = NAMED[0]
     compute(case)
+    (folder / f"{rank}.computed").touch()
     if rank == lost:
+        wait_for(folder / f"{1 - rank}.computed")
         os._exit(1)
     while True:  # ended by the engine's error, or by whoever started this
         compute(case)
@@ -200,7 +206,7 @@ def main(rank: int, folder: Path, lost: int | None) -> None:
     if lost is None:
         compute_everything(rank, folder)
     else:
-        lose_one(rank, lost)
+        lose_one(rank, folder, lost)
     jax.distributed.shutdown()
 
 

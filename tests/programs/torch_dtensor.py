@@ -34,7 +34,7 @@ from groupnorm import GroupNorm, group_norm
 
 WORLD = 4
 # An error on one rank leaves the others waiting: not for long. Compiling takes them unevenly long.
-TIMEOUT = datetime.timedelta(seconds=60)
+TIMEOUT = datetime.timedelta(seconds=120)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -556,7 +556,8 @@ def jobs() -> dict:
 
 COTANGENTS = ("height", "channels, a group on two shards", "channels, groups cut unevenly")
 LAYERS = ("batch", "height", "channels, a group on two shards", "last: height")
-COMPILED = ("height, uneven", "replicated parameters: height x channels")
+# Compiling takes most of the time: one case with all there is.
+COMPILED = ("replicated parameters: height x channels",)
 
 
 def main(rank: int, folder: Path) -> None:

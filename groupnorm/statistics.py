@@ -163,9 +163,12 @@ def centre(
 ) -> Centred:
     """Centre x at means that are known before, one for each group."""
     # Of full length: loops run along whole channel rows, and the work shape has no group axis.
-    members = adapter.xp.ones(plan.parameter_shape, dtype=statistics.unit.dtype)
+    unit = statistics.unit
+    members = adapter.xp.ones(
+        plan.parameter_shape, dtype=unit.dtype, device=adapter.device_of(unit)
+    )
     pivot = adapter.detach(statistics.mean) * members
-    return _centre(x, mask, pivot, statistics.unit * members, plan, adapter)
+    return _centre(x, mask, pivot, unit * members, plan, adapter)
 
 
 def recentre(

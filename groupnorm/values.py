@@ -74,6 +74,7 @@ def from_value(
     def field_of(name: str, value: Any) -> Array:
         a = _array(adapter, f"statistics.{name}", value, x, plan)
         a = a if at == ndim - 1 else xp.permute_dims(a, groups_back)
+        a = a if adapter.is_floating(a.dtype) else xp.astype(a, real)
         return xp.reshape(a, plan.grouped_statistics_shape)
 
     given, lost_on_host = _rounded_on_host(statistics.mean, x)

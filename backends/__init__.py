@@ -163,6 +163,10 @@ class Adapter:
         """
         return None
 
+    def is_sharded(self, x: "Array") -> bool:
+        """Whether x says itself that its parts lie on several devices."""
+        return self.over_shards(x) is not None
+
     # Layers -----------------------------------------------------------------------------------
 
     def hold(self, value: "Array", param_type: Any) -> Any:

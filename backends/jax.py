@@ -37,10 +37,12 @@ class JaxAdapter(Adapter):
 
     def over_shards(self, x: Any) -> Any:
         """Leave it to the compiler, where shardings are parts of types."""
-        sharding = jax.typeof(x).sharding
-        explicit = set(getattr(sharding.mesh, "explicit_axes", ()))
-        used = {n for names in sharding.spec for n in _names(names)}
-        return _over_shards if explicit & used else None
+        # Not only axes that x's own sharding names: those a vmap has taken away lie somewhere too.
+        return _over_shards if _explicit_axes(x) else None
+
+    def is_sharded(self, x: Any) -> bool:
+        """Whether x's own type says that its parts lie on several devices."""
+        return bool(_explicit_axes(x)) and any(jax.typeof(x).sharding.spec)
 
     def place(self, x: Any, device: Any) -> Any:
         """Put x on a `jax.Device` or sharding, or a device named like ``"gpu"`` or ``"cpu:1"``."""
@@ -133,9 +135,9 @@ class JaxAdapter(Adapter):
         return tuple(f"{d.platform}:{d.id}" for d in jax.devices())
 
 
-def _names(entry: Any) -> tuple[Any, ...]:
-    """Return the mesh axes one entry of a PartitionSpec names."""
-    return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+def _explicit_axes(x: Any) -> tuple[Any, ...]:
+    """Return the axes of x's mesh by which types tell shardings."""
+    return tuple(getattr(jax.typeof(x).sharding.mesh, "explicit_axes", ()))
 
 
 def _over_shards(apply: Any, adapter: Any, x: Any, *arguments: Any) -> Any:
@@ -144,12 +146,19 @@ def _over_shards(apply: Any, adapter: Any, x: Any, *arguments: Any) -> Any:
     Splitting channels into groups, and blocks for sums, have no sharding of their own that a type
     could state; the compiler needs none.
     """
-    *arrays, options = arguments
+    # What is on the host stays there: it is yet to be checked.
+    traced = {i: a for i, a in enumerate(arguments) if adapter.is_array(a)}
 
-    def compute(x: Any, *arrays: Any) -> Any:
-        return apply(adapter, x, *arrays, options)
+    def compute(x: Any, traced: dict[int, Any]) -> Any:
+        return apply(adapter, x, *(traced.get(i, a) for i, a in enumerate(arguments)))
 
-    return jax.sharding.auto_axes(compute, out_sharding=jax.typeof(x).sharding)(x, *arrays)
+    sharding = jax.typeof(x).sharding
+    # Only these axes: those of a shard_map around stay mapped.
+    free = jax.sharding.auto_axes(compute, axes=_explicit_axes(x), out_sharding=sharding)
+    if sharding.mesh.manual_axes:
+        # Under a shard_map around, JAX 0.10 cannot keep scalars of this mesh for backward.
+        free = jax.checkpoint(free)
+    return free(x, traced)
 
 
 def _device(name: str) -> Any:

@@ -146,7 +146,7 @@ def _parameter_gradient(adapter: "Adapter", gradient: Array, parameter: Array) -
 
 
 def _check_local(adapter: "Adapter", x: Array) -> None:
-    if adapter.over_shards(x) is not None:
+    if adapter.is_sharded(x):
         raise ArgumentTypeError(
             f"x is a {type(x).__name__} that lies on several devices by its type: only group_norm "
             "and layers take it whole, and the library's own differentiation. Pass one device's "

@@ -23,7 +23,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from groupnorm import GroupNorm, group_norm, group_norm_vjp
+from groupnorm import GroupNorm, group_norm, group_norm_vjp, group_statistics, normalize
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError, AxisNameError
 from tests import oracle
 from tests.backends import CONTRACT, GRADIENT, GRADIENT_FAR, assert_close, assert_gradient
@@ -356,6 +356,27 @@ def test_own_pullback_of_an_explicit_sharding_is_refused():
         called(both_by_hand, program, 0.0)
 
 
+def test_values_and_own_pullback_of_what_lies_everywhere():
+    """In an explicit mesh too: only what is sharded is refused."""
+    program = Program("Explicit", "last", ("rows",))
+    whole = data("last", False, 1e3)
+    x = jax.device_put(whole.x, NamedSharding(mesh_for(program), P()))
+
+    @jax.jit
+    def both(x, dy):
+        y, pullback = group_norm_vjp(x, num_groups=4)
+        by_values = normalize(x, group_statistics(x, num_groups=4), num_groups=4)
+        return y, by_values, pullback(dy).x
+
+    with in_mesh(program):
+        y, by_values, dx = both(x, whole.dy)
+    want = oracle.group_norm(whole.x, num_groups=4)
+    for got in (y, by_values):
+        assert_close(np.asarray(got), want, tolerance=CONTRACT)
+    gradients = oracle.group_norm_gradients(whole.x, whole.dy, None, None, num_groups=4)
+    assert_gradient(np.asarray(dx), gradients.x, rtol=GRADIENT_FAR)
+
+
 @programs([Program(kind, "last", ("rows",)) for kind in KINDS])
 def test_eager(program):
     layer, x, *_ = arguments(program, 1e3)
@@ -399,10 +420,10 @@ def test_arguments_that_are_no_jax_arrays(kind):
     x = arguments(program, 0.0)[1]
     mask = np.arange(x.shape[1])[:, None] % 3 > 0
     want = oracle.group_norm(np.asarray(x), num_groups=4, mask=mask)
-    normalize = functools.partial(group_norm, num_groups=4)
+    in_groups = functools.partial(group_norm, num_groups=4)
     with in_mesh(program):
         for given in (mask, mask.tolist()):
-            y = jax.jit(lambda x, given=given: normalize(x, mask=given))(x)
+            y = jax.jit(lambda x, given=given: in_groups(x, mask=given))(x)
             assert_close(np.asarray(y), want, tolerance=CONTRACT)
         for wrong, error in (
             (np.ma.masked_array(mask), ArgumentTypeError),
@@ -410,7 +431,7 @@ def test_arguments_that_are_no_jax_arrays(kind):
             ("all", ArgumentTypeError),
         ):
             with pytest.raises(error, match="mask"):
-                normalize(x, mask=wrong)
+                in_groups(x, mask=wrong)
 
 
 # Maps within maps, and maps beside the compiler's own sharding ------------------------------------
@@ -500,14 +521,17 @@ def test_one_name_of_several_is_bound_nowhere():
         )(jnp.ones((SHARDS, 2, 3, 4)))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_named_axis_beside_one_that_is_not_mapped(kind):
-    """Samples are spread by their sharding alone, rows over a mapped axis."""
-    program = Program(kind, "last", ("batch", "rows"))
+@pytest.mark.parametrize("each", [False, True], ids=["", "vmap"])
+@programs([Program(kind, "last", (a, "rows")) for kind in KINDS for a in ("batch", "columns")])
+def test_named_axis_beside_one_that_is_not_mapped(program, each):
+    """Samples or columns are spread by their sharding alone, rows over a mapped axis."""
+
+    def normalized(layer, x):
+        return jax.vmap(lambda x: layer(x[None])[0])(x) if each else layer(x)
 
     def both(layer, x, dy):
         mapped = jax.shard_map(
-            lambda layer, x: layer(x),
+            normalized,
             mesh=mesh_for(program),
             in_specs=(P(), P(None, "b")),
             out_specs=P(None, "b"),

@@ -50,6 +50,16 @@ def demo(session: nox.Session) -> None:
 
 
 @nox.session
+def examples(session: nox.Session) -> None:
+    """Run the examples of several devices, or the ones named in posargs."""
+    install(session, *group("demo"))
+    session.install("-e", ".")
+    several = ("examples/tiled_image.py", "examples/spatial_parallel_training.py")
+    for script in session.posargs or several:
+        session.run("python", script)
+
+
+@nox.session
 def tests(session: nox.Session) -> None:
     """Run all tests with every backend that can be installed here."""
     install(session, *group("tests"))

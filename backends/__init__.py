@@ -54,6 +54,10 @@ class Adapter:
     def check_input(self, x: "Array", argument: str = "x") -> None:
         """Refuse the kinds of array that would be computed wrongly."""
 
+    def arrange(self, x: "Array") -> "Array":
+        """Return an input as the library can compute it: nearly always as it is."""
+        return x
+
     def plan(self, *key: Any, sampled: bool) -> Plan:
         """Make or look up a plan."""
         return make_plan(*key, sampled=sampled)

@@ -33,8 +33,15 @@ class GenericAdapter(Adapter):
         if any(not isinstance(size, int) for size in x.shape):
             raise ArgumentValueError(
                 f"{argument} has shape {x.shape} with unknown sizes: statistics need the number of "
-                "elements. For Dask call x.compute_chunk_sizes() first."
+                f"elements. For Dask call {argument}.compute_chunk_sizes() first."
             )
+
+    def arrange(self, x: Any) -> Any:
+        """Drop Dask's empty chunks, in which its own max and min fail (2026.8)."""
+        chunks = getattr(x, "chunks", ())
+        if all(size for sizes in chunks for size in sizes):
+            return x
+        return x.rechunk(tuple(tuple(filter(None, sizes)) or (0,) for sizes in chunks))
 
     def plan(self, *key: Any, sampled: bool) -> Plan:
         """Leave blocks to the library: it may split an array along any axis."""

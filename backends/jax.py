@@ -154,7 +154,7 @@ def _over_shards(apply: Any, adapter: Any, x: Any, *arguments: Any) -> Any:
 
     sharding = jax.typeof(x).sharding
     # Only these axes: those of a shard_map around stay mapped.
-    free = jax.sharding.auto_axes(compute, axes=_explicit_axes(x), out_sharding=sharding)
+    free: Any = jax.sharding.auto_axes(compute, axes=_explicit_axes(x), out_sharding=sharding)
     if sharding.mesh.manual_axes:
         # Under a shard_map around, JAX 0.10 cannot keep scalars of this mesh for backward.
         free = jax.checkpoint(free)

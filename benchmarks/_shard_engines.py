@@ -97,7 +97,7 @@ def naive(case: Case) -> Arrays:
                 normal = (part - mean[:, None, :, None]) / jnp.sqrt(variance + 1e-6)[
                     :, None, :, None
                 ]
-                y.append((rank, normal.reshape(*normal.shape[:2], -1)))
+                y.append((rank, normal.reshape(part.shape[:2] + x.shape[2:])))
         y = jnp.concatenate([part for _, part in sorted(y, key=lambda pair: pair[0])], axis=1)
         return y * scale + bias
 

@@ -5,6 +5,7 @@ a communicator instead of the communicator: then it can be copied, pickled and m
 backend, and the same code runs on every engine.
 """
 
+import atexit
 from typing import Any
 
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError, AxisNameError
@@ -14,6 +15,8 @@ __all__ = ["Binding", "bind_axis", "bound"]
 # What each name was bound to, the latest last, and by whom. Of the whole process, not of one thread
 # or context: autograd runs in threads of its own.
 _bound: "dict[str, list[tuple[Binding, Any]]]" = {}
+# A process group that is let go of later, with the modules, aborts the process (torch 2.13, gloo).
+atexit.register(_bound.clear)
 
 
 class Binding:

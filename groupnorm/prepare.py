@@ -53,7 +53,7 @@ def prepare(
     scale = _parameter(adapter, "scale", scale, x, plan)
     bias = _parameter(adapter, "bias", bias, x, plan)
     work_dtype, parameter_dtype, result_dtype = _dtypes(adapter, x, scale, bias, options.dtype)
-    x_work = to_work(xp.astype(x, work_dtype, copy=False), plan, xp)
+    x_work = to_work(xp.astype(adapter.arrange(x), work_dtype, copy=False), plan, xp)
     scale = _parameter_to_work(adapter, scale, 1.0, x_work, parameter_dtype, plan)
     bias = _parameter_to_work(adapter, bias, 0.0, x_work, parameter_dtype, plan)
     mask_work = counted = None

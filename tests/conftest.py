@@ -34,7 +34,7 @@ import pytest
 from tests.backends import Backend
 
 LIBRARIES = {row.library for row in Backend}
-PEERS = {"brainstate", "dask", "equinox", "flax", "keras", "optax"}
+PEERS = {"brainstate", "dask", "equinox", "flax", "keras", "mpi4py", "optax"}
 QUICK = (Backend.NUMPY, Backend.TORCH, Backend.STRICT)
 ROWS = {
     "backend": lambda row: row not in (Backend.TORCH_COMPILE, Backend.DASK, Backend.JAX),

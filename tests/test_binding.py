@@ -343,3 +343,24 @@ def test_a_process_that_is_alone(x, rng, tmp_path, pytestconfig):
             assert_close(out[name], oracle.group_norm(x, num_groups=2), tolerance=CONTRACT)
         want = oracle.group_norm_gradients(x, dy, num_groups=2)
         assert_gradient(out["dx"], want.x, rtol=GRADIENT)
+
+
+def test_what_is_bound_is_let_go_of_before_modules_are():
+    """A process group of torch that is kept until then aborts the process at its end."""
+    code = """if True:
+        import atexit, weakref
+
+        class Communicator:
+            pass
+
+        communicator = Communicator()
+        reference = weakref.ref(communicator)
+        # Called after those that groupnorm registers.
+        atexit.register(lambda: print("held" if reference() else "let go of"))
+        from groupnorm import bind_axis
+
+        bind_axis(rows=communicator)
+        del communicator
+    """
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "let go of\n"

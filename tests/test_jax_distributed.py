@@ -177,6 +177,27 @@ def test_gradient_taken_inside_the_map(kind):
 
 
 @pytest.mark.parametrize("kind", MAPS)
+def test_loss_summed_inside_the_map(kind):
+    """JAX's own convention, which README states: where it cannot check, every shard has a loss.
+
+    All of them depend on every x, and jax.grad adds them up. Under check_vma=True it knows that
+    they are one.
+    """
+    case = Case("loss inside", (5, 2, 3, 1), "at random")
+    x, dy, mask = stacked(case)
+
+    def loss(x, layer, dy, mask):
+        return jax.lax.psum((layer(x, mask) * dy).sum(), "shards")
+
+    def gradient(layer, x, dy, mask):
+        return jax.grad(loss)(x, layer, dy, mask)
+
+    dx = over_shards(kind, gradient)(make_layer(case), x, dy, mask)
+    times = 1 if kind == "shard_map" else SHARDS
+    assert_gradient(case.unpadded(np.asarray(dx)), times * data(case).gradients.x, rtol=2e-6)
+
+
+@pytest.mark.parametrize("kind", MAPS)
 def test_function_with_traced_parameters(kind):
     case = Case("function", (3, 3, 3, 3))
     whole = data(case)
@@ -188,22 +209,24 @@ def test_function_with_traced_parameters(kind):
     assert_close(case.unpadded(np.asarray(y)), whole.y, tolerance=CONTRACT)
 
 
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
 @pytest.mark.parametrize("kind", MAPS)
-def test_bfloat16_statistics_travel_in_float32(kind):
-    case = Case("bfloat16", (64, 64, 64, 64), offset=3.0)
-    x = stacked(case)[0].astype(jnp.bfloat16)
+def test_statistics_of_small_floats_travel_in_float32(kind, name):
+    case = Case(name, (64, 64, 64, 64), offset=3.0)
+    x = stacked(case)[0].astype(name)
     layer = GroupNorm(CHANNELS, backend="jax", axis_name="shards", dtype="input", **case.keywords)
     mapped = over_shards(kind, lambda layer, x: layer(x))
     y = mapped(layer, x)
-    assert y.dtype == jnp.bfloat16
+    assert y.dtype == name
     wide = case.unpadded(np.asarray(x, dtype=np.float64))
     want = oracle.group_norm(wide, num_groups=NUM_GROUPS)
-    # Rounded to bfloat16, and within one unit in the last place more.
+    # Rounded to the dtype, and within one unit in the last place more.
     error = np.abs(case.unpadded(np.asarray(y, dtype=np.float64)) - want)
-    assert (error <= 1.5 * 2.0**-7 * np.maximum(np.abs(want), 1e-2)).all()
+    last_place = float(jnp.finfo(name).eps)
+    assert (error <= 1.5 * last_place * np.maximum(np.abs(want), 1e-2)).all()
     pooled = re.findall(r"(\S+) = psum\w*\[", str(jax.make_jaxpr(mapped)(layer, x)))
     assert pooled
-    assert not [result for result in pooled if "bf16" in result]
+    assert not [result for result in pooled if "f16" in result]
 
 
 @pytest.mark.parametrize(("fast", "most"), [(True, 1), (False, 2)])

@@ -1,13 +1,22 @@
 """Memory layouts: strides, order, read-only memory change nothing, and nothing is written."""
 
+import functools
 import importlib
 
 import numpy as np
 import pytest
 
 from groupnorm import group_norm, group_norm_vjp
+from groupnorm.errors import ArgumentValueError
 from tests import oracle
-from tests.backends import CONTRACT, GRADIENT, Backend, assert_close, assert_gradients
+from tests.backends import (
+    CONTRACT,
+    GRADIENT,
+    Backend,
+    assert_close,
+    assert_gradient,
+    assert_gradients,
+)
 
 VIEWS = {
     "fortran order": lambda x: np.asfortranarray(x),
@@ -197,3 +206,37 @@ def test_dask_stays_lazy_and_chunked(rng):
     with dask.config.set(scheduler=refuse):
         y = group_norm(given, num_groups=3)
     assert_close(y.compute(), oracle.group_norm(x, num_groups=3), tolerance=CONTRACT)
+
+
+@pytest.mark.needs("dask")
+@pytest.mark.parametrize("masked", [False, True])
+def test_dask_chunks_that_are_empty(masked, rng):
+    from_array = importlib.import_module("dask.array").from_array
+    x, dy = (rng.normal(size=(2, 9, 8)).astype(np.float32) for _ in range(2))
+    mask = rng.random((2, 9, 1)) < 0.7 if masked else None
+    chunks = ((0, 2), (4, 0, 3, 2), (5, 3, 0))
+    given, cotangent = (from_array(a, chunks=chunks) for a in (x, dy))
+    y, pullback = group_norm_vjp(given, num_groups=4, mask=mask)
+    want = oracle.group_norm(x, num_groups=4, mask=mask)
+    assert_close(y.compute(), want, tolerance=CONTRACT)
+    gradients = oracle.group_norm_gradients(x, dy, None, None, num_groups=4, mask=mask)
+    assert_gradient(pullback(cotangent).x.compute(), gradients.x, rtol=GRADIENT)
+    # Nothing at all, in chunks of nothing.
+    assert group_norm(given[:, 4:4], num_groups=4).compute().shape == (2, 0, 8)
+
+
+@pytest.mark.needs("dask")
+@pytest.mark.parametrize("argument", ["x", "mask"])
+def test_dask_sizes_that_are_not_known_yet(argument, rng):
+    dask_array = importlib.import_module("dask.array")
+    x = draw(rng)
+    given = {"x": dask_array.from_array(x, chunks=(1, 4, 10, 5))}
+    given["mask"] = dask_array.ones((len(x), 1, 1, 1), dtype=bool, chunks=1)
+    # What Dask makes of it has as many samples as the condition is true for.
+    given[argument] = given[argument][given["x"][:, 0, 0, 0] > -np.inf]
+    call = functools.partial(group_norm, num_groups=3)
+    rule = rf"^{argument} has shape \(nan, .*{argument}.compute_chunk_sizes\(\)"
+    with pytest.raises(ArgumentValueError, match=rule):
+        call(**given)
+    given[argument].compute_chunk_sizes()
+    assert_close(call(**given).compute(), oracle.group_norm(x, num_groups=3), tolerance=CONTRACT)

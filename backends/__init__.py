@@ -13,13 +13,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from groupnorm.activations import erfc
 from groupnorm.binding import bound
 from groupnorm.errors import ArgumentTypeError, AxisNameError
+from groupnorm.implementations import NotServed
 from groupnorm.plan import Plan, make_plan
 from groupnorm.replicas import Replicas, over_all
 
 if TYPE_CHECKING:
     from groupnorm.layer import GroupNorm
+    from groupnorm.options import Options
     from groupnorm.typing import Array
 
 __all__ = ["Adapter", "native"]
@@ -73,6 +76,10 @@ class Adapter:
     def detach(self, x: "Array") -> "Array":
         """Return a value no gradient flows through."""
         return x
+
+    def known(self, x: "Array") -> bool | None:
+        """Return the value of a boolean scalar, where looking at it costs nothing; else None."""
+        return None
 
     def settle(self, *values: "Array") -> "tuple[Array, ...]":
         """Mark small arrays a compiler shall compute once, not in each element that uses them."""
@@ -146,6 +153,10 @@ class Adapter:
         x = factors[0] if len(factors) == 1 else factors[0] * factors[1]
         return self.xp.sum(x, axis=axis, keepdims=True)
 
+    def erfc(self, x: "Array") -> "Array":
+        """1 - erf(x), which is no part of the array API."""
+        return erfc(x, self)
+
     # Replicas ---------------------------------------------------------------------------------
 
     def replicas(self, axis_name: Any) -> Replicas:
@@ -189,12 +200,32 @@ class Adapter:
         """Return the layer class that is native here."""
         raise NotImplementedError
 
-    def fused(self, x: "Array", scale: "Array", bias: "Array", plan: Plan, options: Any) -> Any:
-        """Return what a kernel for exactly this plan computes, or None for the portable way.
+    # Other implementations --------------------------------------------------------------------
 
-        Asked for calls without a mask.
+    def fused(
+        self, x: "Array", scale: "Array", bias: "Array", mask: Any, options: "Options"
+    ) -> Any:
+        """Return what a kernel of ours computes, within the accuracy contract.
+
+        `NotServed` with the reason for every call it does not compute; also for wrong arguments,
+        which the portable implementation names.
         """
-        return None
+        return NotServed(f"there are no kernels for {self.array_name}")
+
+    def fused_vjp(
+        self, x: "Array", scale: "Array", bias: "Array", mask: Any, options: "Options"
+    ) -> Any:
+        """Return the same and its pullback."""
+        return NotServed(f"there are no kernels for {self.array_name}")
+
+    def native(
+        self, x: "Array", scale: "Array", bias: "Array", mask: Any, options: "Options"
+    ) -> Any:
+        """Return what the library's own group normalization computes, of its own accuracy.
+
+        `NotServed` with the reason for all others.
+        """
+        return NotServed(f"{self.name} has no group normalization of its own")
 
 
 def native(value: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":

@@ -172,7 +172,7 @@ def _dense_stride(x: Any) -> tuple[int, ...]:
 def _layout(x: Any, plan: Plan, options: Options) -> _Layout:
     mesh, shape = x.device_mesh, tuple(x.shape)
     features = tuple(sorted(axis % len(shape) for axis in options.feature))
-    kept = _kept_axes(plan)
+    kept = plan.kept_axes
     # A strided shard, which flattening makes, is no range of indices: it is gathered.
     axes = [p.dim if type(p) is Shard else None for p in x.placements]
     pooled = [
@@ -198,17 +198,6 @@ def _layout(x: Any, plan: Plan, options: Options) -> _Layout:
     if channel is not None and channel_shards is not None and channel_shards.pooled:
         pooled.append(channel)
     return _Layout(mesh, tuple(placements), tuple(pooled), channel, channel_shards, shape, features)
-
-
-def _kept_axes(plan: Plan) -> set[int]:
-    """Return the axes of x that statistics are separate for."""
-    order = plan.permutation or range(len(plan.shape))
-    return {
-        order[axis]
-        for i, axes in enumerate(plan.merged)
-        if i + (i > plan.channel) in plan.kept
-        for axis in axes
-    }
 
 
 def _channel_shards(

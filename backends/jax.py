@@ -95,6 +95,10 @@ class JaxAdapter(Adapter):
         """Return the dtype of a complex dtype's parts."""
         return jnp.finfo(dtype).dtype if self.is_complex(dtype) else dtype
 
+    def erfc(self, x: Any) -> Any:
+        """1 - erf(x)."""
+        return lax.erfc(x)
+
     def complex_from(self, real: Any, imaginary: Any) -> Any:
         """Put two real arrays together."""
         return lax.complex(real, imaginary)

@@ -13,6 +13,7 @@ from groupnorm.errors import (
     BackendImportError,
 )
 from groupnorm.layer import GroupNorm, PlainGroupNorm
+from groupnorm.options import Options
 from groupnorm.replicas import Agreement, Engine, Replicas
 
 __all__ = ["NumpyAdapter", "NumpyGroupNorm", "adapter", "small_float"]
@@ -35,7 +36,7 @@ class NumpyAdapter(Adapter):
         if isinstance(x, np.ma.MaskedArray):
             raise ArgumentTypeError(
                 f"{argument} is a numpy.ma.MaskedArray of shape {x.shape}: its mask would be "
-                "ignored. Pass group_norm(x.data, mask=~numpy.ma.getmaskarray(x))."
+                f"ignored. Pass {argument}.data, and mask=~numpy.ma.getmaskarray({argument})."
             )
         if isinstance(x, np.matrix):
             raise ArgumentTypeError(
@@ -65,6 +66,10 @@ class NumpyAdapter(Adapter):
         """Nothing to do."""
         return value
 
+    def known(self, x: Any) -> bool | None:
+        """Look."""
+        return bool(x)
+
     def is_complex(self, dtype: Any) -> bool:
         """Whether dtype is complex."""
         return bool(np.dtype(dtype).kind == "c")
@@ -92,6 +97,9 @@ class NumpyAdapter(Adapter):
 
     def sum_of_product(self, factors: tuple[Any, ...], axis: int) -> Any:
         """Use einsum: no array of products, and a third of the time of `sum` along middle axes."""
+        if not factors[0].size:  # nothing to multiply, whatever einsum makes of nothing
+            shape = factors[0].shape
+            return np.zeros((*shape[:axis], 1, *shape[axis + 1 :]), factors[0].dtype)
         axes = list(range(factors[0].ndim))
         operands = [o for factor in factors for o in (factor, axes)]
         return np.expand_dims(np.einsum(*operands, axes[:axis] + axes[axis + 1 :]), axis)
@@ -132,6 +140,18 @@ class NumpyAdapter(Adapter):
             return np.dtype(name)
         except TypeError:  # NumPy has no such name
             return small_float(name)
+
+    def fused(self, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
+        """Compute by compiled loops, where numba is installed."""
+        from groupnorm.backends import numpy_fused
+
+        return numpy_fused.fused(self, x, scale, bias, mask, options)
+
+    def fused_vjp(self, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
+        """Compute by compiled loops, backward as well."""
+        from groupnorm.backends import numpy_fused
+
+        return numpy_fused.fused_vjp(self, x, scale, bias, mask, options)
 
     def layer_class(self) -> type[GroupNorm]:
         """Return the plain layer."""

@@ -10,8 +10,10 @@ import torch
 from groupnorm.backends import Adapter, native
 from groupnorm.backends.numpy import small_float
 from groupnorm.backends.torch_distributed import replicas_of, sum_gradients
+from groupnorm.backends.torch_fused import functional, fused, fused_vjp, is_wrapped
 from groupnorm.errors import ArgumentValueError
 from groupnorm.layer import GroupNorm
+from groupnorm.options import Options
 from groupnorm.plan import Plan, make_plan, make_plan_uncached
 from groupnorm.replicas import Replicas
 from groupnorm.settings import Settings
@@ -54,6 +56,12 @@ class TorchAdapter(Adapter):
         """Cut from the graph."""
         return x.detach()
 
+    def known(self, x: Any) -> bool | None:
+        """Look, but while compiling, inside of torch.func's transforms, and on a device."""
+        if torch.compiler.is_compiling() or x.device.type != "cpu" or is_wrapped(x):
+            return None
+        return bool(x)
+
     def from_host(self, value: "np.ndarray[Any, Any]", like: Any = None) -> Any:
         """Copy a NumPy array, bit by bit where NumPy and PyTorch share no dtype."""
         device = None if like is None else like.device
@@ -78,6 +86,10 @@ class TorchAdapter(Adapter):
         """Return what `torch.set_default_dtype` says."""
         return torch.get_default_dtype()
 
+    def erfc(self, x: Any) -> Any:
+        """1 - erf(x)."""
+        return torch.special.erfc(x)
+
     def complex_from(self, real: Any, imaginary: Any) -> Any:
         """Put two real tensors together."""
         return torch.complex(real, imaginary)
@@ -95,6 +107,18 @@ class TorchAdapter(Adapter):
         from groupnorm.backends.dtensor import over_shards
 
         return over_shards
+
+    def fused(self, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
+        """Compute by compiled loops on the CPU, where numba is installed."""
+        return fused(self, x, scale, bias, mask, options)
+
+    def fused_vjp(self, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
+        """Compute by compiled loops, backward as well."""
+        return fused_vjp(self, x, scale, bias, mask, options)
+
+    def native(self, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
+        """Compute by `torch.nn.functional.group_norm`."""
+        return functional(x, scale, bias, mask, options)
 
     def hold(self, value: Any, param_type: Any) -> Any:
         """Make a Parameter, or what is asked for."""

@@ -1,9 +1,11 @@
-"""What the three benchmarks share: tables with and without rich, versions, timing, JSON."""
+"""What the benchmarks share: tables with and without rich, versions, machine, timing, JSON."""
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import statistics
@@ -36,7 +38,7 @@ def print_table(
         table.add_row(*(Text(cell) for cell in row), style=style or None)
     # Figures cut off to fit a narrow terminal, or a pipe's 80 columns, would be worth nothing.
     natural = sum(max(map(len, column)) + 3 for column in zip(header, *rows, strict=True)) + 1
-    console = Console(width=max(natural, Console().width))
+    console = Console(width=max(natural, len(title), Console().width))
     console.print(title, style="bold", highlight=False)
     console.print(table)
 
@@ -73,6 +75,41 @@ def usable_cpus() -> int:
     return os.cpu_count() or 1
 
 
+def machine() -> dict[str, Any]:
+    """What the figures depend on besides the software, as far as this system tells."""
+    return {
+        "cpu": cpu_model(),
+        "cpus": os.cpu_count(),
+        "usable_cpus": usable_cpus(),
+        "caches": cpu_caches(),
+        "system": platform.platform(),
+    }
+
+
+def cpu_model() -> str:
+    """The processor's name; Linux has it in a file, other systems give at least the family."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def cpu_caches() -> dict[str, str]:
+    """Size of each cache that the first CPU sees, such as {"L1d": "32K"}; Linux only."""
+    found = {}
+    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        try:
+            level, kind, size = (
+                (index / name).read_text().strip() for name in ("level", "type", "size")
+            )
+        except OSError:
+            continue
+        found["L" + level + {"Data": "d", "Instruction": "i"}.get(kind, "")] = size
+    return found
+
+
 def write_json(path: Path | None, result: dict[str, Any]) -> None:
     """Write `result` to `path`, where one was asked for."""
     if path is not None:
@@ -93,6 +130,74 @@ def interleaved(contenders: dict[str, Callable[[], Any]], rounds: int) -> dict[s
             contenders[name]()
             times[name].append(1e3 * (time.perf_counter() - start))
     return times
+
+
+def in_turns(
+    contenders: dict[str, Callable[[], Any]],
+    seconds: float,
+    rounds: int,
+    fewest: int = 3,
+    shortest: float = 2e-4,
+) -> dict[str, list[float]]:
+    """Milliseconds a call, the contenders taking turns, in about `seconds` for all of them.
+
+    Every contender has the same share of the time: up to `rounds` turns, at least `fewest`. Where
+    a slow one gets fewer, its turns are spread evenly between the others', so that all of them see
+    the same weather. A turn of a call shorter than `shortest` seconds is as many calls as last that
+    long, and their mean is one figure: the clock's and the loop's own time must not show.
+    """
+    costs = {name: warm_up(call) for name, call in contenders.items()}
+    repeats = {name: max(1, math.ceil(shortest / cost)) for name, cost in costs.items()}
+    share = seconds / max(1, len(contenders))
+    turns = {
+        name: min(rounds, max(fewest, int(share / (cost * repeats[name]))))
+        for name, cost in costs.items()
+    }
+    most = max(turns.values(), default=0)
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    gc.collect()
+    gc.disable()
+    try:
+        for turn in range(most):
+            for name in contenders if turn % 2 else reversed(contenders):
+                if (turn + 1) * turns[name] // most > turn * turns[name] // most:
+                    times[name].append(1e3 * mean_time(contenders[name], repeats[name]))
+    finally:
+        gc.enable()
+    return times
+
+
+def settle_allocator() -> None:
+    """Let glibc serve arrays of up to 32 MB from its heap, as it does in any long-running program.
+
+    At first it maps and unmaps each array above 128 kB; freeing a large one raises that limit for
+    good. Without this the first contenders pay for page faults that the later ones do not see.
+    """
+    large = bytearray(31 * 2**20)
+    del large
+
+
+def warm_up(call: Callable[[], Any], calls: int = 3, seconds: float = 0.3) -> float:
+    """Least seconds of a few calls after the first, which compiles and starts thread pools."""
+    call()
+    least, spent = math.inf, 0.0
+    for _ in range(calls):
+        took = mean_time(call, 1)
+        least, spent = min(least, took), spent + took
+        if spent > seconds:
+            break
+    return least
+
+
+def mean_time(call: Callable[[], Any], repeats: int) -> float:
+    """Seconds of one call, the mean of `repeats`; what freeing the last result takes is not in."""
+    kept = None
+    start = time.perf_counter()
+    for _ in range(repeats):
+        kept = call()
+    took = time.perf_counter() - start
+    del kept  # until here the result was alive, so it had to be computed
+    return took / repeats
 
 
 def summary(times: Sequence[float]) -> dict[str, float]:

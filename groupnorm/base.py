@@ -61,6 +61,8 @@ class Layer(Described):
         param_dtype: DTypeLike = None,
         backend: str = "numpy",
         device: Any = None,
+        activation: str | None = None,
+        implementation: str | None = None,
     ) -> None:
         size = check_in_size(in_size, feature_axis)
         options = make_options(
@@ -73,6 +75,8 @@ class Layer(Described):
             axis_name=axis_name,
             axis_index_groups=axis_index_groups,
             use_fast_variance=use_fast_variance,
+            activation=activation,
+            implementation=implementation,
             feature_shape=size.feature_shape,
         )
         channels = int(np.prod(size.feature_shape))
@@ -263,3 +267,7 @@ def _check_param_type(param_type: Any) -> Any:
             "array, such as flax.nnx.Param, brainstate.ParamState or torch.nn.Parameter."
         )
     return param_type
+
+
+# What Python's own errors about arguments name.
+Layer.__init__.__qualname__ = "GroupNorm"

@@ -40,6 +40,9 @@ class Binding:
         self.unbind()
 
 
+_NO_COMMUNICATORS = (type(None), str, bytes, bool, int, float, complex, tuple, list, dict)
+
+
 def bind_axis(mesh: Any = None, /, **names: Any) -> Binding:
     """Give names to communicators, for `axis_name` of PyTorch, NumPy and CuPy layers.
 
@@ -94,10 +97,13 @@ def bind_axis(mesh: Any = None, /, **names: Any) -> Binding:
             "bind_axis() is given no name: give at least one, as in bind_axis(rows=group)."
         )
     for name, communicator in names.items():
-        if communicator is None or isinstance(communicator, str):
+        # Of no library, so far: whose it is will be known when an array comes.
+        dimensions = getattr(communicator, "mesh_dim_names", None) or ()
+        if isinstance(communicator, _NO_COMMUNICATORS) or len(dimensions) > 1:
             raise ArgumentTypeError(
                 f"{name}={communicator!r} is no communicator: bind a torch.distributed "
-                "ProcessGroup or DeviceMesh, an mpi4py communicator or one of NCCL."
+                "ProcessGroup (which there is after init_process_group) or DeviceMesh of one "
+                "dimension, an mpi4py communicator or one of NCCL. JAX binds its axes itself."
             )
     return Binding(names)
 

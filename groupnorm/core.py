@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from groupnorm.activations import activate, slope
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
+from groupnorm.implementations import NotServed, not_served, served
 from groupnorm.merging import GroupStatistics, merge_replicas
 from groupnorm.options import Options
 from groupnorm.prepare import (
@@ -40,13 +42,14 @@ def apply(
     over_shards = adapter.over_shards(x)
     if over_shards is not None:
         return over_shards(apply, adapter, x, scale, bias, mask, options)
+    found = served(adapter, x, scale, bias, mask, options)
+    if not isinstance(found, NotServed):
+        return found
     ready = prepare(adapter, x, scale, bias, mask, options)
-    if mask is None:
-        y = adapter.fused(ready.x, ready.scale, ready.bias, ready.plan, options)
-        if y is not None:
-            return from_work(y, ready.plan, ready.result_dtype, adapter.xp)
+    not_served(found, options)
     replicas = _replicas(adapter, ready, options)
     y, _, _ = _forward(adapter, ready, options, replicas, keep_deviations=False)
+    y = activate(y, options.activation, adapter)
     return from_work(y, ready.plan, ready.result_dtype, adapter.xp)
 
 
@@ -56,12 +59,21 @@ def apply_with_pullback(
     """Compute the normalization and keep what its pullback needs."""
     xp = adapter.xp
     _check_local(adapter, x)
+    found: Any = NotServed("the portable implementation was asked for")
+    if options.implementation == "native":
+        found = NotServed("the library's own comes without a pullback")
+    elif options.implementation != "portable":
+        found = adapter.fused_vjp(x, scale, bias, mask, options)
+        if not isinstance(found, NotServed):
+            return found  # type: ignore[no-any-return]
     ready = prepare(adapter, x, scale, bias, mask, options)
+    not_served(found, options)
     plan = ready.plan
     # Found once: when the pullback is called, a name may be bound no more.
     replicas = _replicas(adapter, ready, options)
-    y, centred, normalizer = _forward(adapter, ready, options, replicas, keep_deviations=True)
-    y = from_work(y, plan, ready.result_dtype, xp)
+    z, centred, normalizer = _forward(adapter, ready, options, replicas, keep_deviations=True)
+    activation = options.activation
+    y = from_work(activate(z, activation, adapter), plan, ready.result_dtype, xp)
 
     def pullback(dy: Array) -> Gradients:
         check_same_library(adapter, dy, "dy", x)
@@ -70,8 +82,11 @@ def apply_with_pullback(
                 f"dy has shape {tuple(dy.shape)}: a cotangent has the shape of y, which is "
                 f"{plan.shape}."
             )
+        dz = to_work(xp.astype(dy, ready.cotangent_dtype, copy=False), plan, xp)
+        if activation is not None:
+            dz = dz * slope(z, activation, adapter)
         work = pull_back(
-            to_work(xp.astype(dy, ready.cotangent_dtype, copy=False), plan, xp),
+            dz,
             ready.mask,
             ready.scale,
             centred,
@@ -159,8 +174,7 @@ def _replicas(adapter: "Adapter", ready: Prepared, options: Options) -> Replicas
     if options.axis_name is None:
         return None
     replicas = adapter.replicas(options.axis_name)
-    agree(ready.plan.statistics_shape, ready.x, replicas, options.axis_index_groups)
-    return replicas
+    return agree(ready.plan.statistics_shape, ready.x, replicas, options.axis_index_groups)
 
 
 def _forward(

@@ -26,6 +26,8 @@ def group_norm(
     axis_name: Any = None,
     axis_index_groups: AxisIndexGroups | None = None,
     use_fast_variance: bool = True,
+    activation: str | None = None,
+    implementation: str | None = None,
 ) -> ArrayT:
     r"""Normalize groups of channels to mean 0 and variance 1, then scale and shift every channel.
 
@@ -72,6 +74,13 @@ def group_norm(
         Read the data once for its statistics, around the mean of a sample, or (False) twice, around
         the mean of all. Both keep all digits; False also survives data that a sample misleads, such
         as a single value 1e15 times the others.
+    activation : {"relu", "silu", "gelu"}, optional
+        Applied to the result, before it is rounded to its dtype. ``"gelu"`` is the exact one.
+    implementation : {"portable", "fused", "native"}, optional
+        Default is the fastest there is for each call: on CPUs, for NumPy and PyTorch, compiled
+        kernels (the extra ``cpu``), which keep the accuracy; else the portable one. ``"native"`` is
+        the library's own, of its accuracy (PyTorch alone has one). One that was asked for and
+        cannot compute the call raises.
 
     Returns
     -------
@@ -107,6 +116,8 @@ def group_norm(
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
         use_fast_variance=use_fast_variance,
+        activation=activation,
+        implementation=implementation,
     )
     y: ArrayT = apply(adapter_of(x), x, scale, bias, mask, options)
     return y
@@ -127,6 +138,8 @@ def group_norm_vjp(
     axis_name: Any = None,
     axis_index_groups: AxisIndexGroups | None = None,
     use_fast_variance: bool = True,
+    activation: str | None = None,
+    implementation: str | None = None,
 ) -> tuple[ArrayT, Callable[[ArrayT], Gradients]]:
     """Normalize, and return what pulls a cotangent back, for libraries with and without autograd.
 
@@ -134,7 +147,7 @@ def group_norm_vjp(
     ----------
     x, scale, bias, num_groups, group_size, feature_axis, reduction_axes, epsilon, dtype, mask
         As of `group_norm`.
-    axis_name, axis_index_groups, use_fast_variance
+    axis_name, axis_index_groups, use_fast_variance, activation, implementation
         As of `group_norm`.
 
     Returns
@@ -177,5 +190,7 @@ def group_norm_vjp(
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
         use_fast_variance=use_fast_variance,
+        activation=activation,
+        implementation=implementation,
     )
     return apply_with_pullback(adapter_of(x), x, scale, bias, mask, options)

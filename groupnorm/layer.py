@@ -63,6 +63,10 @@ class GroupNorm(Layer):
         (jax) or a `torch.nn.Module`. A NumPy layer serves arrays of every library.
     device : optional
         Where the parameters live within the backend.
+    activation : {"relu", "silu", "gelu"}, optional
+        Applied to the result.
+    implementation : {"portable", "fused", "native"}, optional
+        Default is the fastest there is for each call; see `groupnorm.group_norm`.
 
     Attributes
     ----------

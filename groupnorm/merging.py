@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from groupnorm.dispatch import adapter_of
 from groupnorm.parts import join, split
 from groupnorm.pivots import clip_real, unit_of
-from groupnorm.replicas import IndexGroups, Replicas, gather
+from groupnorm.replicas import IndexGroups, Replicas, gather_alike
 from groupnorm.typing import Array
 
 if TYPE_CHECKING:
@@ -92,8 +92,8 @@ def merge_replicas(
     count, mean, m2, residual, unit = statistics
     count = adapter.xp.ones_like(m2) * count
     means, residuals = split(mean, adapter), split(residual, adapter)
-    values = (count, m2, unit, *means, *residuals)
-    count, m2, unit, *parts = gather(values, adapter, replicas, groups)
+    values = (m2, count, unit, *means, *residuals)
+    m2, count, unit, *parts = gather_alike(values, adapter, replicas, groups)
     stacked = GroupStatistics(
         count,
         join(parts[: len(means)], adapter),

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from groupnorm.activations import ACTIVATIONS
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
+from groupnorm.implementations import IMPLEMENTATIONS
 
 __all__ = ["InSize", "Options", "check_in_size", "dtype_name", "flag", "make_options"]
 
@@ -26,6 +28,8 @@ class Options(NamedTuple):
     axis_name: Any
     axis_index_groups: tuple[tuple[int, ...], ...] | None
     fast: bool
+    activation: str | None
+    implementation: str | None
     feature_shape: tuple[int, ...] | None  # what a layer was made for; None takes any
 
 
@@ -40,6 +44,8 @@ def make_options(
     axis_name: Any,
     axis_index_groups: Sequence[Sequence[int]] | None,
     use_fast_variance: bool,
+    activation: str | None = None,
+    implementation: str | None = None,
     feature_shape: tuple[int, ...] | None = None,
 ) -> Options:
     """Check the arguments the layer and the function share.
@@ -66,6 +72,8 @@ def make_options(
         axis_name=tuple(axis_name) if isinstance(axis_name, list) else axis_name,
         axis_index_groups=_index_groups(axis_index_groups, axis_name),
         fast=flag("use_fast_variance", use_fast_variance),
+        activation=_one_of("activation", activation, tuple(ACTIVATIONS)),
+        implementation=_one_of("implementation", implementation, IMPLEMENTATIONS),
         feature_shape=feature_shape,
     )
 
@@ -113,6 +121,20 @@ def _ints(argument: str, value: Any) -> tuple[int, ...]:
     if isinstance(value, np.ndarray) and value.ndim == 1:
         return tuple(_integer(argument, v) for v in value)
     return (_integer(argument, value),)
+
+
+def _one_of(argument: str, value: Any, names: tuple[str, ...]) -> str | None:
+    if value is None:
+        return None
+    known = ", ".join(map(repr, names))
+    if not isinstance(value, str):
+        raise ArgumentTypeError(
+            f"{argument}={value!r} is of type {type(value).__name__}: it is one of the names "
+            f"{known}, or None. A function goes behind the layer."
+        )
+    if value not in names:
+        raise ArgumentValueError(f"{argument}={value!r} is not known: choose {known}, or None.")
+    return value
 
 
 def _epsilon(value: Any) -> float:
@@ -185,6 +207,11 @@ def dtype_name(argument: str, dtype: Any, extra: tuple[str, ...] = ()) -> str:
         except TypeError:
             if not name.startswith("float8"):
                 name = "?"
+    if name == "?" and isinstance(dtype, str):
+        raise ArgumentTypeError(
+            f"{argument}={dtype!r} is the name of no dtype: give one such as 'float32' or "
+            f"'bfloat16'{''.join(f', or {e!r}' for e in extra)}."
+        )
     if not name.startswith(("float", "bfloat", "complex")):
         raise ArgumentTypeError(
             f"{argument}={dtype!r} is not a floating dtype: normalized values are no integers. "

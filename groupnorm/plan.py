@@ -74,6 +74,17 @@ class Plan(NamedTuple):
         return self.channel + 1
 
     @property
+    def kept_axes(self) -> frozenset[int]:
+        """The axes of x that statistics are separate for."""
+        order = self.permutation or range(len(self.shape))
+        return frozenset(
+            order[axis]
+            for i, axes in enumerate(self.merged)
+            if i + (i > self.channel) in self.kept
+            for axis in axes
+        )
+
+    @property
     def statistics_shape(self) -> Shape:
         """The shape statistics have as values: the kept axes, then the groups."""
         before, after = self._kept_sizes

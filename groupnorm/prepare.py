@@ -14,7 +14,15 @@ if TYPE_CHECKING:
     from groupnorm.backends import Adapter
     from groupnorm.plan import Plan
 
-__all__ = ["Prepared", "check_same_library", "from_work", "prepare", "to_work"]
+__all__ = [
+    "Prepared",
+    "check_same_library",
+    "dtypes_of",
+    "from_work",
+    "host_mask",
+    "prepare",
+    "to_work",
+]
 
 
 class Prepared(NamedTuple):
@@ -52,7 +60,7 @@ def prepare(
     )
     scale = _parameter(adapter, "scale", scale, x, plan)
     bias = _parameter(adapter, "bias", bias, x, plan)
-    work_dtype, parameter_dtype, result_dtype = _dtypes(adapter, x, scale, bias, options.dtype)
+    work_dtype, parameter_dtype, result_dtype = dtypes_of(adapter, x, scale, bias, options)
     x_work = to_work(xp.astype(adapter.arrange(x), work_dtype, copy=False), plan, xp)
     scale = _parameter_to_work(adapter, scale, 1.0, x_work, parameter_dtype, plan)
     bias = _parameter_to_work(adapter, bias, 0.0, x_work, parameter_dtype, plan)
@@ -122,11 +130,11 @@ def _parameter(
     return value
 
 
-def _dtypes(
-    adapter: "Adapter", x: Array, scale: Array | None, bias: Array | None, wanted: str | None
+def dtypes_of(
+    adapter: "Adapter", x: Array, scale: Array | None, bias: Array | None, options: Options
 ) -> tuple[Any, Any, Any]:
     """Return the dtypes of the statistics, of parameters among them, and of the result."""
-    xp = adapter.xp
+    xp, wanted = adapter.xp, options.dtype
     x_dtype = x.dtype if adapter.is_floating(x.dtype) else adapter.default_float()
     result = x_dtype
     for parameter in (scale, bias):
@@ -144,6 +152,11 @@ def _dtypes(
         raise ArgumentTypeError(
             f"dtype={wanted!r} is real and the result complex: its imaginary part would be lost. "
             "Choose a complex dtype, or leave dtype out."
+        )
+    if options.activation is not None and adapter.is_complex(computed):
+        raise ArgumentTypeError(
+            f"activation={options.activation!r} is given and the values are complex: it is defined "
+            "for real numbers. Leave activation out."
         )
     # In the precision of all that takes part, and of the result.
     parameters = adapter.result_type(computed, result, xp.float32)
@@ -173,7 +186,7 @@ def _parameter_to_work(
 def _mask_to_work(adapter: "Adapter", mask: Any, x: Array, plan: "Plan") -> Array:
     xp = adapter.xp
     if isinstance(mask, bool | int | float | list | tuple | np.ndarray | np.generic):
-        mask = adapter.from_host(_host_mask(mask), x)
+        mask = adapter.from_host(host_mask(mask), x)
     check_same_library(adapter, mask, "mask", x)
     if adapter.is_complex(mask.dtype):
         raise ArgumentTypeError(
@@ -189,7 +202,14 @@ def _mask_to_work(adapter: "Adapter", mask: Any, x: Array, plan: "Plan") -> Arra
     return xp.reshape(xp.broadcast_to(mask, broadcast), work)
 
 
-def _host_mask(mask: Any) -> "np.ndarray[Any, Any]":
+def host_mask(mask: Any) -> "np.ndarray[Any, Any]":
+    """Check a mask that lies on the host, and make it boolean.
+
+    Raises
+    ------
+    ArgumentTypeError, ArgumentValueError
+        If it is no mask.
+    """
     if isinstance(mask, np.ma.MaskedArray):
         raise ArgumentTypeError(
             "mask is a numpy.ma.MaskedArray: what it masks would be ignored. Pass a plain boolean "

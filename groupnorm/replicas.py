@@ -17,7 +17,16 @@ if TYPE_CHECKING:
     from groupnorm.backends import Adapter
     from groupnorm.typing import Array
 
-__all__ = ["Agreement", "Engine", "Replicas", "agree", "gather", "over_all", "pool"]
+__all__ = [
+    "Agreement",
+    "Engine",
+    "Replicas",
+    "Signature",
+    "agree",
+    "gather_alike",
+    "over_all",
+    "pool",
+]
 
 IndexGroups = tuple[tuple[int, ...], ...] | None
 
@@ -41,6 +50,19 @@ class Engine(NamedTuple):
     agreement: Agreement
 
 
+class Signature(NamedTuple):
+    """What all ranks must have the same of."""
+
+    statistics_shape: tuple[int, ...]
+    dtype: str
+    groups: "IndexGroups"
+
+    @property
+    def code(self) -> float:
+        """A number other than 0 that float32 holds exactly and that others hardly have."""
+        return float(1 + _checksum(tuple(self)) % (1 << 23))
+
+
 class Replicas(NamedTuple):
     """What a library knows of a named axis."""
 
@@ -48,6 +70,8 @@ class Replicas(NamedTuple):
     size: int
     add: Callable[[Any], Any]  # sums an array over all replicas, differentiably
     engines: tuple[Engine, ...] = ()
+    #: What kind of statistics this replica takes part with, where others could differ.
+    signature: "Signature | None" = None
 
 
 def over_all(parts: Sequence[Replicas]) -> Replicas:
@@ -119,6 +143,38 @@ def _group_of(groups: tuple[tuple[int, ...], ...], size: int) -> list[int]:
     return [next(g for g, group in enumerate(groups) if i in group) for i in range(size)]
 
 
+def gather_alike(
+    values: "tuple[Array, ...]", adapter: "Adapter", replicas: Replicas, groups: IndexGroups
+) -> "tuple[Array, ...]":
+    """`gather` values, of ranks that all take part with the same kind of statistics.
+
+    `agree` has seen to that when a kind is new. Later, ranks may still meet with different kinds
+    that all of them know; where these are as many numbers, no engine would notice.
+
+    Raises
+    ------
+    ArgumentValueError
+        On every rank, if they do not; where values cannot be looked at (while a program is traced,
+        on a GPU without waiting for it), the first of the values becomes NaN instead.
+    """
+    signature = replicas.signature
+    if signature is None:
+        return gather(values, adapter, replicas, groups)
+    xp = adapter.xp
+    mine = xp.full_like(values[0], signature.code)
+    *gathered, codes = gather((*values, mine), adapter, replicas, groups)
+    other = (codes != 0) & (codes != mine)  # 0 is outside of this one's set
+    if adapter.known(xp.any(other)):
+        rank = int(xp.argmax(xp.astype(xp.reshape(other, (replicas.size, -1))[:, 0], xp.uint8)))
+        raise ArgumentValueError(
+            f"x has statistics of shape {signature.statistics_shape} (the axes that are not "
+            f"reduced, then the groups), of {signature.dtype}, on rank {replicas.index}, and rank "
+            f"{rank} exchanges others in the same call: all ranks must make the same calls in the "
+            "same order. Give all the same batch and num_groups in each."
+        )
+    return xp.where(other, xp.full_like(codes, float("nan")), gathered[0]), *gathered[1:]
+
+
 # Whether all ranks agree --------------------------------------------------------------------------
 
 # Sizes of the kept axes that are told apart by value; all of them are by checksum.
@@ -130,11 +186,16 @@ def agree(
     like: "Array",
     replicas: Replicas,
     groups: IndexGroups,
-) -> None:
+) -> Replicas:
     """Make sure that all ranks exchange the same kind of numbers, before they do.
 
     Else the engine would abort the process, wait for ever, or mix what does not belong together. It
     costs one collective for each communicator, the first time they meet these arguments.
+
+    Returns
+    -------
+    Replicas
+        With the signature that every exchange carries.
 
     Raises
     ------
@@ -142,14 +203,15 @@ def agree(
         On every rank, if the ranks disagree.
     """
     if not replicas.engines:
-        return
+        return replicas
     dtype = str(like.dtype).rpartition(".")[2]
-    signature = (statistics_shape, dtype, groups)
+    signature = Signature(statistics_shape, dtype, groups)
+    signed = replicas._replace(signature=signature)
     # Kept with all the communicators pooled over: what some have agreed on, others may not know.
     agreed = replicas.engines[0].agreement.signatures
     known = (signature, tuple(engine.agreement.number for engine in replicas.engines))
     if known in agreed:
-        return
+        return signed
     sizes = (*statistics_shape, *(0,) * _SIZES)[:_SIZES]
     # Always as many numbers, whatever the ranks disagree on.
     mine = [1, len(statistics_shape), *sizes, _checksum(statistics_shape), _code(dtype)]
@@ -168,6 +230,7 @@ def agree(
     if any(row != rows[0] for row in rows):
         raise ArgumentValueError(_disagreement(rows, replicas.index, signature))
     agreed.add(known)
+    return signed
 
 
 # What statistics are computed in; others are as good as unknown.
@@ -182,9 +245,7 @@ def _checksum(value: Any) -> int:
     return zlib.crc32(repr(value).encode())
 
 
-def _disagreement(
-    rows: list[list[int]], rank: int, signature: tuple[tuple[int, ...], str, IndexGroups]
-) -> str:
+def _disagreement(rows: list[list[int]], rank: int, signature: Signature) -> str:
     statistics_shape, dtype, groups = signature
     other = next(i for i, row in enumerate(rows) if row != rows[rank])
     mine, theirs = rows[rank], rows[other]

@@ -42,6 +42,7 @@ class Settings(NamedTuple):
             and options.reduction is None
             and options.axis_name is None
             and options.dtype in (None, "input")
+            and options.activation is None
             and (self.use_scale or not self.use_bias)
         )
 
@@ -128,6 +129,16 @@ class Described:
         return self._settings.options.fast
 
     @property
+    def activation(self) -> str | None:
+        """The name of what is applied to the result."""
+        return self._settings.options.activation
+
+    @property
+    def implementation(self) -> str | None:
+        """The implementation that was asked for; None is the fastest for each call."""
+        return self._settings.options.implementation
+
+    @property
     def backend(self) -> BackendName:
         """The name of the backend the parameters live in."""
         return self._adapter_name
@@ -156,6 +167,8 @@ class Described:
             "axis_index_groups": (options.axis_index_groups, None),
             "use_fast_variance": (options.fast, True),
             "param_dtype": (settings.param_dtype, "float32"),
+            "activation": (options.activation, None),
+            "implementation": (options.implementation, None),
         }
         parts += [f"{name}={value!r}" for name, value in grouping.items()]
         parts += [f"{name}={v!r}" for name, (v, default) in shown.items() if v != default]

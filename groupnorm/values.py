@@ -122,6 +122,13 @@ def merge_values(statistics: Sequence[GroupStatistics]) -> GroupStatistics:
     adapter = adapter_of(first, "statistics[0].mean")
     xp = adapter.xp
     for i, part in enumerate(statistics):
+        if not adapter.is_array(part.mean):
+            other = adapter_of(part.mean, f"statistics[{i}].mean")
+            raise ArgumentTypeError(
+                f"statistics[0] are of {adapter.array_name} and statistics[{i}] of "
+                f"{other.array_name}: nothing is moved between libraries unasked. Convert one, as "
+                "in GroupStatistics(*map(numpy.asarray, statistics))."
+            )
         check_same_library(adapter, part.mean, f"statistics[{i}].mean", first)
         if not same_shape(tuple(part.mean.shape), tuple(first.shape)):
             raise ArgumentValueError(
@@ -187,6 +194,11 @@ def _rounded_on_host(mean: Any, x: Array) -> tuple[Any, Any]:
 def _array(adapter: "Adapter", argument: str, value: Any, x: Array, plan: "Plan") -> Array:
     xp, shape = adapter.xp, plan.statistics_shape
     if isinstance(value, numbers.Number):
+        if isinstance(value, complex) and not adapter.is_complex(x.dtype):
+            raise ArgumentTypeError(
+                f"{argument} is {value} and x is real: these are statistics of other data. Pass "
+                "statistics of real data."
+            )
         dtype = x.dtype if isinstance(value, complex) else adapter.real_dtype(x.dtype)
         return xp.full(shape, value, dtype=dtype, device=adapter.device_of(x))
     if isinstance(value, np.ndarray) and not adapter.is_array(value):

@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import os
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -16,7 +17,9 @@ import numpy as np
 import pytest
 
 from groupnorm import GroupNorm, bind_axis, group_norm, group_norm_vjp, group_statistics
+from groupnorm.dispatch import adapter_named
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError, AxisNameError
+from groupnorm.replicas import Replicas, Signature, gather_alike
 from tests import oracle
 from tests.backends import CONTRACT, GRADIENT, assert_close, assert_gradient
 
@@ -214,10 +217,40 @@ def test_nothing_is_computed_without_the_others(call, x):
         call(x)
 
 
-@pytest.mark.parametrize("value", [None, "rows"])
+@pytest.mark.parametrize(
+    "value",
+    [None, "rows", 3, ("data", "rows"), types.SimpleNamespace(mesh_dim_names=("data", "rows"))],
+    ids=str,
+)
 def test_no_communicator(value):
-    with pytest.raises(ArgumentTypeError, match=f"rows={value!r} is no communicator"):
+    rule = re.escape(f"rows={value!r} is no communicator")
+    with pytest.raises(ArgumentTypeError, match=rule):
         bind_axis(rows=value)
+
+
+@pytest.mark.parametrize("looked_at", [True, False])
+def test_ranks_that_exchange_other_statistics(looked_at, monkeypatch):
+    """As many numbers of another kind: an error, or NaN where nothing can be looked at."""
+    adapter = adapter_named("numpy")
+    mine, theirs = (Signature(shape, "float32", None) for shape in ((2, 4), (4, 2)))
+    assert mine.code != theirs.code
+    row = np.stack([np.ones((2, 4), np.float32), np.full((2, 4), theirs.code, np.float32)])
+
+    def add(rows):
+        rows[1] = row
+        return rows
+
+    def exchange(signature):
+        replicas = Replicas(0, 2, add, signature=signature)
+        return gather_alike((np.zeros((2, 4), np.float32),), adapter, replicas, None)[0]
+
+    if not looked_at:
+        monkeypatch.setattr(adapter, "known", lambda x: None)
+        assert np.isnan(exchange(mine)[1]).all()
+    else:
+        with pytest.raises(ArgumentValueError, match="on rank 0, and rank 1 exchanges others"):
+            exchange(mine)
+    np.testing.assert_array_equal(exchange(theirs)[1], 1)
 
 
 def test_all_names_or_none(x):

@@ -89,6 +89,15 @@ def test_nothing_heavy_is_loaded(statements):
     assert not loaded & HEAVY
 
 
+def test_a_call_that_a_kernel_serves_loads_its_compiler_alone():
+    code = (
+        "import groupnorm, numpy; x = numpy.ones((2, 8), 'float32');"
+        "groupnorm.group_norm(x, num_groups=2)"
+    )
+    # numba looks for SciPy.
+    assert loaded_by(code) & HEAVY <= {"numba", "scipy"}
+
+
 @pytest.mark.parametrize(
     "library",
     [pytest.param(n, marks=pytest.mark.needs(n)) for n in ("jax", "torch", "cupy", "dask")],

@@ -1,0 +1,1 @@
+"""Fused loops, one file for each language; what launches them stays in the adapters."""

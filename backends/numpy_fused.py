@@ -1,0 +1,208 @@
+"""NumPy calls of the fused CPU kernels: what they serve, and arrays as the kernels want them."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from groupnorm.backends import cpu
+from groupnorm.errors import ArgumentTypeError, ArgumentValueError
+from groupnorm.implementations import NotServed
+from groupnorm.options import Options
+from groupnorm.prepare import dtypes_of, host_mask
+from groupnorm.typing import Gradients
+
+__all__ = ["HALVES", "constant", "fused", "fused_vjp", "memory", "restored", "row_kinds"]
+
+HALVES = ("bfloat16", "float16")
+
+
+class _Dtypes(NamedTuple):
+    """What a call's arrays hold."""
+
+    result: Any
+    x_float16: bool
+    y_float16: bool
+
+    @property
+    def float16(self) -> bool:
+        """Whether float16 must be converted."""
+        return self.x_float16 or self.y_float16
+
+
+class _Call(NamedTuple):
+    """A call the kernels serve."""
+
+    layout: cpu.Layout
+    dtypes: _Dtypes
+    x: Any  # flat, in memory order
+    scale: Any
+    bias: Any
+    mask: Any
+
+    def forward(self, options: Options) -> tuple[Any, cpu.Saved]:
+        """Return y, which lies in memory as x does, and what backward needs."""
+        y = np.empty(self.layout.plan.shape, self.dtypes.result)
+        saved = cpu.forward(
+            self.layout, self.x, _bits(y.reshape(-1)), self.scale, self.bias, self.mask,
+            options.epsilon, cpu.ACTIVATION_NUMBERS[options.activation],
+            self.dtypes.x_float16, self.dtypes.y_float16,
+        )  # fmt: skip
+        return restored(y, self.layout), saved
+
+
+def fused(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
+    """Return y, or `NotServed`."""
+    call = _call(adapter, x, scale, bias, mask, options)
+    return call if isinstance(call, NotServed) else call.forward(options)[0]
+
+
+def fused_vjp(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
+    """Return y and its pullback, or `NotServed`."""
+    call = _call(adapter, x, scale, bias, mask, options)
+    if isinstance(call, NotServed):
+        return call
+    y, saved = call.forward(options)
+    return y, _pullback(adapter, call, saved, x, scale, bias, options)
+
+
+def _pullback(
+    adapter: Any, call: _Call, saved: cpu.Saved, x: Any, scale: Any, bias: Any, options: Options
+) -> Callable[[Any], Gradients]:
+    def pullback(dy: Any) -> Gradients:
+        if not adapter.is_array(dy):
+            raise ArgumentTypeError(
+                f"dy is of type {type(dy).__name__}: a cotangent is a NumPy array, as y is."
+            )
+        adapter.check_input(dy, "dy")
+        if dy.shape != x.shape:
+            raise ArgumentValueError(
+                f"dy has shape {dy.shape}: a cotangent has the shape of y, which is {x.shape}."
+            )
+        if dy.dtype != call.dtypes.result or dy.dtype != x.dtype:
+            dy = dy.astype(np.float32)
+        dx = np.empty(call.layout.plan.shape, x.dtype)
+        dbias, dscale = cpu.backward(
+            call.layout, saved, call.x, memory(dy, call.layout), _bits(dx.reshape(-1)), call.scale,
+            call.bias, call.mask, cpu.ACTIVATION_NUMBERS[options.activation],
+            call.dtypes.x_float16, dy.dtype == np.float16,
+        )  # fmt: skip
+        return Gradients(
+            restored(dx, call.layout), _as_parameter(dscale, scale), _as_parameter(dbias, bias)
+        )
+
+    return pullback
+
+
+def _as_parameter(gradient: Any, parameter: Any) -> Any:
+    if parameter is None:
+        return None
+    return gradient.astype(parameter.dtype).reshape(parameter.shape)
+
+
+def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
+    if options.axis_name is not None:  # which may be a communicator that has no hash
+        return NotServed("statistics of replicas are pooled by the portable implementation")
+    if type(x) is not np.ndarray or not x.dtype.isnative:
+        return NotServed(f"x is of type {type(x).__name__}, or not in the machine's byte order")
+    for parameter in (scale, bias):
+        if parameter is not None and type(parameter) is not np.ndarray:
+            return NotServed("a parameter is no plain NumPy array")
+    dtypes = _dtypes(
+        adapter,
+        x.dtype,
+        None if scale is None else scale.dtype,
+        None if bias is None else bias.dtype,
+        options,
+    )
+    if isinstance(dtypes, NotServed):
+        return dtypes
+    why = cpu.unavailable(dtypes.float16)
+    if why is not None:
+        return why
+    strides = tuple(s // x.itemsize for s in x.strides)
+    layout = cpu.layout_of(x.shape, strides, options)
+    if isinstance(layout, NotServed):
+        return layout
+    parameters = []
+    for parameter, neutral in ((scale, 1.0), (bias, 0.0)):
+        if parameter is None:
+            parameters.append(constant(neutral, layout.channels))
+            continue
+        if parameter.shape not in (layout.feature_shape, (layout.channels,)):
+            return NotServed("a parameter does not have the shape of the feature axes")
+        flat = parameter.reshape(-1).astype(np.float64)
+        parameters.append(flat)
+    flat_mask = cpu.flat_mask(None if mask is None else host_mask(mask), layout)
+    if isinstance(flat_mask, NotServed):
+        return flat_mask
+    flat_scale, flat_bias = parameters
+    return _Call(layout, dtypes, memory(x, layout), flat_scale, flat_bias, flat_mask)
+
+
+@lru_cache(maxsize=1024)
+def constant(value: float, channels: int) -> Any:
+    """Return as many equal parameters as there are channels."""
+    return np.full(channels, value)
+
+
+class _Typed(NamedTuple):
+    """As much of an array as its dtype is asked for."""
+
+    dtype: Any
+
+
+@lru_cache(maxsize=1024)
+def _dtypes(adapter: Any, x: Any, scale: Any, bias: Any, options: Options) -> Any:
+    typed_scale, typed_bias = (None if d is None else _Typed(d) for d in (scale, bias))
+    given = [d for d in (x, scale, bias) if d is not None]
+    if not all(map(adapter.is_real_floating, given)):
+        return NotServed(
+            f"x or a parameter is of {given}: the kernels are for real floating dtypes"
+        )
+    work, _, result = dtypes_of(adapter, _Typed(x), typed_scale, typed_bias, options)
+    return row_kinds(x.name, np.dtype(work).name, np.dtype(result).name, result)
+
+
+def row_kinds(x: str, work: str, result: str, dtype: Any = None) -> Any:
+    """Say how rows of these dtypes are computed; the arithmetic is float32's."""
+    served = ("float32", *HALVES)
+    if work != "float32" or x not in served or result not in served:
+        return NotServed(
+            f"x of {x} to a result of {result}, computed in {work}: the kernels are for float32, "
+            "float16 and bfloat16, computed in float32"
+        )
+    return _Dtypes(dtype, x == "float16", result == "float16")
+
+
+def memory(a: Any, layout: cpu.Layout) -> Any:
+    """Return an array's elements in the order of x's memory: flat, half precision as bits."""
+    if layout.order is not None:
+        a = a.transpose(layout.order)
+    return _bits(_writable(np.ascontiguousarray(a).reshape(-1)))
+
+
+def restored(a: Any, layout: cpu.Layout) -> Any:
+    """Bring the axes of what lies in memory order back to x's."""
+    return a if layout.order is None else a.transpose(layout.inverse)
+
+
+def _bits(a: Any) -> Any:
+    return a.view(np.uint16) if a.dtype.itemsize == 2 else a
+
+
+class _Interface:
+    """A read-only array as one that is not: numba would compile all again for those."""
+
+    def __init__(self, a: Any) -> None:
+        self.owner = a
+        interface = a.__array_interface__
+        self.__array_interface__ = interface | {"data": (interface["data"][0], False)}
+
+
+def _writable(a: Any) -> Any:
+    if a.flags.writeable:
+        return a
+    # The kernels do not write to it. By bits, since the protocol has no name for bfloat16.
+    return np.asarray(_Interface(_bits(a)))

@@ -1,0 +1,296 @@
+"""PyTorch calls of the fused CPU kernels, which compute in the tensors' own memory.
+
+Eager tensors on the CPU are served. Where PyTorch looks through the computation - compiling,
+exporting, torch.func's transforms, forward mode, dispatch modes, double backward - the portable
+implementation computes, which it can look through.
+"""
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.autograd import forward_ad
+
+from groupnorm.backends import cpu
+from groupnorm.backends.numpy_fused import HALVES, constant, row_kinds
+from groupnorm.errors import ArgumentValueError, GroupNormError
+from groupnorm.implementations import NotServed
+from groupnorm.options import Options
+from groupnorm.prepare import check_same_library, dtypes_of, host_mask
+from groupnorm.typing import Gradients
+
+__all__ = ["functional", "fused", "fused_vjp", "is_wrapped"]
+
+# Tensors of torch.func's transforms, which have no values of their own. Private, but what PyTorch's
+# own code asks.
+is_wrapped: Any = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore[reportAttributeAccessIssue]
+
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+class _Call(NamedTuple):
+    """A call the kernels serve."""
+
+    adapter: Any
+    options: Options
+    layout: cpu.Layout
+    kinds: Any
+    mask: Any  # as it was given
+    flat_mask: Any
+    scale: Any  # float64, of NumPy
+    bias: Any
+
+    @property
+    def activation(self) -> int:
+        """The number of the activation."""
+        return cpu.ACTIVATION_NUMBERS[self.options.activation]
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, cpu.Saved]:
+        """Return y, in x's memory format, and what backward needs."""
+        y = torch.empty(self.layout.plan.shape, dtype=self.kinds.result)
+        saved = cpu.forward(
+            self.layout, _memory(x, self.layout), _numbers(y), self.scale, self.bias,
+            self.flat_mask, self.options.epsilon, self.activation, self.kinds.x_float16,
+            self.kinds.y_float16,
+        )  # fmt: skip
+        return _restored(y, self.layout), saved
+
+    def backward(
+        self, saved: cpu.Saved, x: torch.Tensor, dy: torch.Tensor
+    ) -> tuple[torch.Tensor, Any, Any]:
+        """Return dx, and the gradients of scale and bias in float64."""
+        if dy.dtype not in (torch.float32, x.dtype) or dy.dtype.itemsize > 4:
+            dy = dy.to(torch.float32)
+        dx = torch.empty(self.layout.plan.shape, dtype=x.dtype)
+        dbias, dscale = cpu.backward(
+            self.layout, saved, _memory(x, self.layout), _memory(dy, self.layout), _numbers(dx),
+            self.scale, self.bias, self.flat_mask, self.activation, self.kinds.x_float16,
+            dy.dtype == torch.float16,
+        )  # fmt: skip
+        return _restored(dx, self.layout), dscale, dbias
+
+
+class _Fused(torch.autograd.Function):
+    """The kernels forward and backward; derivatives of the gradient are those of portable code."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, scale: Any, bias: Any, call: _Call) -> Any:
+        y, ctx.numbers = call.forward(x)
+        ctx.save_for_backward(x, scale, bias)
+        ctx.call = call
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (dy,) = gradients
+        x, scale, bias = ctx.saved_tensors
+        call: _Call = ctx.call
+        if torch.is_grad_enabled() or type(dy) is not torch.Tensor or is_wrapped(dy):
+            return (*_differentiable(call, (x, scale, bias), ctx.needs_input_grad, dy), None)
+        dx, dscale, dbias = call.backward(ctx.numbers, x, dy)
+        parameters = (
+            _as_parameter(gradient, p) if wanted else None
+            for gradient, p, wanted in zip(
+                (dscale, dbias), (scale, bias), ctx.needs_input_grad[1:3], strict=True
+            )
+        )
+        return dx, *parameters, None
+
+
+def _differentiable(call: _Call, inputs: Any, wanted: Any, dy: Any) -> list[Any]:
+    from groupnorm.core import apply
+
+    options = call.options._replace(implementation="portable")
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        y = apply(call.adapter, inputs[0], inputs[1], inputs[2], call.mask, options)
+    chosen = [a for a, w in zip(inputs, wanted, strict=False) if w]
+    found = iter(torch.autograd.grad(y, chosen, dy, create_graph=create_graph))
+    return [next(found) if w else None for _, w in zip(inputs, wanted, strict=False)]
+
+
+def fused(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
+    """Return y, or `NotServed`."""
+    if torch.compiler.is_compiling():
+        return NotServed("a program that torch.compile traces is compiled from portable code")
+    call = _call(adapter, x, scale, bias, mask, options)
+    if isinstance(call, NotServed):
+        return call
+    if torch.is_grad_enabled() and any(
+        isinstance(a, torch.Tensor) and a.requires_grad for a in (x, scale, bias)
+    ):
+        tensors = (a if isinstance(a, torch.Tensor) else None for a in (scale, bias))
+        return _Fused.apply(x, *tensors, call)  # type: ignore[no-untyped-call]
+    return call.forward(x)[0]
+
+
+def fused_vjp(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
+    """Return y and its pullback, or `NotServed`."""
+    call: Any = NotServed("torch.compile traces this")
+    if not torch.compiler.is_compiling():
+        call = _call(adapter, x, scale, bias, mask, options)
+    if isinstance(call, NotServed):
+        return call
+    y, saved = call.forward(x)
+
+    def pullback(dy: Any) -> Gradients:
+        check_same_library(adapter, dy, "dy", x)
+        if tuple(dy.shape) != tuple(x.shape):
+            raise ArgumentValueError(
+                f"dy has shape {tuple(dy.shape)}: a cotangent has the shape of y, which is "
+                f"{tuple(x.shape)}."
+            )
+        dx, *gradients = call.backward(saved, x, dy)
+        dscale, dbias = gradients
+        return Gradients(dx, _as_parameter(dscale, scale), _as_parameter(dbias, bias))
+
+    return y, pullback
+
+
+def _as_parameter(gradient: Any, parameter: Any) -> Any:
+    if parameter is None:
+        return None
+    gradient = torch.from_numpy(gradient).reshape(parameter.shape)
+    if isinstance(parameter, torch.Tensor):
+        return gradient.to(parameter.dtype)
+    return gradient.to(getattr(torch, parameter.dtype.name))
+
+
+def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
+    if options.axis_name is not None:
+        return NotServed("statistics of replicas are pooled by the portable implementation")
+    if _looked_through():
+        return NotServed("PyTorch looks through the computation, which kernels do not allow")
+    why = _unlike(x, "x")
+    if why is not None:
+        return why
+    for name, parameter in (("scale", scale), ("bias", bias)):
+        if isinstance(parameter, torch.Tensor):
+            why = _unlike(parameter, name)
+            if why is not None:
+                return why
+        elif parameter is not None and type(parameter) is not np.ndarray:
+            return NotServed(f"{name} is of type {type(parameter).__name__}")
+    kinds = _kinds(
+        adapter, x.dtype, *(None if p is None else p.dtype for p in (scale, bias)), options
+    )
+    why = kinds if isinstance(kinds, NotServed) else cpu.unavailable(kinds.float16)
+    if why is not None:
+        return why
+    layout = cpu.layout_of(tuple(x.shape), x.stride(), options)
+    if isinstance(layout, NotServed):
+        return layout
+    flat = []
+    for parameter, neutral in ((scale, 1.0), (bias, 0.0)):
+        if parameter is None:
+            flat.append(constant(neutral, layout.channels))
+        elif tuple(parameter.shape) not in (layout.feature_shape, (layout.channels,)):
+            return NotServed("a parameter does not have the shape of the feature axes")
+        elif isinstance(parameter, torch.Tensor):
+            flat.append(parameter.detach().to(torch.float64).contiguous().numpy().reshape(-1))
+        else:
+            flat.append(np.ascontiguousarray(parameter, np.float64).reshape(-1))
+    flat_mask = _flat_mask(mask, layout)
+    if isinstance(flat_mask, NotServed):
+        return flat_mask
+    flat_scale, flat_bias = flat
+    return _Call(adapter, options, layout, kinds, mask, flat_mask, flat_scale, flat_bias)
+
+
+def _looked_through() -> bool:
+    """Whether something other than values is asked for; private, but there is no other way."""
+    return (
+        getattr(forward_ad, "_current_level", -1) >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def _unlike(x: Any, name: str) -> NotServed | None:
+    if type(x) not in PLAIN or is_wrapped(x):
+        return NotServed(f"{name} is of type {type(x).__name__}, or seen by a transform")
+    if x.device.type != "cpu" or x.layout is not torch.strided or x.is_neg():
+        return NotServed(f"{name} is no ordinary tensor on the CPU")
+    return None
+
+
+class _Typed(NamedTuple):
+    """As much of a tensor as its dtype is asked for."""
+
+    dtype: Any
+
+
+@lru_cache(maxsize=1024)
+def _kinds(adapter: Any, x: Any, scale: Any, bias: Any, options: Options) -> Any:
+    dtypes = (x, scale, bias)
+    # A constant from the host has NumPy's, in any byte order.
+    names: list[Any] = [
+        None if d is None else getattr(d, "name", str(d)).removeprefix("torch.") for d in dtypes
+    ]
+    typed: list[Any] = [None if n is None else _Typed(adapter.dtype(n)) for n in names]
+    given = [t.dtype for t in typed if t is not None]
+    if not all(map(adapter.is_real_floating, given)):
+        return NotServed(
+            f"x or a parameter is of {given}: the kernels are for real floating dtypes"
+        )
+    work, _, result = dtypes_of(adapter, typed[0], typed[1], typed[2], options)
+    names = [str(dtype).removeprefix("torch.") for dtype in (x, work, result)]
+    return row_kinds(names[0], names[1], names[2], result)
+
+
+def _flat_mask(mask: Any, layout: cpu.Layout) -> Any:
+    if isinstance(mask, torch.Tensor):
+        why = _unlike(mask, "mask")
+        if why is not None or mask.is_complex():
+            return why or NotServed("the mask is complex")
+        return cpu.flat_mask((mask.detach() != 0).numpy(), layout)
+    try:
+        return cpu.flat_mask(None if mask is None else host_mask(mask), layout)
+    except GroupNormError:
+        return NotServed("the mask is no array of booleans")
+
+
+def _memory(a: torch.Tensor, layout: cpu.Layout) -> Any:
+    """Return a tensor's elements in the order of x's memory."""
+    a = a.detach()
+    if layout.order is not None:
+        a = a.permute(layout.order)
+    return _numbers(a.contiguous())
+
+
+def _numbers(a: torch.Tensor) -> Any:
+    """Return a contiguous tensor as a flat array, half precision as bits."""
+    flat = a.view(-1)
+    if str(a.dtype).removeprefix("torch.") in HALVES:
+        return flat.view(torch.int16).numpy().view(np.uint16)
+    return flat.numpy()
+
+
+def _restored(a: torch.Tensor, layout: cpu.Layout) -> torch.Tensor:
+    return a if layout.order is None else a.permute(layout.inverse)
+
+
+def functional(x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
+    """Return what `torch.nn.functional.group_norm` computes, or `NotServed`."""
+    channels = x.shape[1] if x.ndim > 1 else 0
+    own = (
+        mask is None
+        and options.axis_name is None
+        and options.reduction is None
+        and tuple(a % max(x.ndim, 1) for a in options.feature) == (1,)
+        and channels > 0
+    )
+    if not own:
+        return NotServed(
+            "torch.nn.functional.group_norm has its channels on axis 1 and takes neither a mask, "
+            "reduction_axes nor axis_name"
+        )
+    if options.dtype not in (None, "input"):
+        return NotServed("torch.nn.functional.group_norm keeps x's dtype")
+    groups = options.num_groups or channels // (options.group_size or 1)
+    try:
+        y = torch.nn.functional.group_norm(x, groups, scale, bias, options.epsilon)
+    except (RuntimeError, TypeError, ValueError) as error:
+        return NotServed(f"torch.nn.functional.group_norm says: {error}")
+    return y if options.activation is None else getattr(torch.nn.functional, options.activation)(y)

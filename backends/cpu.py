@@ -8,6 +8,7 @@ order. What is not served is left to the portable implementation, with the reaso
 import importlib
 import logging
 import time
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -33,6 +34,10 @@ __all__ = [
 
 # A sample of up to this many elements is normalized right after it was measured, in the cache.
 CACHED = 1 << 21
+# Below this one thread is as fast as two that wait for each other twice.
+SMALL = 1 << 17
+
+Run = Callable[[int, int], None]  # of a range of tasks
 
 _log = logging.getLogger("groupnorm")
 
@@ -346,13 +351,7 @@ def _last_forward(
             buffer, y_buffer, start, stop,
         )  # fmt: skip
 
-    def whole(start: int, stop: int) -> None:
-        for sample in range(start, stop):
-            measure(sample * chunks, (sample + 1) * chunks)
-            merge(sample, sample + 1)
-            apply(sample * positions, (sample + 1) * positions)
-
-    _in_phases(layout, chunks, measure, merge, apply, whole)
+    _in_phases(layout, chunks, measure, merge, apply)
     return Saved(*numbers, *applied)
 
 
@@ -387,31 +386,27 @@ def _last_backward(
             rstds, shift, slope, offset, *np.empty((3, width), dtype), start, stop,
         )  # fmt: skip
 
+    _in_phases(layout, chunks, measure, merge, apply)
+    return sum_dy.sum(axis=0), sum_dy_xhat.sum(axis=0)
+
+
+def _in_phases(layout: Layout, chunks: int, measure: Run, merge: Run, apply: Run) -> None:
+    """Sample by sample where the cache holds one, else all samples phase by phase.
+
+    The numbers are the same: chunks are merged in the same order.
+    """
+    samples, positions, elements = layout.samples, layout.positions, layout.elements
+
     def whole(start: int, stop: int) -> None:
         for sample in range(start, stop):
             measure(sample * chunks, (sample + 1) * chunks)
             merge(sample, sample + 1)
             apply(sample * positions, (sample + 1) * positions)
 
-    _in_phases(layout, chunks, measure, merge, apply, whole)
-    return sum_dy.sum(axis=0), sum_dy_xhat.sum(axis=0)
-
-
-def _in_phases(
-    layout: Layout, chunks: int, measure: Any, merge: Any, apply: Any, whole: Any
-) -> None:
-    """Sample by sample where the cache holds one, else all samples phase by phase.
-
-    The numbers are the same: chunks are merged in the same order.
-    """
-    samples, elements = layout.samples, layout.elements
-    if elements <= CACHED * samples and (samples > 1 or elements < 2 * WORTH_PHASES):
+    # One sample alone keeps one thread busy, unless it is small.
+    if elements <= CACHED * samples and (samples > 1 or elements < SMALL):
         over_threads(samples, elements, whole)
         return
     over_threads(samples * chunks, elements, measure)
     over_threads(samples, samples * chunks * layout.channels, merge)
-    over_threads(samples * layout.positions, elements, apply)
-
-
-# Below this one thread is as fast as two that wait for each other twice.
-WORTH_PHASES = 1 << 16
+    over_threads(samples * positions, elements, apply)

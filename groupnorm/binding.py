@@ -40,9 +40,6 @@ class Binding:
         self.unbind()
 
 
-_NO_COMMUNICATORS = (type(None), str, bytes, bool, int, float, complex, tuple, list, dict)
-
-
 def bind_axis(mesh: Any = None, /, **names: Any) -> Binding:
     """Give names to communicators, for `axis_name` of PyTorch, NumPy and CuPy layers.
 
@@ -97,9 +94,9 @@ def bind_axis(mesh: Any = None, /, **names: Any) -> Binding:
             "bind_axis() is given no name: give at least one, as in bind_axis(rows=group)."
         )
     for name, communicator in names.items():
-        # Of no library, so far: whose it is will be known when an array comes.
-        dimensions = getattr(communicator, "mesh_dim_names", None) or ()
-        if isinstance(communicator, _NO_COMMUNICATORS) or len(dimensions) > 1:
+        # Whose it is will be known when an array comes. (PyTorch's word for the group of others is
+        # an int, so that may be one.)
+        if communicator is None or isinstance(communicator, str):
             raise ArgumentTypeError(
                 f"{name}={communicator!r} is no communicator: bind a torch.distributed "
                 "ProcessGroup (which there is after init_process_group) or DeviceMesh of one "

@@ -48,7 +48,7 @@ class _Call(NamedTuple):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, cpu.Saved]:
         """Return y, in x's memory format, and what backward needs."""
-        y = torch.empty(self.layout.plan.shape, dtype=self.kinds.result)
+        y = torch.empty(self.layout.plan.shape, dtype=self.kinds.result, device="cpu")
         saved = cpu.forward(
             self.layout, _memory(x, self.layout), _numbers(y), self.scale, self.bias,
             self.flat_mask, self.options.epsilon, self.activation, self.kinds.x_float16,
@@ -60,9 +60,9 @@ class _Call(NamedTuple):
         self, saved: cpu.Saved, x: torch.Tensor, dy: torch.Tensor
     ) -> tuple[torch.Tensor, Any, Any]:
         """Return dx, and the gradients of scale and bias in float64."""
-        if dy.dtype not in (torch.float32, x.dtype) or dy.dtype.itemsize > 4:
+        if dy.dtype not in (torch.float32, x.dtype):
             dy = dy.to(torch.float32)
-        dx = torch.empty(self.layout.plan.shape, dtype=x.dtype)
+        dx = torch.empty(self.layout.plan.shape, dtype=x.dtype, device="cpu")
         dbias, dscale = cpu.backward(
             self.layout, saved, _memory(x, self.layout), _memory(dy, self.layout), _numbers(dx),
             self.scale, self.bias, self.flat_mask, self.activation, self.kinds.x_float16,

@@ -23,13 +23,7 @@ class NotServed(NamedTuple):
 def served(
     adapter: "Adapter", x: "Array", scale: "Array", bias: "Array", mask: Any, options: "Options"
 ) -> Any:
-    """Return what a kernel computes; NotServed where the portable implementation shall do it.
-
-    Raises
-    ------
-    ArgumentValueError
-        If an implementation was asked for that cannot compute this.
-    """
+    """Return what a kernel computes; NotServed where the portable implementation shall do it."""
     wanted = options.implementation
     if wanted == "portable":
         return NotServed("the portable implementation was asked for")

@@ -353,3 +353,13 @@ def test_function_on_tensors_needs_no_layer(rng):
     y = group_norm(x, num_groups=GROUPS)
     want = oracle.group_norm(x.detach().numpy(), num_groups=GROUPS)
     assert_close(y.detach().numpy(), want, tolerance=CONTRACT)
+
+
+def test_another_default_device_changes_nothing(rng):
+    x = torch.from_numpy(rng.normal(size=(2, 50, 8)).astype(np.float32)).requires_grad_()
+    with torch.device("meta"):
+        y = groupnorm.group_norm(x, num_groups=2)
+        y.backward(torch.ones_like(y))
+    assert y.device == x.grad.device == torch.device("cpu")
+    want = oracle.group_norm(x.detach().numpy(), num_groups=2)
+    assert_close(y.detach().numpy(), want, tolerance=CONTRACT)

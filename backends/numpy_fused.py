@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from groupnorm.backends import cpu
+from groupnorm.backends import cpu, cpu_launch
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
 from groupnorm.implementations import NotServed
 from groupnorm.options import Options
@@ -22,13 +22,7 @@ class _Dtypes(NamedTuple):
     """What a call's arrays hold."""
 
     result: Any
-    x_float16: bool
-    y_float16: bool
-
-    @property
-    def float16(self) -> bool:
-        """Whether float16 must be converted."""
-        return self.x_float16 or self.y_float16
+    float16: bool  # whether it must be converted
 
 
 class _Call(NamedTuple):
@@ -41,13 +35,12 @@ class _Call(NamedTuple):
     bias: Any
     mask: Any
 
-    def forward(self, options: Options) -> tuple[Any, cpu.Saved]:
+    def forward(self, options: Options) -> tuple[Any, cpu_launch.Saved]:
         """Return y, which lies in memory as x does, and what backward needs."""
         y = np.empty(self.layout.plan.shape, self.dtypes.result)
-        saved = cpu.forward(
-            self.layout, self.x, _bits(y.reshape(-1)), self.scale, self.bias, self.mask,
-            options.epsilon, cpu.ACTIVATION_NUMBERS[options.activation],
-            self.dtypes.x_float16, self.dtypes.y_float16,
+        saved = cpu_launch.forward(
+            self.layout, self.x, bits(y.reshape(-1)), self.scale, self.bias, self.mask,
+            options.epsilon, options.activation,
         )  # fmt: skip
         return restored(y, self.layout), saved
 
@@ -68,7 +61,13 @@ def fused_vjp(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: O
 
 
 def _pullback(
-    adapter: Any, call: _Call, saved: cpu.Saved, x: Any, scale: Any, bias: Any, options: Options
+    adapter: Any,
+    call: _Call,
+    saved: cpu_launch.Saved,
+    x: Any,
+    scale: Any,
+    bias: Any,
+    options: Options,
 ) -> Callable[[Any], Gradients]:
     def pullback(dy: Any) -> Gradients:
         if not adapter.is_array(dy):
@@ -83,10 +82,9 @@ def _pullback(
         if dy.dtype != call.dtypes.result or dy.dtype != x.dtype:
             dy = dy.astype(np.float32)
         dx = np.empty(call.layout.plan.shape, x.dtype)
-        dbias, dscale = cpu.backward(
-            call.layout, saved, call.x, memory(dy, call.layout), _bits(dx.reshape(-1)), call.scale,
-            call.bias, call.mask, cpu.ACTIVATION_NUMBERS[options.activation],
-            call.dtypes.x_float16, dy.dtype == np.float16,
+        dbias, dscale = cpu_launch.backward(
+            call.layout, saved, call.x, memory(dy, call.layout), bits(dx.reshape(-1)), call.scale,
+            call.bias, call.mask, options.activation,
         )  # fmt: skip
         return Gradients(
             restored(dx, call.layout), _as_parameter(dscale, scale), _as_parameter(dbias, bias)
@@ -173,14 +171,14 @@ def row_kinds(x: str, work: str, result: str, dtype: Any = None) -> Any:
             f"x of {x} to a result of {result}, computed in {work}: the kernels are for float32, "
             "float16 and bfloat16, computed in float32"
         )
-    return _Dtypes(dtype, x == "float16", result == "float16")
+    return _Dtypes(dtype, "float16" in (x, result))
 
 
 def memory(a: Any, layout: cpu.Layout) -> Any:
     """Return an array's elements in the order of x's memory: flat, half precision as bits."""
     if layout.order is not None:
         a = a.transpose(layout.order)
-    return _bits(_writable(np.ascontiguousarray(a).reshape(-1)))
+    return bits(_writable(np.ascontiguousarray(a).reshape(-1)))
 
 
 def restored(a: Any, layout: cpu.Layout) -> Any:
@@ -188,8 +186,11 @@ def restored(a: Any, layout: cpu.Layout) -> Any:
     return a if layout.order is None else a.transpose(layout.inverse)
 
 
-def _bits(a: Any) -> Any:
-    return a.view(np.uint16) if a.dtype.itemsize == 2 else a
+def bits(a: Any) -> Any:
+    """Return an array as the kernels take it: float16 as uint16, bfloat16 as int16."""
+    if a.dtype.itemsize == 2:
+        return a.view(np.uint16 if a.dtype == np.float16 else np.int16)
+    return a
 
 
 class _Interface:
@@ -205,4 +206,4 @@ def _writable(a: Any) -> Any:
     if a.flags.writeable:
         return a
     # The kernels do not write to it. By bits, since the protocol has no name for bfloat16.
-    return np.asarray(_Interface(_bits(a)))
+    return np.asarray(_Interface(bits(a)))

@@ -1,20 +1,18 @@
-"""A range of tasks shared by threads that need no interpreter: for kernels that release the GIL.
+"""Threads that help with a kernel that releases the interpreter's lock.
 
 Not numba's own threads: its layers abort the process where two Python threads launch kernels at
 once (workqueue), or where a forked process launches one (GNU OpenMP).
 """
 
-import itertools
 import os
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 
-__all__ = ["over_threads", "thread_count"]
+__all__ = ["helpers_for", "run_together", "thread_count"]
 
-# Handing work to a thread takes about as long as touching this many elements.
-WORTH_A_THREAD = 1 << 16
-
-_pools: dict[int, ThreadPoolExecutor] = {}
+# Waking a thread takes about as long as touching this many elements.
+WORTH_A_THREAD = 1 << 17
 
 
 def thread_count() -> int:
@@ -24,37 +22,59 @@ def thread_count() -> int:
     return os.cpu_count() or 1
 
 
-def over_threads(tasks: int, elements: int, run: Callable[[int, int], None]) -> None:
-    """Call ``run(start, stop)`` for ranges that cover all tasks, at the same time.
+def helpers_for(elements: int) -> int:
+    """Return how many threads are to help with so many elements, beside the caller's own."""
+    parts = elements // WORTH_A_THREAD
+    return 0 if parts <= 1 else min(parts, thread_count()) - 1
+
+
+def run_together(helpers: int, run: Callable[[], None]) -> None:
+    """Run a function in this thread and, at the same time, in others.
 
     Parameters
     ----------
-    tasks : int
-        Their number; each must be independent of the others.
-    elements : int
-        How many numbers all of them touch, which decides whether threads are worth it.
+    helpers : int
+        The number of others.
     run : callable
-        Must release the GIL for most of its time.
+        Claims its share of the work, and returns when all of it is done. Helpers that come when it
+        is done find nothing to do, and nobody waits for them.
     """
-    parts = min(tasks, elements // WORTH_A_THREAD)
-    if parts > 1:
-        parts = min(parts, thread_count())
-    if parts <= 1:
-        run(0, tasks)
-        return
-    bounds = [tasks * i // parts for i in range(parts + 1)]
-    others = [_pool().submit(run, start, stop) for start, stop in itertools.pairwise(bounds[1:])]
-    try:
-        run(bounds[0], bounds[1])
-    finally:
-        for other in others:
-            other.result()
+    if helpers:
+        pool = _pool()
+        for _ in range(helpers):
+            pool.jobs.put(run)
+    run()
 
 
-def _pool() -> ThreadPoolExecutor:
+class _Pool:
+    def __init__(self, size: int) -> None:
+        self.jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        for number in range(size):
+            threading.Thread(target=self._work, name=f"groupnorm-{number}", daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            job = self.jobs.get()
+            try:
+                job()
+            except MemoryError:  # before it claimed anything: the others do its share
+                pass
+            finally:
+                del job  # which keeps the arrays
+
+
+_pools: dict[int, _Pool] = {}
+_lock = threading.Lock()
+
+
+def _pool() -> _Pool:
     # A forked process has none of its parent's threads.
     process = os.getpid()
-    if process not in _pools:
-        _pools.clear()
-        _pools[process] = ThreadPoolExecutor(max(thread_count() - 1, 1), "groupnorm")
-    return _pools[process]
+    found = _pools.get(process)
+    if found is None:
+        with _lock:
+            found = _pools.get(process)
+            if found is None:
+                _pools.clear()
+                found = _pools[process] = _Pool(max(thread_count() - 1, 1))
+    return found

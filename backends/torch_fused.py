@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch.autograd import forward_ad
 
-from groupnorm.backends import cpu
-from groupnorm.backends.numpy_fused import HALVES, constant, row_kinds
+from groupnorm.backends import cpu, cpu_launch
+from groupnorm.backends.numpy_fused import bits, constant, row_kinds
 from groupnorm.errors import ArgumentValueError, GroupNormError
 from groupnorm.implementations import NotServed
 from groupnorm.options import Options
@@ -41,32 +41,25 @@ class _Call(NamedTuple):
     scale: Any  # float64, of NumPy
     bias: Any
 
-    @property
-    def activation(self) -> int:
-        """The number of the activation."""
-        return cpu.ACTIVATION_NUMBERS[self.options.activation]
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, cpu.Saved]:
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, cpu_launch.Saved]:
         """Return y, in x's memory format, and what backward needs."""
         y = torch.empty(self.layout.plan.shape, dtype=self.kinds.result, device="cpu")
-        saved = cpu.forward(
+        saved = cpu_launch.forward(
             self.layout, _memory(x, self.layout), _numbers(y), self.scale, self.bias,
-            self.flat_mask, self.options.epsilon, self.activation, self.kinds.x_float16,
-            self.kinds.y_float16,
+            self.flat_mask, self.options.epsilon, self.options.activation,
         )  # fmt: skip
         return _restored(y, self.layout), saved
 
     def backward(
-        self, saved: cpu.Saved, x: torch.Tensor, dy: torch.Tensor
+        self, saved: cpu_launch.Saved, x: torch.Tensor, dy: torch.Tensor
     ) -> tuple[torch.Tensor, Any, Any]:
         """Return dx, and the gradients of scale and bias in float64."""
         if dy.dtype not in (torch.float32, x.dtype):
             dy = dy.to(torch.float32)
         dx = torch.empty(self.layout.plan.shape, dtype=x.dtype, device="cpu")
-        dbias, dscale = cpu.backward(
+        dbias, dscale = cpu_launch.backward(
             self.layout, saved, _memory(x, self.layout), _memory(dy, self.layout), _numbers(dx),
-            self.scale, self.bias, self.flat_mask, self.activation, self.kinds.x_float16,
-            dy.dtype == torch.float16,
+            self.scale, self.bias, self.flat_mask, self.options.activation,
         )  # fmt: skip
         return _restored(dx, self.layout), dscale, dbias
 
@@ -262,9 +255,9 @@ def _memory(a: torch.Tensor, layout: cpu.Layout) -> Any:
 def _numbers(a: torch.Tensor) -> Any:
     """Return a contiguous tensor as a flat array, half precision as bits."""
     flat = a.view(-1)
-    if str(a.dtype).removeprefix("torch.") in HALVES:
-        return flat.view(torch.int16).numpy().view(np.uint16)
-    return flat.numpy()
+    if a.dtype is torch.bfloat16:
+        return flat.view(torch.int16).numpy()
+    return bits(flat.numpy())
 
 
 def _restored(a: torch.Tensor, layout: cpu.Layout) -> torch.Tensor:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from groupnorm.backends import Adapter
     from groupnorm.typing import Array
 
-__all__ = ["ACTIVATIONS", "activate", "erfc", "slope"]
+__all__ = ["ACTIVATIONS", "ERFC_SERIES", "activate", "erfc", "slope"]
 
 
 def activate(z: "Array", name: str | None, adapter: "Adapter") -> "Array":
@@ -72,7 +72,7 @@ ACTIVATIONS = {
 
 # log(erfc(z) / t) + z**2 with t = 2 / (2 + z), as a series of Chebyshev polynomials in 2 t - 1.
 # Fitted at 60 nodes with 40 digits; the first is to be halved.
-_SERIES = (
+ERFC_SERIES = (
     -1.302653719781709434, 0.64196979235649026, 0.0194764732041858363, -0.00956151478680863164,
     -0.000946595344482036866, 0.000366839497852761452, 4.25233248069077716e-5,
     -2.02785781125342432e-5, -1.62429000464702551e-6, 1.3036558355805232e-6,
@@ -92,7 +92,7 @@ def erfc(x: "Array", adapter: "Adapter") -> "Array":
     t = 2.0 / (2.0 + z)
     u = 2.0 * t - 1.0
     later, sum_ = xp.zeros_like(u), xp.zeros_like(u)
-    for coefficient in reversed(_SERIES[1:]):
+    for coefficient in reversed(ERFC_SERIES[1:]):
         sum_, later = 2.0 * u * sum_ - later + coefficient, sum_
-    tail = t * xp.exp(0.5 * _SERIES[0] + u * sum_ - later - z * z)
+    tail = t * xp.exp(0.5 * ERFC_SERIES[0] + u * sum_ - later - z * z)
     return xp.where(x < 0, 2.0 - tail, tail)

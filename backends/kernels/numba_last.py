@@ -1,0 +1,473 @@
+"""Group normalization for CPUs, channels last, compiled by numba: forward and backward.
+
+Arrays come flat, as (N, P, groups * size) with P positions. Each channel is measured on its own, a
+chunk of rows at a time; chunks are merged in float64, channels into groups, by the formula of Chan,
+Golub and LeVeque, and then all rows are normalized.
+
+A chunk is read once for its statistics: its channels are measured around the means of its first
+rows. Only where one of those turns out to be far from the chunk's own mean (`is_off`) is the chunk
+measured again. So no data can mislead a pivot, and all depends on the shape alone.
+
+Few channels make short rows, so loops run over a *band* of several rows at once, beside tables in
+which each channel's number is repeated as often; their length is the `width`. Loops are functions
+of their own, which take whole arrays and where to begin; see `numba_first`.
+
+Threads share the chunks of one sample after the other, which so stays in a cache; small samples are
+done by one thread each.
+"""
+
+import numpy as np
+
+from groupnorm.backends.kernels.numba_bands import (
+    add,
+    add_moments,
+    add_moments_of_four,
+    add_products,
+    add_products_of_four,
+    apply,
+    apply_to_two,
+    fold,
+    pull_back,
+    pull_back_invalid,
+    pull_back_two,
+    spread,
+    table,
+)
+from groupnorm.backends.kernels.numba_merge import LEAST, MOST, bounded, inverse_deviation, is_off
+from groupnorm.backends.kernels.numba_numbers import get, jit
+from groupnorm.backends.kernels.numba_team import claim, finish, wait
+
+__all__ = ["band_rows", "chunk_rows", "last_backward", "last_forward"]
+
+F, U = np.float32, np.uint64
+
+# Elements of a band: enough to forget what starting a loop costs, and few enough for the tables to
+# stay in the first cache.
+BAND = 512
+# Elements of a chunk, and the least rows, which a merge of its channels is spread over.
+CHUNK, LEAST_ROWS = 65536, 128
+# A chunk is measured around the mean of at least so many rows of it, and of so many bands.
+SAMPLE_ROWS, SAMPLE_BANDS = 8, 4
+
+
+def band_rows(channels, positions):
+    """Return how many rows loops run over at once."""
+    return max(1, min(BAND // channels, positions))
+
+
+def chunk_rows(channels, positions):
+    """Return how many rows are measured together, some bands of them: by the shape alone."""
+    band = band_rows(channels, positions)
+    return max(LEAST_ROWS, CHUNK // channels) // band * band
+
+
+# Masks ------------------------------------------------------------------------------------------
+
+
+@jit()
+def _is_valid(mask, mask_at, row):
+    return mask is None or mask[mask_at + row] != 0
+
+
+@jit()
+def _mask_at(mask, sample, positions):
+    """Where a sample's mask begins; it may be one for all."""
+    return 0 if mask is None or mask.size == positions else sample * positions
+
+
+# Statistics ---------------------------------------------------------------------------------------
+
+
+@jit()
+def _choose(mask, mask_at, first, rows, channels, width, starts):
+    """List the bands that count, by where they begin in the chunk; with a mask they are rows.
+
+    After them comes where the rest begins, which is less than a band.
+    """
+    bands, step = 0, width // channels
+    for row in range(0, rows - step + 1, step):
+        if _is_valid(mask, mask_at, first + row):
+            starts[bands] = row * channels
+            bands += 1
+    starts[bands] = rows // step * step * channels
+    return bands
+
+
+@jit()
+def _sample_mean(x, begin, starts, bands, left, channels, base, total, folded):
+    """Let base be the mean of the first bands of a chunk, or of what is left without any."""
+    n = base.size if bands > 0 else left
+    for c in range(channels):
+        base[c] = get(x, U(begin + starts[0] + c))
+    spread(base, channels)
+    total[:] = 0
+    taken = min(max(bands, 1), max(SAMPLE_BANDS, SAMPLE_ROWS * channels // base.size))
+    for i in range(taken):
+        add(x, begin + starts[i], n, base, total)
+    fold(total, channels, folded)
+    for c in range(channels):
+        base[c] += F(folded[c] / (taken * n // channels))
+    spread(base, channels)
+
+
+@jit()
+def _take_moments(x, begin, starts, bands, left, base, total, squares):
+    total[:] = 0
+    squares[:] = 0
+    q = bands // 4
+    for i in range(q):
+        add_moments_of_four(
+            x, begin + starts[i], begin + starts[i + q], begin + starts[i + 2 * q],
+            begin + starts[i + 3 * q], base, total, squares,
+        )  # fmt: skip
+    for i in range(4 * q, bands):
+        add_moments(x, begin + starts[i], base.size, base, total, squares)
+    add_moments(x, begin + starts[bands], left, base, total, squares)
+
+
+@jit()
+def _measure(
+    x, mask, mask_at, begin, first, rows, channels, base, total, squares, starts, mean, m2
+):  # fmt: skip
+    """Measure the channels of a chunk that begins at an element and a row; return the count."""
+    width = base.size
+    bands = _choose(mask, mask_at, first, rows, channels, width, starts)
+    left = rows * channels % width  # less than a band; nothing where bands are rows
+    n = bands * (width // channels) + left // channels
+    if n == 0:
+        mean[:] = 0.0
+        m2[:] = 0.0
+        return 0.0
+    # mean and m2 lend their memory to the sums.
+    _sample_mean(x, begin, starts, bands, left, channels, base, total, mean)
+    for attempt in range(2):
+        _take_moments(x, begin, starts, bands, left, base, total, squares)
+        fold(total, channels, mean)
+        fold(squares, channels, m2)
+        off, share = False, 1.0 / n
+        for c in range(channels):
+            off |= is_off(mean[c], mean[c] * share, m2[c])
+        if not off or attempt == 1:
+            break
+        for c in range(channels):
+            base[c] += F(mean[c] / n)
+        spread(base, channels)
+    for c in range(channels):
+        shift = mean[c] / n
+        rest = m2[c] - mean[c] * shift
+        mean[c] = np.float64(base[c]) + shift
+        m2[c] = rest if not rest < 0 else 0.0  # NaN stays NaN
+    return float(n)
+
+
+@jit()
+def _merge_chunk(n, count, means, m2s, at, mean, m2):
+    """Merge one chunk's channels into all before it."""
+    at = U(at)
+    weight, product = n / (count + n), count * (n / (count + n))
+    for c in range(mean.size):
+        delta = means[at + U(c)] - mean[c]
+        mean[c] += delta * weight
+        m2[c] += m2s[at + U(c)] + delta * delta * product
+
+
+@jit()
+def _wide(x, mask, mask_at, sample_at, positions, channels, a, b):
+    """Return mean and variance of channels a ... b, for squares that leave float32's range."""
+    count, total, squares, base, mean = 0.0, 0.0, 0.0, 0.0, 0.0
+    for round_ in range(2):
+        count, total = 0.0, 0.0
+        for row in range(positions):
+            if _is_valid(mask, mask_at, row):
+                for c in range(a, b):
+                    value = np.float64(get(x, U(sample_at + row * channels + c)))
+                    if round_ == 0 and count == 0:
+                        base = value
+                    d = value - (base if round_ == 0 else mean)
+                    count += 1.0
+                    total += d
+                    squares += d * d if round_ == 1 else 0.0
+        if round_ == 0:
+            mean = base + total / count
+    variance = (squares - total * (total / count)) / count
+    return mean, 0.0 if variance < 0 else variance  # NaN stays NaN
+
+
+@jit()
+def _merge(
+    x, mask, mask_at, scale, bias, sample, groups, size, positions, epsilon, counts, means, m2s,
+    chunks, mean, rstd, share, centre, factor, term,
+):  # fmt: skip
+    """Merge the chunks of a sample, and make of them what is applied."""
+    channels = groups * size
+    m, v = means[:channels], m2s[:channels]
+    count = counts[0]
+    for chunk in range(1, chunks):
+        if counts[chunk] > 0:
+            _merge_chunk(counts[chunk], count, means, m2s, chunk * channels, m, v)
+            count += counts[chunk]
+    for group in range(groups):
+        a, b = group * size, (group + 1) * size
+        shift = 0.0
+        for c in range(a, b):
+            shift += m[c] - m[a]
+        group_mean = m[a] + shift / size
+        group_m2 = 0.0
+        for c in range(a, b):
+            group_m2 += v[c] + count * (m[c] - group_mean) * (m[c] - group_mean)
+        variance = 1.0
+        if count > 0:
+            variance = group_m2 / (count * size)
+            if not LEAST <= variance <= MOST:
+                group_mean, variance = _wide(
+                    x, mask, mask_at, sample * positions * channels, positions, channels, a, b
+                )
+        k = sample * groups + group
+        r = inverse_deviation(variance, epsilon)
+        mean[k], rstd[k] = group_mean, r
+        share[k] = 1.0 / (count * size) if count > 0 else 0.0
+        rounded = F(group_mean)
+        rest = group_mean - np.float64(rounded)
+        for c in range(a, b):
+            centre[c] = rounded
+            factor[c] = bounded(r * scale[c])
+            term[c] = F(bias[c] - rest * r * scale[c])
+    spread(centre, channels)
+    spread(factor, channels)
+    spread(term, channels)
+
+
+# Kernels ------------------------------------------------------------------------------------------
+
+
+@jit()
+def _apply_chunk(
+    x, y, mask, mask_at, begin, first, rows, channels, centre, factor, term, activation
+):  # fmt: skip
+    width, at, end = centre.size, begin, begin + rows * channels
+    if mask is None:
+        half = rows * channels // (2 * width) * width
+        for a in range(begin, begin + half, width):
+            apply_to_two(x, y, a, a + half, centre, factor, term, activation)
+        at += 2 * half
+    for a in range(at, end, width):
+        valid = _is_valid(mask, mask_at, first + (a - begin) // channels)
+        apply(x, y, a, min(width, end - a), valid, centre, factor, term, activation)
+
+
+# Each sample has three counters: chunks that were claimed to be measured, those that were measured
+# and, one more, whether they were merged, and chunks that were claimed to be applied. The last of
+# all counters is of chunks that are done. Threads that work apart count only that.
+
+
+@jit()
+def _is_last(team, turn, task, chunks, apart):
+    """Whether all chunks of a sample are measured now, so that they can be merged."""
+    return task == chunks - 1 if apart else finish(team, 3 * turn + 1, 1) == chunks
+
+
+@jit()
+def _let_go_on(team, turn, apart):
+    if not apart:
+        finish(team, 3 * turn + 1, 1)
+
+
+@jit()
+def _wait_for_merge(team, turn, chunks, apart):
+    if not apart:
+        wait(team, 3 * turn + 1, chunks + 1)
+
+
+@jit()
+def _chunk_to_apply(team, turn, task, chunks, apart):
+    # Backwards: what was measured last is in the cache still.
+    return chunks - 1 - (task if apart else claim(team, 3 * turn + 2, 1))
+
+
+@jit()
+def last_forward(
+    x, y, scale, bias, mask, samples, groups, size, positions, rows, epsilon, activation, apart,
+    counts, means, m2s, mean, rstd, share, centres, factors, terms, team,
+):  # fmt: skip
+    """Measure and normalize all samples.
+
+    centres, factors and terms (samples, width) get what is applied. counts (chunks,), means and m2s
+    (chunks * channels,) are the threads' common ground, for one sample at a time; if each does its
+    samples `apart`, they are not used.
+    """
+    channels, width = groups * size, centres.shape[1]
+    chunks = (positions + rows - 1) // rows
+    base, total, squares = table(width), table(width), table(width)
+    starts = np.empty(rows * channels // width + 1, np.int64)
+    if apart:
+        counts = np.empty(chunks)
+        means, m2s = np.empty(chunks * channels), np.empty(chunks * channels)
+    for turn in range(samples):
+        sample = claim(team, 0, 1) if apart else turn
+        if sample >= samples:
+            break
+        mask_at, begin = _mask_at(mask, sample, positions), sample * positions * channels
+        centre, factor, term = centres[sample], factors[sample], terms[sample]
+        for task in range(chunks):
+            chunk = task if apart else claim(team, 3 * turn, 1)
+            if chunk >= chunks:
+                break
+            first, a, b = chunk * rows, chunk * channels, (chunk + 1) * channels
+            counts[chunk] = _measure(
+                x, mask, mask_at, begin + first * channels, first, min(rows, positions - first),
+                channels, base, total, squares, starts, means[a:b], m2s[a:b],
+            )  # fmt: skip
+            if _is_last(team, turn, task, chunks, apart):
+                _merge(
+                    x, mask, mask_at, scale, bias, sample, groups, size, positions, epsilon,
+                    counts, means, m2s, chunks, mean, rstd, share, centre, factor, term,
+                )  # fmt: skip
+                _let_go_on(team, turn, apart)
+        _wait_for_merge(team, turn, chunks, apart)
+        for task in range(chunks):
+            chunk = _chunk_to_apply(team, turn, task, chunks, apart)
+            if chunk < 0:
+                break
+            first = chunk * rows
+            _apply_chunk(
+                x, y, mask, mask_at, begin + first * channels, first, min(rows, positions - first),
+                channels, centre, factor, term, activation,
+            )  # fmt: skip
+            finish(team, 3 * samples, 1)
+    wait(team, 3 * samples, samples * chunks)
+
+
+@jit()
+def _sum_products(
+    x, dy, mask, mask_at, begin, first, rows, channels, centre, factor, term, activation,
+    total, weighted, sums, weighted_sums,
+):  # fmt: skip
+    """Sum dy and dy * (x - centre) of each channel of a chunk, in float64 at last."""
+    width = centre.size
+    step, at, end = width // channels, begin, begin + rows * channels
+    total[:] = 0
+    weighted[:] = 0
+    if mask is None:
+        quarter = rows // (4 * step) * width
+        for a in range(begin, begin + quarter, width):
+            add_products_of_four(
+                x, dy, a, a + quarter, a + 2 * quarter, a + 3 * quarter, centre, factor, term,
+                activation, total, weighted,
+            )  # fmt: skip
+        at += 4 * quarter
+    for a in range(at, end, width):
+        valid = _is_valid(mask, mask_at, first + (a - begin) // channels)
+        add_products(
+            x, dy, a, min(width, end - a), valid, centre, factor, term, activation, total, weighted
+        )
+    fold(total, channels, sums)
+    fold(weighted, channels, weighted_sums)
+
+
+@jit()
+def _merge_backward(
+    scale, sample, groups, size, chunks, mean, rstd, share, sums, weighted_sums, sum_dy,
+    sum_dy_xhat, rstds, slope, offset,
+):  # fmt: skip
+    """Merge the chunks of a sample into what its dx needs."""
+    channels = groups * size
+    sum_dy[:] = 0.0
+    sum_dy_xhat[:] = 0.0
+    for chunk in range(chunks):
+        at = U(chunk * channels)
+        for c in range(channels):
+            sum_dy[c] += sums[at + U(c)]
+            sum_dy_xhat[c] += weighted_sums[at + U(c)]
+    for group in range(groups):
+        k = sample * groups + group
+        r = rstd[k]
+        rest = mean[k] - np.float64(F(mean[k]))
+        p, q = 0.0, 0.0
+        for c in range(group * size, (group + 1) * size):
+            sum_dy_xhat[c] = (sum_dy_xhat[c] - rest * sum_dy[c]) * r
+            p += scale[c] * sum_dy[c] * share[k]
+            q += scale[c] * sum_dy_xhat[c] * share[k]
+        # (p + xhat * q) * rstd with xhat = (x - centre - rest) * rstd
+        for c in range(group * size, (group + 1) * size):
+            rstds[c] = bounded(r)
+            slope[c] = bounded(r * q)
+            offset[c] = bounded(r * (p - rest * r * q))
+    spread(rstds, channels)
+    spread(slope, channels)
+    spread(offset, channels)
+
+
+@jit()
+def _pull_back_chunk(
+    x, dy, dx, mask, mask_at, begin, first, rows, channels, centre, factor, term, activation,
+    rstd, slope, offset,
+):  # fmt: skip
+    width, at, end = centre.size, begin, begin + rows * channels
+    if mask is None:
+        half = rows * channels // (2 * width) * width
+        for a in range(begin, begin + half, width):
+            pull_back_two(
+                x, dy, dx, a, a + half, centre, factor, term, rstd, slope, offset, activation
+            )
+        at += 2 * half
+    for a in range(at, end, width):
+        n = min(width, end - a)
+        if _is_valid(mask, mask_at, first + (a - begin) // channels):
+            pull_back(x, dy, dx, a, n, centre, factor, term, rstd, slope, offset, activation)
+        else:
+            pull_back_invalid(x, dy, dx, a, n, centre, factor, term, activation)
+
+
+@jit()
+def last_backward(
+    x, dy, dx, scale, mask, samples, groups, size, positions, rows, activation, apart,
+    sums, weighted_sums, mean, rstd, share, centres, factors, terms, rstds, slopes, offsets,
+    sum_dy, sum_dy_xhat, team,
+):  # fmt: skip
+    """Pull dy back through all samples.
+
+    sum_dy and sum_dy_xhat (N, channels) get the sums over positions, in float64. rstds, slopes and
+    offsets (samples, width), sums and weighted_sums (chunks * channels,) are the threads' common
+    ground, as in `last_forward`.
+    """
+    channels, width = groups * size, centres.shape[1]
+    chunks = (positions + rows - 1) // rows
+    total, weighted = table(width), table(width)
+    if apart:
+        sums, weighted_sums = np.empty(chunks * channels), np.empty(chunks * channels)
+    for turn in range(samples):
+        sample = claim(team, 0, 1) if apart else turn
+        if sample >= samples:
+            break
+        mask_at, begin = _mask_at(mask, sample, positions), sample * positions * channels
+        centre, factor, term = centres[sample], factors[sample], terms[sample]
+        for task in range(chunks):
+            chunk = task if apart else claim(team, 3 * turn, 1)
+            if chunk >= chunks:
+                break
+            first, a, b = chunk * rows, chunk * channels, (chunk + 1) * channels
+            _sum_products(
+                x, dy, mask, mask_at, begin + first * channels, first,
+                min(rows, positions - first), channels, centre, factor, term, activation,
+                total, weighted, sums[a:b], weighted_sums[a:b],
+            )  # fmt: skip
+            if _is_last(team, turn, task, chunks, apart):
+                _merge_backward(
+                    scale, sample, groups, size, chunks, mean, rstd, share, sums, weighted_sums,
+                    sum_dy[sample], sum_dy_xhat[sample], rstds[sample], slopes[sample],
+                    offsets[sample],
+                )  # fmt: skip
+                _let_go_on(team, turn, apart)
+        _wait_for_merge(team, turn, chunks, apart)
+        for task in range(chunks):
+            chunk = _chunk_to_apply(team, turn, task, chunks, apart)
+            if chunk < 0:
+                break
+            first = chunk * rows
+            _pull_back_chunk(
+                x, dy, dx, mask, mask_at, begin + first * channels, first,
+                min(rows, positions - first), channels, centre, factor, term, activation,
+                rstds[sample], slopes[sample], offsets[sample],
+            )  # fmt: skip
+            finish(team, 3 * samples, 1)
+    wait(team, 3 * samples, samples * chunks)

@@ -44,6 +44,8 @@ class Adapter:
     backend: ClassVar[str] = ""
     #: Whether the library may need intermediate arrays again after the call.
     has_autograd: ClassVar[bool] = True
+    #: Whether `native` computes anything.
+    has_native: ClassVar[bool] = False
 
     def __init__(self, xp: Any) -> None:
         self.xp = xp
@@ -202,21 +204,33 @@ class Adapter:
 
     # Other implementations --------------------------------------------------------------------
 
+    def fused_unavailable(self, device: str) -> NotServed | None:
+        """Say why `fused` computes nothing on a device, one of `devices`; None where it does.
+
+        Where an installation would change that, the reason names it. The question is about ordinary
+        float32 calls, and its answer costs an import at most: nothing is compiled for it.
+        """
+        return self._no_kernels()
+
+    def _no_kernels(self) -> NotServed:
+        return NotServed(f"there are no kernels for {self.array_name}")
+
     def fused(
         self, x: "Array", scale: "Array", bias: "Array", mask: Any, options: "Options"
     ) -> Any:
         """Return what a kernel of ours computes, within the accuracy contract.
 
         `NotServed` with the reason for every call it does not compute; also for wrong arguments,
-        which the portable implementation names.
+        which the portable implementation names. An adapter that overrides this overrides
+        `fused_unavailable` as well.
         """
-        return NotServed(f"there are no kernels for {self.array_name}")
+        return self._no_kernels()
 
     def fused_vjp(
         self, x: "Array", scale: "Array", bias: "Array", mask: Any, options: "Options"
     ) -> Any:
         """Return the same and its pullback."""
-        return NotServed(f"there are no kernels for {self.array_name}")
+        return self._no_kernels()
 
     def native(
         self, x: "Array", scale: "Array", bias: "Array", mask: Any, options: "Options"

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from groupnorm.backends import Adapter, native
+from groupnorm.backends import Adapter, jax_fused, native
 from groupnorm.errors import ArgumentValueError, AxisNameError
+from groupnorm.implementations import NotServed
 from groupnorm.layer import GroupNorm, PlainGroupNorm
+from groupnorm.options import Options
 from groupnorm.plan import Plan, make_plan
 from groupnorm.replicas import Replicas
 
@@ -102,6 +104,18 @@ class JaxAdapter(Adapter):
     def complex_from(self, real: Any, imaginary: Any) -> Any:
         """Put two real arrays together."""
         return lax.complex(real, imaginary)
+
+    def fused_unavailable(self, device: str) -> NotServed | None:
+        """Ask about the devices there are, all of them."""
+        return jax_fused.unavailable()
+
+    def fused(self, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
+        """Compute in a form made for XLA on a CPU."""
+        return jax_fused.fused(self, x, scale, bias, mask, options)
+
+    def fused_vjp(self, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
+        """Compute in the same form, and its pullback."""
+        return jax_fused.fused_vjp(self, x, scale, bias, mask, options)
 
     def replicas(self, axis_name: Any) -> Replicas:
         """Find a mapped axis, or several."""

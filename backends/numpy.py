@@ -12,6 +12,7 @@ from groupnorm.errors import (
     AxisNameError,
     BackendImportError,
 )
+from groupnorm.implementations import NotServed
 from groupnorm.layer import GroupNorm, PlainGroupNorm
 from groupnorm.options import Options
 from groupnorm.replicas import Agreement, Engine, Replicas
@@ -140,6 +141,12 @@ class NumpyAdapter(Adapter):
             return np.dtype(name)
         except TypeError:  # NumPy has no such name
             return small_float(name)
+
+    def fused_unavailable(self, device: str) -> NotServed | None:
+        """Look for numba."""
+        from groupnorm.backends import cpu
+
+        return cpu.unavailable(float16=False)
 
     def fused(self, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
         """Compute by compiled loops, where numba is installed."""

@@ -178,7 +178,7 @@ def memory(a: Any, layout: cpu.Layout) -> Any:
     """Return an array's elements in the order of x's memory: flat, half precision as bits."""
     if layout.order is not None:
         a = a.transpose(layout.order)
-    return bits(_writable(np.ascontiguousarray(a).reshape(-1)))
+    return _writable(bits(np.ascontiguousarray(a).reshape(-1)))
 
 
 def restored(a: Any, layout: cpu.Layout) -> Any:
@@ -205,5 +205,4 @@ class _Interface:
 def _writable(a: Any) -> Any:
     if a.flags.writeable:
         return a
-    # The kernels do not write to it. By bits, since the protocol has no name for bfloat16.
-    return np.asarray(_Interface(bits(a)))
+    return np.asarray(_Interface(a))  # the kernels do not write to it

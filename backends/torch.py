@@ -7,11 +7,12 @@ import array_api_compat.torch as xp
 import numpy as np
 import torch
 
-from groupnorm.backends import Adapter, native
+from groupnorm.backends import Adapter, cpu, native
 from groupnorm.backends.numpy import small_float
 from groupnorm.backends.torch_distributed import replicas_of, sum_gradients
 from groupnorm.backends.torch_fused import functional, fused, fused_vjp, is_wrapped
 from groupnorm.errors import ArgumentValueError
+from groupnorm.implementations import NotServed
 from groupnorm.layer import GroupNorm
 from groupnorm.options import Options
 from groupnorm.plan import Plan, make_plan, make_plan_uncached
@@ -28,6 +29,7 @@ class TorchAdapter(Adapter):
     name = "PyTorch"
     array_name = "PyTorch tensors"
     backend = "torch"
+    has_native = True
 
     def is_array(self, x: object) -> bool:
         """Whether x is a tensor."""
@@ -107,6 +109,13 @@ class TorchAdapter(Adapter):
         from groupnorm.backends.dtensor import over_shards
 
         return over_shards
+
+    def fused_unavailable(self, device: str) -> NotServed | None:
+        """Look for numba, on the CPU."""
+        kind = device.partition(":")[0]
+        if kind != "cpu":
+            return NotServed(f"there are no kernels for {self.array_name} on {kind}")
+        return cpu.unavailable(float16=False)
 
     def fused(self, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
         """Compute by compiled loops on the CPU, where numba is installed."""

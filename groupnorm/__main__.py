@@ -1,5 +1,8 @@
 """``python -m groupnorm``: the backends here, and whether each agrees with a float64 reference.
 
+The column "implementation" says what computes ordinary calls in float32 by default: "fused" are
+compiled kernels, "portable" is what serves everything else.
+
 The exit status is 0 when every backend that is installed and has a device agrees, else 1. What is
 not installed, or installed without a usable device, is named and is no failure.
 """
@@ -12,7 +15,7 @@ import json
 import math
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from groupnorm.selfcheck import NOT_INSTALLED, BackendReport, Check, agree, check_backends
@@ -62,6 +65,8 @@ def _as_dict(reports: list[BackendReport]) -> dict[str, Any]:
                 "name": report.name,
                 "version": report.version,
                 "devices": list(report.devices),
+                "implementations": {d: list(n) for d, n in report.implementations.items()},
+                "why_not_fused": dict(report.why_not_fused),
                 "status": report.status,
                 "checks": [_check_as_dict(check) for check in report.checks],
             }
@@ -85,7 +90,11 @@ def _check_as_dict(check: Check) -> dict[str, Any]:
 def _print_report(reports: list[BackendReport]) -> None:
     """For people: the backends, the checks, what was raised, the verdict."""
     title = f"groupnorm {_version()}, Python {platform.python_version()}"
-    _print_table(title, ("backend", "version", "devices", "status"), _backend_rows(reports))
+    header: Row = ("backend", "version", "devices", "implementation", "status")
+    _print_table(title, header, _backend_rows(reports))
+    for report in reports:
+        for reason, devices in _by_value(report.why_not_fused).items():
+            print(f"{report.name}, {', '.join(devices)}: not fused, {reason}")
     checked = [report for report in reports if report.checks]
     if checked:
         columns = [(report, device) for report in checked for device in _devices(report)]
@@ -108,10 +117,27 @@ def _backend_rows(reports: list[BackendReport]) -> list[Row]:
             report.name,
             report.version or "-",
             ", ".join(report.devices) or "-",
+            _implementation(report),
             report.status.partition(":")[0],
         )
         for report in reports
     ]
+
+
+def _implementation(report: BackendReport) -> str:
+    """What computes by default, by device where that depends on it."""
+    taken = _by_value({device: names[0] for device, names in report.implementations.items()})
+    if len(taken) < 2:
+        return next(iter(taken), "-")
+    return ", ".join(f"{name} ({', '.join(devices)})" for name, devices in taken.items())
+
+
+def _by_value(of_devices: Mapping[str, str]) -> dict[str, list[str]]:
+    """The devices of each value, so that eight equal GPUs are named together."""
+    devices: dict[str, list[str]] = {}
+    for device, value in of_devices.items():
+        devices.setdefault(value, []).append(device)
+    return devices
 
 
 def _devices(report: BackendReport) -> list[str]:

@@ -1,9 +1,11 @@
 """Which backends are here."""
 
 import importlib.util
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from groupnorm.dispatch import BACKENDS, adapter_named
+from groupnorm.implementations import usable
 
 __all__ = ["BackendInfo", "available_backends"]
 
@@ -31,6 +33,12 @@ class BackendInfo(NamedTuple):
         The devices it can compute on; empty if it cannot be used.
     error : str or None
         Why an installed library cannot be used.
+    implementations : mapping of str to tuple of str
+        For each of `devices`, what ``implementation=`` can be there for ordinary calls in float32.
+        The first is what ``implementation=None`` takes; calls it does not serve are computed by
+        ``"portable"``. ``"native"`` is taken by nobody who does not ask for it.
+    why_not_fused : mapping of str to str
+        For each of `devices` without ``"fused"`` the reason, and what to install if that helps.
     """
 
     name: str
@@ -38,12 +46,15 @@ class BackendInfo(NamedTuple):
     version: str | None
     devices: tuple[str, ...]
     error: str | None
+    implementations: Mapping[str, tuple[str, ...]]
+    why_not_fused: Mapping[str, str]
 
 
 def available_backends() -> tuple[BackendInfo, ...]:
-    """Ask every backend whether it is installed and what it can compute on.
+    """Ask every backend whether it is installed, what it can compute on, and by what.
 
-    This imports the libraries that are installed.
+    This imports the libraries that are installed, numba for the kernels included. It compiles
+    nothing.
 
     Returns
     -------
@@ -53,20 +64,28 @@ def available_backends() -> tuple[BackendInfo, ...]:
     Examples
     --------
     >>> from groupnorm import available_backends
-    >>> available_backends()[0].devices
+    >>> numpy = available_backends()[0]
+    >>> numpy.devices
     ('cpu',)
+    >>> "portable" in numpy.implementations["cpu"]  # and "fused", where numba is installed
+    True
     """
     return tuple(_ask(name) for name in BACKENDS)
 
 
 def _ask(name: str) -> BackendInfo:
     if importlib.util.find_spec(name) is None:
-        return BackendInfo(name, False, None, (), None)
+        return BackendInfo(name, False, None, (), None, {}, {})
     version = _version(name)
     try:
-        return BackendInfo(name, True, version, adapter_named(name).devices(), None)
+        adapter = adapter_named(name)
+        devices = adapter.devices()
+        implementations = {device: usable(adapter, device) for device in devices}
+        reasons = {device: adapter.fused_unavailable(device) for device in devices}
     except (ImportError, OSError, RuntimeError) as error:  # no driver, or a library will not load
-        return BackendInfo(name, True, version, (), str(error).partition("\n")[0])
+        return BackendInfo(name, True, version, (), str(error).partition("\n")[0], {}, {})
+    why_not_fused = {device: why.reason for device, why in reasons.items() if why is not None}
+    return BackendInfo(name, True, version, devices, None, implementations, why_not_fused)
 
 
 def _version(name: str) -> str | None:

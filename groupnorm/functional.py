@@ -80,7 +80,7 @@ def group_norm(
         Default is the fastest there is for each call: on CPUs, for NumPy and PyTorch, compiled
         kernels (the extra ``cpu``), which keep the accuracy; else the portable one. ``"native"`` is
         the library's own, of its accuracy (PyTorch alone has one). One that was asked for and
-        cannot compute the call raises.
+        cannot compute the call raises. `groupnorm.available_backends` says which are here.
 
     Returns
     -------

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from groupnorm.options import Options
     from groupnorm.typing import Array
 
-__all__ = ["IMPLEMENTATIONS", "NotServed", "not_served", "served"]
+__all__ = ["IMPLEMENTATIONS", "NotServed", "not_served", "served", "usable"]
 
 IMPLEMENTATIONS = ("portable", "fused", "native")
 
@@ -29,6 +29,16 @@ def served(
         return NotServed("the portable implementation was asked for")
     ask = adapter.native if wanted == "native" else adapter.fused
     return ask(x, scale, bias, mask, options)
+
+
+def usable(adapter: "Adapter", device: str) -> tuple[str, ...]:
+    """Name what can compute ordinary calls on a device, in the order `served` would take them.
+
+    The library's own comes last: only who asks for it gets it.
+    """
+    fused = ("fused",) if adapter.fused_unavailable(device) is None else ()
+    native = ("native",) if adapter.has_native else ()
+    return (*fused, "portable", *native)
 
 
 def not_served(why: NotServed, options: "Options") -> None:

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from groupnorm.plan import Plan
 
 __all__ = [
+    "Checked",
     "Prepared",
+    "check",
     "check_same_library",
     "dtypes_of",
     "from_work",
@@ -38,11 +40,28 @@ class Prepared(NamedTuple):
     cotangent_dtype: Any
 
 
-def prepare(
+class Checked(NamedTuple):
+    """Arguments that fit each other, and what they are computed in."""
+
+    scale: Array | None  # as given
+    bias: Array | None
+    mask: Array | None  # boolean, broadcastable to the work shape
+    plan: "Plan"
+    work_dtype: Any
+    parameter_dtype: Any
+    result_dtype: Any
+
+
+def check(
     adapter: "Adapter", x: Array, scale: Array, bias: Array, mask: Any, options: Options
-) -> Prepared:
-    """Check the arrays against each other and the options, and bring them to the work shape."""
-    xp = adapter.xp
+) -> Checked:
+    """Check the arrays against each other and the options.
+
+    Raises
+    ------
+    ArgumentTypeError, ArgumentValueError
+        Naming the argument, its value, the rule and the fix.
+    """
     adapter.check_input(x)
     if not x.shape:
         raise ArgumentValueError(
@@ -61,15 +80,27 @@ def prepare(
     scale = _parameter(adapter, "scale", scale, x, plan)
     bias = _parameter(adapter, "bias", bias, x, plan)
     work_dtype, parameter_dtype, result_dtype = dtypes_of(adapter, x, scale, bias, options)
+    if mask is not None:
+        mask = _mask_to_work(adapter, mask, x, plan)
+    return Checked(scale, bias, mask, plan, work_dtype, parameter_dtype, result_dtype)
+
+
+def prepare(
+    adapter: "Adapter", x: Array, scale: Array, bias: Array, mask: Any, options: Options
+) -> Prepared:
+    """Check the arrays against each other and the options, and bring them to the work shape."""
+    xp = adapter.xp
+    scale, bias, mask, plan, work_dtype, parameter_dtype, result_dtype = check(
+        adapter, x, scale, bias, mask, options
+    )
     x_work = to_work(xp.astype(adapter.arrange(x), work_dtype, copy=False), plan, xp)
     scale = _parameter_to_work(adapter, scale, 1.0, x_work, parameter_dtype, plan)
     bias = _parameter_to_work(adapter, bias, 0.0, x_work, parameter_dtype, plan)
-    mask_work = counted = None
+    counted = None
     if mask is not None:
-        mask_work = _mask_to_work(adapter, mask, x, plan)
-        counted = mask_work | xp.isfinite(x_work)
+        counted = mask | xp.isfinite(x_work)
         x_work = xp.where(counted, x_work, 0.0)
-    return Prepared(x_work, scale, bias, mask_work, counted, plan, result_dtype, parameter_dtype)
+    return Prepared(x_work, scale, bias, mask, counted, plan, result_dtype, parameter_dtype)
 
 
 def to_work(x: Array, plan: "Plan", xp: Any) -> Array:

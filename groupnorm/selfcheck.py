@@ -7,7 +7,7 @@ shares no code with the rest of the package, so a mistake there cannot agree wit
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -76,6 +76,8 @@ class BackendReport:
         Why the backend was not checked: not installed, or installed without a usable device.
     checks : tuple of Check
         Empty where `reason` is set.
+    implementations, why_not_fused : mapping
+        As in `groupnorm.discovery.BackendInfo`.
     """
 
     name: str
@@ -83,6 +85,8 @@ class BackendReport:
     devices: tuple[str, ...]
     reason: str | None
     checks: tuple[Check, ...]
+    implementations: Mapping[str, tuple[str, ...]]
+    why_not_fused: Mapping[str, str]
 
     @property
     def status(self) -> str:
@@ -134,7 +138,15 @@ def _report(info: BackendInfo) -> BackendReport:
             for device in _one_of_each_kind(info.devices)
             for case in _cases()
         )
-    return BackendReport(info.name, info.version, info.devices, reason, checks)
+    return BackendReport(
+        info.name,
+        info.version,
+        info.devices,
+        reason,
+        checks,
+        info.implementations,
+        info.why_not_fused,
+    )
 
 
 def _one_of_each_kind(devices: tuple[str, ...]) -> list[str]:

@@ -107,8 +107,10 @@ def test_available_backends_tells_what_is_missing():
     if GPU:
         assert len(info.devices) == count_devices()
         assert info.error is None
+        assert "CuPy" in info.why_not_fused["cuda:0"]
     else:
         assert info.devices == ()
+        assert info.implementations == {}
         assert "driver" in info.error
 
 

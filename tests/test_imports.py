@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import groupnorm
+from groupnorm import __main__ as command
+from groupnorm import selfcheck
+from groupnorm.dispatch import adapter_named
+from groupnorm.implementations import IMPLEMENTATIONS
 
 PROGRAM = Path(__file__).parent / "programs" / "imported_modules.py"
 HEAVY = {
@@ -144,14 +150,21 @@ def test_a_missing_library_is_reported_as_not_installed(library):
         "from groupnorm import available_backends\n"
         f"print(*next(b for b in available_backends() if b.name == {library!r}))\n"
     )
-    assert python("-c", program).stdout.split() == [library, "False", "None", "()", "None"]
+    said = python("-c", program).stdout.split()
+    assert said == [library, "False", "None", "()", "None", "{}", "{}"]
 
 
 def test_available_backends():
     found = groupnorm.available_backends()
     assert [info.name for info in found] == ["numpy", "jax", "torch", "cupy"]
     numpy = found[0]
-    assert numpy == ("numpy", True, importlib.import_module("numpy").__version__, ("cpu",), None)
+    assert numpy[:5] == ("numpy", True, np.__version__, ("cpu",), None)
+    if importlib.util.find_spec("numba"):
+        assert numpy.implementations == {"cpu": ("fused", "portable")}
+        assert numpy.why_not_fused == {}
+    else:
+        assert numpy.implementations == {"cpu": ("portable",)}
+        assert "groupnorm[cpu]" in numpy.why_not_fused["cpu"]
 
 
 @pytest.mark.needs("jax", "torch")
@@ -162,6 +175,77 @@ def test_available_backends_of_other_libraries():
         assert found[name].version == importlib.import_module(name).__version__
         assert any(device.startswith("cpu") for device in found[name].devices)
         assert found[name].error is None
+    assert found["torch"].implementations["cpu"][-1] == "native"
+
+
+def test_the_implementations_that_are_listed_are_those_that_compute():
+    for info in groupnorm.available_backends():
+        assert set(info.implementations) == set(info.devices)
+        for device, names in info.implementations.items():
+            # What implementation=None takes stands first, and it never takes the library's own.
+            assert names[0] == ("fused" if "fused" in names else "portable")
+            assert ("fused" in names) == (device not in info.why_not_fused)
+            assert set(names) == {n for n in IMPLEMENTATIONS if serves(info.name, device, n)}
+
+
+def serves(backend: str, device: str, implementation: str) -> bool:
+    """Whether an ordinary call is computed by this implementation, which is the proof."""
+    x = selfcheck._BACKENDS[backend].put(np.ones((2, 8, 5), np.float32), device)
+    try:
+        groupnorm.group_norm(x, num_groups=2, feature_axis=1, implementation=implementation)
+    except groupnorm.errors.ArgumentValueError as error:
+        if "cannot compute this call" not in str(error):
+            raise
+        return False
+    return True
+
+
+# Where numba is not installed, nothing has to be hidden; the others only take time to import.
+def without(*libraries: str) -> str:
+    return "".join(HIDE.format(library=library) for library in libraries)
+
+
+@pytest.mark.parametrize(
+    ("library", "others", "left"),
+    [
+        ("numpy", ("jax", "torch", "cupy"), ("portable",)),
+        pytest.param(
+            "torch", ("jax", "cupy"), ("portable", "native"), marks=pytest.mark.needs("torch")
+        ),
+    ],
+)
+def test_without_numba_it_is_said_what_would_bring_the_kernels(library, others, left):
+    program = without("numba", *others) + (
+        "import json, groupnorm\n"
+        f"info = next(b for b in groupnorm.available_backends() if b.name == {library!r})\n"
+        "print(json.dumps([info.error, info.implementations['cpu'], info.why_not_fused['cpu']]))\n"
+    )
+    error, names, why = json.loads(python("-W", "error", "-c", program).stdout)
+    assert error is None
+    assert tuple(names) == left
+    for part in ("numba", 'pip install "groupnorm[cpu]"'):
+        assert part in why
+
+
+@pytest.mark.needs("torch")
+def test_the_kernels_for_cpus_are_not_said_to_serve_other_devices():
+    why = adapter_named("torch").fused_unavailable("cuda:0")
+    assert why is not None
+    assert "cuda" in why.reason
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("call", [False, True], ids=["asking", "control: calling"])
+def test_asking_compiles_nothing(tmp_path, call):
+    pytest.importorskip("numba", reason="without numba there is nothing to compile")
+    program = without("jax", "torch", "cupy") + (
+        f"import os; os.environ['NUMBA_CACHE_DIR'] = {str(tmp_path)!r}\n"
+        "import groupnorm, numpy\n"
+        "assert groupnorm.available_backends()[0].implementations['cpu'][0] == 'fused'\n"
+        f"if {call}: groupnorm.group_norm(numpy.ones((2, 4), 'float32'), num_groups=2)\n"
+    )
+    python("-c", program)
+    assert any(tmp_path.rglob("*.nbc")) == call
 
 
 def test_public_names():
@@ -192,8 +276,46 @@ def test_every_error_is_of_the_package_and_of_the_usual_kind():
 @pytest.mark.slow
 def test_command_line_table():
     done = python("-m", "groupnorm")
-    for name in ("numpy", "jax", "torch", "cupy"):
+    for name in ("numpy", "jax", "torch", "cupy", "implementation"):
         assert name in done.stdout
+
+
+def test_the_command_line_without_numba_says_what_would_bring_the_kernels():
+    program = without("numba", "jax", "torch", "cupy", "rich") + (
+        "import sys, groupnorm.__main__ as m\nsys.exit(m.main([]))"
+    )
+    lines = python("-W", "error", "-c", program).stdout.splitlines()
+    assert lines[1].split() == ["backend", "version", "devices", "implementation", "status"]
+    assert lines[3].split() == ["numpy", np.__version__, "cpu", "portable", "agrees"]
+    assert lines[4].split() == ["jax", "-", "-", "-", "not", "installed"]
+    [line] = [line for line in lines if "groupnorm[cpu]" in line]
+    assert line.startswith("numpy, cpu: not fused, ")
+
+
+def test_the_command_line_tells_devices_apart_where_their_implementations_differ(
+    capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    report = selfcheck.BackendReport(
+        name="torch",
+        version="1",
+        devices=("cpu", "cuda:0", "cuda:1"),
+        reason=None,
+        checks=(),
+        implementations={
+            "cpu": ("fused", "portable", "native"),
+            "cuda:0": ("portable", "native"),
+            "cuda:1": ("portable", "native"),
+        },
+        why_not_fused={"cuda:0": "no kernels", "cuda:1": "no kernels"},
+    )
+    command._print_report([report])
+    lines = capsys.readouterr().out.splitlines()
+    assert "fused (cpu), portable (cuda:0, cuda:1)" in lines[3]
+    # One reason, one line.
+    assert [line for line in lines if "no kernels" in line] == [
+        "torch, cuda:0, cuda:1: not fused, no kernels"
+    ]
 
 
 @pytest.mark.slow
@@ -205,6 +327,8 @@ def test_command_line_json():
     for info in groupnorm.available_backends():
         entry = backends[info.name]
         assert entry["version"] == info.version
+        assert entry["implementations"] == {d: list(n) for d, n in info.implementations.items()}
+        assert entry["why_not_fused"] == info.why_not_fused
         if info.devices:
             assert entry["checks"]
             assert all(check["agrees"] for check in entry["checks"])

@@ -115,6 +115,8 @@ def what_is_here() -> None:
         assert_type(backend.version, str | None)
         assert_type(backend.devices, tuple[str, ...])
         assert_type(backend.error, str | None)
+        assert_type(backend.implementations["cpu"], tuple[str, ...])
+        assert_type(backend.why_not_fused["cpu"], str)
 
 
 def errors_are_also_the_usual_ones(x: Any) -> None:

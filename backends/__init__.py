@@ -83,6 +83,10 @@ class Adapter:
         """Return the value of a boolean scalar, where looking at it costs nothing; else None."""
         return None
 
+    def surely_within(self, x: "Array", low: float, high: float) -> bool:
+        """Whether all values are known to lie in a range, so that a program may depend on it."""
+        return False
+
     def settle(self, *values: "Array") -> "tuple[Array, ...]":
         """Mark small arrays a compiler shall compute once, not in each element that uses them."""
         return values

@@ -15,7 +15,10 @@ from groupnorm.implementations import NotServed
 from groupnorm.options import Options
 from groupnorm.plan import Plan, make_plan, product
 
-__all__ = ["Layout", "flat_mask", "kernels", "layout_of", "unavailable"]
+__all__ = ["ROLES", "Layout", "flat_mask", "kernels", "layout_of", "roles_of", "unavailable"]
+
+# The orders of axes that the kernels know: C channels, P positions, K kept axes.
+ROLES = ("C", "CP", "PC", "KC", "KCP", "KPC")
 
 
 class Layout(NamedTuple):
@@ -125,12 +128,8 @@ def layout_of(
     there = make_plan(
         tuple(shape[a] for a in order), tuple(features), *groups, reduced, None, sampled=False
     )
-    kept = {axis - (axis > there.channel) for axis in there.kept}
-    roles = "".join(
-        "C" if i == there.channel else "K" if i in kept else "P"
-        for i in range(len(there.merged_shape))
-    )
-    if there.permutation is not None or roles not in ("C", "CP", "PC", "KC", "KCP", "KPC"):
+    roles = roles_of(there)
+    if there.permutation is not None or roles not in ROLES:
         return NotServed(
             "in memory, channels and positions must each lie together after the kept axes; here "
             f"the order is {roles} (C channels, P positions, K kept axes)"
@@ -147,6 +146,15 @@ def layout_of(
         plan=there,
         shape=shape,
         feature_shape=plan.feature_shape,
+    )
+
+
+def roles_of(plan: Plan) -> str:
+    """Return a letter for each merged axis, as in `ROLES`."""
+    kept = {axis - (axis > plan.channel) for axis in plan.kept}
+    return "".join(
+        "C" if i == plan.channel else "K" if i in kept else "P"
+        for i in range(len(plan.merged_shape))
     )
 
 

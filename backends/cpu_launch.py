@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import numpy as np
 from groupnorm.backends.cpu import Layout, kernels
 from groupnorm.backends.threads import helpers_for, run_together
 
-__all__ = ["Saved", "backward", "forward"]
+__all__ = ["Saved", "Team", "backward", "forward"]
 
 # Samples of up to this many elements are done by one thread each, in its own cache; larger ones by
 # all of them together, one after the other, in the cache they share.
@@ -30,6 +31,16 @@ _log = logging.getLogger("groupnorm")
 _misses: dict[str, int] = {}
 
 
+class Team(NamedTuple):
+    """The threads of a library."""
+
+    helpers_for: Callable[[int], int]
+    run: Callable[[int, Callable[[], None]], None]
+
+
+OWN = Team(helpers_for, run_together)
+
+
 class Saved(NamedTuple):
     """What backward needs of forward: numbers of each group in float64, and what was applied."""
 
@@ -41,7 +52,7 @@ class Saved(NamedTuple):
 
 def forward(
     layout: Layout, x: Any, y: Any, scale: Any, bias: Any, mask: Any, epsilon: float,
-    activation: str | None,
+    activation: str | None, team: Team = OWN,
 ) -> Saved:  # fmt: skip
     """Normalize x into y.
 
@@ -50,16 +61,18 @@ def forward(
     layout : Layout
         How x and y lie in memory; both are flat, float16 as uint16 and bfloat16 as int16.
     scale, bias : ndarray
-        In float64, (channels,).
+        In float32, (channels,).
     mask : ndarray or None
         What `flat_mask` returns.
+    team : Team
+        Whose threads help.
     """
     numbers = np.empty((3, layout.samples * layout.groups))
     sizes = (layout.groups, layout.size, layout.positions)
-    tag, helpers = _ACTIVATIONS[activation], helpers_for(layout.elements)
+    tag, helpers = _ACTIVATIONS[activation], team.helpers_for(layout.elements)
     if layout.first:
         _launch(
-            kernels("numba_first").first_forward, helpers, 2,
+            kernels("numba_first").first_forward, team, helpers, 0,
             (x, y, scale, bias, mask, *sizes, epsilon, tag, *numbers),
         )  # fmt: skip
         return Saved(numbers[0], numbers[1], numbers[2], ())
@@ -68,7 +81,7 @@ def forward(
     common = 0 if apart else shape.chunks
     tables = _tables(layout.samples, shape.width)
     _launch(
-        kernels("numba_last").last_forward, helpers, 3 * layout.samples + 1,
+        kernels("numba_last").last_forward, team, helpers, layout.samples,
         (
             x, y, scale, bias, mask, layout.samples, *sizes, shape.rows, epsilon, tag, apart,
             np.empty(common), *np.empty((2, common * layout.channels)), *numbers, *tables,
@@ -79,7 +92,7 @@ def forward(
 
 def backward(
     layout: Layout, saved: Saved, x: Any, dy: Any, dx: Any, scale: Any, bias: Any, mask: Any,
-    activation: str | None,
+    activation: str | None, team: Team = OWN,
 ) -> tuple[Any, Any]:  # fmt: skip
     """Pull dy back into dx; return the gradients of bias and scale, in float64.
 
@@ -87,11 +100,11 @@ def backward(
     """
     numbers = (saved.mean, saved.rstd, saved.share)
     sizes = (layout.groups, layout.size, layout.positions)
-    tag, helpers = _ACTIVATIONS[activation], helpers_for(layout.elements)
+    tag, helpers = _ACTIVATIONS[activation], team.helpers_for(layout.elements)
     sums = np.empty((2, layout.samples, layout.channels))
     if layout.first:
         _launch(
-            kernels("numba_first").first_backward, helpers, 2,
+            kernels("numba_first").first_backward, team, helpers, 0,
             (x, dy, dx, scale, bias, mask, *sizes, tag, *numbers, *sums.reshape(2, -1)),
         )  # fmt: skip
     else:
@@ -99,14 +112,15 @@ def backward(
         apart = _is_apart(layout, helpers)
         common = 0 if apart else shape.chunks
         _launch(
-            kernels("numba_last").last_backward, helpers, 3 * layout.samples + 1,
+            kernels("numba_last").last_backward, team, helpers, layout.samples,
             (
                 x, dy, dx, scale, mask, layout.samples, *sizes, shape.rows, tag, apart,
                 *np.empty((2, common * layout.channels)), *numbers, *saved.tables,
                 *_tables(layout.samples, shape.width), *sums,
             ),
         )  # fmt: skip
-    return sums[0].sum(axis=0), sums[1].sum(axis=0)
+    gradients = sums[:, 0] if layout.samples == 1 else sums.sum(axis=1)
+    return gradients[0], gradients[1]
 
 
 class _Chunks(NamedTuple):
@@ -139,11 +153,18 @@ def _tables(samples: int, width: int) -> tuple[Any, ...]:
     return tables[0], tables[1], tables[2]
 
 
-def _launch(kernel: Any, helpers: int, counters: int, arguments: tuple[Any, ...]) -> None:
-    """Run a kernel in this thread and in helpers, and say so where it had to be compiled."""
-    team = np.zeros(counters * _STRIDE, np.int64)
+def _launch(
+    kernel: Any, team: Team, helpers: int, samples: int, arguments: tuple[Any, ...]
+) -> None:
+    """Run a kernel in this thread and in helpers, and say so where it had to be compiled.
+
+    `samples` is how many of them threads may share, phase by phase.
+    """
+    parts = helpers + 1
+    counters = 2 + max(samples * (2 * parts + 1), parts)
+    claims = np.zeros(counters * _STRIDE, np.int64)
     known, start = len(kernel.overloads), time.perf_counter()
-    run_together(helpers, lambda: kernel(*arguments, team))
+    team.run(helpers, lambda: kernel(*arguments, parts, claims))
     if len(kernel.overloads) > known and _is_news(kernel):
         _log.warning(
             "groupnorm compiled CPU kernels for this combination of dtypes in %.1f s; they are "

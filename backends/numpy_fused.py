@@ -56,6 +56,8 @@ def fused_vjp(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: O
     call = _call(adapter, x, scale, bias, mask, options)
     if isinstance(call, NotServed):
         return call
+    # The caller may change parameters in place before the pullback is called.
+    call = call._replace(scale=call.scale.copy(), bias=call.bias.copy())
     y, saved = call.forward(options)
     return y, _pullback(adapter, call, saved, x, scale, bias, options)
 
@@ -107,42 +109,46 @@ def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Optio
     for parameter in (scale, bias):
         if parameter is not None and type(parameter) is not np.ndarray:
             return NotServed("a parameter is no plain NumPy array")
-    dtypes = _dtypes(
-        adapter,
-        x.dtype,
-        None if scale is None else scale.dtype,
-        None if bias is None else bias.dtype,
-        options,
-    )
+    strides = tuple(s // x.itemsize for s in x.strides)
+    kinds = (None if p is None else p.dtype for p in (scale, bias))
+    planned = _planned(adapter, x.shape, strides, x.dtype, *kinds, options)
+    if isinstance(planned, NotServed):
+        return planned
+    layout, dtypes = planned
+    parameters = []
+    for parameter, neutral in ((scale, 1.0), (bias, 0.0)):
+        if parameter is None:
+            parameters.append(constant(neutral, layout.channels))
+        elif parameter.shape not in (layout.feature_shape, (layout.channels,)):
+            return NotServed("a parameter does not have the shape of the feature axes")
+        else:
+            flat = np.ascontiguousarray(parameter, np.float32).reshape(-1)
+            parameters.append(_writable(flat))
+    flat_mask = None if mask is None else cpu.flat_mask(host_mask(mask), layout)
+    if isinstance(flat_mask, NotServed):
+        return flat_mask
+    return _Call(layout, dtypes, memory(x, layout), parameters[0], parameters[1], flat_mask)
+
+
+@lru_cache(maxsize=4096)
+def _planned(
+    adapter: Any, shape: Any, strides: Any, x: Any, scale: Any, bias: Any, options: Options
+) -> Any:
+    """Return the layout and what the arrays hold: all that does not depend on values."""
+    dtypes = _dtypes(adapter, x, scale, bias, options)
     if isinstance(dtypes, NotServed):
         return dtypes
     why = cpu.unavailable(dtypes.float16)
     if why is not None:
         return why
-    strides = tuple(s // x.itemsize for s in x.strides)
-    layout = cpu.layout_of(x.shape, strides, options)
-    if isinstance(layout, NotServed):
-        return layout
-    parameters = []
-    for parameter, neutral in ((scale, 1.0), (bias, 0.0)):
-        if parameter is None:
-            parameters.append(constant(neutral, layout.channels))
-            continue
-        if parameter.shape not in (layout.feature_shape, (layout.channels,)):
-            return NotServed("a parameter does not have the shape of the feature axes")
-        flat = parameter.reshape(-1).astype(np.float64)
-        parameters.append(flat)
-    flat_mask = cpu.flat_mask(None if mask is None else host_mask(mask), layout)
-    if isinstance(flat_mask, NotServed):
-        return flat_mask
-    flat_scale, flat_bias = parameters
-    return _Call(layout, dtypes, memory(x, layout), flat_scale, flat_bias, flat_mask)
+    layout = cpu.layout_of(shape, strides, options)
+    return layout if isinstance(layout, NotServed) else (layout, dtypes)
 
 
 @lru_cache(maxsize=1024)
 def constant(value: float, channels: int) -> Any:
     """Return as many equal parameters as there are channels."""
-    return np.full(channels, value)
+    return np.full(channels, value, np.float32)
 
 
 class _Typed(NamedTuple):
@@ -151,7 +157,6 @@ class _Typed(NamedTuple):
     dtype: Any
 
 
-@lru_cache(maxsize=1024)
 def _dtypes(adapter: Any, x: Any, scale: Any, bias: Any, options: Options) -> Any:
     typed_scale, typed_bias = (None if d is None else _Typed(d) for d in (scale, bias))
     given = [d for d in (x, scale, bias) if d is not None]

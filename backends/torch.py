@@ -1,6 +1,7 @@
 """PyTorch: tensors, statistics over process groups, and a layer that is an `nn.Module`."""
 
 import sys
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import array_api_compat.torch as xp
@@ -11,6 +12,7 @@ from groupnorm.backends import Adapter, cpu, native
 from groupnorm.backends.numpy import small_float
 from groupnorm.backends.torch_distributed import replicas_of, sum_gradients
 from groupnorm.backends.torch_fused import functional, fused, fused_vjp, is_wrapped
+from groupnorm.backends.torch_op import traced
 from groupnorm.errors import ArgumentValueError
 from groupnorm.implementations import NotServed
 from groupnorm.layer import GroupNorm
@@ -37,7 +39,7 @@ class TorchAdapter(Adapter):
 
     def plan(self, *key: Any, sampled: bool) -> Plan:
         """Keep sizes open while compiling, and keep away from the cache then."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or any(isinstance(n, torch.SymInt) for n in key[0]):
             # Blocks hold for a range of sizes only, and an exported program is for all of them.
             blocked = not torch.compiler.is_exporting()
             return make_plan_uncached(*key, sampled=False, static=False, blocked=blocked)
@@ -88,6 +90,10 @@ class TorchAdapter(Adapter):
         """Return what `torch.set_default_dtype` says."""
         return torch.get_default_dtype()
 
+    def result_type(self, *dtypes: Any) -> Any:
+        """Promote, by what the compiler can trace."""
+        return reduce(torch.promote_types, dtypes)
+
     def erfc(self, x: Any) -> Any:
         """1 - erf(x)."""
         return torch.special.erfc(x)
@@ -119,6 +125,8 @@ class TorchAdapter(Adapter):
 
     def fused(self, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
         """Compute by compiled loops on the CPU, where numba is installed."""
+        if torch.compiler.is_compiling():
+            return traced(self, x, scale, bias, mask, options)
         return fused(self, x, scale, bias, mask, options)
 
     def fused_vjp(self, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:

@@ -1,8 +1,8 @@
 """PyTorch calls of the fused CPU kernels, which compute in the tensors' own memory.
 
-Eager tensors on the CPU are served. Where PyTorch looks through the computation - compiling,
-exporting, torch.func's transforms, forward mode, dispatch modes, double backward - the portable
-implementation computes, which it can look through.
+Eager tensors on the CPU are served; `torch_op` has what compiled programs call. Where PyTorch looks
+through the computation - exporting, torch.func's transforms, forward mode, dispatch modes, double
+backward - the portable implementation computes, which it can look through.
 """
 
 from functools import lru_cache
@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 
 from groupnorm.backends import cpu, cpu_launch
 from groupnorm.backends.numpy_fused import bits, constant, row_kinds
+from groupnorm.backends.torch_threads import run_in_torch_threads, torch_helpers_for
 from groupnorm.errors import ArgumentValueError, GroupNormError
 from groupnorm.implementations import NotServed
 from groupnorm.options import Options
@@ -25,6 +26,8 @@ __all__ = ["functional", "fused", "fused_vjp", "is_wrapped"]
 # Tensors of torch.func's transforms, which have no values of their own. Private, but what PyTorch's
 # own code asks.
 is_wrapped: Any = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore[reportAttributeAccessIssue]
+
+_TEAM = cpu_launch.Team(torch_helpers_for, run_in_torch_threads)
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -38,7 +41,7 @@ class _Call(NamedTuple):
     kinds: Any
     mask: Any  # as it was given
     flat_mask: Any
-    scale: Any  # float64, of NumPy
+    scale: Any  # float32, of NumPy
     bias: Any
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, cpu_launch.Saved]:
@@ -46,7 +49,7 @@ class _Call(NamedTuple):
         y = torch.empty(self.layout.plan.shape, dtype=self.kinds.result, device="cpu")
         saved = cpu_launch.forward(
             self.layout, _memory(x, self.layout), _numbers(y), self.scale, self.bias,
-            self.flat_mask, self.options.epsilon, self.options.activation,
+            self.flat_mask, self.options.epsilon, self.options.activation, _TEAM,
         )  # fmt: skip
         return _restored(y, self.layout), saved
 
@@ -59,7 +62,7 @@ class _Call(NamedTuple):
         dx = torch.empty(self.layout.plan.shape, dtype=x.dtype, device="cpu")
         dbias, dscale = cpu_launch.backward(
             self.layout, saved, _memory(x, self.layout), _memory(dy, self.layout), _numbers(dx),
-            self.scale, self.bias, self.flat_mask, self.options.activation,
+            self.scale, self.bias, self.flat_mask, self.options.activation, _TEAM,
         )  # fmt: skip
         return _restored(dx, self.layout), dscale, dbias
 
@@ -105,8 +108,6 @@ def _differentiable(call: _Call, inputs: Any, wanted: Any, dy: Any) -> list[Any]
 
 def fused(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
     """Return y, or `NotServed`."""
-    if torch.compiler.is_compiling():
-        return NotServed("a program that torch.compile traces is compiled from portable code")
     call = _call(adapter, x, scale, bias, mask, options)
     if isinstance(call, NotServed):
         return call
@@ -142,12 +143,18 @@ def fused_vjp(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: O
 
 
 def _as_parameter(gradient: Any, parameter: Any) -> Any:
+    """Return a parameter's gradient, in its shape and dtype."""
     if parameter is None:
         return None
-    gradient = torch.from_numpy(gradient).reshape(parameter.shape)
+    # NumPy rounds a few numbers in a fraction of the time that PyTorch takes for it.
+    found = torch.from_numpy(gradient.astype(np.float32))
+    if parameter.ndim != 1:
+        found = found.reshape(parameter.shape)
+    if parameter.dtype == torch.float32:
+        return found
     if isinstance(parameter, torch.Tensor):
-        return gradient.to(parameter.dtype)
-    return gradient.to(getattr(torch, parameter.dtype.name))
+        return found.to(parameter.dtype)
+    return found.to(getattr(torch, parameter.dtype.name))
 
 
 def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
@@ -165,30 +172,43 @@ def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Optio
                 return why
         elif parameter is not None and type(parameter) is not np.ndarray:
             return NotServed(f"{name} is of type {type(parameter).__name__}")
-    kinds = _kinds(
-        adapter, x.dtype, *(None if p is None else p.dtype for p in (scale, bias)), options
-    )
-    why = kinds if isinstance(kinds, NotServed) else cpu.unavailable(kinds.float16)
-    if why is not None:
-        return why
-    layout = cpu.layout_of(tuple(x.shape), x.stride(), options)
-    if isinstance(layout, NotServed):
-        return layout
+    dtypes = (None if p is None else p.dtype for p in (scale, bias))
+    planned = _planned(adapter, x.shape, x.stride(), x.dtype, *dtypes, options)
+    if isinstance(planned, NotServed):
+        return planned
+    layout, kinds = planned
     flat = []
     for parameter, neutral in ((scale, 1.0), (bias, 0.0)):
         if parameter is None:
             flat.append(constant(neutral, layout.channels))
-        elif tuple(parameter.shape) not in (layout.feature_shape, (layout.channels,)):
+        elif parameter.shape not in (layout.feature_shape, (layout.channels,)):
             return NotServed("a parameter does not have the shape of the feature axes")
-        elif isinstance(parameter, torch.Tensor):
-            flat.append(parameter.detach().to(torch.float64).contiguous().numpy().reshape(-1))
         else:
-            flat.append(np.ascontiguousarray(parameter, np.float64).reshape(-1))
-    flat_mask = _flat_mask(mask, layout)
+            flat.append(_flat_parameter(parameter))
+    flat_mask = None if mask is None else _flat_mask(mask, layout)
     if isinstance(flat_mask, NotServed):
         return flat_mask
-    flat_scale, flat_bias = flat
-    return _Call(adapter, options, layout, kinds, mask, flat_mask, flat_scale, flat_bias)
+    return _Call(adapter, options, layout, kinds, mask, flat_mask, flat[0], flat[1])
+
+
+@lru_cache(maxsize=4096)
+def _planned(
+    adapter: Any, shape: Any, strides: Any, x: Any, scale: Any, bias: Any, options: Options
+) -> Any:
+    """Return the layout and what the tensors hold: all that does not depend on values."""
+    kinds = _kinds(adapter, x, scale, bias, options)
+    why = kinds if isinstance(kinds, NotServed) else cpu.unavailable(kinds.float16)
+    if why is not None:
+        return why
+    layout = cpu.layout_of(tuple(shape), strides, options)
+    return layout if isinstance(layout, NotServed) else (layout, kinds)
+
+
+def _flat_parameter(parameter: Any) -> Any:
+    """Return a parameter in float32, of NumPy: its own memory if it is so already."""
+    if isinstance(parameter, torch.Tensor):
+        parameter = parameter.detach().to(torch.float32).contiguous().numpy()
+    return np.ascontiguousarray(parameter, np.float32).reshape(-1)
 
 
 def _looked_through() -> bool:
@@ -203,7 +223,7 @@ def _looked_through() -> bool:
 def _unlike(x: Any, name: str) -> NotServed | None:
     if type(x) not in PLAIN or is_wrapped(x):
         return NotServed(f"{name} is of type {type(x).__name__}, or seen by a transform")
-    if x.device.type != "cpu" or x.layout is not torch.strided or x.is_neg():
+    if not x.is_cpu or x.layout is not torch.strided or x.is_neg():
         return NotServed(f"{name} is no ordinary tensor on the CPU")
     return None
 
@@ -214,7 +234,6 @@ class _Typed(NamedTuple):
     dtype: Any
 
 
-@lru_cache(maxsize=1024)
 def _kinds(adapter: Any, x: Any, scale: Any, bias: Any, options: Options) -> Any:
     dtypes = (x, scale, bias)
     # A constant from the host has NumPy's, in any byte order.
@@ -239,7 +258,7 @@ def _flat_mask(mask: Any, layout: cpu.Layout) -> Any:
             return why or NotServed("the mask is complex")
         return cpu.flat_mask((mask.detach() != 0).numpy(), layout)
     try:
-        return cpu.flat_mask(None if mask is None else host_mask(mask), layout)
+        return cpu.flat_mask(host_mask(mask), layout)
     except GroupNormError:
         return NotServed("the mask is no array of booleans")
 
@@ -254,10 +273,9 @@ def _memory(a: torch.Tensor, layout: cpu.Layout) -> Any:
 
 def _numbers(a: torch.Tensor) -> Any:
     """Return a contiguous tensor as a flat array, half precision as bits."""
-    flat = a.view(-1)
     if a.dtype is torch.bfloat16:
-        return flat.view(torch.int16).numpy()
-    return bits(flat.numpy())
+        a = a.view(torch.int16)
+    return bits(a.numpy().reshape(-1))
 
 
 def _restored(a: torch.Tensor, layout: cpu.Layout) -> torch.Tensor:

@@ -36,7 +36,7 @@ FEW_POSITIONS = 16
 # is an outlier; about sixty were at rounding level on every data set tried.
 PIVOT_SAMPLES = 64
 # Sampling pays only when it leaves most of the data out.
-WORTH_SAMPLING = 256
+WORTH_SAMPLING = 128
 
 
 class Plan(NamedTuple):

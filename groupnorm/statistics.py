@@ -56,6 +56,11 @@ __all__ = [
 ]
 
 
+# Deviations on a scale within this factor of 1 need no unit of their own: neither their squares nor
+# those of outliers, a million times as large, leave the range of float32.
+ORDINARY = 2.0**20
+
+
 class Centred(NamedTuple):
     """The data relative to its pivots."""
 
@@ -108,11 +113,14 @@ def measure(
         seen = float(product(still.shape[a] for a in plan.inner))
     pivot, lowest, highest = pivots(still, mask, seen, plan, adapter)
     group_unit = unit_of(magnitude(highest - lowest, adapter), epsilon, adapter)
+    scaled = not adapter.surely_within(group_unit, 1 / ORDINARY, ORDINARY)
+    if not scaled:
+        group_unit = xp.ones_like(group_unit)
     # Of the pivot's full shape, since an operand that repeats within its rows costs NumPy tenfold.
     unit = group_unit * xp.ones_like(magnitude(pivot, adapter))
     pivot, unit = adapter.settle(pivot, unit)
 
-    centred = _centre(x, mask, pivot, unit, plan, adapter)
+    centred = _centre(x, mask, pivot, unit, plan, adapter, scaled=scaled)
     valid = centred.deviations if mask is None else xp.where(mask, centred.deviations, 0.0)
     delta = total(valid, plan.inner, plan, adapter) / enough
     m2 = _total_abs2(valid, plan, adapter) - counts * abs2(delta, adapter)
@@ -144,13 +152,16 @@ def _centre(
     unit: "Array",
     plan: "Plan",
     adapter: "Adapter",
+    *,
+    scaled: bool = True,
 ) -> Centred:
     xp = adapter.xp
     deviations = x - xp.reshape(pivot, plan.ungrouped(pivot.shape))
     unit_of_channel = xp.reshape(unit, plan.ungrouped(unit.shape))
     if mask is not None:
         deviations = _saturate(deviations, mask, unit_of_channel, adapter)
-    deviations *= unit_of_channel
+    if scaled:
+        deviations *= unit_of_channel
     return Centred(deviations, pivot, unit)
 
 

@@ -2,7 +2,7 @@
 
 Arrays come flat, as (N, groups, size, P) with P positions, so that a group is one contiguous
 stretch. It is normalized right after it was measured, while the cache still has it; the groups of
-all samples are the tasks that threads claim.
+all samples are the tasks that threads share, see `numba_team`.
 
 A stretch is read once for its statistics, in blocks of `BLOCK` elements. A block is measured
 around the mean of the one before it; only where that turns out to be far from its own mean
@@ -37,7 +37,7 @@ from groupnorm.backends.kernels.numba_numbers import (
     put,
     tame,
 )
-from groupnorm.backends.kernels.numba_team import claim, finish, wait
+from groupnorm.backends.kernels.numba_team import finish, take_seat, take_task, wait
 
 __all__ = ["first_backward", "first_forward"]
 
@@ -269,17 +269,18 @@ def _mask_at(mask, task, groups, positions):
 
 @jit()
 def first_forward(
-    x, y, scale, bias, mask, groups, size, positions, epsilon, activation, mean, rstd, share, team
+    x, y, scale, bias, mask, groups, size, positions, epsilon, activation, mean, rstd, share,
+    parts, team,
 ):  # fmt: skip
     """Measure and normalize the groups of all samples."""
     stretch, tasks = size * positions, mean.size
     grain = max(1, GRAIN // stretch)
+    claims, seat = (tasks + grain - 1) // grain, take_seat(team, 0, parts)
     while True:
-        begin = claim(team, 0, grain)
-        if begin >= tasks:
+        claim = take_task(team, 2, parts, claims, seat)
+        if claim < 0:
             break
-        stop = min(begin + grain, tasks)
-        for task in range(begin, stop):
+        for task in range(claim * grain, min((claim + 1) * grain, tasks)):
             start, mask_at = task * stretch, _mask_at(mask, task, groups, positions)
             count, m, variance = _statistics(x, start, size, positions, mask, mask_at)
             r = inverse_deviation(variance, epsilon)
@@ -297,8 +298,8 @@ def first_forward(
                     _masked_apply(
                         x, y, at, positions, mask, mask_at, centre, factor, term, activation
                     )
-        finish(team, 1, stop - begin)
-    wait(team, 1, tasks)
+        finish(team, 1, 1)
+    wait(team, 1, claims)
 
 
 @jit()
@@ -323,7 +324,7 @@ def _sums(
 @jit()
 def first_backward(
     x, dy, dx, scale, bias, mask, groups, size, positions, activation, mean, rstd, share,
-    sum_dy, sum_dy_xhat, team,
+    sum_dy, sum_dy_xhat, parts, team,
 ):  # fmt: skip
     """Pull dy back through the groups of all samples.
 
@@ -331,12 +332,12 @@ def first_backward(
     """
     stretch, tasks = size * positions, mean.size
     grain = max(1, GRAIN // stretch)
+    claims, seat = (tasks + grain - 1) // grain, take_seat(team, 0, parts)
     while True:
-        begin = claim(team, 0, grain)
-        if begin >= tasks:
+        claim = take_task(team, 2, parts, claims, seat)
+        if claim < 0:
             break
-        stop = min(begin + grain, tasks)
-        for task in range(begin, stop):
+        for task in range(claim * grain, min((claim + 1) * grain, tasks)):
             start, mask_at = task * stretch, _mask_at(mask, task, groups, positions)
             m, r = mean[task], rstd[task]
             centre = F(m)
@@ -367,5 +368,5 @@ def first_backward(
                         x, dy, dx, at, positions, mask, mask_at, centre, factor, term, rounded,
                         slope, offset, activation,
                     )  # fmt: skip
-        finish(team, 1, stop - begin)
-    wait(team, 1, tasks)
+        finish(team, 1, 1)
+    wait(team, 1, claims)

@@ -35,7 +35,7 @@ from groupnorm.backends.kernels.numba_bands import (
 )
 from groupnorm.backends.kernels.numba_merge import LEAST, MOST, bounded, inverse_deviation, is_off
 from groupnorm.backends.kernels.numba_numbers import get, jit
-from groupnorm.backends.kernels.numba_team import claim, finish, wait
+from groupnorm.backends.kernels.numba_team import finish, take_seat, take_task, wait
 
 __all__ = ["band_rows", "chunk_rows", "last_backward", "last_forward"]
 
@@ -255,39 +255,36 @@ def _apply_chunk(
         apply(x, y, a, min(width, end - a), valid, centre, factor, term, activation)
 
 
-# Each sample has three counters: chunks that were claimed to be measured, those that were measured
-# and, one more, whether they were merged, and chunks that were claimed to be applied. The last of
-# all counters is of chunks that are done. Threads that work apart count only that.
+# The first two counters are of seats and of chunks that are done. Then come, for each sample, those
+# of the chunks that were taken to be measured, by parts, one of those that were measured and, one
+# more, whether they were merged, and those of the chunks that were taken to be applied, by parts.
+# Threads that work apart use the first of these for samples.
 
 
 @jit()
-def _is_last(team, turn, task, chunks, apart):
+def _take_sample(team, turn, samples, parts, seat, apart):
+    if apart:
+        return take_task(team, 2, parts, samples, seat)
+    return turn if turn < samples else -1
+
+
+@jit()
+def _take_chunk(team, counter, task, chunks, parts, seat, apart):
+    if apart:
+        return task if task < chunks else -1
+    return take_task(team, counter, parts, chunks, seat)
+
+
+@jit()
+def _is_last(team, counter, task, chunks, apart):
     """Whether all chunks of a sample are measured now, so that they can be merged."""
-    return task == chunks - 1 if apart else finish(team, 3 * turn + 1, 1) == chunks
-
-
-@jit()
-def _let_go_on(team, turn, apart):
-    if not apart:
-        finish(team, 3 * turn + 1, 1)
-
-
-@jit()
-def _wait_for_merge(team, turn, chunks, apart):
-    if not apart:
-        wait(team, 3 * turn + 1, chunks + 1)
-
-
-@jit()
-def _chunk_to_apply(team, turn, task, chunks, apart):
-    # Backwards: what was measured last is in the cache still.
-    return chunks - 1 - (task if apart else claim(team, 3 * turn + 2, 1))
+    return task == chunks - 1 if apart else finish(team, counter, 1) == chunks
 
 
 @jit()
 def last_forward(
     x, y, scale, bias, mask, samples, groups, size, positions, rows, epsilon, activation, apart,
-    counts, means, m2s, mean, rstd, share, centres, factors, terms, team,
+    counts, means, m2s, mean, rstd, share, centres, factors, terms, parts, team,
 ):  # fmt: skip
     """Measure and normalize all samples.
 
@@ -302,30 +299,33 @@ def last_forward(
     if apart:
         counts = np.empty(chunks)
         means, m2s = np.empty(chunks * channels), np.empty(chunks * channels)
+    seat = take_seat(team, 0, parts)
     for turn in range(samples):
-        sample = claim(team, 0, 1) if apart else turn
-        if sample >= samples:
+        sample = _take_sample(team, turn, samples, parts, seat, apart)
+        if sample < 0:
             break
+        counter = 2 + turn * (2 * parts + 1)
         mask_at, begin = _mask_at(mask, sample, positions), sample * positions * channels
         centre, factor, term = centres[sample], factors[sample], terms[sample]
         for task in range(chunks):
-            chunk = task if apart else claim(team, 3 * turn, 1)
-            if chunk >= chunks:
+            chunk = _take_chunk(team, counter, task, chunks, parts, seat, apart)
+            if chunk < 0:
                 break
             first, a, b = chunk * rows, chunk * channels, (chunk + 1) * channels
             counts[chunk] = _measure(
                 x, mask, mask_at, begin + first * channels, first, min(rows, positions - first),
                 channels, base, total, squares, starts, means[a:b], m2s[a:b],
             )  # fmt: skip
-            if _is_last(team, turn, task, chunks, apart):
+            if _is_last(team, counter + parts, task, chunks, apart):
                 _merge(
                     x, mask, mask_at, scale, bias, sample, groups, size, positions, epsilon,
                     counts, means, m2s, chunks, mean, rstd, share, centre, factor, term,
                 )  # fmt: skip
-                _let_go_on(team, turn, apart)
-        _wait_for_merge(team, turn, chunks, apart)
+                finish(team, counter + parts, 1)
+        if not apart:
+            wait(team, counter + parts, chunks + 1)
         for task in range(chunks):
-            chunk = _chunk_to_apply(team, turn, task, chunks, apart)
+            chunk = _take_chunk(team, counter + parts + 1, task, chunks, parts, seat, apart)
             if chunk < 0:
                 break
             first = chunk * rows
@@ -333,8 +333,8 @@ def last_forward(
                 x, y, mask, mask_at, begin + first * channels, first, min(rows, positions - first),
                 channels, centre, factor, term, activation,
             )  # fmt: skip
-            finish(team, 3 * samples, 1)
-    wait(team, 3 * samples, samples * chunks)
+            finish(team, 1, 1)
+    wait(team, 1, samples * chunks)
 
 
 @jit()
@@ -422,7 +422,7 @@ def _pull_back_chunk(
 def last_backward(
     x, dy, dx, scale, mask, samples, groups, size, positions, rows, activation, apart,
     sums, weighted_sums, mean, rstd, share, centres, factors, terms, rstds, slopes, offsets,
-    sum_dy, sum_dy_xhat, team,
+    sum_dy, sum_dy_xhat, parts, team,
 ):  # fmt: skip
     """Pull dy back through all samples.
 
@@ -435,15 +435,17 @@ def last_backward(
     total, weighted = table(width), table(width)
     if apart:
         sums, weighted_sums = np.empty(chunks * channels), np.empty(chunks * channels)
+    seat = take_seat(team, 0, parts)
     for turn in range(samples):
-        sample = claim(team, 0, 1) if apart else turn
-        if sample >= samples:
+        sample = _take_sample(team, turn, samples, parts, seat, apart)
+        if sample < 0:
             break
+        counter = 2 + turn * (2 * parts + 1)
         mask_at, begin = _mask_at(mask, sample, positions), sample * positions * channels
         centre, factor, term = centres[sample], factors[sample], terms[sample]
         for task in range(chunks):
-            chunk = task if apart else claim(team, 3 * turn, 1)
-            if chunk >= chunks:
+            chunk = _take_chunk(team, counter, task, chunks, parts, seat, apart)
+            if chunk < 0:
                 break
             first, a, b = chunk * rows, chunk * channels, (chunk + 1) * channels
             _sum_products(
@@ -451,16 +453,17 @@ def last_backward(
                 min(rows, positions - first), channels, centre, factor, term, activation,
                 total, weighted, sums[a:b], weighted_sums[a:b],
             )  # fmt: skip
-            if _is_last(team, turn, task, chunks, apart):
+            if _is_last(team, counter + parts, task, chunks, apart):
                 _merge_backward(
                     scale, sample, groups, size, chunks, mean, rstd, share, sums, weighted_sums,
                     sum_dy[sample], sum_dy_xhat[sample], rstds[sample], slopes[sample],
                     offsets[sample],
                 )  # fmt: skip
-                _let_go_on(team, turn, apart)
-        _wait_for_merge(team, turn, chunks, apart)
+                finish(team, counter + parts, 1)
+        if not apart:
+            wait(team, counter + parts, chunks + 1)
         for task in range(chunks):
-            chunk = _chunk_to_apply(team, turn, task, chunks, apart)
+            chunk = _take_chunk(team, counter + parts + 1, task, chunks, parts, seat, apart)
             if chunk < 0:
                 break
             first = chunk * rows
@@ -469,5 +472,5 @@ def last_backward(
                 min(rows, positions - first), channels, centre, factor, term, activation,
                 rstds[sample], slopes[sample], offsets[sample],
             )  # fmt: skip
-            finish(team, 3 * samples, 1)
-    wait(team, 3 * samples, samples * chunks)
+            finish(team, 1, 1)
+    wait(team, 1, samples * chunks)

@@ -1,8 +1,13 @@
 """How several threads share one call of a kernel, compiled by numba.
 
-All of them run the same function. They claim tasks from a counter, one after the other, so that
-one that comes late, or not at all, costs nothing but its help: nobody ever waits for a thread that
-has not begun a task. Which thread does a task changes no number.
+All of them run the same function, and claim tasks from counters, so that a thread that comes late,
+or not at all, costs nothing but its help: nobody ever waits for one that has not begun a task.
+Which thread does a task changes no number.
+
+The tasks are cut into as many parts as there are threads. Each has a seat, and begins with that
+part: neighbouring tasks of one thread find their lines in its cache, and two threads that took
+turns on the memory would fetch it from each other, which took twice as long. Who has done with its
+own part goes on to the others'.
 
 A team is an array of zeros in int64, with `STRIDE` numbers for each counter, so that no two lie in
 one line of the cache.
@@ -16,7 +21,7 @@ from numba.extending import intrinsic, register_jitable
 
 from groupnorm.backends.kernels.numba_numbers import jit
 
-__all__ = ["STRIDE", "claim", "finish", "wait"]
+__all__ = ["STRIDE", "finish", "take_seat", "take_task", "wait"]
 
 STRIDE = 8
 
@@ -62,9 +67,25 @@ else:
 
 
 @jit()
-def claim(team, counter, amount):
-    """Return the first of so many tasks that are this thread's from now on."""
-    return _add(team, counter * STRIDE, amount)
+def take_seat(team, counter, parts):
+    """Return the part of the tasks this thread is to begin with."""
+    return _add(team, counter * STRIDE, 1) % parts
+
+
+@jit()
+def take_task(team, counter, parts, tasks, seat):
+    """Return a task that is this thread's from now on; -1 where there is none left.
+
+    Each part has its own counter, from `counter` on.
+    """
+    for turn in range(parts):
+        part = (seat + turn) % parts
+        first, last = tasks * part // parts, tasks * (part + 1) // parts
+        if _look(team, (counter + part) * STRIDE) < last - first:
+            task = first + _add(team, (counter + part) * STRIDE, 1)
+            if task < last:
+                return task
+    return -1
 
 
 @jit()

@@ -1,0 +1,321 @@
+"""The fused CPU kernels as operators, `torch.ops.groupnorm`, for programs that torch.compile makes.
+
+The compiler looks through portable code and rewrites it; through an operator it does not look, so
+that compiled programs run the kernels. `traced` decides, while the program is traced, by what is
+known then. Where memory turns out to be laid out otherwise when it runs, the operators compute by
+the portable implementation themselves: they are right for every input.
+
+Forward returns, beside y, what backward needs in one tensor (see `_pack`). That is of use to the
+same kernels on the same memory only; otherwise backward measures again.
+"""
+
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch.autograd import forward_ad
+
+from groupnorm.backends import cpu, cpu_launch
+from groupnorm.backends.torch_fused import PLAIN, _as_parameter, _Call, _call, _kinds
+from groupnorm.core import apply, apply_with_pullback
+from groupnorm.dispatch import adapter_named
+from groupnorm.implementations import NotServed
+from groupnorm.options import Options
+from groupnorm.plan import make_plan_uncached, product
+from groupnorm.prepare import check, dtypes_of
+
+__all__ = ["traced"]
+
+# Options, as far as a program that is compiled without replicas can have them.
+_SETTINGS = (
+    "int[] feature, SymInt? num_groups, SymInt? group_size, int[]? reduction, float epsilon, "
+    "str? dtype, bool fast, str? activation"
+)
+_ARRAYS = "Tensor x, Tensor? scale, Tensor? bias, Tensor? mask"
+# Numbers in front of what `_pack` packs.
+_HEAD = 2
+
+
+# While a program is traced -----------------------------------------------------------------------
+
+
+def traced(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
+    """Return y by the operator, or `NotServed`; the compiler traces this."""
+    if torch.compiler.is_exporting():
+        return NotServed("exported programs are of portable code, to run where groupnorm is not")
+    if options.axis_name is not None:
+        return NotServed("statistics of replicas are pooled by the portable implementation")
+    for name, a in (("x", x), ("scale", scale), ("bias", bias), ("mask", mask)):
+        if a is None:
+            continue
+        if type(a) not in PLAIN or a.device.type != "cpu" or a.layout is not torch.strided:
+            return NotServed(f"{name} is no ordinary tensor on the CPU")
+    dtypes = [None if a is None else a.dtype for a in (scale, bias)]
+    why = _unserved(x.dtype, dtypes[0], dtypes[1], options.dtype)
+    # The level is known to be -1 here: it is read for the compiler to guard on it.
+    if why or forward_ad._current_level >= 0:
+        return NotServed(why)
+    plan = check(adapter, x, scale, bias, mask, options).plan
+    roles = cpu.roles_of(plan)
+    if plan.permutation is not None or roles not in cpu.ROLES:
+        return NotServed(f"the order of the axes is {roles}")
+    if mask is not None:
+        before = x.ndim - mask.ndim
+        if any(a % x.ndim >= before and mask.shape[a % x.ndim - before] != 1
+               for a in options.feature):  # fmt: skip
+            return NotServed("the mask tells channels apart")
+        if mask.dtype != torch.bool:
+            mask = mask != 0
+    y, _ = torch.ops.groupnorm.group_norm.default(
+        x, scale, bias, mask, options.feature, options.num_groups, options.group_size,
+        options.reduction, options.epsilon, options.dtype, options.fast, options.activation,
+    )  # fmt: skip
+    return y
+
+
+# The compiler calls it and keeps the result: it need not trace how numba is imported. What it
+# depends on beside its arguments - transforms, forward mode - the compiler guards by itself.
+def _unserved(x: Any, scale: Any, bias: Any, dtype: str | None) -> str:
+    """Say why the kernels do not serve tensors of these dtypes here and now; "" if they do."""
+    if (
+        getattr(forward_ad, "_current_level", -1) >= 0
+        or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
+    ):
+        return "forward mode and torch.func's transforms look through the computation"
+    options = _options((), None, 1, None, 0.0, dtype, True, None)
+    kinds = _kinds(adapter_named("torch"), x, scale, bias, options)
+    why = kinds if isinstance(kinds, NotServed) else cpu.unavailable(kinds.float16)
+    return "" if why is None else why.reason
+
+
+# What torch.compiler.assume_constant_result does, which imports the compiler: a second for those
+# who have no use for it.
+_unserved._dynamo_marked_constant = True  # type: ignore[attr-defined]  # pyright: ignore[reportFunctionMemberAccess]
+
+
+# The operators ------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op(
+    "groupnorm::group_norm",
+    mutates_args=(),
+    schema=f"({_ARRAYS}, {_SETTINGS}) -> (Tensor y, Tensor saved)",
+    device_types="cpu",
+)
+def _forward(x: Any, scale: Any, bias: Any, mask: Any, *settings: Any) -> Any:
+    x, call = _dense_call(x, scale, bias, mask, settings)
+    if isinstance(call, NotServed):
+        y, saved = _portable_forward(x, scale, bias, mask, *settings)
+    else:
+        y, found = call.forward(x)
+        saved = _pack(found, call)
+    return _laid_out_as(x, y), saved
+
+
+@torch.library.custom_op(
+    "groupnorm::group_norm_backward",
+    mutates_args=(),
+    schema=f"(Tensor dy, {_ARRAYS}, Tensor saved, {_SETTINGS}) "
+    "-> (Tensor dx, Tensor dscale, Tensor dbias)",
+    device_types="cpu",
+)
+def _backward(dy: Any, x: Any, scale: Any, bias: Any, mask: Any, saved: Any, *settings: Any) -> Any:
+    x, call = _dense_call(x, scale, bias, mask, settings)
+    if isinstance(call, NotServed):
+        dx, *gradients = _portable_backward(dy, x, scale, bias, mask, saved, *settings)
+        return _laid_out_as(x, dx), *gradients
+    found = _unpack(saved, call)
+    dx, dscale, dbias = call.backward(call.forward(x)[1] if found is None else found, x, dy)
+    gradients = [
+        x.new_empty(0) if p is None else _as_parameter(gradient, p)
+        for gradient, p in ((dscale, scale), (dbias, bias))
+    ]
+    return _laid_out_as(x, dx), *gradients
+
+
+@_forward.register_fake
+def _(x: Any, scale: Any, bias: Any, mask: Any, *settings: Any) -> Any:
+    result = dtypes_of(adapter_named("torch"), x, scale, bias, _options(*settings))[2]
+    return torch.empty_like(x, dtype=result), _nothing_saved(x, settings)
+
+
+@_backward.register_fake
+def _(dy: Any, x: Any, scale: Any, bias: Any, mask: Any, saved: Any, *settings: Any) -> Any:
+    gradients = (x.new_empty(0) if p is None else p.new_empty(p.shape) for p in (scale, bias))
+    return torch.empty_like(x), *gradients
+
+
+def _options(*settings: Any) -> Options:
+    feature, num_groups, group_size, reduction, epsilon, dtype, fast, activation = settings
+    return Options(
+        feature=tuple(feature), num_groups=num_groups, group_size=group_size,
+        reduction=None if reduction is None else tuple(reduction), epsilon=epsilon, dtype=dtype,
+        axis_name=None, axis_index_groups=None, fast=fast, activation=activation,
+        implementation="portable", feature_shape=None,
+    )  # fmt: skip
+
+
+def _dense_call(x: Any, scale: Any, bias: Any, mask: Any, settings: Any) -> tuple[Any, Any]:
+    """Return x without gaps in its memory, and the kernels' call or `NotServed`."""
+    if x.numel() and cpu.memory_order(x.shape, x.stride()) is None:
+        x = x.clone()  # which keeps the order of the axes, as the result's is
+    adapter, options = adapter_named("torch"), _options(*settings)
+    call = _call(adapter, x, scale, bias, mask, options)
+    if isinstance(call, NotServed) and not x.is_contiguous():
+        call = _call(adapter, x.contiguous(), scale, bias, mask, options)
+    return x, call
+
+
+def _laid_out_as(x: Any, y: Any) -> Any:
+    if y.stride() == x.stride():
+        return y
+    return torch.empty_like(x, dtype=y.dtype).copy_(y)
+
+
+# What backward needs of forward -------------------------------------------------------------------
+
+
+def _nothing_saved(x: Any, settings: Any) -> Any:
+    """Make room for what `_pack` packs, filled with what `_unpack` takes for nothing."""
+    options = _options(*settings)
+    plan = make_plan_uncached(
+        tuple(x.shape), options.feature, options.num_groups, options.group_size, options.reduction,
+        sampled=False, static=False,
+    )  # fmt: skip
+    *kept, groups = plan.statistics_shape
+    size = _HEAD + 3 * product(kept) * (groups + plan.channels)
+    return torch.zeros(size, dtype=torch.float64, device=x.device)
+
+
+def _pack(saved: cpu_launch.Saved, call: _Call) -> torch.Tensor:
+    """Put what was saved into one tensor whose size does not depend on the order in memory.
+
+    First that order and how many times a row of the tables repeats the channels, then the numbers
+    of each group, then the tables, each channel once.
+    """
+    layout = call.layout
+    packed = np.zeros(_HEAD + 3 * layout.samples * (layout.groups + layout.channels))
+    numbers, tables = _parts(packed, layout)
+    packed[0] = _signature(layout)
+    numbers[:] = saved[:3]
+    for row, table in zip(tables, saved.tables, strict=False):
+        packed[1] = table.shape[1] // layout.channels
+        row[:] = table[:, : layout.channels]
+    return torch.from_numpy(packed)
+
+
+def _unpack(packed: torch.Tensor, call: _Call) -> cpu_launch.Saved | None:
+    """Return what was packed, unless it was of another order in memory."""
+    layout, found = call.layout, packed.numpy()
+    if found[0] != _signature(layout):
+        return None
+    numbers, rows = _parts(found, layout)
+    band, tables = int(found[1]), cast("tuple[Any, ...]", ())
+    if band:
+        tables = cpu_launch._tables(layout.samples, band * layout.channels)
+        for table, row in zip(tables, rows, strict=True):
+            table.reshape(layout.samples, band, layout.channels)[:] = row[:, None]
+    return cpu_launch.Saved(numbers[0], numbers[1], numbers[2], tables)
+
+
+def _parts(packed: Any, layout: cpu.Layout) -> tuple[Any, Any]:
+    end = _HEAD + 3 * layout.samples * layout.groups
+    return packed[_HEAD:end].reshape(3, -1), packed[end:].reshape(
+        3, layout.samples, layout.channels
+    )
+
+
+def _signature(layout: cpu.Layout) -> float:
+    """Return a number for an order of axes, which is not 0."""
+    ndim = len(layout.shape)
+    order = range(ndim) if layout.order is None else layout.order
+    return float(1 + sum(a * ndim**i for i, a in enumerate(order)))
+
+
+# Derivatives, and torch.func's vmap ---------------------------------------------------------------
+
+
+def _portable_forward(x: Any, scale: Any, bias: Any, mask: Any, *settings: Any) -> Any:
+    y = apply(adapter_named("torch"), x, scale, bias, mask, _options(*settings))
+    return y, _nothing_saved(x, settings)
+
+
+def _portable_backward(
+    dy: Any, x: Any, scale: Any, bias: Any, mask: Any, saved: Any, *settings: Any
+) -> Any:
+    adapter = adapter_named("torch")
+    _, pullback = apply_with_pullback(adapter, x, scale, bias, mask, _options(*settings))
+    found = pullback(dy)
+    return tuple(x.new_empty(0) if gradient is None else gradient for gradient in found)
+
+
+def _set_up(ctx: Any, inputs: Any, output: Any) -> None:
+    x, scale, bias, mask, *ctx.settings = inputs
+    ctx.save_for_backward(x, scale, bias, mask, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _pull_back(ctx: Any, dy: Any, _: Any) -> Any:
+    none = (None,) * (1 + len(ctx.settings))
+    if dy is None:
+        return None, None, None, *none
+    x, scale, bias, mask, saved = ctx.saved_tensors
+    found = torch.ops.groupnorm.group_norm_backward.default(
+        dy, x, scale, bias, mask, saved, *ctx.settings
+    )
+    wanted = ctx.needs_input_grad[:3]
+    return *(g if w else None for g, w in zip(found, wanted, strict=True)), *none
+
+
+def _set_up_again(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.settings = inputs[6:]
+    ctx.save_for_backward(*inputs[:5])
+
+
+def _pull_back_again(ctx: Any, *cotangents: Any) -> Any:
+    """Differentiate the gradient, as a function of dy, x, scale and bias, in portable code."""
+    *tensors, mask = ctx.saved_tensors
+    given = [a is not None for a in tensors]
+
+    def function(x: Any, *parameters: Any) -> Any:
+        rest = iter(parameters)
+        scale, bias = (next(rest) if g else None for g in given[2:])
+        return _portable_forward(x, scale, bias, mask, *ctx.settings)[0]
+
+    def gradients(dy: Any, *arguments: Any) -> Any:
+        return torch.func.vjp(function, *arguments)[1](dy)
+
+    arguments = [a for a in tensors if a is not None]
+    wanted = [c for c, g in zip(cotangents, given[1:], strict=True) if g]
+    found = iter(torch.func.vjp(gradients, *arguments)[1](tuple(wanted)))
+    return *(next(found) if g else None for g in given), *(None,) * (2 + len(ctx.settings))
+
+
+_forward.register_autograd(_pull_back, setup_context=_set_up)
+_backward.register_autograd(_pull_back_again, setup_context=_set_up_again)
+
+
+@_forward.register_vmap
+def _(info: Any, in_dims: Any, *arguments: Any) -> Any:
+    return _mapped(torch.ops.groupnorm.group_norm.default, info, in_dims, arguments)
+
+
+@_backward.register_vmap
+def _(info: Any, in_dims: Any, *arguments: Any) -> Any:
+    return _mapped(torch.ops.groupnorm.group_norm_backward.default, info, in_dims, arguments)
+
+
+def _mapped(operator: Any, info: Any, in_dims: Any, arguments: Any) -> Any:
+    """Call an operator for one after the other: each may be all that fits into a cache."""
+    found = [
+        operator(
+            *(
+                a.select(dim, i) if isinstance(a, torch.Tensor) and dim is not None else a
+                for a, dim in zip(arguments, in_dims, strict=True)
+            )
+        )
+        for i in range(info.batch_size)
+    ]
+    stacked = tuple(map(torch.stack, zip(*found, strict=True)))
+    return stacked, (0,) * len(stacked)

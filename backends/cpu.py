@@ -15,9 +15,9 @@ from groupnorm.implementations import NotServed
 from groupnorm.options import Options
 from groupnorm.plan import Plan, make_plan, product
 
-__all__ = ["ROLES", "Layout", "flat_mask", "kernels", "layout_of", "roles_of", "unavailable"]
+__all__ = ["ROLES", "Layout", "flat_mask", "kernels", "layout_of", "unavailable"]
 
-# The orders of axes that the kernels know: C channels, P positions, K kept axes.
+# The orders of axes that the kernels know; see `Plan.roles`.
 ROLES = ("C", "CP", "PC", "KC", "KCP", "KPC")
 
 
@@ -100,7 +100,6 @@ def _dense(order: tuple[int, ...], shape: tuple[int, ...], strides: tuple[int, .
     return True
 
 
-@lru_cache(maxsize=4096)
 def layout_of(
     shape: tuple[int, ...], strides: tuple[int, ...], options: Options
 ) -> Layout | NotServed:
@@ -128,7 +127,7 @@ def layout_of(
     there = make_plan(
         tuple(shape[a] for a in order), tuple(features), *groups, reduced, None, sampled=False
     )
-    roles = roles_of(there)
+    roles = there.roles
     if there.permutation is not None or roles not in ROLES:
         return NotServed(
             "in memory, channels and positions must each lie together after the kept axes; here "
@@ -149,22 +148,11 @@ def layout_of(
     )
 
 
-def roles_of(plan: Plan) -> str:
-    """Return a letter for each merged axis, as in `ROLES`."""
-    kept = {axis - (axis > plan.channel) for axis in plan.kept}
-    return "".join(
-        "C" if i == plan.channel else "K" if i in kept else "P"
-        for i in range(len(plan.merged_shape))
-    )
-
-
 def flat_mask(mask: Any, layout: Layout) -> Any:
-    """Bring a boolean mask, or None, to bytes: (1 or samples) * positions.
+    """Bring a boolean mask to bytes: (1 or samples) * positions.
 
     `NotServed` where it tells channels apart, or does not broadcast.
     """
-    if mask is None:
-        return None
     shape = layout.shape
     full = (1,) * (len(shape) - mask.ndim) + mask.shape
     if len(full) > len(shape) or any(m not in (1, n) for m, n in zip(full, shape, strict=True)):
@@ -177,10 +165,10 @@ def flat_mask(mask: Any, layout: Layout) -> Any:
     at = slice(plan.channel, plan.channel + (1 if plan.two_stages else 2))
     if product(work[at]) != 1:
         return NotServed("the mask tells channels apart")
-    kept = {axis - (axis > plan.channel) for axis in plan.kept}
+    kept = plan.roles.count("K")
     rest = [*work[: at.start], *work[at.stop :]]
     samples = rest[0] if kept else 1
-    positions = rest[-1] if len(rest) > len(kept) else 1
+    positions = rest[-1] if len(rest) > kept else 1
     flat = np.broadcast_to(mask, broadcast).reshape(samples, positions)
     flat = np.broadcast_to(flat, (samples, layout.positions))
     return np.ascontiguousarray(flat, np.uint8).reshape(-1)

@@ -11,14 +11,12 @@ import numpy as np
 from groupnorm.backends.cpu import Layout, kernels
 from groupnorm.backends.threads import helpers_for, run_together
 
-__all__ = ["Saved", "Team", "backward", "forward"]
+__all__ = ["Saved", "Team", "backward", "forward", "tables_of"]
 
 # Samples of up to this many elements are done by one thread each, in its own cache; larger ones by
 # all of them together, one after the other, in the cache they share.
 APART = 1 << 18
 
-# Numbers between two counters of a team; see the kernels' `numba_team`.
-_STRIDE = 8
 # As the kernels take them: the length is part of the type, for which they are compiled.
 _ACTIVATIONS: dict[str | None, tuple[int, ...]] = {
     None: (),
@@ -79,7 +77,7 @@ def forward(
     shape = _chunks_of(layout.channels, layout.positions, mask is not None)
     apart = _is_apart(layout, helpers)
     common = 0 if apart else shape.chunks
-    tables = _tables(layout.samples, shape.width)
+    tables = tables_of(layout.samples, shape.width)
     _launch(
         kernels("numba_last").last_forward, team, helpers, layout.samples,
         (
@@ -116,7 +114,7 @@ def backward(
             (
                 x, dy, dx, scale, mask, layout.samples, *sizes, shape.rows, tag, apart,
                 *np.empty((2, common * layout.channels)), *numbers, *saved.tables,
-                *_tables(layout.samples, shape.width), *sums,
+                *tables_of(layout.samples, shape.width), *sums,
             ),
         )  # fmt: skip
     gradients = sums[:, 0] if layout.samples == 1 else sums.sum(axis=1)
@@ -145,7 +143,7 @@ def _is_apart(layout: Layout, helpers: int) -> bool:
     return helpers == 0 or layout.elements <= APART * layout.samples
 
 
-def _tables(samples: int, width: int) -> tuple[Any, ...]:
+def tables_of(samples: int, width: int) -> tuple[Any, ...]:
     """Make room for three tables that begin where a line of the cache does."""
     room = np.empty(3 * samples * width + 16, np.float32)
     skip = -room.ctypes.data % 64 // 4
@@ -162,7 +160,7 @@ def _launch(
     """
     parts = helpers + 1
     counters = 2 + max(samples * (2 * parts + 1), parts)
-    claims = np.zeros(counters * _STRIDE, np.int64)
+    claims = np.zeros(counters * kernels("numba_team").STRIDE, np.int64)
     known, start = len(kernel.overloads), time.perf_counter()
     team.run(helpers, lambda: kernel(*arguments, parts, claims))
     if len(kernel.overloads) > known and _is_news(kernel):

@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from groupnorm.backends.jax_passes import Spec, normalized, pulled_back
-from groupnorm.errors import ArgumentValueError
 from groupnorm.implementations import NotServed
 from groupnorm.options import Options
 from groupnorm.plan import FEW_POSITIONS
-from groupnorm.prepare import check, check_same_library
+from groupnorm.prepare import check, check_cotangent
 from groupnorm.typing import Gradients
 
 __all__ = ["fused", "fused_vjp", "unavailable"]
@@ -43,11 +42,7 @@ def fused_vjp(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: O
     spec, arrays = call
 
     def pullback(dy: Any) -> Gradients:
-        check_same_library(adapter, dy, "dy", x)
-        if dy.shape != x.shape:
-            raise ArgumentValueError(
-                f"dy has shape {dy.shape}: a cotangent has the shape of y, which is {x.shape}."
-            )
+        check_cotangent(adapter, dy, x)
         # Of full precision, whatever y is rounded to.
         wide = spec._replace(result=spec.dtype)
         dx, dscale, dbias = pulled_back(wide, *arrays, dy.astype(spec.dtype))
@@ -71,11 +66,7 @@ def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Optio
     for a in (x, scale, bias):
         if a is not None and not adapter.is_real_floating(a.dtype):
             return NotServed(f"x or a parameter is of {a.dtype}: this form is for floating dtypes")
-    # The order of kept axes, positions and channels.
-    kinds = "".join(
-        "C" if i == plan.channel else "K" if i + (i > plan.channel) in plan.kept else "P"
-        for i in range(len(plan.merged_shape))
-    )
+    kinds = plan.roles
     if kinds not in ("KPC", "KCP", "PC", "CP"):
         return NotServed(f"the axes' order is {kinds} (kept, positions, channels)")
     positions = plan.merged_shape[kinds.index("P")]

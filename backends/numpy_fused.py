@@ -7,15 +7,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from groupnorm.backends import cpu, cpu_launch
-from groupnorm.errors import ArgumentTypeError, ArgumentValueError
+from groupnorm.errors import ArgumentTypeError
 from groupnorm.implementations import NotServed
 from groupnorm.options import Options
-from groupnorm.prepare import dtypes_of, host_mask
+from groupnorm.prepare import check_cotangent, dtypes_of, host_mask
 from groupnorm.typing import Gradients
 
-__all__ = ["HALVES", "constant", "fused", "fused_vjp", "memory", "restored", "row_kinds"]
-
-HALVES = ("bfloat16", "float16")
+__all__ = ["bits", "constant", "fused", "fused_vjp", "row_kinds"]
 
 
 class _Dtypes(NamedTuple):
@@ -42,7 +40,7 @@ class _Call(NamedTuple):
             self.layout, self.x, bits(y.reshape(-1)), self.scale, self.bias, self.mask,
             options.epsilon, options.activation,
         )  # fmt: skip
-        return restored(y, self.layout), saved
+        return _restored(y, self.layout), saved
 
 
 def fused(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
@@ -76,20 +74,16 @@ def _pullback(
             raise ArgumentTypeError(
                 f"dy is of type {type(dy).__name__}: a cotangent is a NumPy array, as y is."
             )
-        adapter.check_input(dy, "dy")
-        if dy.shape != x.shape:
-            raise ArgumentValueError(
-                f"dy has shape {dy.shape}: a cotangent has the shape of y, which is {x.shape}."
-            )
+        check_cotangent(adapter, dy, x)
         if dy.dtype != call.dtypes.result or dy.dtype != x.dtype:
             dy = dy.astype(np.float32)
         dx = np.empty(call.layout.plan.shape, x.dtype)
         dbias, dscale = cpu_launch.backward(
-            call.layout, saved, call.x, memory(dy, call.layout), bits(dx.reshape(-1)), call.scale,
+            call.layout, saved, call.x, _memory(dy, call.layout), bits(dx.reshape(-1)), call.scale,
             call.bias, call.mask, options.activation,
         )  # fmt: skip
         return Gradients(
-            restored(dx, call.layout), _as_parameter(dscale, scale), _as_parameter(dbias, bias)
+            _restored(dx, call.layout), _as_parameter(dscale, scale), _as_parameter(dbias, bias)
         )
 
     return pullback
@@ -127,7 +121,7 @@ def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Optio
     flat_mask = None if mask is None else cpu.flat_mask(host_mask(mask), layout)
     if isinstance(flat_mask, NotServed):
         return flat_mask
-    return _Call(layout, dtypes, memory(x, layout), parameters[0], parameters[1], flat_mask)
+    return _Call(layout, dtypes, _memory(x, layout), parameters[0], parameters[1], flat_mask)
 
 
 @lru_cache(maxsize=4096)
@@ -170,7 +164,7 @@ def _dtypes(adapter: Any, x: Any, scale: Any, bias: Any, options: Options) -> An
 
 def row_kinds(x: str, work: str, result: str, dtype: Any = None) -> Any:
     """Say how rows of these dtypes are computed; the arithmetic is float32's."""
-    served = ("float32", *HALVES)
+    served = ("float32", "float16", "bfloat16")
     if work != "float32" or x not in served or result not in served:
         return NotServed(
             f"x of {x} to a result of {result}, computed in {work}: the kernels are for float32, "
@@ -179,14 +173,14 @@ def row_kinds(x: str, work: str, result: str, dtype: Any = None) -> Any:
     return _Dtypes(dtype, "float16" in (x, result))
 
 
-def memory(a: Any, layout: cpu.Layout) -> Any:
+def _memory(a: Any, layout: cpu.Layout) -> Any:
     """Return an array's elements in the order of x's memory: flat, half precision as bits."""
     if layout.order is not None:
         a = a.transpose(layout.order)
     return _writable(bits(np.ascontiguousarray(a).reshape(-1)))
 
 
-def restored(a: Any, layout: cpu.Layout) -> Any:
+def _restored(a: Any, layout: cpu.Layout) -> Any:
     """Bring the axes of what lies in memory order back to x's."""
     return a if layout.order is None else a.transpose(layout.inverse)
 

@@ -15,13 +15,23 @@ from torch.autograd import forward_ad
 from groupnorm.backends import cpu, cpu_launch
 from groupnorm.backends.numpy_fused import bits, constant, row_kinds
 from groupnorm.backends.torch_threads import run_in_torch_threads, torch_helpers_for
-from groupnorm.errors import ArgumentValueError, GroupNormError
+from groupnorm.errors import GroupNormError
 from groupnorm.implementations import NotServed
 from groupnorm.options import Options
-from groupnorm.prepare import check_same_library, dtypes_of, host_mask
+from groupnorm.prepare import check_cotangent, dtypes_of, host_mask
 from groupnorm.typing import Gradients
 
-__all__ = ["functional", "fused", "fused_vjp", "is_wrapped"]
+__all__ = [
+    "PLAIN",
+    "Call",
+    "as_parameter",
+    "call_of",
+    "functional",
+    "fused",
+    "fused_vjp",
+    "is_wrapped",
+    "kinds_of",
+]
 
 # Tensors of torch.func's transforms, which have no values of their own. Private, but what PyTorch's
 # own code asks.
@@ -32,7 +42,7 @@ _TEAM = cpu_launch.Team(torch_helpers_for, run_in_torch_threads)
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """A call the kernels serve."""
 
     adapter: Any
@@ -71,7 +81,7 @@ class _Fused(torch.autograd.Function):
     """The kernels forward and backward; derivatives of the gradient are those of portable code."""
 
     @staticmethod
-    def forward(ctx: Any, x: Any, scale: Any, bias: Any, call: _Call) -> Any:
+    def forward(ctx: Any, x: Any, scale: Any, bias: Any, call: Call) -> Any:
         y, ctx.numbers = call.forward(x)
         ctx.save_for_backward(x, scale, bias)
         ctx.call = call
@@ -81,12 +91,12 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         (dy,) = gradients
         x, scale, bias = ctx.saved_tensors
-        call: _Call = ctx.call
+        call: Call = ctx.call
         if torch.is_grad_enabled() or type(dy) is not torch.Tensor or is_wrapped(dy):
             return (*_differentiable(call, (x, scale, bias), ctx.needs_input_grad, dy), None)
         dx, dscale, dbias = call.backward(ctx.numbers, x, dy)
         parameters = (
-            _as_parameter(gradient, p) if wanted else None
+            as_parameter(gradient, p) if wanted else None
             for gradient, p, wanted in zip(
                 (dscale, dbias), (scale, bias), ctx.needs_input_grad[1:3], strict=True
             )
@@ -94,7 +104,7 @@ class _Fused(torch.autograd.Function):
         return dx, *parameters, None
 
 
-def _differentiable(call: _Call, inputs: Any, wanted: Any, dy: Any) -> list[Any]:
+def _differentiable(call: Call, inputs: Any, wanted: Any, dy: Any) -> list[Any]:
     from groupnorm.core import apply
 
     options = call.options._replace(implementation="portable")
@@ -108,7 +118,7 @@ def _differentiable(call: _Call, inputs: Any, wanted: Any, dy: Any) -> list[Any]
 
 def fused(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
     """Return y, or `NotServed`."""
-    call = _call(adapter, x, scale, bias, mask, options)
+    call = call_of(adapter, x, scale, bias, mask, options)
     if isinstance(call, NotServed):
         return call
     if torch.is_grad_enabled() and any(
@@ -123,26 +133,21 @@ def fused_vjp(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: O
     """Return y and its pullback, or `NotServed`."""
     call: Any = NotServed("torch.compile traces this")
     if not torch.compiler.is_compiling():
-        call = _call(adapter, x, scale, bias, mask, options)
+        call = call_of(adapter, x, scale, bias, mask, options)
     if isinstance(call, NotServed):
         return call
     y, saved = call.forward(x)
 
     def pullback(dy: Any) -> Gradients:
-        check_same_library(adapter, dy, "dy", x)
-        if tuple(dy.shape) != tuple(x.shape):
-            raise ArgumentValueError(
-                f"dy has shape {tuple(dy.shape)}: a cotangent has the shape of y, which is "
-                f"{tuple(x.shape)}."
-            )
+        check_cotangent(adapter, dy, x)
         dx, *gradients = call.backward(saved, x, dy)
         dscale, dbias = gradients
-        return Gradients(dx, _as_parameter(dscale, scale), _as_parameter(dbias, bias))
+        return Gradients(dx, as_parameter(dscale, scale), as_parameter(dbias, bias))
 
     return y, pullback
 
 
-def _as_parameter(gradient: Any, parameter: Any) -> Any:
+def as_parameter(gradient: Any, parameter: Any) -> Any:
     """Return a parameter's gradient, in its shape and dtype."""
     if parameter is None:
         return None
@@ -157,7 +162,8 @@ def _as_parameter(gradient: Any, parameter: Any) -> Any:
     return found.to(getattr(torch, parameter.dtype.name))
 
 
-def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
+def call_of(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
+    """Return the `Call` the kernels compute, or `NotServed`."""
     if options.axis_name is not None:
         return NotServed("statistics of replicas are pooled by the portable implementation")
     if _looked_through():
@@ -188,7 +194,7 @@ def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Optio
     flat_mask = None if mask is None else _flat_mask(mask, layout)
     if isinstance(flat_mask, NotServed):
         return flat_mask
-    return _Call(adapter, options, layout, kinds, mask, flat_mask, flat[0], flat[1])
+    return Call(adapter, options, layout, kinds, mask, flat_mask, flat[0], flat[1])
 
 
 @lru_cache(maxsize=4096)
@@ -196,7 +202,7 @@ def _planned(
     adapter: Any, shape: Any, strides: Any, x: Any, scale: Any, bias: Any, options: Options
 ) -> Any:
     """Return the layout and what the tensors hold: all that does not depend on values."""
-    kinds = _kinds(adapter, x, scale, bias, options)
+    kinds = kinds_of(adapter, x, scale, bias, options)
     why = kinds if isinstance(kinds, NotServed) else cpu.unavailable(kinds.float16)
     if why is not None:
         return why
@@ -234,7 +240,8 @@ class _Typed(NamedTuple):
     dtype: Any
 
 
-def _kinds(adapter: Any, x: Any, scale: Any, bias: Any, options: Options) -> Any:
+def kinds_of(adapter: Any, x: Any, scale: Any, bias: Any, options: Options) -> Any:
+    """Say how tensors of these dtypes are computed, or `NotServed`."""
     dtypes = (x, scale, bias)
     # A constant from the host has NumPy's, in any byte order.
     names: list[Any] = [

@@ -16,7 +16,7 @@ import torch
 from torch.autograd import forward_ad
 
 from groupnorm.backends import cpu, cpu_launch
-from groupnorm.backends.torch_fused import PLAIN, _as_parameter, _Call, _call, _kinds
+from groupnorm.backends.torch_fused import PLAIN, Call, as_parameter, call_of, kinds_of
 from groupnorm.core import apply, apply_with_pullback
 from groupnorm.dispatch import adapter_named
 from groupnorm.implementations import NotServed
@@ -56,9 +56,8 @@ def traced(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Opti
     if why or forward_ad._current_level >= 0:
         return NotServed(why)
     plan = check(adapter, x, scale, bias, mask, options).plan
-    roles = cpu.roles_of(plan)
-    if plan.permutation is not None or roles not in cpu.ROLES:
-        return NotServed(f"the order of the axes is {roles}")
+    if plan.permutation is not None or plan.roles not in cpu.ROLES:
+        return NotServed(f"the order of the axes is {plan.roles}")
     if mask is not None:
         before = x.ndim - mask.ndim
         if any(a % x.ndim >= before and mask.shape[a % x.ndim - before] != 1
@@ -83,7 +82,7 @@ def _unserved(x: Any, scale: Any, bias: Any, dtype: str | None) -> str:
     ):
         return "forward mode and torch.func's transforms look through the computation"
     options = _options((), None, 1, None, 0.0, dtype, True, None)
-    kinds = _kinds(adapter_named("torch"), x, scale, bias, options)
+    kinds = kinds_of(adapter_named("torch"), x, scale, bias, options)
     why = kinds if isinstance(kinds, NotServed) else cpu.unavailable(kinds.float16)
     return "" if why is None else why.reason
 
@@ -127,7 +126,7 @@ def _backward(dy: Any, x: Any, scale: Any, bias: Any, mask: Any, saved: Any, *se
     found = _unpack(saved, call)
     dx, dscale, dbias = call.backward(call.forward(x)[1] if found is None else found, x, dy)
     gradients = [
-        x.new_empty(0) if p is None else _as_parameter(gradient, p)
+        x.new_empty(0) if p is None else as_parameter(gradient, p)
         for gradient, p in ((dscale, scale), (dbias, bias))
     ]
     return _laid_out_as(x, dx), *gradients
@@ -160,9 +159,9 @@ def _dense_call(x: Any, scale: Any, bias: Any, mask: Any, settings: Any) -> tupl
     if x.numel() and cpu.memory_order(x.shape, x.stride()) is None:
         x = x.clone()  # which keeps the order of the axes, as the result's is
     adapter, options = adapter_named("torch"), _options(*settings)
-    call = _call(adapter, x, scale, bias, mask, options)
+    call = call_of(adapter, x, scale, bias, mask, options)
     if isinstance(call, NotServed) and not x.is_contiguous():
-        call = _call(adapter, x.contiguous(), scale, bias, mask, options)
+        call = call_of(adapter, x.contiguous(), scale, bias, mask, options)
     return x, call
 
 
@@ -187,7 +186,7 @@ def _nothing_saved(x: Any, settings: Any) -> Any:
     return torch.zeros(size, dtype=torch.float64, device=x.device)
 
 
-def _pack(saved: cpu_launch.Saved, call: _Call) -> torch.Tensor:
+def _pack(saved: cpu_launch.Saved, call: Call) -> torch.Tensor:
     """Put what was saved into one tensor whose size does not depend on the order in memory.
 
     First that order and how many times a row of the tables repeats the channels, then the numbers
@@ -204,7 +203,7 @@ def _pack(saved: cpu_launch.Saved, call: _Call) -> torch.Tensor:
     return torch.from_numpy(packed)
 
 
-def _unpack(packed: torch.Tensor, call: _Call) -> cpu_launch.Saved | None:
+def _unpack(packed: torch.Tensor, call: Call) -> cpu_launch.Saved | None:
     """Return what was packed, unless it was of another order in memory."""
     layout, found = call.layout, packed.numpy()
     if found[0] != _signature(layout):
@@ -212,7 +211,7 @@ def _unpack(packed: torch.Tensor, call: _Call) -> cpu_launch.Saved | None:
     numbers, rows = _parts(found, layout)
     band, tables = int(found[1]), cast("tuple[Any, ...]", ())
     if band:
-        tables = cpu_launch._tables(layout.samples, band * layout.channels)
+        tables = cpu_launch.tables_of(layout.samples, band * layout.channels)
         for table, row in zip(tables, rows, strict=True):
             table.reshape(layout.samples, band, layout.channels)[:] = row[:, None]
     return cpu_launch.Saved(numbers[0], numbers[1], numbers[2], tables)

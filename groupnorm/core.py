@@ -4,13 +4,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from groupnorm.activations import activate, slope
-from groupnorm.errors import ArgumentTypeError, ArgumentValueError
+from groupnorm.errors import ArgumentTypeError
 from groupnorm.implementations import NotServed, not_served, served
 from groupnorm.merging import GroupStatistics, merge_replicas
 from groupnorm.options import Options
 from groupnorm.prepare import (
     Prepared,
-    check_same_library,
+    check_cotangent,
     from_work,
     prepare,
     to_work,
@@ -76,12 +76,7 @@ def apply_with_pullback(
     y = from_work(activate(z, activation, adapter), plan, ready.result_dtype, xp)
 
     def pullback(dy: Array) -> Gradients:
-        check_same_library(adapter, dy, "dy", x)
-        if tuple(dy.shape) != plan.shape:
-            raise ArgumentValueError(
-                f"dy has shape {tuple(dy.shape)}: a cotangent has the shape of y, which is "
-                f"{plan.shape}."
-            )
+        check_cotangent(adapter, dy, x)
         dz = to_work(xp.astype(dy, ready.cotangent_dtype, copy=False), plan, xp)
         if activation is not None:
             dz = dz * slope(z, activation, adapter)

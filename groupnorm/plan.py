@@ -85,6 +85,15 @@ class Plan(NamedTuple):
         )
 
     @property
+    def roles(self) -> str:
+        """A letter for each merged axis: C channels, P positions, K kept."""
+        kept = {axis - (axis > self.channel) for axis in self.kept}
+        return "".join(
+            "C" if i == self.channel else "K" if i in kept else "P"
+            for i in range(len(self.merged_shape))
+        )
+
+    @property
     def statistics_shape(self) -> Shape:
         """The shape statistics have as values: the kept axes, then the groups."""
         before, after = self._kept_sizes

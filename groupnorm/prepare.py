@@ -18,6 +18,7 @@ __all__ = [
     "Checked",
     "Prepared",
     "check",
+    "check_cotangent",
     "check_same_library",
     "dtypes_of",
     "from_work",
@@ -140,6 +141,22 @@ def check_same_library(adapter: "Adapter", value: Any, argument: str, x: Array) 
         raise ArgumentValueError(
             f"{argument} is on device {there} and x on device {here}: nothing is moved between "
             "devices unasked. Move one of them."
+        )
+
+
+def check_cotangent(adapter: "Adapter", dy: Any, x: Array) -> None:
+    """Refuse a cotangent that does not belong to x: of another library, device or shape.
+
+    Raises
+    ------
+    ArgumentTypeError, ArgumentValueError
+        Naming both sides.
+    """
+    check_same_library(adapter, dy, "dy", x)
+    if tuple(dy.shape) != tuple(x.shape):
+        raise ArgumentValueError(
+            f"dy has shape {tuple(dy.shape)}: a cotangent has the shape of y, which is "
+            f"{tuple(x.shape)}."
         )
 
 

@@ -25,7 +25,9 @@ from groupnorm.backends.kernels.numba_merge import (
     bounded,
     inverse_deviation,
     is_off,
+    mask_begins,
     merged,
+    wide,
 )
 from groupnorm.backends.kernels.numba_numbers import (
     MAPS,
@@ -186,7 +188,7 @@ def _measure(x, start, stop):
         pivot += total / F(n)
     variance = m2 / count
     if not LEAST <= variance <= MOST:
-        return _wide(x, start, stop - start, None, 0, 1)
+        return wide(x, start, 1, 0, stop - start, None, 0, False)
     return count, mean, variance
 
 
@@ -216,7 +218,7 @@ def _measure_masked(x, start, size, positions, mask, mask_at):
         return 0.0, 0.0, 1.0
     variance = m2 / count
     if not LEAST <= variance <= MOST:
-        return _wide(x, start, size * positions, mask, mask_at, positions)
+        return wide(x, start, size, positions, positions, mask, mask_at, False)
     return count, mean, variance
 
 
@@ -228,27 +230,6 @@ def _first_valid(x, at, n, mask, mask_at):
     return F(0)
 
 
-@jit()
-def _wide(x, start, n, mask, mask_at, positions):
-    """Return count, mean and variance, in float64: for squares that leave float32's range."""
-    count, total, squares, base, mean = 0.0, 0.0, 0.0, 0.0, 0.0
-    for round_ in range(2):
-        count, total = 0.0, 0.0
-        for i in range(n):
-            if mask is None or mask[mask_at + i % positions]:
-                value = np.float64(get(x, U(start + i)))
-                if round_ == 0 and count == 0:
-                    base = value
-                d = value - (base if round_ == 0 else mean)
-                count += 1.0
-                total += d
-                squares += d * d if round_ == 1 else 0.0
-        if round_ == 0:
-            mean = base + total / count
-    variance = (squares - total * (total / count)) / count
-    return count, mean, 0.0 if variance < 0 else variance  # NaN stays NaN
-
-
 # Kernels ------------------------------------------------------------------------------------------
 
 
@@ -257,14 +238,6 @@ def _statistics(x, start, size, positions, mask, mask_at):
     if mask is None:
         return _measure(x, start, start + size * positions)
     return _measure_masked(x, start, size, positions, mask, mask_at)
-
-
-@jit()
-def _mask_at(mask, task, groups, positions):
-    """Where the mask of a task's sample begins; it may be one for all samples."""
-    if mask is None or mask.size == positions:
-        return 0
-    return task // groups * positions
 
 
 @jit()
@@ -281,7 +254,7 @@ def first_forward(
         if claim < 0:
             break
         for task in range(claim * grain, min((claim + 1) * grain, tasks)):
-            start, mask_at = task * stretch, _mask_at(mask, task, groups, positions)
+            start, mask_at = task * stretch, mask_begins(mask, task // groups, positions)
             count, m, variance = _statistics(x, start, size, positions, mask, mask_at)
             r = inverse_deviation(variance, epsilon)
             mean[task], rstd[task], share[task] = m, r, 1.0 / count if count > 0 else 0.0
@@ -338,7 +311,7 @@ def first_backward(
         if claim < 0:
             break
         for task in range(claim * grain, min((claim + 1) * grain, tasks)):
-            start, mask_at = task * stretch, _mask_at(mask, task, groups, positions)
+            start, mask_at = task * stretch, mask_begins(mask, task // groups, positions)
             m, r = mean[task], rstd[task]
             centre = F(m)
             rest = m - np.float64(centre)

@@ -33,7 +33,15 @@ from groupnorm.backends.kernels.numba_bands import (
     spread,
     table,
 )
-from groupnorm.backends.kernels.numba_merge import LEAST, MOST, bounded, inverse_deviation, is_off
+from groupnorm.backends.kernels.numba_merge import (
+    LEAST,
+    MOST,
+    bounded,
+    inverse_deviation,
+    is_off,
+    mask_begins,
+    wide,
+)
 from groupnorm.backends.kernels.numba_numbers import get, jit
 from groupnorm.backends.kernels.numba_team import finish, take_seat, take_task, wait
 
@@ -61,21 +69,12 @@ def chunk_rows(channels, positions):
     return max(LEAST_ROWS, CHUNK // channels) // band * band
 
 
-# Masks ------------------------------------------------------------------------------------------
+# Statistics ---------------------------------------------------------------------------------------
 
 
 @jit()
 def _is_valid(mask, mask_at, row):
     return mask is None or mask[mask_at + row] != 0
-
-
-@jit()
-def _mask_at(mask, sample, positions):
-    """Where a sample's mask begins; it may be one for all."""
-    return 0 if mask is None or mask.size == positions else sample * positions
-
-
-# Statistics ---------------------------------------------------------------------------------------
 
 
 @jit()
@@ -172,28 +171,6 @@ def _merge_chunk(n, count, means, m2s, at, mean, m2):
 
 
 @jit()
-def _wide(x, mask, mask_at, sample_at, positions, channels, a, b):
-    """Return mean and variance of channels a ... b, for squares that leave float32's range."""
-    count, total, squares, base, mean = 0.0, 0.0, 0.0, 0.0, 0.0
-    for round_ in range(2):
-        count, total = 0.0, 0.0
-        for row in range(positions):
-            if _is_valid(mask, mask_at, row):
-                for c in range(a, b):
-                    value = np.float64(get(x, U(sample_at + row * channels + c)))
-                    if round_ == 0 and count == 0:
-                        base = value
-                    d = value - (base if round_ == 0 else mean)
-                    count += 1.0
-                    total += d
-                    squares += d * d if round_ == 1 else 0.0
-        if round_ == 0:
-            mean = base + total / count
-    variance = (squares - total * (total / count)) / count
-    return mean, 0.0 if variance < 0 else variance  # NaN stays NaN
-
-
-@jit()
 def _merge(
     x, mask, mask_at, scale, bias, sample, groups, size, positions, epsilon, counts, means, m2s,
     chunks, mean, rstd, share, centre, factor, term,
@@ -219,8 +196,9 @@ def _merge(
         if count > 0:
             variance = group_m2 / (count * size)
             if not LEAST <= variance <= MOST:
-                group_mean, variance = _wide(
-                    x, mask, mask_at, sample * positions * channels, positions, channels, a, b
+                begin = sample * positions * channels + a
+                _, group_mean, variance = wide(
+                    x, begin, positions, channels, size, mask, mask_at, True
                 )
         k = sample * groups + group
         r = inverse_deviation(variance, epsilon)
@@ -263,16 +241,12 @@ def _apply_chunk(
 
 @jit()
 def _take_sample(team, turn, samples, parts, seat, apart):
-    if apart:
-        return take_task(team, 2, parts, samples, seat)
-    return turn if turn < samples else -1
+    return take_task(team, 2, parts, samples, seat) if apart else turn
 
 
 @jit()
 def _take_chunk(team, counter, task, chunks, parts, seat, apart):
-    if apart:
-        return task if task < chunks else -1
-    return take_task(team, counter, parts, chunks, seat)
+    return task if apart else take_task(team, counter, parts, chunks, seat)
 
 
 @jit()
@@ -305,7 +279,7 @@ def last_forward(
         if sample < 0:
             break
         counter = 2 + turn * (2 * parts + 1)
-        mask_at, begin = _mask_at(mask, sample, positions), sample * positions * channels
+        mask_at, begin = mask_begins(mask, sample, positions), sample * positions * channels
         centre, factor, term = centres[sample], factors[sample], terms[sample]
         for task in range(chunks):
             chunk = _take_chunk(team, counter, task, chunks, parts, seat, apart)
@@ -441,7 +415,7 @@ def last_backward(
         if sample < 0:
             break
         counter = 2 + turn * (2 * parts + 1)
-        mask_at, begin = _mask_at(mask, sample, positions), sample * positions * channels
+        mask_at, begin = mask_begins(mask, sample, positions), sample * positions * channels
         centre, factor, term = centres[sample], factors[sample], terms[sample]
         for task in range(chunks):
             chunk = _take_chunk(team, counter, task, chunks, parts, seat, apart)

@@ -1,15 +1,30 @@
-"""What both layouts share: merging measured blocks, and what is made of a variance."""
+"""What both layouts share: merging measured blocks, wide numbers, what is made of a variance."""
 
 import math
 
 import numpy as np
 
-from groupnorm.backends.kernels.numba_numbers import jit
+from groupnorm.backends.kernels.numba_numbers import get, jit
 
-__all__ = ["LEAST", "MOST", "bounded", "inverse_deviation", "is_off", "merged"]
+__all__ = [
+    "LEAST",
+    "MOST",
+    "bounded",
+    "inverse_deviation",
+    "is_off",
+    "mask_begins",
+    "merged",
+    "wide",
+]
 
 # A variance outside of these may have come of squares that left float32's range.
 LEAST, MOST = 1e-30, 1e30
+
+
+@jit()
+def mask_begins(mask, sample, positions):
+    """Return where a sample's mask begins in all that are given; it may be one for all samples."""
+    return 0 if mask is None or mask.size == positions else sample * positions
 
 
 @jit()
@@ -34,6 +49,32 @@ def merged(count, mean, m2, n, centre, total, squares):
     delta = (centre + shift) - mean
     weight = n / (count + n)
     return count + n, mean + delta * weight, m2 + block_m2 + delta * delta * (count * weight)
+
+
+@jit()
+def wide(x, start, rows, stride, length, mask, mask_at, mask_is_of_rows):
+    """Return count, mean and variance, in float64: for squares that leave float32's range.
+
+    Of `rows` rows of `length` elements, the first of which lie `stride` apart; the mask is of the
+    rows, or of the elements of each.
+    """
+    count, total, squares, base, mean = 0.0, 0.0, 0.0, 0.0, 0.0
+    for round_ in range(2):
+        count, total = 0.0, 0.0
+        for row in range(rows):
+            for i in range(length):
+                if mask is None or mask[mask_at + (row if mask_is_of_rows else i)]:
+                    value = np.float64(get(x, np.uint64(start + row * stride + i)))
+                    if round_ == 0 and count == 0:
+                        base = value
+                    d = value - (base if round_ == 0 else mean)
+                    count += 1.0
+                    total += d
+                    squares += d * d if round_ == 1 else 0.0
+        if round_ == 0:
+            mean = base + total / count
+    variance = (squares - total * (total / count)) / count
+    return count, mean, 0.0 if variance < 0 else variance  # NaN stays NaN
 
 
 @jit()

@@ -1,4 +1,4 @@
-"""Fixtures and the ``--backends`` option.
+"""Fixtures, and the options ``--backends`` and ``--jax-devices``.
 
 ``--backends all`` (the default) runs every row of `tests.backends.Backend`; a library that cannot
 be imported then fails the run, it is not skipped. ``--backends numpy`` (or ``numpy,torch:compile``)
@@ -13,6 +13,9 @@ A test asks for rows by the name of its argument:
 - ``any_backend``: every row;
 - ``quick_backend``: eager rows without a compilation for each new shape, for hypothesis;
 - ``autodiff_backend``: torch and jax:jit, whose libraries differentiate on their own.
+
+JAX sees four devices, and then the portable code computes its arrays; ``--jax-devices 1`` tests the
+passes that compute them where there is one.
 """
 
 from __future__ import annotations
@@ -22,11 +25,6 @@ import importlib
 import os
 import zlib
 from pathlib import Path
-
-# Four host devices for pmap and shard_map. JAX reads this once, when it starts.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-)
 
 import numpy as np
 import pytest
@@ -54,8 +52,24 @@ def pytest_addoption(parser):
         help="'all', or libraries and rows by comma: " + ", ".join(map(str, Backend)),
     )
 
+    parser.addoption(
+        "--jax-devices",
+        type=int,
+        choices=(1, 4),
+        default=4,
+        help="devices JAX sees on the host: 4, for pmap and shard_map, where the portable code "
+        "computes; or 1, as most users have, where passes of JAX's own do",
+    )
+
 
 def pytest_configure(config):
+    # JAX reads this once, when it starts.
+    devices = config.getoption("--jax-devices")
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}"
+    config.addinivalue_line(
+        "markers", "several_jax_devices: skipped where --jax-devices leaves JAX one"
+    )
     config.addinivalue_line(
         "markers", "needs(*libraries): skipped where --backends leaves one of these out"
     )
@@ -109,7 +123,8 @@ def pytest_ignore_collect(collection_path: Path, config):
     """Leave out test files whose top-level imports are not selected."""
     if collection_path.suffix != ".py" or config.getoption("--backends") == "all":
         return None
-    missing = top_level_imports(collection_path) & ((LIBRARIES | PEERS) - importable(config))
+    others = (LIBRARIES | PEERS) - importable(config) - {"numpy"}  # which is always there
+    missing = top_level_imports(collection_path) & others
     return True if missing else None
 
 
@@ -146,6 +161,10 @@ def pytest_collection_modifyitems(config, items):
             if missing:
                 reason = f"--backends leaves out {', '.join(sorted(missing))}"
                 item.add_marker(pytest.mark.skip(reason=reason))
+        if config.getoption("--jax-devices") == 1 and item.get_closest_marker(
+            "several_jax_devices"
+        ):
+            item.add_marker(pytest.mark.skip(reason="--jax-devices leaves JAX one"))
 
 
 @pytest.fixture(autouse=True)

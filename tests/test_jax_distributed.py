@@ -18,6 +18,8 @@ from tests import oracle
 from tests.backends import CONTRACT, assert_close, assert_gradient
 from tests.sharding import CHANNELS, NUM_GROUPS, Case, cases, check, data
 
+pytestmark = pytest.mark.several_jax_devices
+
 SHARDS = 4
 MAPS = ("pmap", "shard_map", "shard_map unchecked", "vmap")
 

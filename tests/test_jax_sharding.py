@@ -31,6 +31,8 @@ from tests.sharding import NUM_GROUPS, Case
 from tests.sharding import check as check_case
 from tests.sharding import data as data_of_case
 
+pytestmark = pytest.mark.several_jax_devices
+
 SHARDS = 4
 OFFSETS = (0.0, 1e3, 1e5)
 KINDS = ("Auto", "Explicit")

@@ -64,6 +64,14 @@ def test_only_the_named_rows_are_collected(option):
     assert rows(collect("--backends", option, FILE)) == SELECTED[option]
 
 
+def test_files_that_import_numpy_are_for_all_libraries():
+    """It is always there; without a file's name, none is left out for it."""
+    done = collect("--backends", "array_api_strict")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "test_axes.py" in done.stdout
+    assert "test_peers.py" not in done.stdout
+
+
 def test_numpy_alone_loads_no_other_library():
     """All files are looked at; those that import another library at their top are left out."""
     others = sorted((LIBRARIES | PEERS) - {"numpy"})

@@ -163,6 +163,7 @@ def test_device_and_param_type_of_torch():
 
 
 @pytest.mark.needs("jax")
+@pytest.mark.several_jax_devices
 def test_device_of_jax():
     device = importlib.import_module("jax").devices()[1]
     layer = GroupNorm(8, num_groups=4).to_backend("jax", device=device)

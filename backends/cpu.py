@@ -14,8 +14,20 @@ import numpy as np
 from groupnorm.implementations import NotServed
 from groupnorm.options import Options
 from groupnorm.plan import Plan, make_plan, product
+from groupnorm.prepare import dtypes_of
 
-__all__ = ["ROLES", "Layout", "flat_mask", "kernels", "layout_of", "unavailable"]
+__all__ = [
+    "ROLES",
+    "Kinds",
+    "Layout",
+    "constant",
+    "flat_mask",
+    "kernels",
+    "kinds_of",
+    "layout_of",
+    "memory_order",
+    "unavailable",
+]
 
 # The orders of axes that the kernels know; see `Plan.roles`.
 ROLES = ("C", "CP", "PC", "KC", "KCP", "KPC")
@@ -59,7 +71,7 @@ def unavailable(float16: bool) -> NotServed | None:
     """
     try:
         numbers = kernels("numba_numbers")
-        kernels("numba_last")
+        kernels("numba_calls")
     except ImportError as error:
         return NotServed(
             f"the kernels for CPUs need numba, which cannot be imported ({error}); "
@@ -76,6 +88,57 @@ def unavailable(float16: bool) -> NotServed | None:
 def kernels(name: str) -> Any:
     """Import a module of kernels, where `unavailable` says nothing."""
     return importlib.import_module(f"groupnorm.backends.kernels.{name}")
+
+
+class Kinds(NamedTuple):
+    """What a call's arrays hold: names of dtypes the kernels know."""
+
+    x: str
+    result: str
+    dtype: Any  # the result's, in the library's own terms
+
+    @property
+    def float16(self) -> bool:
+        """Whether float16 must be converted."""
+        return "float16" in (self.x, self.result)
+
+
+class _Typed(NamedTuple):
+    """As much of an array as its dtype is asked for."""
+
+    dtype: Any
+
+
+def kinds_of(adapter: Any, x: Any, scale: Any, bias: Any, options: Options) -> Kinds | NotServed:
+    """Say how arrays of these dtypes are computed; None for a parameter there is not."""
+    # A constant from the host has NumPy's, in any byte order.
+    names: list[Any] = [None if d is None else _name(d) for d in (x, scale, bias)]
+    typed: list[Any] = [None if n is None else _Typed(adapter.dtype(n)) for n in names]
+    given = [t.dtype for t in typed if t is not None]
+    if not all(map(adapter.is_real_floating, given)):
+        return NotServed(
+            f"x or a parameter is of {given}: the kernels are for real floating dtypes"
+        )
+    work, _, result = dtypes_of(adapter, typed[0], typed[1], typed[2], options)
+    kinds = Kinds(names[0], _name(result), result)
+    served = ("float32", "float16", "bfloat16")
+    if _name(work) != "float32" or kinds.x not in served or kinds.result not in served:
+        return NotServed(
+            f"x of {kinds.x} to a result of {kinds.result}, computed in {_name(work)}: the kernels "
+            "are for float32, float16 and bfloat16, computed in float32"
+        )
+    return kinds
+
+
+def _name(dtype: Any) -> str:
+    name: str = getattr(dtype, "name", None) or str(dtype).removeprefix("torch.")
+    return name
+
+
+@lru_cache(maxsize=1024)
+def constant(value: float, channels: int) -> Any:
+    """Return as many equal parameters as there are channels."""
+    return np.full(channels, value, np.float32)
 
 
 def memory_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...] | None:

@@ -1,5 +1,6 @@
-"""Launches the fused CPU kernels on flat arrays, alone or with other threads."""
+"""Launches the fused CPU kernels, alone or with other threads."""
 
+import ctypes
 import logging
 import time
 from collections.abc import Callable
@@ -8,172 +9,124 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from groupnorm.backends import frames
 from groupnorm.backends.cpu import Layout, kernels
+from groupnorm.backends.frames import APART, Template
 from groupnorm.backends.threads import helpers_for, run_together
 
-__all__ = ["Saved", "Team", "backward", "forward", "tables_of"]
-
-# Samples of up to this many elements are done by one thread each, in its own cache; larger ones by
-# all of them together, one after the other, in the cache they share.
-APART = 1 << 18
-
-# As the kernels take them: the length is part of the type, for which they are compiled.
-_ACTIVATIONS: dict[str | None, tuple[int, ...]] = {
-    None: (),
-    "relu": (0,),
-    "silu": (0, 0),
-    "gelu": (0, 0, 0),
-}
+__all__ = ["Arrays", "Team", "address", "backward", "entry", "forward", "template_for"]
 
 _log = logging.getLogger("groupnorm")
-_misses: dict[str, int] = {}
 
 
 class Team(NamedTuple):
     """The threads of a library."""
 
     helpers_for: Callable[[int], int]
-    run: Callable[[int, Callable[[], None]], None]
+    run: Callable[[int, Any, int, Any], None]  # helpers, an entry, a frame's address, what it needs
 
 
 OWN = Team(helpers_for, run_together)
 
 
-class Saved(NamedTuple):
-    """What backward needs of forward: numbers of each group in float64, and what was applied."""
+class Arrays(NamedTuple):
+    """What kernels read, by address, and what must be known of it when they are compiled.
 
-    mean: Any
-    rstd: Any
-    share: Any
-    tables: tuple[Any, ...]  # centre, factor and term of each channel, channels last only
+    x and dy are flat in memory, of float32, float16 or bfloat16; scale and bias are in float32,
+    (channels,); the mask is what `flat_mask` returns, with as many elements as are said.
+    """
+
+    x: int
+    scale: int
+    bias: int
+    mask: int
+    mask_elements: int
+    x_dtype: str
+    activation: str | None
 
 
 def forward(
-    layout: Layout, x: Any, y: Any, scale: Any, bias: Any, mask: Any, epsilon: float,
-    activation: str | None, team: Team = OWN,
-) -> Saved:  # fmt: skip
-    """Normalize x into y.
+    layout: Layout, arrays: Arrays, y: int, y_dtype: str, epsilon: float, team: Team = OWN
+) -> Any:
+    """Normalize x into y; return what `backward` needs.
 
-    Parameters
-    ----------
-    layout : Layout
-        How x and y lie in memory; both are flat, float16 as uint16 and bfloat16 as int16.
-    scale, bias : ndarray
-        In float32, (channels,).
-    mask : ndarray or None
-        What `flat_mask` returns.
-    team : Team
-        Whose threads help.
+    That is mean, rstd and 1 / count of each group, (3, samples * groups) in float64.
     """
-    numbers = np.empty((3, layout.samples * layout.groups))
-    sizes = (layout.groups, layout.size, layout.positions)
-    tag, helpers = _ACTIVATIONS[activation], team.helpers_for(layout.elements)
-    if layout.first:
-        _launch(
-            kernels("numba_first").first_forward, team, helpers, 0,
-            (x, y, scale, bias, mask, *sizes, epsilon, tag, *numbers),
-        )  # fmt: skip
-        return Saved(numbers[0], numbers[1], numbers[2], ())
-    shape = _chunks_of(layout.channels, layout.positions, mask is not None)
-    apart = _is_apart(layout, helpers)
-    common = 0 if apart else shape.chunks
-    tables = tables_of(layout.samples, shape.width)
+    kernel = "first_forward" if layout.first else "last_forward"
+    template = template_for(layout, arrays.mask_elements, epsilon, False, team.helpers_for)
+    saved = np.empty(3 * layout.samples * layout.groups)
     _launch(
-        kernels("numba_last").last_forward, team, helpers, layout.samples,
-        (
-            x, y, scale, bias, mask, layout.samples, *sizes, shape.rows, epsilon, tag, apart,
-            np.empty(common), *np.empty((2, common * layout.channels)), *numbers, *tables,
-        ),
+        entry(kernel, arrays.x_dtype, y_dtype, "float32", arrays.mask != 0, arrays.activation),
+        template, team, arrays, y, 0, saved, 0,
     )  # fmt: skip
-    return Saved(numbers[0], numbers[1], numbers[2], tables)
+    return saved
 
 
 def backward(
-    layout: Layout, saved: Saved, x: Any, dy: Any, dx: Any, scale: Any, bias: Any, mask: Any,
-    activation: str | None, team: Team = OWN,
-) -> tuple[Any, Any]:  # fmt: skip
-    """Pull dy back into dx; return the gradients of bias and scale, in float64.
+    layout: Layout, saved: Any, arrays: Arrays, dy: int, dy_dtype: str, dx: int, team: Team = OWN
+) -> tuple[Any, Any]:
+    """Pull dy back into dx, of x's dtype; return the gradients of bias and scale, in float64.
 
     The arguments are those of `forward`, and what it returned.
     """
-    numbers = (saved.mean, saved.rstd, saved.share)
-    sizes = (layout.groups, layout.size, layout.positions)
-    tag, helpers = _ACTIVATIONS[activation], team.helpers_for(layout.elements)
+    kernel = "first_backward" if layout.first else "last_backward"
+    template = template_for(layout, arrays.mask_elements, 0.0, True, team.helpers_for)
     sums = np.empty((2, layout.samples, layout.channels))
-    if layout.first:
-        _launch(
-            kernels("numba_first").first_backward, team, helpers, 0,
-            (x, dy, dx, scale, bias, mask, *sizes, tag, *numbers, *sums.reshape(2, -1)),
-        )  # fmt: skip
-    else:
-        shape = _chunks_of(layout.channels, layout.positions, mask is not None)
-        apart = _is_apart(layout, helpers)
-        common = 0 if apart else shape.chunks
-        _launch(
-            kernels("numba_last").last_backward, team, helpers, layout.samples,
-            (
-                x, dy, dx, scale, mask, layout.samples, *sizes, shape.rows, tag, apart,
-                *np.empty((2, common * layout.channels)), *numbers, *saved.tables,
-                *tables_of(layout.samples, shape.width), *sums,
-            ),
-        )  # fmt: skip
+    x_dtype = arrays.x_dtype
+    _launch(
+        entry(kernel, x_dtype, x_dtype, dy_dtype, arrays.mask != 0, arrays.activation),
+        template, team, arrays, dx, dy, saved, address(sums),
+    )  # fmt: skip
     gradients = sums[:, 0] if layout.samples == 1 else sums.sum(axis=1)
     return gradients[0], gradients[1]
 
 
-class _Chunks(NamedTuple):
-    """How rows are taken, channels last."""
-
-    rows: int  # of a chunk
-    chunks: int  # of a sample
-    width: int  # elements of a band
+def address(a: Any) -> int:
+    """Return where a NumPy array begins in memory."""
+    where: int = a.__array_interface__["data"][0]
+    return where
 
 
-@lru_cache(maxsize=4096)
-def _chunks_of(channels: int, positions: int, masked: bool) -> _Chunks:
-    module = kernels("numba_last")
-    rows = module.chunk_rows(channels, positions)
-    # Rows that may be masked out go one by one.
-    band = 1 if masked else module.band_rows(channels, positions)
-    return _Chunks(rows, -(-positions // rows), band * channels)
-
-
-def _is_apart(layout: Layout, helpers: int) -> bool:
-    """Whether each thread does samples of its own."""
-    return helpers == 0 or layout.elements <= APART * layout.samples
-
-
-def tables_of(samples: int, width: int) -> tuple[Any, ...]:
-    """Make room for three tables that begin where a line of the cache does."""
-    room = np.empty(3 * samples * width + 16, np.float32)
-    skip = -room.ctypes.data % 64 // 4
-    tables = room[skip : skip + 3 * samples * width].reshape(3, samples, width)
-    return tables[0], tables[1], tables[2]
+def template_for(
+    layout: Layout, mask_elements: int, epsilon: float, backward: bool,
+    helpers_for: Callable[[int], int],
+) -> Template:  # fmt: skip
+    """Return the frame's template for a layout."""
+    elements, samples = layout.elements, layout.samples
+    helpers = helpers_for(elements)
+    return frames.template(
+        layout.first, samples, layout.groups, layout.size, layout.positions, mask_elements,
+        epsilon, backward, helpers, helpers == 0 or elements <= APART * samples,
+    )  # fmt: skip
 
 
 def _launch(
-    kernel: Any, team: Team, helpers: int, samples: int, arguments: tuple[Any, ...]
+    run: Any, template: Template, team: Team, arrays: Arrays, y: int, dy: int, saved: Any, sums: int
 ) -> None:
-    """Run a kernel in this thread and in helpers, and say so where it had to be compiled.
+    frame, scratch = template.words.copy(), np.empty(template.scratch)
+    frame[: frames.ADDRESSES] = (
+        arrays.x, y, dy, arrays.scale, arrays.bias, arrays.mask, address(saved), sums,
+        address(scratch), 0, 0,
+    )  # fmt: skip
+    team.run(template.helpers, run, address(frame), (frame, scratch))
 
-    `samples` is how many of them threads may share, phase by phase.
+
+@lru_cache(maxsize=1024)
+def entry(
+    kernel: str, x: str, y: str, dy: str, masked: bool, activation: str | None
+) -> "ctypes._FuncPointer":
+    """Return a kernel for these dtypes, as a function that takes the address of a frame.
+
+    It is compiled, or loaded from disk, where it has not been yet.
     """
-    parts = helpers + 1
-    counters = 2 + max(samples * (2 * parts + 1), parts)
-    claims = np.zeros(counters * kernels("numba_team").STRIDE, np.int64)
-    known, start = len(kernel.overloads), time.perf_counter()
-    team.run(helpers, lambda: kernel(*arguments, parts, claims))
-    if len(kernel.overloads) > known and _is_news(kernel):
+    calls, start = kernels("numba_calls"), time.perf_counter()
+    made = calls.compiled(calls.Variant(kernel, x, y, dy, masked, frames.ACTIVATIONS[activation]))
+    if not made.cache_hits:
         _log.warning(
             "groupnorm compiled CPU kernels for this combination of dtypes in %.1f s; they are "
             "cached on disk, and later processes load them.",
             time.perf_counter() - start,
         )
-
-
-def _is_news(kernel: Any) -> bool:
-    """Whether a kernel was compiled, not loaded, since this was last asked."""
-    misses: int = sum(kernel.stats.cache_misses.values())
-    news = misses > _misses.get(kernel.__name__, 0)
-    _misses[kernel.__name__] = misses
-    return news
+    function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(made.address)
+    function.made = made  # type: ignore[attr-defined]  # or numba would free the code
+    return function

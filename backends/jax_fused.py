@@ -1,19 +1,22 @@
-"""JAX on a CPU: which calls are computed in the passes made for XLA there, and how they are called.
+"""JAX on a CPU: which calls the kernels compute, which the passes made for XLA, and how.
 
-Plain operations of JAX all the same, so every transformation of JAX applies.
+The kernels need numba, and the version of XLA's interface that they know. Every transformation of
+JAX applies to both.
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from groupnorm.backends.jax_passes import Spec, normalized, pulled_back
+from groupnorm.backends import cpu, jax_kernels
+from groupnorm.backends.jax_passes import Spec, normalize
 from groupnorm.implementations import NotServed
 from groupnorm.options import Options
 from groupnorm.plan import FEW_POSITIONS
-from groupnorm.prepare import check, check_cotangent
+from groupnorm.prepare import check, check_cotangent, from_work, to_work
 from groupnorm.typing import Gradients
 
 __all__ = ["fused", "fused_vjp", "unavailable"]
@@ -40,15 +43,72 @@ def fused_vjp(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: O
     if isinstance(call, NotServed):
         return call
     spec, arrays = call
+    # Of full precision, whatever y is rounded to.
+    wide = spec._replace(result=spec.dtype)
+    y, saved = _normalized_keeping(spec, *arrays) if spec.kernels else (None, None)
 
     def pullback(dy: Any) -> Gradients:
         check_cotangent(adapter, dy, x)
-        # Of full precision, whatever y is rounded to.
-        wide = spec._replace(result=spec.dtype)
-        dx, dscale, dbias = pulled_back(wide, *arrays, dy.astype(spec.dtype))
-        return Gradients(dx, dscale, dbias)
+        dy = dy.astype(spec.dtype)
+        if spec.kernels:
+            return Gradients(*_pulled_back_by_kernels(spec, *arrays, saved, dy))
+        return Gradients(*_pulled_back(wide, *arrays, dy))
 
-    return normalized(spec, *arrays), pullback
+    return y if spec.kernels else normalized(spec, *arrays), pullback
+
+
+# The computation ----------------------------------------------------------------------------------
+
+
+@partial(jax.jit, static_argnums=0)
+def normalized(spec: Spec, x: Any, scale: Any, bias: Any, mask: Any) -> Any:
+    """Normalize x of any shape the plan fits; a mask is (samples or 1, positions or 1)."""
+    arrays = _to_work(spec, x, scale, bias, mask)
+    y = jax_kernels.normalize(spec, *arrays) if spec.kernels else normalize(spec, *arrays)
+    return from_work(y, spec.plan, spec.result, jnp)
+
+
+@partial(jax.jit, static_argnums=0)
+def _pulled_back(spec: Spec, x: Any, scale: Any, bias: Any, mask: Any, dy: Any) -> Any:
+    """Return the gradients of x, scale and bias."""
+    _, pullback = jax.vjp(lambda *given: normalized(spec, *given, mask), x, scale, bias)
+    return pullback(dy)
+
+
+@partial(jax.jit, static_argnums=0)
+def _normalized_keeping(spec: Spec, x: Any, scale: Any, bias: Any, mask: Any) -> Any:
+    y, saved = jax_kernels.normalize_keeping(spec, *_to_work(spec, x, scale, bias, mask))
+    return from_work(y, spec.plan, spec.result, jnp), saved
+
+
+@partial(jax.jit, static_argnums=0)
+def _pulled_back_by_kernels(
+    spec: Spec, x: Any, scale: Any, bias: Any, mask: Any, saved: Any, dy: Any
+) -> Any:
+    dy = to_work(dy, spec.plan, jnp).reshape(spec.around(spec.positions))
+    work = _to_work(spec, x, scale, bias, mask)
+    dx, *gradients = jax_kernels.pull_back(spec, dy, *work, saved)
+    return from_work(dx, spec.plan, x.dtype, jnp), *(
+        None if p is None else g.reshape(p.shape).astype(p.dtype)
+        for g, p in zip(gradients, (scale, bias), strict=True)
+    )
+
+
+def _to_work(spec: Spec, x: Any, scale: Any, bias: Any, mask: Any) -> tuple[Any, Any, Any, Any]:
+    parameters = (
+        jnp.full(spec.channels, neutral, spec.dtype)
+        if value is None
+        else value.reshape(spec.channels).astype(spec.dtype)
+        for value, neutral in ((scale, 1.0), (bias, 0.0))
+    )
+    if mask is not None:
+        samples = mask.shape[0] if spec.kernels else spec.samples
+        mask = jnp.broadcast_to(mask, (samples, spec.positions))
+    work = to_work(x, spec.plan, jnp).reshape(spec.around(spec.positions))
+    return work, *parameters, mask
+
+
+# What is computed here ----------------------------------------------------------------------------
 
 
 def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
@@ -66,12 +126,16 @@ def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Optio
     for a in (x, scale, bias):
         if a is not None and not adapter.is_real_floating(a.dtype):
             return NotServed(f"x or a parameter is of {a.dtype}: this form is for floating dtypes")
-    kinds = plan.roles
-    if kinds not in ("KPC", "KCP", "PC", "CP"):
+    kinds, dtypes = plan.roles, (x.dtype, checked.work_dtype, checked.result_dtype)
+    if kinds not in cpu.ROLES:
         return NotServed(f"the axes' order is {kinds} (kept, positions, channels)")
-    positions = plan.merged_shape[kinds.index("P")]
-    if positions < FEW_POSITIONS:
-        return NotServed(f"{positions} positions are too few")
+    positions = plan.merged_shape[kinds.index("P")] if "P" in kinds else 1
+    no_kernels = jax_kernels.unavailable(*dtypes)
+    if no_kernels is not None and positions < FEW_POSITIONS:
+        return NotServed(
+            f"{positions} positions are too few for passes, and kernels there are none: "
+            f"{no_kernels.reason}"
+        )
     if mask is not None:
         channel_axes = mask.shape[plan.channel : len(mask.shape) - len(kinds) + plan.channel + 1]
         if math.prod(channel_axes) > 1:
@@ -92,6 +156,7 @@ def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Optio
         activation=options.activation,
         dtype=jnp.dtype(checked.work_dtype),
         result=jnp.dtype(checked.result_dtype),
+        kernels=no_kernels is None,
     )
     return spec, (x, scale, bias, mask)
 

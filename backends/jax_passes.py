@@ -26,10 +26,9 @@ from jax import lax
 
 from groupnorm.activations import activate
 from groupnorm.plan import Plan
-from groupnorm.prepare import from_work, to_work
 from groupnorm.summation import BLOCK
 
-__all__ = ["Spec", "normalized", "pulled_back"]
+__all__ = ["Spec", "normalize"]
 
 # Above this epsilon a square that vanishes is nothing beside it.
 SAFE_EPSILON = 1e-30
@@ -52,6 +51,7 @@ class Spec(NamedTuple):
     activation: str | None
     dtype: Any  # of the statistics
     result: Any
+    kernels: bool  # whether those for CPUs compute it
 
     @property
     def members(self) -> int:
@@ -92,37 +92,15 @@ def _splits(length: int) -> list[tuple[int, int]]:
 # ---- the call -----------------------------------------------------------------------------------
 
 
-@partial(jax.jit, static_argnums=0)
-def normalized(spec: Spec, x: Any, scale: Any, bias: Any, mask: Any) -> Any:
-    """Normalize x of any shape the plan fits; a mask is (samples or 1, positions or 1)."""
-    parameters = (
-        jnp.full(spec.channels, neutral, spec.dtype)
-        if value is None
-        else value.reshape(spec.channels).astype(spec.dtype)
-        for value, neutral in ((scale, 1.0), (bias, 0.0))
-    )
-    if mask is not None:
-        mask = jnp.broadcast_to(mask, (spec.samples, spec.positions))
-    work = to_work(x, spec.plan, jnp).reshape(spec.around(spec.positions))
-    y = _normalize(spec, work, *parameters, mask)
-    return from_work(y, spec.plan, spec.result, jnp)
-
-
-@partial(jax.jit, static_argnums=0)
-def pulled_back(spec: Spec, x: Any, scale: Any, bias: Any, mask: Any, dy: Any) -> Any:
-    """Return the gradients of x, scale and bias."""
-    _, pullback = jax.vjp(lambda *given: normalized(spec, *given, mask), x, scale, bias)
-    return pullback(dy)
-
-
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _normalize(spec: Spec, x: Any, scale: Any, bias: Any, mask: Any) -> Any:
+def normalize(spec: Spec, x: Any, scale: Any, bias: Any, mask: Any) -> Any:
+    """Normalize x, of the shape `Spec.around` says; a mask is (samples, positions)."""
     numbers = _measure(spec, x, mask)
     factor, term, rstd = _settled(spec, numbers, scale, bias)
     return _apply(spec, factor, term, rstd, x, mask, numbers.pivot)
 
 
-@_normalize.defjvp
+@normalize.defjvp
 def _tangent_rule(spec: Spec, primals: Any, tangents: Any) -> Any:
     """With ``xhat = (x - mean) rstd``, the tangent of xhat.
 

@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
+from typing import Any
 
 __all__ = ["helpers_for", "run_together", "thread_count"]
 
@@ -32,7 +33,7 @@ def helpers_for(elements: int, threads: Callable[[], int] | None = None) -> int:
     return 0 if parts <= 1 else min(parts, (threads or thread_count)()) - 1
 
 
-def run_together(helpers: int, run: Callable[[], None]) -> None:
+def run_together(helpers: int, run: Callable[[int], None], argument: int, owner: Any) -> None:
     """Run a function in this thread and, at the same time, in others.
 
     Parameters
@@ -42,29 +43,29 @@ def run_together(helpers: int, run: Callable[[], None]) -> None:
     run : callable
         Claims its share of the work, and returns when all of it is done. Helpers that come when it
         is done find nothing to do, and nobody waits for them.
+    argument : int
+        An address, which `run` is called with.
+    owner : object
+        What keeps the memory there, for those who come late.
     """
     if helpers:
         pool = _pool()
         for _ in range(helpers):
-            pool.jobs.put(run)
-    run()
+            pool.jobs.put((run, argument, owner))
+    run(argument)
 
 
 class _Pool:
     def __init__(self, size: int) -> None:
-        self.jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self.jobs: SimpleQueue[tuple[Callable[[int], None], int, Any]] = SimpleQueue()
         for number in range(size):
             threading.Thread(target=self._work, name=f"groupnorm-{number}", daemon=True).start()
 
     def _work(self) -> None:
         while True:
-            job = self.jobs.get()
-            try:
-                job()
-            except MemoryError:  # before it claimed anything: the others do its share
-                pass
-            finally:
-                del job  # which keeps the arrays
+            run, argument, owner = self.jobs.get()
+            run(argument)
+            del owner
 
 
 _pools: dict[int, _Pool] = {}

@@ -13,12 +13,13 @@ import torch
 from torch.autograd import forward_ad
 
 from groupnorm.backends import cpu, cpu_launch
-from groupnorm.backends.numpy_fused import bits, constant, row_kinds
+from groupnorm.backends.cpu_launch import Arrays, address
+from groupnorm.backends.pages import want_large_pages
 from groupnorm.backends.torch_threads import run_in_torch_threads, torch_helpers_for
 from groupnorm.errors import GroupNormError
 from groupnorm.implementations import NotServed
 from groupnorm.options import Options
-from groupnorm.prepare import check_cotangent, dtypes_of, host_mask
+from groupnorm.prepare import check_cotangent, host_mask
 from groupnorm.typing import Gradients
 
 __all__ = [
@@ -30,7 +31,6 @@ __all__ = [
     "fused",
     "fused_vjp",
     "is_wrapped",
-    "kinds_of",
 ]
 
 # Tensors of torch.func's transforms, which have no values of their own. Private, but what PyTorch's
@@ -48,33 +48,44 @@ class Call(NamedTuple):
     adapter: Any
     options: Options
     layout: cpu.Layout
-    kinds: Any
+    kinds: cpu.Kinds
     mask: Any  # as it was given
     flat_mask: Any
-    scale: Any  # float32, of NumPy
+    scale: Any  # float32, a tensor or of NumPy
     bias: Any
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, cpu_launch.Saved]:
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """Return y, in x's memory format, and what backward needs."""
-        y = torch.empty(self.layout.plan.shape, dtype=self.kinds.result, device="cpu")
+        layout, kinds = self.layout, self.kinds
+        x = _memory(x, layout)
+        y = torch.empty(layout.plan.shape, dtype=kinds.dtype, device="cpu")
         saved = cpu_launch.forward(
-            self.layout, _memory(x, self.layout), _numbers(y), self.scale, self.bias,
-            self.flat_mask, self.options.epsilon, self.options.activation, _TEAM,
-        )  # fmt: skip
-        return _restored(y, self.layout), saved
+            layout, self._arrays(x), _fresh(y), kinds.result, self.options.epsilon, _TEAM
+        )
+        return _restored(y, layout), saved
 
     def backward(
-        self, saved: cpu_launch.Saved, x: torch.Tensor, dy: torch.Tensor
+        self, saved: Any, x: torch.Tensor, dy: torch.Tensor
     ) -> tuple[torch.Tensor, Any, Any]:
         """Return dx, and the gradients of scale and bias in float64."""
         if dy.dtype not in (torch.float32, x.dtype):
             dy = dy.to(torch.float32)
-        dx = torch.empty(self.layout.plan.shape, dtype=x.dtype, device="cpu")
+        layout = self.layout
+        x, dy = _memory(x, layout), _memory(dy, layout)
+        dx = torch.empty(layout.plan.shape, dtype=x.dtype, device="cpu")
+        dy_dtype = "float32" if dy.dtype is torch.float32 else self.kinds.x
         dbias, dscale = cpu_launch.backward(
-            self.layout, saved, _memory(x, self.layout), _memory(dy, self.layout), _numbers(dx),
-            self.scale, self.bias, self.flat_mask, self.options.activation, _TEAM,
+            layout, saved, self._arrays(x), dy.data_ptr(), dy_dtype, _fresh(dx), _TEAM
+        )
+        return _restored(dx, layout), dscale, dbias
+
+    def _arrays(self, x: torch.Tensor) -> Arrays:
+        mask = self.flat_mask
+        where, size = (0, 0) if mask is None else (address(mask), mask.size)
+        return Arrays(
+            x.data_ptr(), _where(self.scale), _where(self.bias), where, size, self.kinds.x,
+            self.options.activation,
         )  # fmt: skip
-        return _restored(dx, self.layout), dscale, dbias
 
 
 class _Fused(torch.autograd.Function):
@@ -186,7 +197,7 @@ def call_of(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Opt
     flat = []
     for parameter, neutral in ((scale, 1.0), (bias, 0.0)):
         if parameter is None:
-            flat.append(constant(neutral, layout.channels))
+            flat.append(cpu.constant(neutral, layout.channels))
         elif parameter.shape not in (layout.feature_shape, (layout.channels,)):
             return NotServed("a parameter does not have the shape of the feature axes")
         else:
@@ -202,7 +213,7 @@ def _planned(
     adapter: Any, shape: Any, strides: Any, x: Any, scale: Any, bias: Any, options: Options
 ) -> Any:
     """Return the layout and what the tensors hold: all that does not depend on values."""
-    kinds = kinds_of(adapter, x, scale, bias, options)
+    kinds = cpu.kinds_of(adapter, x, scale, bias, options)
     why = kinds if isinstance(kinds, NotServed) else cpu.unavailable(kinds.float16)
     if why is not None:
         return why
@@ -211,10 +222,18 @@ def _planned(
 
 
 def _flat_parameter(parameter: Any) -> Any:
-    """Return a parameter in float32, of NumPy: its own memory if it is so already."""
+    """Return a parameter contiguous in float32: itself if it is so already."""
+    if not isinstance(parameter, torch.Tensor):
+        return np.ascontiguousarray(parameter, np.float32)
+    if parameter.dtype is torch.float32 and parameter.is_contiguous():
+        return parameter
+    return parameter.detach().to(torch.float32).contiguous()
+
+
+def _where(parameter: Any) -> int:
     if isinstance(parameter, torch.Tensor):
-        parameter = parameter.detach().to(torch.float32).contiguous().numpy()
-    return np.ascontiguousarray(parameter, np.float32).reshape(-1)
+        return parameter.data_ptr()
+    return address(parameter)
 
 
 def _looked_through() -> bool:
@@ -234,30 +253,6 @@ def _unlike(x: Any, name: str) -> NotServed | None:
     return None
 
 
-class _Typed(NamedTuple):
-    """As much of a tensor as its dtype is asked for."""
-
-    dtype: Any
-
-
-def kinds_of(adapter: Any, x: Any, scale: Any, bias: Any, options: Options) -> Any:
-    """Say how tensors of these dtypes are computed, or `NotServed`."""
-    dtypes = (x, scale, bias)
-    # A constant from the host has NumPy's, in any byte order.
-    names: list[Any] = [
-        None if d is None else getattr(d, "name", str(d)).removeprefix("torch.") for d in dtypes
-    ]
-    typed: list[Any] = [None if n is None else _Typed(adapter.dtype(n)) for n in names]
-    given = [t.dtype for t in typed if t is not None]
-    if not all(map(adapter.is_real_floating, given)):
-        return NotServed(
-            f"x or a parameter is of {given}: the kernels are for real floating dtypes"
-        )
-    work, _, result = dtypes_of(adapter, typed[0], typed[1], typed[2], options)
-    names = [str(dtype).removeprefix("torch.") for dtype in (x, work, result)]
-    return row_kinds(names[0], names[1], names[2], result)
-
-
 def _flat_mask(mask: Any, layout: cpu.Layout) -> Any:
     if isinstance(mask, torch.Tensor):
         why = _unlike(mask, "mask")
@@ -270,19 +265,18 @@ def _flat_mask(mask: Any, layout: cpu.Layout) -> Any:
         return NotServed("the mask is no array of booleans")
 
 
-def _memory(a: torch.Tensor, layout: cpu.Layout) -> Any:
-    """Return a tensor's elements in the order of x's memory."""
-    a = a.detach()
+def _memory(a: torch.Tensor, layout: cpu.Layout) -> torch.Tensor:
+    """Return a tensor contiguous in the order of x's memory."""
     if layout.order is not None:
         a = a.permute(layout.order)
-    return _numbers(a.contiguous())
+    return a.contiguous()
 
 
-def _numbers(a: torch.Tensor) -> Any:
-    """Return a contiguous tensor as a flat array, half precision as bits."""
-    if a.dtype is torch.bfloat16:
-        a = a.view(torch.int16)
-    return bits(a.numpy().reshape(-1))
+def _fresh(a: torch.Tensor) -> int:
+    """Return where a tensor begins that is about to be written."""
+    where = a.data_ptr()
+    want_large_pages(where, a.nbytes)
+    return where
 
 
 def _restored(a: torch.Tensor, layout: cpu.Layout) -> torch.Tensor:

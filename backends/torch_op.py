@@ -9,14 +9,14 @@ Forward returns, beside y, what backward needs in one tensor (see `_pack`). That
 same kernels on the same memory only; otherwise backward measures again.
 """
 
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch.autograd import forward_ad
 
-from groupnorm.backends import cpu, cpu_launch
-from groupnorm.backends.torch_fused import PLAIN, Call, as_parameter, call_of, kinds_of
+from groupnorm.backends import cpu
+from groupnorm.backends.torch_fused import PLAIN, Call, as_parameter, call_of
 from groupnorm.core import apply, apply_with_pullback
 from groupnorm.dispatch import adapter_named
 from groupnorm.implementations import NotServed
@@ -32,8 +32,6 @@ _SETTINGS = (
     "str? dtype, bool fast, str? activation"
 )
 _ARRAYS = "Tensor x, Tensor? scale, Tensor? bias, Tensor? mask"
-# Numbers in front of what `_pack` packs.
-_HEAD = 2
 
 
 # While a program is traced -----------------------------------------------------------------------
@@ -82,7 +80,7 @@ def _unserved(x: Any, scale: Any, bias: Any, dtype: str | None) -> str:
     ):
         return "forward mode and torch.func's transforms look through the computation"
     options = _options((), None, 1, None, 0.0, dtype, True, None)
-    kinds = kinds_of(adapter_named("torch"), x, scale, bias, options)
+    kinds = cpu.kinds_of(adapter_named("torch"), x, scale, bias, options)
     why = kinds if isinstance(kinds, NotServed) else cpu.unavailable(kinds.float16)
     return "" if why is None else why.reason
 
@@ -181,47 +179,19 @@ def _nothing_saved(x: Any, settings: Any) -> Any:
         tuple(x.shape), options.feature, options.num_groups, options.group_size, options.reduction,
         sampled=False, static=False,
     )  # fmt: skip
-    *kept, groups = plan.statistics_shape
-    size = _HEAD + 3 * product(kept) * (groups + plan.channels)
+    size = 1 + 3 * product(plan.statistics_shape)
     return torch.zeros(size, dtype=torch.float64, device=x.device)
 
 
-def _pack(saved: cpu_launch.Saved, call: Call) -> torch.Tensor:
-    """Put what was saved into one tensor whose size does not depend on the order in memory.
-
-    First that order and how many times a row of the tables repeats the channels, then the numbers
-    of each group, then the tables, each channel once.
-    """
-    layout = call.layout
-    packed = np.zeros(_HEAD + 3 * layout.samples * (layout.groups + layout.channels))
-    numbers, tables = _parts(packed, layout)
-    packed[0] = _signature(layout)
-    numbers[:] = saved[:3]
-    for row, table in zip(tables, saved.tables, strict=False):
-        packed[1] = table.shape[1] // layout.channels
-        row[:] = table[:, : layout.channels]
-    return torch.from_numpy(packed)
+def _pack(saved: Any, call: Call) -> torch.Tensor:
+    """Put what was saved behind a number that tells the order in memory it is of."""
+    return torch.from_numpy(np.concatenate([[_signature(call.layout)], saved]))
 
 
-def _unpack(packed: torch.Tensor, call: Call) -> cpu_launch.Saved | None:
+def _unpack(packed: torch.Tensor, call: Call) -> Any:
     """Return what was packed, unless it was of another order in memory."""
-    layout, found = call.layout, packed.numpy()
-    if found[0] != _signature(layout):
-        return None
-    numbers, rows = _parts(found, layout)
-    band, tables = int(found[1]), cast("tuple[Any, ...]", ())
-    if band:
-        tables = cpu_launch.tables_of(layout.samples, band * layout.channels)
-        for table, row in zip(tables, rows, strict=True):
-            table.reshape(layout.samples, band, layout.channels)[:] = row[:, None]
-    return cpu_launch.Saved(numbers[0], numbers[1], numbers[2], tables)
-
-
-def _parts(packed: Any, layout: cpu.Layout) -> tuple[Any, Any]:
-    end = _HEAD + 3 * layout.samples * layout.groups
-    return packed[_HEAD:end].reshape(3, -1), packed[end:].reshape(
-        3, layout.samples, layout.channels
-    )
+    found = packed.numpy()
+    return found[1:] if found[0] == _signature(call.layout) else None
 
 
 def _signature(layout: cpu.Layout) -> float:

@@ -6,7 +6,7 @@ no function for this; but its threads are those of GNU OpenMP, which has one.
 
 import ctypes
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,24 +26,20 @@ def torch_helpers_for(elements: int) -> int:
     return helpers_for(elements, torch.get_num_threads)
 
 
-def run_in_torch_threads(helpers: int, run: Callable[[], None]) -> None:
-    """As `groupnorm.backends.threads.run_together`, in PyTorch's threads where that is possible."""
-    parallel = _parallel() if helpers else None
+def run_in_torch_threads(helpers: int, run: Any, argument: int, owner: Any) -> None:
+    """As `groupnorm.backends.threads.run_together`, in PyTorch's threads where that is possible.
+
+    `run` is a function of C's kind, so that they need no lock of Python's.
+    """
+    if not helpers:
+        run(argument)
+        return
+    parallel = _parallel()
     # A forked process has none of its parent's threads, and OpenMP would wait for them.
     if parallel is None or os.getpid() != _process:
-        run_together(helpers, run)
-        return
-    errors: list[BaseException] = []
-
-    def call(_: Any) -> None:
-        try:
-            run()
-        except BaseException as error:
-            errors.append(error)
-
-    parallel(_Function(call), None, helpers + 1, 0)
-    if errors:
-        raise errors[0]
+        run_together(helpers, run, argument, owner)
+    else:
+        parallel(run, argument, helpers + 1, 0)
 
 
 @lru_cache(maxsize=1)

@@ -34,7 +34,6 @@ __all__ = [
     "pull_back_invalid",
     "pull_back_two",
     "spread",
-    "table",
 ]
 
 F, U = np.float32, np.uint64
@@ -177,11 +176,3 @@ def spread(values, channels):
     for at in range(channels, values.size, channels):
         for c in range(channels):
             values[at + c] = values[c]
-
-
-@jit()
-def table(width):
-    """Make room for a table that begins where a line of the cache does."""
-    room = np.empty(width + 16, np.float32)
-    skip = -room.ctypes.data % 64 // 4
-    return room[skip : skip + width]

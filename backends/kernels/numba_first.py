@@ -296,14 +296,15 @@ def _sums(
 
 @jit()
 def first_backward(
-    x, dy, dx, scale, bias, mask, groups, size, positions, activation, mean, rstd, share,
-    sum_dy, sum_dy_xhat, parts, team,
+    x, dy, dx, scale, bias, mask, groups, size, positions, activation, mean, rstd, share, sums,
+    parts, team,
 ):  # fmt: skip
     """Pull dy back through the groups of all samples.
 
-    sum_dy and sum_dy_xhat get the sums over positions, (N * channels,), in float64.
+    sums (2, N, channels) gets those over positions of dy and of dy * xhat, in float64.
     """
     stretch, tasks = size * positions, mean.size
+    sum_dy, sum_dy_xhat = sums[: tasks * size], sums[tasks * size :]
     grain = max(1, GRAIN // stretch)
     claims, seat = (tasks + grain - 1) // grain, take_seat(team, 0, parts)
     while True:

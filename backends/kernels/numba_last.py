@@ -31,7 +31,6 @@ from groupnorm.backends.kernels.numba_bands import (
     pull_back_invalid,
     pull_back_two,
     spread,
-    table,
 )
 from groupnorm.backends.kernels.numba_merge import (
     LEAST,
@@ -45,28 +44,12 @@ from groupnorm.backends.kernels.numba_merge import (
 from groupnorm.backends.kernels.numba_numbers import get, jit
 from groupnorm.backends.kernels.numba_team import finish, take_seat, take_task, wait
 
-__all__ = ["band_rows", "chunk_rows", "last_backward", "last_forward"]
+__all__ = ["last_backward", "last_forward"]
 
 F, U = np.float32, np.uint64
 
-# Elements of a band: enough to forget what starting a loop costs, and few enough for the tables to
-# stay in the first cache.
-BAND = 512
-# Elements of a chunk, and the least rows, which a merge of its channels is spread over.
-CHUNK, LEAST_ROWS = 65536, 128
 # A chunk is measured around the mean of at least so many rows of it, and of so many bands.
 SAMPLE_ROWS, SAMPLE_BANDS = 8, 4
-
-
-def band_rows(channels, positions):
-    """Return how many rows loops run over at once."""
-    return max(1, min(BAND // channels, positions))
-
-
-def chunk_rows(channels, positions):
-    """Return how many rows are measured together, some bands of them: by the shape alone."""
-    band = band_rows(channels, positions)
-    return max(LEAST_ROWS, CHUNK // channels) // band * band
 
 
 # Statistics ---------------------------------------------------------------------------------------
@@ -172,14 +155,14 @@ def _merge_chunk(n, count, means, m2s, at, mean, m2):
 
 @jit()
 def _merge(
-    x, mask, mask_at, scale, bias, sample, groups, size, positions, epsilon, counts, means, m2s,
-    chunks, mean, rstd, share, centre, factor, term,
+    x, mask, mask_at, sample, groups, size, positions, epsilon, counts, means, m2s, mean, rstd,
+    share,
 ):  # fmt: skip
-    """Merge the chunks of a sample, and make of them what is applied."""
+    """Merge the chunks of a sample into the numbers of its groups."""
     channels = groups * size
     m, v = means[:channels], m2s[:channels]
     count = counts[0]
-    for chunk in range(1, chunks):
+    for chunk in range(1, counts.size):
         if counts[chunk] > 0:
             _merge_chunk(counts[chunk], count, means, m2s, chunk * channels, m, v)
             count += counts[chunk]
@@ -201,18 +184,24 @@ def _merge(
                     x, begin, positions, channels, size, mask, mask_at, True
                 )
         k = sample * groups + group
-        r = inverse_deviation(variance, epsilon)
-        mean[k], rstd[k] = group_mean, r
+        mean[k], rstd[k] = group_mean, inverse_deviation(variance, epsilon)
         share[k] = 1.0 / (count * size) if count > 0 else 0.0
-        rounded = F(group_mean)
-        rest = group_mean - np.float64(rounded)
-        for c in range(a, b):
+
+
+@jit()
+def _set_tables(sample, groups, size, scale, bias, mean, rstd, centre, factor, term):
+    """Let three tables be what is applied to a sample."""
+    for group in range(groups):
+        m, r = mean[sample * groups + group], rstd[sample * groups + group]
+        rounded = F(m)
+        rest = m - np.float64(rounded)
+        for c in range(group * size, (group + 1) * size):
             centre[c] = rounded
             factor[c] = bounded(r * scale[c])
             term[c] = F(bias[c] - rest * r * scale[c])
-    spread(centre, channels)
-    spread(factor, channels)
-    spread(term, channels)
+    spread(centre, groups * size)
+    spread(factor, groups * size)
+    spread(term, groups * size)
 
 
 # Kernels ------------------------------------------------------------------------------------------
@@ -240,72 +229,77 @@ def _apply_chunk(
 
 
 @jit()
-def _take_sample(team, turn, samples, parts, seat, apart):
-    return take_task(team, 2, parts, samples, seat) if apart else turn
-
-
-@jit()
-def _take_chunk(team, counter, task, chunks, parts, seat, apart):
-    return task if apart else take_task(team, counter, parts, chunks, seat)
-
-
-@jit()
 def _is_last(team, counter, task, chunks, apart):
     """Whether all chunks of a sample are measured now, so that they can be merged."""
     return task == chunks - 1 if apart else finish(team, counter, 1) == chunks
 
 
 @jit()
+def _part(room, number, length):
+    """Return one of the equal parts of an array."""
+    return room[number * length : (number + 1) * length]
+
+
+@jit()
 def last_forward(
-    x, y, scale, bias, mask, samples, groups, size, positions, rows, epsilon, activation, apart,
-    counts, means, m2s, mean, rstd, share, centres, factors, terms, parts, team,
+    x, y, scale, bias, mask, samples, groups, size, positions, rows, width, epsilon, activation,
+    apart, mean, rstd, share, room, tables, starts, parts, team,
 ):  # fmt: skip
     """Measure and normalize all samples.
 
-    centres, factors and terms (samples, width) get what is applied. counts (chunks,), means and m2s
-    (chunks * channels,) are the threads' common ground, for one sample at a time; if each does its
-    samples `apart`, they are not used.
+    Every thread has tables, (parts, 3, width), and starts, (parts, chunks' bands + 1), of its own.
+    room (1, chunks * (1 + 2 * channels)) is the threads' common ground, for one sample at a time;
+    if each does its samples `apart`, they have a part each.
     """
-    channels, width = groups * size, centres.shape[1]
+    channels = groups * size
     chunks = (positions + rows - 1) // rows
-    base, total, squares = table(width), table(width), table(width)
-    starts = np.empty(rows * channels // width + 1, np.int64)
-    if apart:
-        counts = np.empty(chunks)
-        means, m2s = np.empty(chunks * channels), np.empty(chunks * channels)
     seat = take_seat(team, 0, parts)
+    # First of sums, then of what is applied.
+    one, two, three = (
+        _part(tables, 3 * seat, width), _part(tables, 3 * seat + 1, width),
+        _part(tables, 3 * seat + 2, width),
+    )  # fmt: skip
+    starts = _part(starts, seat, starts.size // parts)
+    ground = _part(room, seat if apart else 0, chunks * (1 + 2 * channels))
+    counts, moments = ground[:chunks], ground[chunks:]
+    means, m2s = _part(moments, 0, chunks * channels), _part(moments, 1, chunks * channels)
     for turn in range(samples):
-        sample = _take_sample(team, turn, samples, parts, seat, apart)
+        sample = take_task(team, 2, parts, samples, seat) if apart else turn
         if sample < 0:
             break
         counter = 2 + turn * (2 * parts + 1)
         mask_at, begin = mask_begins(mask, sample, positions), sample * positions * channels
-        centre, factor, term = centres[sample], factors[sample], terms[sample]
         for task in range(chunks):
-            chunk = _take_chunk(team, counter, task, chunks, parts, seat, apart)
-            if chunk < 0:
-                break
-            first, a, b = chunk * rows, chunk * channels, (chunk + 1) * channels
-            counts[chunk] = _measure(
-                x, mask, mask_at, begin + first * channels, first, min(rows, positions - first),
-                channels, base, total, squares, starts, means[a:b], m2s[a:b],
-            )  # fmt: skip
-            if _is_last(team, counter + parts, task, chunks, apart):
-                _merge(
-                    x, mask, mask_at, scale, bias, sample, groups, size, positions, epsilon,
-                    counts, means, m2s, chunks, mean, rstd, share, centre, factor, term,
-                )  # fmt: skip
-                finish(team, counter + parts, 1)
-        if not apart:
-            wait(team, counter + parts, chunks + 1)
-        for task in range(chunks):
-            chunk = _take_chunk(team, counter + parts + 1, task, chunks, parts, seat, apart)
+            chunk = task if apart else take_task(team, counter, parts, chunks, seat)
             if chunk < 0:
                 break
             first = chunk * rows
+            counts[chunk] = _measure(
+                x, mask, mask_at, begin + first * channels, first, min(rows, positions - first),
+                channels, one, two, three, starts, _part(means, chunk, channels),
+                _part(m2s, chunk, channels),
+            )  # fmt: skip
+            if _is_last(team, counter + parts, task, chunks, apart):
+                _merge(
+                    x, mask, mask_at, sample, groups, size, positions, epsilon, counts, means, m2s,
+                    mean, rstd, share,
+                )  # fmt: skip
+                if not apart:
+                    finish(team, counter + parts, 1)
+        if not apart:
+            wait(team, counter + parts, chunks + 1)
+        ready = False
+        for task in range(chunks):
+            chunk = task if apart else take_task(team, counter + parts + 1, parts, chunks, seat)
+            if chunk < 0:
+                break
+            if not ready:  # not before: who comes too late may find only its own memory
+                _set_tables(sample, groups, size, scale, bias, mean, rstd, one, two, three)
+                ready = True
+            first = chunk * rows
             _apply_chunk(
                 x, y, mask, mask_at, begin + first * channels, first, min(rows, positions - first),
-                channels, centre, factor, term, activation,
+                channels, one, two, three, activation,
             )  # fmt: skip
             finish(team, 1, 1)
     wait(team, 1, samples * chunks)
@@ -341,9 +335,9 @@ def _sum_products(
 @jit()
 def _merge_backward(
     scale, sample, groups, size, chunks, mean, rstd, share, sums, weighted_sums, sum_dy,
-    sum_dy_xhat, rstds, slope, offset,
+    sum_dy_xhat, pulls,
 ):  # fmt: skip
-    """Merge the chunks of a sample into what its dx needs."""
+    """Merge the chunks of a sample into its sums, and the means of two of them by groups."""
     channels = groups * size
     sum_dy[:] = 0.0
     sum_dy_xhat[:] = 0.0
@@ -354,21 +348,31 @@ def _merge_backward(
             sum_dy_xhat[c] += weighted_sums[at + U(c)]
     for group in range(groups):
         k = sample * groups + group
-        r = rstd[k]
         rest = mean[k] - np.float64(F(mean[k]))
         p, q = 0.0, 0.0
         for c in range(group * size, (group + 1) * size):
-            sum_dy_xhat[c] = (sum_dy_xhat[c] - rest * sum_dy[c]) * r
+            sum_dy_xhat[c] = (sum_dy_xhat[c] - rest * sum_dy[c]) * rstd[k]
             p += scale[c] * sum_dy[c] * share[k]
             q += scale[c] * sum_dy_xhat[c] * share[k]
-        # (p + xhat * q) * rstd with xhat = (x - centre - rest) * rstd
+        pulls[2 * group], pulls[2 * group + 1] = p, q
+
+
+@jit()
+def _set_pulling_tables(sample, groups, size, mean, rstd, pulls, rstds, slope, offset):
+    """Let three tables be what dx needs: (p + xhat * q) * rstd.
+
+    Where xhat is (x - centre - rest) * rstd.
+    """
+    for group in range(groups):
+        m, r = mean[sample * groups + group], rstd[sample * groups + group]
+        rest, p, q = m - np.float64(F(m)), pulls[2 * group], pulls[2 * group + 1]
         for c in range(group * size, (group + 1) * size):
             rstds[c] = bounded(r)
             slope[c] = bounded(r * q)
             offset[c] = bounded(r * (p - rest * r * q))
-    spread(rstds, channels)
-    spread(slope, channels)
-    spread(offset, channels)
+    spread(rstds, groups * size)
+    spread(slope, groups * size)
+    spread(offset, groups * size)
 
 
 @jit()
@@ -394,57 +398,73 @@ def _pull_back_chunk(
 
 @jit()
 def last_backward(
-    x, dy, dx, scale, mask, samples, groups, size, positions, rows, activation, apart,
-    sums, weighted_sums, mean, rstd, share, centres, factors, terms, rstds, slopes, offsets,
-    sum_dy, sum_dy_xhat, parts, team,
+    x, dy, dx, scale, bias, mask, samples, groups, size, positions, rows, width, activation, apart,
+    mean, rstd, share, sums, room, pulls, tables, parts, team,
 ):  # fmt: skip
     """Pull dy back through all samples.
 
-    sum_dy and sum_dy_xhat (N, channels) get the sums over positions, in float64. rstds, slopes and
-    offsets (samples, width), sums and weighted_sums (chunks * channels,) are the threads' common
-    ground, as in `last_forward`.
+    sums (2, N, channels) gets those over positions of dy and of dy * xhat, in float64; pulls is
+    (N, groups, 2). Every thread has tables, (parts, 6, width), of its own; of room
+    (1, 2 * chunks * channels) they have a part each if `apart`, as in `last_forward`.
     """
-    channels, width = groups * size, centres.shape[1]
+    channels = groups * size
     chunks = (positions + rows - 1) // rows
-    total, weighted = table(width), table(width)
-    if apart:
-        sums, weighted_sums = np.empty(chunks * channels), np.empty(chunks * channels)
     seat = take_seat(team, 0, parts)
+    own = _part(tables, seat, 6 * width)
+    centre, factor, term = _part(own, 0, width), _part(own, 1, width), _part(own, 2, width)
+    # First of sums, then of what is applied.
+    one, two, three = _part(own, 3, width), _part(own, 4, width), _part(own, 5, width)
+    ground = _part(room, seat if apart else 0, 2 * chunks * channels)
+    products, weighted = _part(ground, 0, chunks * channels), _part(ground, 1, chunks * channels)
     for turn in range(samples):
-        sample = _take_sample(team, turn, samples, parts, seat, apart)
+        sample = take_task(team, 2, parts, samples, seat) if apart else turn
         if sample < 0:
             break
         counter = 2 + turn * (2 * parts + 1)
         mask_at, begin = mask_begins(mask, sample, positions), sample * positions * channels
-        centre, factor, term = centres[sample], factors[sample], terms[sample]
+        ready = False
         for task in range(chunks):
-            chunk = _take_chunk(team, counter, task, chunks, parts, seat, apart)
+            chunk = task if apart else take_task(team, counter, parts, chunks, seat)
             if chunk < 0:
                 break
-            first, a, b = chunk * rows, chunk * channels, (chunk + 1) * channels
+            if not ready:
+                _set_tables(sample, groups, size, scale, bias, mean, rstd, centre, factor, term)
+                ready = True
+            first = chunk * rows
             _sum_products(
                 x, dy, mask, mask_at, begin + first * channels, first,
-                min(rows, positions - first), channels, centre, factor, term, activation,
-                total, weighted, sums[a:b], weighted_sums[a:b],
+                min(rows, positions - first), channels, centre, factor, term, activation, one, two,
+                _part(products, chunk, channels), _part(weighted, chunk, channels),
             )  # fmt: skip
             if _is_last(team, counter + parts, task, chunks, apart):
                 _merge_backward(
-                    scale, sample, groups, size, chunks, mean, rstd, share, sums, weighted_sums,
-                    sum_dy[sample], sum_dy_xhat[sample], rstds[sample], slopes[sample],
-                    offsets[sample],
+                    scale, sample, groups, size, chunks, mean, rstd, share, products, weighted,
+                    _part(sums, sample, channels), _part(sums, samples + sample, channels),
+                    _part(pulls, sample, 2 * groups),
                 )  # fmt: skip
-                finish(team, counter + parts, 1)
+                if not apart:
+                    finish(team, counter + parts, 1)
         if not apart:
             wait(team, counter + parts, chunks + 1)
+        pulling = False
         for task in range(chunks):
-            chunk = _take_chunk(team, counter + parts + 1, task, chunks, parts, seat, apart)
+            chunk = task if apart else take_task(team, counter + parts + 1, parts, chunks, seat)
             if chunk < 0:
                 break
+            if not ready:
+                _set_tables(sample, groups, size, scale, bias, mean, rstd, centre, factor, term)
+                ready = True
+            if not pulling:
+                _set_pulling_tables(
+                    sample, groups, size, mean, rstd, _part(pulls, sample, 2 * groups), one, two,
+                    three,
+                )  # fmt: skip
+                pulling = True
             first = chunk * rows
             _pull_back_chunk(
                 x, dy, dx, mask, mask_at, begin + first * channels, first,
                 min(rows, positions - first), channels, centre, factor, term, activation,
-                rstds[sample], slopes[sample], offsets[sample],
+                one, two, three,
             )  # fmt: skip
             finish(team, 1, 1)
     wait(team, 1, samples * chunks)

@@ -26,10 +26,8 @@ F = np.float32
 
 
 def jit(flags=MAPS):
-    """Compile once, for all processes; other threads run meanwhile."""
-    return numba.njit(
-        cache=True, nogil=True, fastmath=flags, error_model="numpy", boundscheck=False
-    )
+    """Compile as part of the entries that use it, which are what is kept on disk."""
+    return numba.njit(nogil=True, fastmath=flags, error_model="numpy", boundscheck=False)
 
 
 # Elements -----------------------------------------------------------------------------------------

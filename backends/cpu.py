@@ -37,6 +37,7 @@ class Layout(NamedTuple):
     """How a call's arrays lie in memory."""
 
     order: tuple[int, ...] | None  # the axes of x in memory order; None where it is x's own
+    dense: bool  # whether x lies in that order without gaps
     first: bool  # channels before positions
     samples: int
     groups: int
@@ -200,6 +201,7 @@ def layout_of(
     num_groups, size = there.parameter_shape[there.channel : there.channel + 2]
     return Layout(
         order=None if order == own else order,
+        dense=order == memory_order(shape, strides),
         first=roles.endswith("CP"),
         samples=sizes.get("K", 1),
         groups=num_groups,

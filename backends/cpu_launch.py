@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from groupnorm.backends import frames
-from groupnorm.backends.cpu import Layout, kernels
-from groupnorm.backends.frames import APART, Template
+from groupnorm.backends.cpu import Kinds, Layout, kernels
 from groupnorm.backends.threads import helpers_for, run_together
 
-__all__ = ["Arrays", "Team", "address", "backward", "entry", "forward", "template_for"]
+__all__ = ["Arrays", "Saved", "Team", "Work", "address", "entry"]
 
 _log = logging.getLogger("groupnorm")
 
@@ -30,10 +29,10 @@ OWN = Team(helpers_for, run_together)
 
 
 class Arrays(NamedTuple):
-    """What kernels read, by address, and what must be known of it when they are compiled.
+    """What kernels read, by address.
 
-    x and dy are flat in memory, of float32, float16 or bfloat16; scale and bias are in float32,
-    (channels,); the mask is what `flat_mask` returns, with as many elements as are said.
+    x is flat in the order the `Layout` says; scale and bias are in float32, (channels,); the mask
+    is what `flat_mask` returns, with as many elements as are said, or 0 and 0.
     """
 
     x: int
@@ -41,44 +40,112 @@ class Arrays(NamedTuple):
     bias: int
     mask: int
     mask_elements: int
-    x_dtype: str
-    activation: str | None
 
 
-def forward(
-    layout: Layout, arrays: Arrays, y: int, y_dtype: str, epsilon: float, team: Team = OWN
-) -> Any:
-    """Normalize x into y; return what `backward` needs.
+class Saved(NamedTuple):
+    """What backward needs: mean, rstd and 1 / count, (3, samples * groups) in float64."""
 
-    That is mean, rstd and 1 / count of each group, (3, samples * groups) in float64.
+    address: int
+    owner: Any  # of that memory
+
+
+class _Program(NamedTuple):
+    """A kernel, and the frame it is called with."""
+
+    entry: Any
+    helpers: int
+    block: Any  # a type, of the frame and what it has behind it
+    image: bytes  # of such a block, without addresses
+    behind: int  # where the frame ends, in bytes
+    scratch: int  # words
+
+
+class Work:
+    """A normalization of arrays that lie in memory in one way, of any values.
+
+    Parameters
+    ----------
+    layout : Layout
+    kinds : Kinds
+    epsilon : float
+    activation : str or None
+    team : Team
+        Whose threads help.
     """
-    kernel = "first_forward" if layout.first else "last_forward"
-    template = template_for(layout, arrays.mask_elements, epsilon, False, team.helpers_for)
-    saved = np.empty(3 * layout.samples * layout.groups)
-    _launch(
-        entry(kernel, arrays.x_dtype, y_dtype, "float32", arrays.mask != 0, arrays.activation),
-        template, team, arrays, y, 0, saved, 0,
-    )  # fmt: skip
-    return saved
 
+    def __init__(
+        self, layout: Layout, kinds: Kinds, epsilon: float, activation: str | None, team: Team = OWN
+    ) -> None:
+        self.layout, self.kinds, self.team = layout, kinds, team
+        self.channels = layout.channels
+        # That parameters may have.
+        self.parameter_shapes = (layout.feature_shape, (self.channels,))
+        self._epsilon, self._activation = epsilon, activation
+        self._elements = layout.elements
+        self._programs: dict[Any, _Program] = {}
 
-def backward(
-    layout: Layout, saved: Any, arrays: Arrays, dy: int, dy_dtype: str, dx: int, team: Team = OWN
-) -> tuple[Any, Any]:
-    """Pull dy back into dx, of x's dtype; return the gradients of bias and scale, in float64.
+    def forward(self, arrays: Arrays, y: int) -> Saved:
+        """Normalize x into y, by its address; return what `backward` needs."""
+        program = self._program("forward", arrays.mask_elements, "float32")
+        block = program.block.from_buffer_copy(program.image)
+        saved = ctypes.addressof(block) + program.behind
+        self._run(program, block, arrays, y, saved)
+        return Saved(saved, block)
 
-    The arguments are those of `forward`, and what it returned.
-    """
-    kernel = "first_backward" if layout.first else "last_backward"
-    template = template_for(layout, arrays.mask_elements, 0.0, True, team.helpers_for)
-    sums = np.empty((2, layout.samples, layout.channels))
-    x_dtype = arrays.x_dtype
-    _launch(
-        entry(kernel, x_dtype, x_dtype, dy_dtype, arrays.mask != 0, arrays.activation),
-        template, team, arrays, dx, dy, saved, address(sums),
-    )  # fmt: skip
-    gradients = sums[:, 0] if layout.samples == 1 else sums.sum(axis=1)
-    return gradients[0], gradients[1]
+    def backward(
+        self, saved: Saved, arrays: Arrays, dy: int, dy_dtype: str, dx: int, dscale: int, dbias: int
+    ) -> None:
+        """Pull dy back into dx, of x's dtype, and the gradients of scale and bias, in float32.
+
+        dy is of x's dtype or of float32. The rest is as in `forward`, and what it returned.
+        """
+        program = self._program("backward", arrays.mask_elements, dy_dtype)
+        block = program.block.from_buffer_copy(program.image)
+        block[frames.SUMS] = ctypes.addressof(block) + program.behind
+        block[frames.DY], block[frames.DSCALE], block[frames.DBIAS] = dy, dscale, dbias
+        self._run(program, block, arrays, dx, saved.address)
+
+    def saved_values(self, saved: Saved) -> Any:
+        """Return a copy of what was saved, as an array."""
+        size = 8 * 3 * self.layout.samples * self.layout.groups
+        return np.frombuffer(ctypes.string_at(saved.address, size))
+
+    def _run(self, program: _Program, block: Any, arrays: Arrays, y: int, saved: int) -> None:
+        scratch = None
+        block[frames.X], block[frames.SCALE], block[frames.BIAS], block[frames.MASK], _ = arrays
+        block[frames.Y], block[frames.SAVED] = y, saved
+        if program.scratch:
+            scratch = np.empty(program.scratch)
+            block[frames.SCRATCH] = address(scratch)
+        self.team.run(program.helpers, program.entry, ctypes.addressof(block), (block, scratch))
+
+    def _program(self, direction: str, mask_elements: int, dy: str) -> _Program:
+        helpers = self.team.helpers_for(self._elements)
+        key = (direction, mask_elements, dy, helpers, frames.APART)
+        found = self._programs.get(key)
+        if found is None:
+            found = self._programs[key] = self._new(direction, mask_elements, dy, helpers)
+        return found
+
+    def _new(self, direction: str, mask_elements: int, dy: str, helpers: int) -> _Program:
+        layout, backward = self.layout, direction == "backward"
+        template = frames.template(
+            layout.first, layout.samples, layout.groups, layout.size, layout.positions,
+            mask_elements, self._epsilon, backward, helpers,
+            frames.is_apart(layout.samples, self._elements, helpers),
+        )  # fmt: skip
+        # Behind a frame comes what forward saves, or the sums of backward.
+        each = 2 * layout.channels if backward else 3 * layout.groups
+        image = template.words.tobytes() + bytes(8 * layout.samples * each)
+        return _Program(
+            entry(
+                f"{'first' if layout.first else 'last'}_{direction}", self.kinds.x,
+                self.kinds.x if backward else self.kinds.result, dy, mask_elements > 0,
+                self._activation,
+            ),
+            helpers, ctypes.c_int64 * (len(image) // 8), image, template.words.nbytes,
+            template.scratch,
+        )  # fmt: skip
 
 
 def address(a: Any) -> int:
@@ -87,46 +154,21 @@ def address(a: Any) -> int:
     return where
 
 
-def template_for(
-    layout: Layout, mask_elements: int, epsilon: float, backward: bool,
-    helpers_for: Callable[[int], int],
-) -> Template:  # fmt: skip
-    """Return the frame's template for a layout."""
-    elements, samples = layout.elements, layout.samples
-    helpers = helpers_for(elements)
-    return frames.template(
-        layout.first, samples, layout.groups, layout.size, layout.positions, mask_elements,
-        epsilon, backward, helpers, helpers == 0 or elements <= APART * samples,
-    )  # fmt: skip
-
-
-def _launch(
-    run: Any, template: Template, team: Team, arrays: Arrays, y: int, dy: int, saved: Any, sums: int
-) -> None:
-    frame, scratch = template.words.copy(), np.empty(template.scratch)
-    frame[: frames.ADDRESSES] = (
-        arrays.x, y, dy, arrays.scale, arrays.bias, arrays.mask, address(saved), sums,
-        address(scratch), 0, 0,
-    )  # fmt: skip
-    team.run(template.helpers, run, address(frame), (frame, scratch))
-
-
 @lru_cache(maxsize=1024)
-def entry(
-    kernel: str, x: str, y: str, dy: str, masked: bool, activation: str | None
-) -> "ctypes._FuncPointer":
-    """Return a kernel for these dtypes, as a function that takes the address of a frame.
+def entry(kernel: str, x: str, y: str, dy: str, masked: bool, activation: str | None) -> Any:
+    """Return a kernel for these dtypes, as a function of ctypes that takes the address of a frame.
 
     It is compiled, or loaded from disk, where it has not been yet.
     """
     calls, start = kernels("numba_calls"), time.perf_counter()
-    made = calls.compiled(calls.Variant(kernel, x, y, dy, masked, frames.ACTIVATIONS[activation]))
+    variant = calls.Variant(kernel, x, y, dy, masked, frames.ACTIVATIONS[activation])
+    made = calls.compiled(variant)
     if not made.cache_hits:
         _log.warning(
             "groupnorm compiled CPU kernels for this combination of dtypes in %.1f s; they are "
             "cached on disk, and later processes load them.",
             time.perf_counter() - start,
         )
-    function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(made.address)
-    function.made = made  # type: ignore[attr-defined]  # or numba would free the code
+    function: Any = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(made.address)
+    function.made = made  # or numba would free the code
     return function

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["ACTIVATIONS", "APART", "KERNELS", "Template", "number", "template"]
+__all__ = ["ACTIVATIONS", "APART", "KERNELS", "Template", "is_apart", "number", "template"]
 
 # Samples of up to this many elements are done by one thread each, in its own cache; larger ones by
 # all of them together, one after the other, in the cache they share.
@@ -24,8 +24,8 @@ ACTIVATIONS: dict[str | None, int] = {None: 0, "relu": 1, "silu": 2, "gelu": 3}
 # Addresses. Those of x, y (or dx) and dy, float32 or the bits of halves, in x's order in memory; of
 # scale and bias, (channels,) in float32; of the mask, bytes, (1 or samples, positions); of what is
 # saved, mean, rstd and share (1 / count), (3, samples, groups) in float64; of the gradients' sums,
-# (2, samples, channels) in float64; of memory for the kernel's own use; and for XLA alone, of the
-# gradients of scale and bias, (batches, channels) in float32.
+# (2, samples, channels) in float64; of memory for the kernel's own use; and of the gradients of
+# scale and bias, (batches, channels) in float32.
 X, Y, DY, SCALE, BIAS, MASK, SAVED, SUMS, SCRATCH, DSCALE, DBIAS = range(11)
 ADDRESSES = 11
 # Sizes.
@@ -34,10 +34,11 @@ APARTNESS, PARTS, EPSILON = range(19, 22)
 # How the scratch is divided: float64 for sums of chunks and for the groups' pulls, int64 for where
 # bands begin, and then float32 for tables.
 ROOM, PULLS, STARTS, TABLES = range(22, 26)
+# How many parts the samples have whose gradients of scale and bias are apart.
+BATCHES = 26
 # For frames that XLA's handler makes: the words of the scratch and of the sums, the bytes of y, how
-# many batches there are, how many threads still hold the frame, and the kernel, in templates by its
-# `number`.
-SCRATCH_WORDS, SUMS_WORDS, RESULT_BYTES, BATCHES, HOLDERS, RUN = range(26, 32)
+# many threads still hold the frame, and the kernel, in templates by its `number`.
+SCRATCH_WORDS, SUMS_WORDS, RESULT_BYTES, HOLDERS, RUN = range(27, 32)
 HEAD = 32
 
 COUNTER_WORDS = 8  # no two in one line of the cache
@@ -63,6 +64,11 @@ class Template(NamedTuple):
     words: Any  # the frame, without addresses
     scratch: int  # words
     helpers: int
+
+
+def is_apart(samples: int, elements: int, helpers: int) -> bool:
+    """Whether each thread does samples of its own."""
+    return helpers == 0 or elements <= APART * samples
 
 
 @lru_cache(maxsize=4096)
@@ -96,7 +102,7 @@ def template(
     words[ROOM], words[PULLS], words[STARTS], words[TABLES] = room, pulls, starts, tables
     # Tables begin where a line of the cache does.
     scratch = 0 if first else room + pulls + starts + -(-tables // 2) + LINE
-    words[SCRATCH_WORDS] = scratch
+    words[BATCHES], words[SCRATCH_WORDS] = 1, scratch
     words[SUMS_WORDS] = 2 * samples * channels if backward else 0
     words.flags.writeable = False
     return Template(words, scratch, helpers)
@@ -112,7 +118,7 @@ CHUNK, LEAST_ROWS = 65536, 128
 
 def band_rows(channels: int, positions: int) -> int:
     """Return how many rows loops run over at once."""
-    return max(1, min(BAND // channels, positions))
+    return max(1, min(BAND // channels, positions // 16))
 
 
 def chunk_rows(channels: int, positions: int) -> int:

@@ -308,7 +308,7 @@ def _call(
     template = frames.template(
         spec.channels_first, spec.samples, spec.groups, spec.members, spec.positions, mask,
         spec.epsilon, kernel == "backward", helpers,
-        helpers == 0 or elements <= frames.APART * spec.samples,
+        frames.is_apart(spec.samples, elements, helpers),
     )  # fmt: skip
     number = frames.number(name, x, y, dy, masked, activation)
     entry = cpu_launch.entry(name, x, y, dy, masked, activation)

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from groupnorm.backends import cpu, cpu_launch
-from groupnorm.backends.cpu_launch import Arrays, address
+from groupnorm.backends import cpu
+from groupnorm.backends.cpu_launch import Arrays, Saved, Work, address
 from groupnorm.errors import ArgumentTypeError
 from groupnorm.implementations import NotServed
 from groupnorm.options import Options
@@ -20,34 +20,30 @@ __all__ = ["fused", "fused_vjp"]
 class _Call(NamedTuple):
     """A call the kernels serve."""
 
-    layout: cpu.Layout
-    kinds: cpu.Kinds
+    work: Work
     x: Any  # contiguous, in memory order
     scale: Any  # float32, contiguous
     bias: Any
     mask: Any  # as `cpu.flat_mask` returns it
-    activation: str | None
 
     @property
     def arrays(self) -> Arrays:
         """The arrays as the kernels take them."""
         mask, size = (0, 0) if self.mask is None else (address(self.mask), self.mask.size)
-        return Arrays(
-            address(self.x), address(self.scale), address(self.bias), mask, size, self.kinds.x,
-            self.activation,
-        )  # fmt: skip
+        return Arrays(address(self.x), address(self.scale), address(self.bias), mask, size)
 
-    def forward(self, epsilon: float) -> tuple[Any, Any]:
+    def forward(self) -> tuple[Any, Saved]:
         """Return y, which lies in memory as x does, and what backward needs."""
-        y = np.empty(self.layout.plan.shape, self.kinds.dtype)
-        saved = cpu_launch.forward(self.layout, self.arrays, address(y), self.kinds.result, epsilon)
-        return _restored(y, self.layout), saved
+        layout, kinds = self.work.layout, self.work.kinds
+        y = np.empty(layout.plan.shape, kinds.dtype)
+        saved = self.work.forward(self.arrays, address(y))
+        return _restored(y, layout), saved
 
 
 def fused(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
     """Return y, or `NotServed`."""
     call = _call(adapter, x, scale, bias, mask, options)
-    return call if isinstance(call, NotServed) else call.forward(options.epsilon)[0]
+    return call if isinstance(call, NotServed) else call.forward()[0]
 
 
 def fused_vjp(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
@@ -57,12 +53,12 @@ def fused_vjp(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: O
         return call
     # The caller may change parameters in place before the pullback is called.
     call = call._replace(scale=call.scale.copy(), bias=call.bias.copy())
-    y, saved = call.forward(options.epsilon)
+    y, saved = call.forward()
     return y, _pullback(adapter, call, saved, x, scale, bias)
 
 
 def _pullback(
-    adapter: Any, call: _Call, saved: Any, x: Any, scale: Any, bias: Any
+    adapter: Any, call: _Call, saved: Saved, x: Any, scale: Any, bias: Any
 ) -> Callable[[Any], Gradients]:
     def pullback(dy: Any) -> Gradients:
         if not adapter.is_array(dy):
@@ -72,12 +68,15 @@ def _pullback(
         check_cotangent(adapter, dy, x)
         if dy.dtype != x.dtype:  # the kernels are compiled for that, or full precision
             dy = dy.astype(np.float32)
-        dx, dy = np.empty(call.layout.plan.shape, x.dtype), _memory(dy, call.layout)
-        dbias, dscale = cpu_launch.backward(
-            call.layout, saved, call.arrays, address(dy), dy.dtype.name, address(dx)
-        )
+        work, layout = call.work, call.work.layout
+        dx, dy = np.empty(layout.plan.shape, x.dtype), _memory(dy, layout)
+        dscale, dbias = np.empty((2, work.channels), np.float32)
+        work.backward(
+            saved, call.arrays, address(dy), dy.dtype.name, address(dx), address(dscale),
+            address(dbias),
+        )  # fmt: skip
         return Gradients(
-            _restored(dx, call.layout), _as_parameter(dscale, scale), _as_parameter(dbias, bias)
+            _restored(dx, layout), _as_parameter(dscale, scale), _as_parameter(dbias, bias)
         )
 
     return pullback
@@ -99,38 +98,36 @@ def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Optio
             return NotServed("a parameter is no plain NumPy array")
     strides = tuple(s // x.itemsize for s in x.strides)
     dtypes = (None if p is None else p.dtype for p in (scale, bias))
-    planned = _planned(adapter, x.shape, strides, x.dtype, *dtypes, options)
-    if isinstance(planned, NotServed):
-        return planned
-    layout, kinds = planned
-    parameters = []
+    work = _planned(adapter, x.shape, strides, x.dtype, *dtypes, options)
+    if isinstance(work, NotServed):
+        return work
+    parameters, layout = [], work.layout
     for parameter, neutral in ((scale, 1.0), (bias, 0.0)):
         if parameter is None:
-            parameters.append(cpu.constant(neutral, layout.channels))
-        elif parameter.shape not in (layout.feature_shape, (layout.channels,)):
+            parameters.append(cpu.constant(neutral, work.channels))
+        elif parameter.shape not in work.parameter_shapes:
             return NotServed("a parameter does not have the shape of the feature axes")
         else:
             parameters.append(np.ascontiguousarray(parameter, np.float32))
     flat_mask = None if mask is None else cpu.flat_mask(host_mask(mask), layout)
     if isinstance(flat_mask, NotServed):
         return flat_mask
-    return _Call(
-        layout, kinds, _memory(x, layout), parameters[0], parameters[1], flat_mask,
-        options.activation,
-    )  # fmt: skip
+    return _Call(work, _memory(x, layout), parameters[0], parameters[1], flat_mask)
 
 
 @lru_cache(maxsize=4096)
 def _planned(
     adapter: Any, shape: Any, strides: Any, x: Any, scale: Any, bias: Any, options: Options
-) -> Any:
-    """Return the layout and what the arrays hold: all that does not depend on values."""
+) -> Work | NotServed:
+    """Return all that does not depend on values."""
     kinds = cpu.kinds_of(adapter, x, scale, bias, options)
-    why = kinds if isinstance(kinds, NotServed) else cpu.unavailable(kinds.float16)
-    if why is not None:
-        return why
-    layout = cpu.layout_of(shape, strides, options)
-    return layout if isinstance(layout, NotServed) else (layout, kinds)
+    if isinstance(kinds, NotServed):
+        return kinds
+    why = cpu.unavailable(kinds.float16)
+    layout = cpu.layout_of(shape, strides, options) if why is None else why
+    if isinstance(layout, NotServed):
+        return layout
+    return Work(layout, kinds, options.epsilon, options.activation)
 
 
 def _memory(a: Any, layout: cpu.Layout) -> Any:

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch.autograd import forward_ad
 
-from groupnorm.backends import cpu, cpu_launch
-from groupnorm.backends.cpu_launch import Arrays, address
+from groupnorm.backends import cpu
+from groupnorm.backends.cpu_launch import Arrays, Saved, Team, Work, address
 from groupnorm.backends.pages import want_large_pages
 from groupnorm.backends.torch_threads import run_in_torch_threads, torch_helpers_for
 from groupnorm.errors import GroupNormError
@@ -37,7 +37,7 @@ __all__ = [
 # own code asks.
 is_wrapped: Any = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore[reportAttributeAccessIssue]
 
-_TEAM = cpu_launch.Team(torch_helpers_for, run_in_torch_threads)
+_TEAM = Team(torch_helpers_for, run_in_torch_threads)
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -47,45 +47,49 @@ class Call(NamedTuple):
 
     adapter: Any
     options: Options
-    layout: cpu.Layout
-    kinds: cpu.Kinds
+    work: Work
     mask: Any  # as it was given
     flat_mask: Any
     scale: Any  # float32, a tensor or of NumPy
     bias: Any
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Saved]:
         """Return y, in x's memory format, and what backward needs."""
-        layout, kinds = self.layout, self.kinds
-        x = _memory(x, layout)
-        y = torch.empty(layout.plan.shape, dtype=kinds.dtype, device="cpu")
-        saved = cpu_launch.forward(
-            layout, self._arrays(x), _fresh(y), kinds.result, self.options.epsilon, _TEAM
-        )
-        return _restored(y, layout), saved
+        work = self.work
+        x, y = _memory(x, work.layout), self._like(x, work.kinds.dtype)
+        return y, work.forward(self._arrays(x), _fresh(y))
 
     def backward(
-        self, saved: Any, x: torch.Tensor, dy: torch.Tensor
-    ) -> tuple[torch.Tensor, Any, Any]:
-        """Return dx, and the gradients of scale and bias in float64."""
-        if dy.dtype not in (torch.float32, x.dtype):
+        self, saved: Saved, x: torch.Tensor, dy: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return dx, and the gradients of scale and bias, flat in float32."""
+        work, dx = self.work, self._like(x, x.dtype)
+        if dy.dtype is not x.dtype and dy.dtype is not torch.float32:
             dy = dy.to(torch.float32)
-        layout = self.layout
-        x, dy = _memory(x, layout), _memory(dy, layout)
-        dx = torch.empty(layout.plan.shape, dtype=x.dtype, device="cpu")
-        dy_dtype = "float32" if dy.dtype is torch.float32 else self.kinds.x
-        dbias, dscale = cpu_launch.backward(
-            layout, saved, self._arrays(x), dy.data_ptr(), dy_dtype, _fresh(dx), _TEAM
-        )
-        return _restored(dx, layout), dscale, dbias
+        if not work.layout.dense or dy.stride() != x.stride():
+            dy = _in_order(dy, work.layout)
+        x = _memory(x, work.layout)
+        dscale = torch.empty(work.channels, dtype=torch.float32, device="cpu")
+        dbias = torch.empty_like(dscale)
+        dy_dtype = "float32" if dy.dtype is torch.float32 else work.kinds.x
+        work.backward(
+            saved, self._arrays(x), dy.data_ptr(), dy_dtype, _fresh(dx), dscale.data_ptr(),
+            dbias.data_ptr(),
+        )  # fmt: skip
+        return dx, dscale, dbias
+
+    def _like(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Make room for a result that lies in memory as x does."""
+        layout = self.work.layout
+        if layout.dense:
+            return torch.empty_like(x, dtype=dtype)
+        made = torch.empty(layout.plan.shape, dtype=dtype, device="cpu")
+        return made if layout.order is None else made.permute(layout.inverse)
 
     def _arrays(self, x: torch.Tensor) -> Arrays:
         mask = self.flat_mask
         where, size = (0, 0) if mask is None else (address(mask), mask.size)
-        return Arrays(
-            x.data_ptr(), _where(self.scale), _where(self.bias), where, size, self.kinds.x,
-            self.options.activation,
-        )  # fmt: skip
+        return Arrays(x.data_ptr(), _where(self.scale), _where(self.bias), where, size)
 
 
 class _Fused(torch.autograd.Function):
@@ -159,13 +163,10 @@ def fused_vjp(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: O
 
 
 def as_parameter(gradient: Any, parameter: Any) -> Any:
-    """Return a parameter's gradient, in its shape and dtype."""
+    """Return a parameter's gradient, of float32 and flat, in its shape and dtype."""
     if parameter is None:
         return None
-    # NumPy rounds a few numbers in a fraction of the time that PyTorch takes for it.
-    found = torch.from_numpy(gradient.astype(np.float32))
-    if parameter.ndim != 1:
-        found = found.reshape(parameter.shape)
+    found = gradient if parameter.ndim == 1 else gradient.reshape(parameter.shape)
     if parameter.dtype == torch.float32:
         return found
     if isinstance(parameter, torch.Tensor):
@@ -189,40 +190,43 @@ def call_of(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Opt
                 return why
         elif parameter is not None and type(parameter) is not np.ndarray:
             return NotServed(f"{name} is of type {type(parameter).__name__}")
-    dtypes = (None if p is None else p.dtype for p in (scale, bias))
-    planned = _planned(adapter, x.shape, x.stride(), x.dtype, *dtypes, options)
-    if isinstance(planned, NotServed):
-        return planned
-    layout, kinds = planned
-    flat = []
-    for parameter, neutral in ((scale, 1.0), (bias, 0.0)):
-        if parameter is None:
-            flat.append(cpu.constant(neutral, layout.channels))
-        elif parameter.shape not in (layout.feature_shape, (layout.channels,)):
+    work = _planned(
+        adapter, x.shape, x.stride(), x.dtype, None if scale is None else scale.dtype,
+        None if bias is None else bias.dtype, options,
+    )  # fmt: skip
+    if isinstance(work, NotServed):
+        return work
+    for parameter in (scale, bias):
+        if parameter is not None and parameter.shape not in work.parameter_shapes:
             return NotServed("a parameter does not have the shape of the feature axes")
-        else:
-            flat.append(_flat_parameter(parameter))
-    flat_mask = None if mask is None else _flat_mask(mask, layout)
+    flat_mask = None if mask is None else _flat_mask(mask, work.layout)
     if isinstance(flat_mask, NotServed):
         return flat_mask
-    return Call(adapter, options, layout, kinds, mask, flat_mask, flat[0], flat[1])
+    return Call(
+        adapter, options, work, mask, flat_mask, _flat_parameter(scale, 1.0, work),
+        _flat_parameter(bias, 0.0, work),
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=4096)
 def _planned(
     adapter: Any, shape: Any, strides: Any, x: Any, scale: Any, bias: Any, options: Options
-) -> Any:
-    """Return the layout and what the tensors hold: all that does not depend on values."""
+) -> Work | NotServed:
+    """Return all that does not depend on values."""
     kinds = cpu.kinds_of(adapter, x, scale, bias, options)
-    why = kinds if isinstance(kinds, NotServed) else cpu.unavailable(kinds.float16)
-    if why is not None:
-        return why
-    layout = cpu.layout_of(tuple(shape), strides, options)
-    return layout if isinstance(layout, NotServed) else (layout, kinds)
+    if isinstance(kinds, NotServed):
+        return kinds
+    why = cpu.unavailable(kinds.float16)
+    layout = cpu.layout_of(tuple(shape), strides, options) if why is None else why
+    if isinstance(layout, NotServed):
+        return layout
+    return Work(layout, kinds, options.epsilon, options.activation, _TEAM)
 
 
-def _flat_parameter(parameter: Any) -> Any:
+def _flat_parameter(parameter: Any, neutral: float, work: Work) -> Any:
     """Return a parameter contiguous in float32: itself if it is so already."""
+    if parameter is None:
+        return cpu.constant(neutral, work.channels)
     if not isinstance(parameter, torch.Tensor):
         return np.ascontiguousarray(parameter, np.float32)
     if parameter.dtype is torch.float32 and parameter.is_contiguous():
@@ -265,7 +269,12 @@ def _flat_mask(mask: Any, layout: cpu.Layout) -> Any:
         return NotServed("the mask is no array of booleans")
 
 
-def _memory(a: torch.Tensor, layout: cpu.Layout) -> torch.Tensor:
+def _memory(x: torch.Tensor, layout: cpu.Layout) -> torch.Tensor:
+    """Return x, or a copy that has no gaps."""
+    return x if layout.dense else _in_order(x, layout)
+
+
+def _in_order(a: torch.Tensor, layout: cpu.Layout) -> torch.Tensor:
     """Return a tensor contiguous in the order of x's memory."""
     if layout.order is not None:
         a = a.permute(layout.order)
@@ -277,10 +286,6 @@ def _fresh(a: torch.Tensor) -> int:
     where = a.data_ptr()
     want_large_pages(where, a.nbytes)
     return where
-
-
-def _restored(a: torch.Tensor, layout: cpu.Layout) -> torch.Tensor:
-    return a if layout.order is None else a.permute(layout.inverse)
 
 
 def functional(x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:

@@ -16,6 +16,7 @@ import torch
 from torch.autograd import forward_ad
 
 from groupnorm.backends import cpu
+from groupnorm.backends.cpu_launch import Saved
 from groupnorm.backends.torch_fused import PLAIN, Call, as_parameter, call_of
 from groupnorm.core import apply, apply_with_pullback
 from groupnorm.dispatch import adapter_named
@@ -100,11 +101,11 @@ _unserved._dynamo_marked_constant = True  # type: ignore[attr-defined]  # pyrigh
     device_types="cpu",
 )
 def _forward(x: Any, scale: Any, bias: Any, mask: Any, *settings: Any) -> Any:
-    x, call = _dense_call(x, scale, bias, mask, settings)
+    x, read, call = _dense_call(x, scale, bias, mask, settings)
     if isinstance(call, NotServed):
         y, saved = _portable_forward(x, scale, bias, mask, *settings)
     else:
-        y, found = call.forward(x)
+        y, found = call.forward(read)
         saved = _pack(found, call)
     return _laid_out_as(x, y), saved
 
@@ -117,12 +118,12 @@ def _forward(x: Any, scale: Any, bias: Any, mask: Any, *settings: Any) -> Any:
     device_types="cpu",
 )
 def _backward(dy: Any, x: Any, scale: Any, bias: Any, mask: Any, saved: Any, *settings: Any) -> Any:
-    x, call = _dense_call(x, scale, bias, mask, settings)
+    x, read, call = _dense_call(x, scale, bias, mask, settings)
     if isinstance(call, NotServed):
         dx, *gradients = _portable_backward(dy, x, scale, bias, mask, saved, *settings)
         return _laid_out_as(x, dx), *gradients
     found = _unpack(saved, call)
-    dx, dscale, dbias = call.backward(call.forward(x)[1] if found is None else found, x, dy)
+    dx, dscale, dbias = call.backward(call.forward(read)[1] if found is None else found, read, dy)
     gradients = [
         x.new_empty(0) if p is None else as_parameter(gradient, p)
         for gradient, p in ((dscale, scale), (dbias, bias))
@@ -152,15 +153,16 @@ def _options(*settings: Any) -> Options:
     )  # fmt: skip
 
 
-def _dense_call(x: Any, scale: Any, bias: Any, mask: Any, settings: Any) -> tuple[Any, Any]:
-    """Return x without gaps in its memory, and the kernels' call or `NotServed`."""
+def _dense_call(x: Any, scale: Any, bias: Any, mask: Any, settings: Any) -> tuple[Any, Any, Any]:
+    """Return x without gaps, x as the kernels read it, and their call or `NotServed`."""
     if x.numel() and cpu.memory_order(x.shape, x.stride()) is None:
         x = x.clone()  # which keeps the order of the axes, as the result's is
     adapter, options = adapter_named("torch"), _options(*settings)
     call = call_of(adapter, x, scale, bias, mask, options)
-    if isinstance(call, NotServed) and not x.is_contiguous():
-        call = call_of(adapter, x.contiguous(), scale, bias, mask, options)
-    return x, call
+    if not isinstance(call, NotServed) or x.is_contiguous():
+        return x, x, call
+    read = x.contiguous()
+    return x, read, call_of(adapter, read, scale, bias, mask, options)
 
 
 def _laid_out_as(x: Any, y: Any) -> Any:
@@ -183,15 +185,17 @@ def _nothing_saved(x: Any, settings: Any) -> Any:
     return torch.zeros(size, dtype=torch.float64, device=x.device)
 
 
-def _pack(saved: Any, call: Call) -> torch.Tensor:
+def _pack(saved: Saved, call: Call) -> torch.Tensor:
     """Put what was saved behind a number that tells the order in memory it is of."""
-    return torch.from_numpy(np.concatenate([[_signature(call.layout)], saved]))
+    values = call.work.saved_values(saved)
+    return torch.from_numpy(np.concatenate([[_signature(call.work.layout)], values]))
 
 
-def _unpack(packed: torch.Tensor, call: Call) -> Any:
+def _unpack(packed: torch.Tensor, call: Call) -> Saved | None:
     """Return what was packed, unless it was of another order in memory."""
-    found = packed.numpy()
-    return found[1:] if found[0] == _signature(call.layout) else None
+    if packed[0].item() != _signature(call.work.layout):
+        return None
+    return Saved(packed.data_ptr() + packed.itemsize, packed)
 
 
 def _signature(layout: cpu.Layout) -> float:

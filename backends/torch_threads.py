@@ -17,13 +17,16 @@ from groupnorm.backends.threads import helpers_for, run_together
 
 __all__ = ["run_in_torch_threads", "torch_helpers_for"]
 
+# They spin for a while before they sleep, and are there at once.
+WORTH_A_THREAD = 1 << 14
+
 _Function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _process = os.getpid()
 
 
 def torch_helpers_for(elements: int) -> int:
     """Return how many threads are to help with so many elements, of those PyTorch may use."""
-    return helpers_for(elements, torch.get_num_threads)
+    return helpers_for(elements, torch.get_num_threads, WORTH_A_THREAD)
 
 
 def run_in_torch_threads(helpers: int, run: Any, argument: int, owner: Any) -> None:

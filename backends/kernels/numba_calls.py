@@ -133,6 +133,7 @@ _X, _Y, _DY, _SCALE, _BIAS, _MASK = (
     frames.X, frames.Y, frames.DY, frames.SCALE, frames.BIAS, frames.MASK,
 )  # fmt: skip
 _SAVED, _SUMS, _SCRATCH = frames.SAVED, frames.SUMS, frames.SCRATCH
+_DSCALE, _DBIAS, _BATCHES = frames.DSCALE, frames.DBIAS, frames.BATCHES
 _N, _MASK_N, _SAMPLES, _GROUPS = (
     frames.ELEMENTS, frames.MASK_ELEMENTS, frames.SAMPLES, frames.GROUPS,
 )  # fmt: skip
@@ -170,11 +171,14 @@ def _numbers(call, at):
 
 @numba.njit
 def _gradients(call, at):
-    """Return dy, and room for the sums that the gradients of scale and bias are made of."""
-    channels = word(at, _GROUPS) * word(at, _SIZE)
+    """Return dy, room for sums, the number of batches and the gradients of scale and bias."""
+    channels, batches = word(at, _GROUPS) * word(at, _SIZE), word(at, _BATCHES)
     return (
         numba.carray(_dy(call, word(at, _DY)), (word(at, _N),)),
         numba.carray(_float64(call, word(at, _SUMS)), (2 * word(at, _SAMPLES) * channels,)),
+        batches,
+        numba.carray(_float32(call, word(at, _DSCALE)), (batches * channels,)),
+        numba.carray(_float32(call, word(at, _DBIAS)), (batches * channels,)),
     )
 
 
@@ -217,11 +221,11 @@ def _first_backward(call):
     x, dx, scale, bias, mask = _operands(call, at)
     groups, size, positions = _sizes(at)
     mean, rstd, share = _numbers(call, at)
-    dy, sums = _gradients(call, at)
+    dy, sums, batches, dscale, dbias = _gradients(call, at)
     parts, team = _team(call, at)
     first_backward(
         x, dy, dx, scale, bias, mask, groups, size, positions, _activation(call), mean, rstd, share,
-        sums, parts, team,
+        sums, batches, dscale, dbias, parts, team,
     )  # fmt: skip
 
 
@@ -244,13 +248,13 @@ def _last_backward(call):
     x, dx, scale, bias, mask = _operands(call, at)
     groups, size, positions = _sizes(at)
     mean, rstd, share = _numbers(call, at)
-    dy, sums = _gradients(call, at)
+    dy, sums, batches, dscale, dbias = _gradients(call, at)
     room, pulls, _, tables = _scratch(call, at)
     parts, team = _team(call, at)
     last_backward(
         x, dy, dx, scale, bias, mask, word(at, _SAMPLES), groups, size, positions, word(at, _ROWS),
-        word(at, _WIDTH), _activation(call), word(at, _APART) != 0, mean, rstd, share, sums, room,
-        pulls, tables, parts, team,
+        word(at, _WIDTH), _activation(call), word(at, _APART) != 0, mean, rstd, share, sums,
+        batches, dscale, dbias, room, pulls, tables, parts, team,
     )  # fmt: skip
 
 

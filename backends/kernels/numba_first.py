@@ -27,6 +27,7 @@ from groupnorm.backends.kernels.numba_merge import (
     is_off,
     mask_begins,
     merged,
+    sum_samples,
     wide,
 )
 from groupnorm.backends.kernels.numba_numbers import (
@@ -192,7 +193,7 @@ def _measure(x, start, stop):
     return count, mean, variance
 
 
-@jit()
+@jit(apart=True)
 def _measure_masked(x, start, size, positions, mask, mask_at):
     """As `_measure`, of the positions of `size` channels whose mask is not 0."""
     count, mean, m2 = 0.0, 0.0, 0.0
@@ -240,7 +241,7 @@ def _statistics(x, start, size, positions, mask, mask_at):
     return _measure_masked(x, start, size, positions, mask, mask_at)
 
 
-@jit()
+@jit(apart=True)
 def first_forward(
     x, y, scale, bias, mask, groups, size, positions, epsilon, activation, mean, rstd, share,
     parts, team,
@@ -294,14 +295,15 @@ def _sums(
     return total, weighted
 
 
-@jit()
+@jit(apart=True)
 def first_backward(
     x, dy, dx, scale, bias, mask, groups, size, positions, activation, mean, rstd, share, sums,
-    parts, team,
+    batches, dscale, dbias, parts, team,
 ):  # fmt: skip
     """Pull dy back through the groups of all samples.
 
-    sums (2, N, channels) gets those over positions of dy and of dy * xhat, in float64.
+    sums (2, N, channels) gets those over positions of dy and of dy * xhat, in float64; dscale and
+    dbias (batches, channels) get what they sum up to.
     """
     stretch, tasks = size * positions, mean.size
     sum_dy, sum_dy_xhat = sums[: tasks * size], sums[tasks * size :]
@@ -342,5 +344,7 @@ def first_backward(
                         x, dy, dx, at, positions, mask, mask_at, centre, factor, term, rounded,
                         slope, offset, activation,
                     )  # fmt: skip
-        finish(team, 1, 1)
-    wait(team, 1, claims)
+        if finish(team, 1, 1) == claims:
+            sum_samples(sums, tasks // groups, batches, groups * size, dscale, dbias)
+            finish(team, 1, 1)
+    wait(team, 1, claims + 1)

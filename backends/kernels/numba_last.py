@@ -39,6 +39,7 @@ from groupnorm.backends.kernels.numba_merge import (
     inverse_deviation,
     is_off,
     mask_begins,
+    sum_samples,
     wide,
 )
 from groupnorm.backends.kernels.numba_numbers import get, jit
@@ -60,7 +61,7 @@ def _is_valid(mask, mask_at, row):
     return mask is None or mask[mask_at + row] != 0
 
 
-@jit()
+@jit(apart=True)
 def _choose(mask, mask_at, first, rows, channels, width, starts):
     """List the bands that count, by where they begin in the chunk; with a mask they are rows.
 
@@ -75,7 +76,7 @@ def _choose(mask, mask_at, first, rows, channels, width, starts):
     return bands
 
 
-@jit()
+@jit(apart=True)
 def _sample_mean(x, begin, starts, bands, left, channels, base, total, folded):
     """Let base be the mean of the first bands of a chunk, or of what is left without any."""
     n = base.size if bands > 0 else left
@@ -92,7 +93,7 @@ def _sample_mean(x, begin, starts, bands, left, channels, base, total, folded):
     spread(base, channels)
 
 
-@jit()
+@jit(apart=True)
 def _take_moments(x, begin, starts, bands, left, base, total, squares):
     total[:] = 0
     squares[:] = 0
@@ -107,7 +108,7 @@ def _take_moments(x, begin, starts, bands, left, base, total, squares):
     add_moments(x, begin + starts[bands], left, base, total, squares)
 
 
-@jit()
+@jit(apart=True)
 def _measure(
     x, mask, mask_at, begin, first, rows, channels, base, total, squares, starts, mean, m2
 ):  # fmt: skip
@@ -142,7 +143,7 @@ def _measure(
     return float(n)
 
 
-@jit()
+@jit(apart=True)
 def _merge_chunk(n, count, means, m2s, at, mean, m2):
     """Merge one chunk's channels into all before it."""
     at = U(at)
@@ -153,7 +154,7 @@ def _merge_chunk(n, count, means, m2s, at, mean, m2):
         m2[c] += m2s[at + U(c)] + delta * delta * product
 
 
-@jit()
+@jit(apart=True)
 def _merge(
     x, mask, mask_at, sample, groups, size, positions, epsilon, counts, means, m2s, mean, rstd,
     share,
@@ -188,7 +189,7 @@ def _merge(
         share[k] = 1.0 / (count * size) if count > 0 else 0.0
 
 
-@jit()
+@jit(apart=True)
 def _set_tables(sample, groups, size, scale, bias, mean, rstd, centre, factor, term):
     """Let three tables be what is applied to a sample."""
     for group in range(groups):
@@ -207,7 +208,7 @@ def _set_tables(sample, groups, size, scale, bias, mean, rstd, centre, factor, t
 # Kernels ------------------------------------------------------------------------------------------
 
 
-@jit()
+@jit(apart=True)
 def _apply_chunk(
     x, y, mask, mask_at, begin, first, rows, channels, centre, factor, term, activation
 ):  # fmt: skip
@@ -240,7 +241,7 @@ def _part(room, number, length):
     return room[number * length : (number + 1) * length]
 
 
-@jit()
+@jit(apart=True)
 def last_forward(
     x, y, scale, bias, mask, samples, groups, size, positions, rows, width, epsilon, activation,
     apart, mean, rstd, share, room, tables, starts, parts, team,
@@ -305,7 +306,7 @@ def last_forward(
     wait(team, 1, samples * chunks)
 
 
-@jit()
+@jit(apart=True)
 def _sum_products(
     x, dy, mask, mask_at, begin, first, rows, channels, centre, factor, term, activation,
     total, weighted, sums, weighted_sums,
@@ -332,7 +333,7 @@ def _sum_products(
     fold(weighted, channels, weighted_sums)
 
 
-@jit()
+@jit(apart=True)
 def _merge_backward(
     scale, sample, groups, size, chunks, mean, rstd, share, sums, weighted_sums, sum_dy,
     sum_dy_xhat, pulls,
@@ -357,7 +358,7 @@ def _merge_backward(
         pulls[2 * group], pulls[2 * group + 1] = p, q
 
 
-@jit()
+@jit(apart=True)
 def _set_pulling_tables(sample, groups, size, mean, rstd, pulls, rstds, slope, offset):
     """Let three tables be what dx needs: (p + xhat * q) * rstd.
 
@@ -375,7 +376,7 @@ def _set_pulling_tables(sample, groups, size, mean, rstd, pulls, rstds, slope, o
     spread(offset, groups * size)
 
 
-@jit()
+@jit(apart=True)
 def _pull_back_chunk(
     x, dy, dx, mask, mask_at, begin, first, rows, channels, centre, factor, term, activation,
     rstd, slope, offset,
@@ -396,16 +397,17 @@ def _pull_back_chunk(
             pull_back_invalid(x, dy, dx, a, n, centre, factor, term, activation)
 
 
-@jit()
+@jit(apart=True)
 def last_backward(
     x, dy, dx, scale, bias, mask, samples, groups, size, positions, rows, width, activation, apart,
-    mean, rstd, share, sums, room, pulls, tables, parts, team,
+    mean, rstd, share, sums, batches, dscale, dbias, room, pulls, tables, parts, team,
 ):  # fmt: skip
     """Pull dy back through all samples.
 
-    sums (2, N, channels) gets those over positions of dy and of dy * xhat, in float64; pulls is
-    (N, groups, 2). Every thread has tables, (parts, 6, width), of its own; of room
-    (1, 2 * chunks * channels) they have a part each if `apart`, as in `last_forward`.
+    sums (2, N, channels) gets those over positions of dy and of dy * xhat, in float64; dscale and
+    dbias (batches, channels) get what they sum up to. pulls is (N, groups, 2). Every thread has
+    tables, (parts, 6, width), of its own; of room (1, 2 * chunks * channels) they have a part each
+    if `apart`, as in `last_forward`.
     """
     channels = groups * size
     chunks = (positions + rows - 1) // rows
@@ -466,5 +468,7 @@ def last_backward(
                 min(rows, positions - first), channels, centre, factor, term, activation,
                 one, two, three,
             )  # fmt: skip
-            finish(team, 1, 1)
-    wait(team, 1, samples * chunks)
+            if finish(team, 1, 1) == samples * chunks:
+                sum_samples(sums, samples, batches, channels, dscale, dbias)
+                finish(team, 1, 1)
+    wait(team, 1, samples * chunks + 1)

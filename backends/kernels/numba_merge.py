@@ -14,6 +14,7 @@ __all__ = [
     "is_off",
     "mask_begins",
     "merged",
+    "sum_samples",
     "wide",
 ]
 
@@ -51,7 +52,7 @@ def merged(count, mean, m2, n, centre, total, squares):
     return count + n, mean + delta * weight, m2 + block_m2 + delta * delta * (count * weight)
 
 
-@jit()
+@jit(apart=True)
 def wide(x, start, rows, stride, length, mask, mask_at, mask_is_of_rows):
     """Return count, mean and variance, in float64: for squares that leave float32's range.
 
@@ -90,3 +91,17 @@ def bounded(value):
     if abs(value) > 3e38:
         return np.float32(math.copysign(3e38, value))
     return np.float32(value)
+
+
+@jit(apart=True)
+def sum_samples(sums, samples, batches, channels, dscale, dbias):
+    """Sum those of dy, and then of dy * xhat, over the samples of each batch, into gradients."""
+    each = samples // batches
+    for batch in range(batches):
+        for c in range(channels):
+            bias, scale = 0.0, 0.0
+            for sample in range(batch * each, (batch + 1) * each):
+                bias += sums[sample * channels + c]
+                scale += sums[(samples + sample) * channels + c]
+            dbias[batch * channels + c] = np.float32(bias)
+            dscale[batch * channels + c] = np.float32(scale)

@@ -25,9 +25,16 @@ MAPS = {"contract", "nsz"}
 F = np.float32
 
 
-def jit(flags=MAPS):
-    """Compile as part of the entries that use it, which are what is kept on disk."""
-    return numba.njit(nogil=True, fastmath=flags, error_model="numpy", boundscheck=False)
+def jit(flags=MAPS, apart=False):
+    """Compile as part of the entries that use it, which are what is kept on disk.
+
+    Inline, unless it is to stay apart: arrays are structs that calls put on the stack, which takes
+    longer than a short loop. What runs rarely stays apart, for it would be compiled many times.
+    """
+    return numba.njit(
+        nogil=True, fastmath=flags, error_model="numpy", boundscheck=False,
+        forceinline=not apart, no_cpython_wrapper=True, no_cfunc_wrapper=True,
+    )  # fmt: skip
 
 
 # Elements -----------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ import ctypes
 import sys
 from functools import lru_cache
 
-import numpy as np
 from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
@@ -61,23 +60,6 @@ def _store(typing_context, address, value):
         return context.get_dummy_value()
 
     return types.none(types.int64, types.int64), code
-
-
-@intrinsic
-def _load_float(typing_context, address):
-    def code(context, builder, signature, arguments):
-        return builder.load(builder.inttoptr(arguments[0], ir.DoubleType().as_pointer()))
-
-    return types.float64(types.int64), code
-
-
-@intrinsic
-def _store_float(typing_context, address, value):
-    def code(context, builder, signature, arguments):
-        builder.store(arguments[1], builder.inttoptr(arguments[0], ir.FloatType().as_pointer()))
-        return context.get_dummy_value()
-
-    return types.none(types.int64, types.float32), code
 
 
 @intrinsic
@@ -214,24 +196,6 @@ def _want_large_pages(address, size):
         _advise(begin, (address + size) // _PAGE * _PAGE - begin, _HUGE)
 
 
-@jit()
-def _sum_up(frame):
-    """Sum the gradients of bias and scale over the samples of each batch."""
-    samples, batches = word(frame, frames.SAMPLES), word(frame, frames.BATCHES)
-    channels, each = word(frame, frames.GROUPS) * word(frame, frames.SIZE), samples // batches
-    sums = word(frame, frames.SUMS)
-    for which in range(2):
-        result = word(frame, frames.DSCALE if which else frames.DBIAS)
-        for batch in range(batches):
-            for c in range(channels):
-                total = 0.0
-                for i in range(each):
-                    total += _load_float(
-                        sums + 8 * (((which * batches + batch) * each + i) * channels + c)
-                    )
-                _store_float(result + 4 * (batch * channels + c), np.float32(total))
-
-
 def _help(call):
     """Do a thread's share of a frame's work, and let go of it."""
     frame = address_of(call)
@@ -262,8 +226,6 @@ def _handle(call):
     for _ in range(word(frame, frames.PARTS) - 1):
         _ask_for_help(interface, word(call_frame, CONTEXT), frame, word(table, 0))
     _call(run, frame)
-    if word(frame, frames.DSCALE) != 0:
-        _sum_up(frame)
     _release(frame)
     return 0
 

@@ -14,9 +14,10 @@ import numpy as np
 
 __all__ = ["ACTIVATIONS", "APART", "KERNELS", "Template", "is_apart", "number", "template"]
 
-# Samples of up to this many elements are done by one thread each, in its own cache; larger ones by
-# all of them together, one after the other, in the cache they share.
-APART = 1 << 18
+# Samples of up to this many elements are done by one thread each, in its own cache, and up to the
+# second if all threads get equally many; larger ones by all of them together, one after the other,
+# in the cache they share.
+APART, APART_IF_EVEN = 1 << 18, 1 << 21
 
 # As many zeros as a kernel's tuple has that says which one is meant.
 ACTIVATIONS: dict[str | None, int] = {None: 0, "relu": 1, "silu": 2, "gelu": 3}
@@ -67,8 +68,10 @@ class Template(NamedTuple):
 
 
 def is_apart(samples: int, elements: int, helpers: int) -> bool:
-    """Whether each thread does samples of its own."""
-    return helpers == 0 or elements <= APART * samples
+    """Whether each thread does samples of its own, which needs no waiting in the midst of one."""
+    if helpers == 0 or elements <= APART * samples:
+        return True
+    return samples % (helpers + 1) == 0 and elements <= APART_IF_EVEN * samples
 
 
 @lru_cache(maxsize=4096)

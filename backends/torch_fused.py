@@ -136,12 +136,16 @@ def fused(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Optio
     call = call_of(adapter, x, scale, bias, mask, options)
     if isinstance(call, NotServed):
         return call
-    if torch.is_grad_enabled() and any(
-        isinstance(a, torch.Tensor) and a.requires_grad for a in (x, scale, bias)
+    if torch.is_grad_enabled() and (
+        x.requires_grad or _asks_for_gradient(scale) or _asks_for_gradient(bias)
     ):
         tensors = (a if isinstance(a, torch.Tensor) else None for a in (scale, bias))
         return _Fused.apply(x, *tensors, call)  # type: ignore[no-untyped-call]
     return call.forward(x)[0]
+
+
+def _asks_for_gradient(a: Any) -> bool:
+    return isinstance(a, torch.Tensor) and a.requires_grad
 
 
 def fused_vjp(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
@@ -180,16 +184,13 @@ def call_of(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Opt
         return NotServed("statistics of replicas are pooled by the portable implementation")
     if _looked_through():
         return NotServed("PyTorch looks through the computation, which kernels do not allow")
-    why = _unlike(x, "x")
-    if why is not None:
-        return why
-    for name, parameter in (("scale", scale), ("bias", bias)):
-        if isinstance(parameter, torch.Tensor):
-            why = _unlike(parameter, name)
-            if why is not None:
-                return why
-        elif parameter is not None and type(parameter) is not np.ndarray:
-            return NotServed(f"{name} is of type {type(parameter).__name__}")
+    # In one place, and cheap things first: this is much of the time of a small call.
+    for name, a in (("x", x), ("scale", scale), ("bias", bias)):
+        if type(a) in PLAIN:
+            if not a.is_cpu or a.layout is not torch.strided or a.is_neg() or is_wrapped(a):
+                return NotServed(f"{name} is no ordinary tensor on the CPU")
+        elif a is not None and (a is x or type(a) is not np.ndarray):
+            return NotServed(f"{name} is of type {type(a).__name__}")
     work = _planned(
         adapter, x.shape, x.stride(), x.dtype, None if scale is None else scale.dtype,
         None if bias is None else bias.dtype, options,
@@ -249,19 +250,11 @@ def _looked_through() -> bool:
     )
 
 
-def _unlike(x: Any, name: str) -> NotServed | None:
-    if type(x) not in PLAIN or is_wrapped(x):
-        return NotServed(f"{name} is of type {type(x).__name__}, or seen by a transform")
-    if not x.is_cpu or x.layout is not torch.strided or x.is_neg():
-        return NotServed(f"{name} is no ordinary tensor on the CPU")
-    return None
-
-
 def _flat_mask(mask: Any, layout: cpu.Layout) -> Any:
     if isinstance(mask, torch.Tensor):
-        why = _unlike(mask, "mask")
-        if why is not None or mask.is_complex():
-            return why or NotServed("the mask is complex")
+        plain = type(mask) in PLAIN and not is_wrapped(mask) and mask.is_cpu
+        if not plain or mask.layout is not torch.strided or mask.is_complex():
+            return NotServed("the mask is no ordinary tensor on the CPU, or complex")
         return cpu.flat_mask((mask.detach() != 0).numpy(), layout)
     try:
         return cpu.flat_mask(host_mask(mask), layout)

@@ -18,6 +18,7 @@ from groupnorm.backends.kernels.numba_numbers import (
     jit,
     pulled_back,
     put,
+    put_gradient,
     tame,
 )
 
@@ -127,7 +128,7 @@ def pull_back(x, dy, dx, a, n, centre, factor, term, rstd, slope, offset, activa
         k = a + U(i)
         d = get(x, k) - centre[i]
         g = pulled_back(d * factor[i] + term[i], get(dy, k), activation)
-        put(dx, k, g * factor[i] - (d * rstd[i] * slope[i] + offset[i]))
+        put_gradient(dx, k, g * factor[i] - (d * rstd[i] * slope[i] + offset[i]))
 
 
 @jit(MAPS)
@@ -140,8 +141,8 @@ def pull_back_two(x, dy, dx, a, b, centre, factor, term, rstd, slope, offset, ac
         d, e = get(x, j) - m, get(x, k) - m
         g = pulled_back(d * f + t, get(dy, j), activation)
         h = pulled_back(e * f + t, get(dy, k), activation)
-        put(dx, j, g * f - (d * r * s + o))
-        put(dx, k, h * f - (e * r * s + o))
+        put_gradient(dx, j, g * f - (d * r * s + o))
+        put_gradient(dx, k, h * f - (e * r * s + o))
 
 
 @jit(MAPS)
@@ -154,7 +155,7 @@ def pull_back_invalid(x, dy, dx, a, n, centre, factor, term, activation):
         z = (tame(value) - centre[i]) * factor[i] + term[i]
         g = pulled_back(z, get(dy, k), activation) * factor[i]
         # What was taken as 0 has no gradient.
-        put(dx, k, g if value - value == 0 else F(0))
+        put_gradient(dx, k, g if value - value == 0 else F(0))
 
 
 # Tables -------------------------------------------------------------------------------------------

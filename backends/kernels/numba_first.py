@@ -38,6 +38,7 @@ from groupnorm.backends.kernels.numba_numbers import (
     jit,
     pulled_back,
     put,
+    put_gradient,
     tame,
 )
 from groupnorm.backends.kernels.numba_team import finish, take_seat, take_task, wait
@@ -140,7 +141,7 @@ def _pull_back(x, dy, dx, at, n, centre, factor, term, rstd, slope, offset, acti
         k = at + U(i)
         d = get(x, k) - centre
         g = pulled_back(d * factor + term, get(dy, k), activation)
-        put(dx, k, g * factor - (d * rstd * slope + offset))
+        put_gradient(dx, k, g * factor - (d * rstd * slope + offset))
 
 
 @jit(MAPS)
@@ -157,7 +158,7 @@ def _masked_pull_back(
         g = pulled_back(d * factor + term, get(dy, k), activation)
         through = d * rstd * slope + offset if valid else F(0)
         # What was taken as 0 has no gradient.
-        put(dx, k, g * factor - through if valid or value - value == 0 else F(0))
+        put_gradient(dx, k, g * factor - through if valid or value - value == 0 else F(0))
 
 
 # Statistics ---------------------------------------------------------------------------------------

@@ -15,7 +15,18 @@ from numba.extending import intrinsic, overload, register_jitable
 
 from groupnorm.activations import ERFC_SERIES
 
-__all__ = ["MAPS", "SUMS", "activated", "get", "has_float16", "jit", "pulled_back", "put", "tame"]
+__all__ = [
+    "MAPS",
+    "SUMS",
+    "activated",
+    "get",
+    "has_float16",
+    "jit",
+    "pulled_back",
+    "put",
+    "put_gradient",
+    "tame",
+]
 
 # What LLVM may assume of a loop that sums: any order, so that sums can be vectors; it depends on
 # nothing but the length. Nothing assumes that there is no NaN.
@@ -47,6 +58,12 @@ def has_float16() -> bool:
     return platform.machine().lower() in ("arm64", "aarch64")
 
 
+def _has_bfloat16():
+    """Whether this CPU rounds to bfloat16; for vectors of all lengths, that is."""
+    features = binding.get_host_cpu_features()
+    return features.get("avx512bf16", False) and features.get("avx512vl", False)
+
+
 @intrinsic
 def _from_float16(typing_context, bits):
     def code(context, builder, signature, arguments):
@@ -74,6 +91,19 @@ def _from_bfloat16(typing_context, bits):
     return types.float32(types.int16), code
 
 
+class _BFloatType(ir.types._BaseFloatType):
+    """LLVM's bfloat16, which llvmlite has no name for."""
+
+    null = "0.0"
+    intrinsic_name = "bf16"
+
+    def __str__(self):
+        return "bfloat"
+
+
+_BFloatType._create_instance()
+
+
 @intrinsic
 def _to_bfloat16(typing_context, value):
     """Round to nearest, ties to even; a NaN stays one, whatever its payload."""
@@ -89,6 +119,17 @@ def _to_bfloat16(typing_context, value):
         return builder.trunc(
             builder.select(nan, builder.or_(high, word(0x40)), rounded), ir.IntType(16)
         )
+
+    return types.int16(types.float32), code
+
+
+@intrinsic
+def _to_bfloat16_by_instruction(typing_context, value):
+    """As `_to_bfloat16`, but that numbers below the smallest normal one, 1e-38, become 0."""
+
+    def code(context, builder, signature, arguments):
+        half = builder.fptrunc(arguments[0], _BFloatType())
+        return builder.bitcast(half, ir.IntType(16))
 
     return types.int16(types.float32), code
 
@@ -116,24 +157,44 @@ def _put(y, i, value):
     raise NotImplementedError
 
 
-@overload(_put)
-def _put_overload(y, i, value):
+def _put_gradient(y, i, value):
+    raise NotImplementedError
+
+
+def _putting(to_bfloat16):
     def put_float16(y, i, value):
         y[i] = _to_float16(value)
 
     def put_bfloat16(y, i, value):
-        y[i] = _to_bfloat16(value)
+        y[i] = to_bfloat16(value)
 
     def put_float32(y, i, value):
         y[i] = value
 
-    return {types.uint16: put_float16, types.int16: put_bfloat16}.get(y.dtype, put_float32)
+    def choose(y, i, value):
+        return {types.uint16: put_float16, types.int16: put_bfloat16}.get(y.dtype, put_float32)
+
+    return choose
+
+
+overload(_put)(_putting(_to_bfloat16))
+overload(_put_gradient)(_putting(_to_bfloat16_by_instruction if _has_bfloat16() else _to_bfloat16))
 
 
 @register_jitable
 def put(y, i, value):
     """Write float32 as an element."""
     _put(y, i, value)
+
+
+@register_jitable
+def put_gradient(y, i, value):
+    """As `put`, for loops that do more.
+
+    In them LLVM makes good vectors of the instruction for bfloat16, which saves a quarter of the
+    time; in short ones vectors of four, which cost as much.
+    """
+    _put_gradient(y, i, value)
 
 
 @jit()

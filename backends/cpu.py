@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from groupnorm.backends.frames import DTYPES
 from groupnorm.implementations import NotServed
 from groupnorm.options import Options
 from groupnorm.plan import Plan, make_plan, product
@@ -114,16 +115,15 @@ def kinds_of(adapter: Any, x: Any, scale: Any, bias: Any, options: Options) -> K
     """Say how arrays of these dtypes are computed; None for a parameter there is not."""
     # A constant from the host has NumPy's, in any byte order.
     names: list[Any] = [None if d is None else _name(d) for d in (x, scale, bias)]
-    typed: list[Any] = [None if n is None else _Typed(adapter.dtype(n)) for n in names]
-    given = [t.dtype for t in typed if t is not None]
-    if not all(map(adapter.is_real_floating, given)):
+    if not all(n is None or n in DTYPES or n.startswith("float8") for n in names):
         return NotServed(
-            f"x or a parameter is of {given}: the kernels are for real floating dtypes"
+            f"x or a parameter is of {', '.join(n for n in names if n)}: the kernels are for "
+            "float32, float16 and bfloat16"
         )
+    typed: list[Any] = [None if n is None else _Typed(adapter.dtype(n)) for n in names]
     work, _, result = dtypes_of(adapter, typed[0], typed[1], typed[2], options)
     kinds = Kinds(names[0], _name(result), result)
-    served = ("float32", "float16", "bfloat16")
-    if _name(work) != "float32" or kinds.x not in served or kinds.result not in served:
+    if _name(work) != "float32" or kinds.x not in DTYPES or kinds.result not in DTYPES:
         return NotServed(
             f"x of {kinds.x} to a result of {kinds.result}, computed in {_name(work)}: the kernels "
             "are for float32, float16 and bfloat16, computed in float32"

@@ -12,7 +12,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["ACTIVATIONS", "APART", "KERNELS", "Template", "is_apart", "number", "template"]
+__all__ = [
+    "ACTIVATIONS",
+    "APART",
+    "DTYPES",
+    "KERNELS",
+    "Template",
+    "is_apart",
+    "number",
+    "template",
+]
 
 # Samples of up to this many elements are done by one thread each, in its own cache, and up to the
 # second if all threads get equally many; larger ones by all of them together, one after the other,

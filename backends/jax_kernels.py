@@ -92,7 +92,9 @@ def _pull_back_by_passes(
         _, pullback = jax.vjp(lambda *given: _by_passes(one, *given, *mask), x, scale, bias)
         return pullback(dy)
 
-    return jax.vmap(pull)(*(a.reshape(batches, -1, *a.shape[1:]) for a in (dy, x, *mask)))
+    apart = (a.reshape(batches, -1, *a.shape[1:]) for a in (dy, x, *mask))
+    dx, dscale, dbias = jax.vmap(pull)(*apart)
+    return dx.reshape(x.shape), dscale, dbias
 
 
 # The primitives -----------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pytest
 
 from groupnorm import group_norm, group_norm_vjp
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
+from groupnorm.implementations import NotServed
 from tests import oracle
 from tests.backends import (
     CONTRACT,
@@ -36,13 +37,24 @@ SHAPES = {
 }
 
 
+@pytest.fixture(params=["kernels", "passes"])
+def way(request):
+    """What computes: the kernels, or the passes where there is no numba."""
+    return request.param
+
+
 @pytest.fixture
-def jax(monkeypatch):
+def jax(way, monkeypatch):
     """As in a process with one device; conftest asks for four, and everything lies on the first."""
     module = importlib.import_module("jax")
     if module.default_backend() != "cpu":
         pytest.skip("this form is for the CPU backend")
     monkeypatch.setattr(module, "device_count", lambda: 1)
+    if way == "passes":
+        kernels = importlib.import_module("groupnorm.backends.jax_kernels")
+        monkeypatch.setattr(kernels, "unavailable", lambda *_: NotServed("not now"))
+    else:
+        pytest.importorskip("numba", reason="kernels need numba")
     return module
 
 
@@ -328,7 +340,9 @@ def test_group_norm_vjp(jax, rng):
         ((2, 3, 4), "float32", {}, "3 positions are too few"),
     ],
 )
-def test_what_is_not_served_says_why(jax, shape, dtype, keywords, reason):
+def test_what_is_not_served_says_why(jax, way, shape, dtype, keywords, reason):
+    if way == "kernels" and "too few" in reason:
+        pytest.skip("no number of positions is too few for kernels")
     x = jax.numpy.ones(shape, dtype)
     keywords = {"num_groups": 2, **keywords}
     message = f"implementation='fused' cannot compute this call: .*{reason}.*implementation=None"

@@ -110,13 +110,17 @@ class _Fused(torch.autograd.Function):
         if torch.is_grad_enabled() or type(dy) is not torch.Tensor or is_wrapped(dy):
             return (*_differentiable(call, (x, scale, bias), ctx.needs_input_grad, dy), None)
         dx, dscale, dbias = call.backward(ctx.numbers, x, dy)
-        parameters = (
-            as_parameter(gradient, p) if wanted else None
-            for gradient, p, wanted in zip(
-                (dscale, dbias), (scale, bias), ctx.needs_input_grad[1:3], strict=True
-            )
+        _, for_scale, for_bias, _ = ctx.needs_input_grad
+        return (
+            dx,
+            as_parameter(dscale, scale) if for_scale else None,
+            as_parameter(dbias, bias) if for_bias else None,
+            None,
         )
-        return dx, *parameters, None
+
+
+# Without what `Function.apply` does for torch.func's tensors, of which there are none here.
+_apply: Any = super(torch.autograd.Function, _Fused).apply
 
 
 def _differentiable(call: Call, inputs: Any, wanted: Any, dy: Any) -> list[Any]:
@@ -139,8 +143,10 @@ def fused(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Optio
     if torch.is_grad_enabled() and (
         x.requires_grad or _asks_for_gradient(scale) or _asks_for_gradient(bias)
     ):
-        tensors = (a if isinstance(a, torch.Tensor) else None for a in (scale, bias))
-        return _Fused.apply(x, *tensors, call)  # type: ignore[no-untyped-call]
+        # What autograd is to see; constants from the host, which it is not, are in the call.
+        scale = scale if isinstance(scale, torch.Tensor) else None
+        bias = bias if isinstance(bias, torch.Tensor) else None
+        return _apply(x, scale, bias, call)
     return call.forward(x)[0]
 
 

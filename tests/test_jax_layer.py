@@ -298,8 +298,9 @@ def test_function_differentiates_like_the_layer(rng):
 
 
 def test_checks_cost_nothing_under_jit(rng):
-    """No host callback, no value-dependent check: one plain XLA program."""
+    """No host callback, no value-dependent check: plain XLA, or one call of a kernel."""
     layer, x = make(rng), array(rng, 2, 5, CHANNELS)
     text = jax.jit(layer).lower(x, jnp.ones((2, 5, 1), bool)).as_text()
     assert "callback" not in text
-    assert "custom_call" not in text
+    kernels = text.count("@groupnorm_cpu_kernel(")
+    assert text.count("custom_call") == kernels <= 1

@@ -116,9 +116,10 @@ def kinds_of(adapter: Any, x: Any, scale: Any, bias: Any, options: Options) -> K
     # A constant from the host has NumPy's, in any byte order.
     names: list[Any] = [None if d is None else _name(d) for d in (x, scale, bias)]
     if not all(n is None or n in DTYPES or n.startswith("float8") for n in names):
+        parameters = ", ".join(n for n in names[1:] if n)
         return NotServed(
-            f"x or a parameter is of {', '.join(n for n in names if n)}: the kernels are for "
-            "float32, float16 and bfloat16"
+            f"x of {names[0]}{parameters and f' with parameters of {parameters}'}: the kernels are "
+            "for float32, float16 and bfloat16"
         )
     typed: list[Any] = [None if n is None else _Typed(adapter.dtype(n)) for n in names]
     work, _, result = dtypes_of(adapter, typed[0], typed[1], typed[2], options)

@@ -119,7 +119,7 @@ def kinds_of(adapter: Any, x: Any, scale: Any, bias: Any, options: Options) -> K
         parameters = ", ".join(n for n in names[1:] if n)
         return NotServed(
             f"x of {names[0]}{parameters and f' with parameters of {parameters}'}: the kernels are "
-            "for float32, float16 and bfloat16"
+            "for the real floating dtypes float32, float16 and bfloat16"
         )
     typed: list[Any] = [None if n is None else _Typed(adapter.dtype(n)) for n in names]
     work, _, result = dtypes_of(adapter, typed[0], typed[1], typed[2], options)

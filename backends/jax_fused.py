@@ -126,6 +126,8 @@ def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Optio
     for a in (x, scale, bias):
         if a is not None and not adapter.is_real_floating(a.dtype):
             return NotServed(f"x or a parameter is of {a.dtype}: this form is for floating dtypes")
+    if any(_varies(a) for a in (x, scale, bias, mask)):
+        return NotServed("a shard_map checks over which of its axes values vary")
     kinds, dtypes = plan.roles, (x.dtype, checked.work_dtype, checked.result_dtype)
     if kinds not in cpu.ROLES:
         return NotServed(f"the axes' order is {kinds} (kept, positions, channels)")
@@ -159,6 +161,15 @@ def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Optio
         kernels=no_kernels is None,
     )
     return spec, (x, scale, bias, mask)
+
+
+def _varies(a: Any) -> bool:
+    """Whether an array's type says that it differs along an axis of a shard_map around."""
+    if a is None:
+        return False
+    kind = jax.typeof(a)
+    manual = getattr(kind, "manual_axis_type", None)  # of JAX 0.10
+    return bool(getattr(kind, "vma", None) if manual is None else manual.varying)
 
 
 def _stride(positions: int) -> int:

@@ -221,6 +221,49 @@ def test_programs_kept_on_disk(jax, tmp_path):
     assert told == ["miss", "hit"]
 
 
+@pytest.mark.parametrize("checked", [True, False])
+def test_within_a_shard_map_over_one_device(jax, checked, rng):
+    """As programs for many devices are run on one; what the types of a checking one say stays."""
+    x, dy, scale, bias, keywords = draw("last, large", rng)
+    x, dy, scale, bias = map(jax.numpy.asarray, (x, dy, scale, bias))
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((1,), ("rows",), axis_types=auto, devices=jax.devices()[:1])
+    rows = jax.sharding.PartitionSpec("rows")
+    whole = jax.sharding.PartitionSpec()
+
+    def gradients(x, dy, scale, bias):
+        def loss(*given):
+            return (group_norm(*given, **keywords) * dy).sum()
+
+        return jax.grad(loss, (0, 1, 2))(x, scale, bias)
+
+    mapped = jax.shard_map(
+        gradients, mesh=mesh, in_specs=(rows, rows, whole, whole), out_specs=(rows, whole, whole),
+        check_vma=checked,
+    )  # fmt: skip
+    for got, want in zip(
+        jax.jit(mapped)(x, dy, scale, bias), gradients(x, dy, scale, bias), strict=True
+    ):
+        assert_gradient(np.asarray(got), np.asarray(want), rtol=GRADIENT)
+
+
+@pytest.mark.parametrize("how", ["checkpoint", "scan", "cond"])
+def test_within_control_flow(jax, how, rng):
+    x, dy, scale, bias, keywords = draw("last", rng)
+
+    def layer(x):
+        return group_norm(x, scale, bias, **keywords)
+
+    ways = {
+        "checkpoint": jax.checkpoint(layer),
+        "scan": lambda x: jax.lax.scan(lambda _, a: (0, layer(a[None])[0]), 0, x)[1],
+        "cond": lambda x: jax.lax.cond(x.sum() < 1e9, layer, lambda x: x, x),
+    }
+    found = jax.jit(jax.grad(lambda x: (ways[how](x) * dy).sum()))(x)
+    want = jax.grad(lambda x: (layer(x) * dy).sum())(x)
+    assert_gradient(np.asarray(found), np.asarray(want), rtol=GRADIENT)
+
+
 def test_many_threads_at_once(jax, rng):
     x, _, scale, bias, keywords = draw("last, large", rng)
     call = jax.jit(lambda x: group_norm(x, scale, bias, **keywords))

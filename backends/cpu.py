@@ -80,7 +80,10 @@ def unavailable(float16: bool) -> NotServed | None:
             'pip install "groupnorm[cpu]" brings it'
         )
     except RuntimeError as error:  # numba finds nowhere to keep what it compiles
-        return NotServed(f"numba cannot compile the kernels for CPUs here ({error})")
+        return NotServed(
+            f"numba cannot compile the kernels for CPUs here ({error}); where that is for want of "
+            "a directory to keep them in, NUMBA_CACHE_DIR names one"
+        )
     if float16 and not numbers.has_float16():
         return NotServed("this CPU has no instructions for float16")
     return None

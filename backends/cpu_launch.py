@@ -165,10 +165,12 @@ def entry(kernel: str, x: str, y: str, dy: str, masked: bool, activation: str | 
     made = calls.compiled(variant)
     if not made.cache_hits:
         _log.warning(
-            "groupnorm compiled CPU kernels for this combination of dtypes in %.1f s; they are "
-            "cached on disk, and later processes load them.",
-            time.perf_counter() - start,
-        )
+            "groupnorm compiled the CPU kernel %s (x of %s, %s of %s, %s, activation %s) in %.1f s;"
+            " it is cached on disk, and later processes load it.",
+            kernel, x, "dy" if kernel.endswith("backward") else "y",
+            dy if kernel.endswith("backward") else y, "a mask" if masked else "no mask",
+            activation, time.perf_counter() - start,
+        )  # fmt: skip
     function: Any = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(made.address)
     function.made = made  # or numba would free the code
     return function

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from groupnorm.backends import Adapter, jax_fused, native
+from groupnorm.backends import Adapter, jax_fused, jax_kernels, native
 from groupnorm.errors import ArgumentValueError, AxisNameError
 from groupnorm.implementations import NotServed
 from groupnorm.layer import GroupNorm, PlainGroupNorm
@@ -106,11 +106,12 @@ class JaxAdapter(Adapter):
         return lax.complex(real, imaginary)
 
     def fused_unavailable(self, device: str) -> NotServed | None:
-        """Ask about the devices there are, all of them."""
-        return jax_fused.unavailable()
+        """Ask about the devices there are, all of them, and then look for numba."""
+        why = jax_fused.unavailable()
+        return jax_kernels.missing() if why is None else why
 
     def fused(self, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
-        """Compute in a form made for XLA on a CPU."""
+        """Compute by kernels on a CPU; without them in passes made for XLA, if not asked to."""
         return jax_fused.fused(self, x, scale, bias, mask, options)
 
     def fused_vjp(self, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:

@@ -23,7 +23,7 @@ __all__ = ["fused", "fused_vjp", "unavailable"]
 
 
 def unavailable() -> NotServed | None:
-    """Say why nothing is computed here, if so."""
+    """Say why nothing is computed here, by kernels or passes, if so."""
     if jax.default_backend() != "cpu":
         return NotServed("this form is for JAX's CPU backend, which is not the default here")
     if jax.device_count() > 1:
@@ -95,7 +95,7 @@ def _pulled_back_by_kernels(
 
 
 def _to_work(spec: Spec, x: Any, scale: Any, bias: Any, mask: Any) -> tuple[Any, Any, Any, Any]:
-    parameters = (
+    scale, bias = (
         jnp.full(spec.channels, neutral, spec.dtype)
         if value is None
         else value.reshape(spec.channels).astype(spec.dtype)
@@ -105,7 +105,7 @@ def _to_work(spec: Spec, x: Any, scale: Any, bias: Any, mask: Any) -> tuple[Any,
         samples = mask.shape[0] if spec.kernels else spec.samples
         mask = jnp.broadcast_to(mask, (samples, spec.positions))
     work = to_work(x, spec.plan, jnp).reshape(spec.around(spec.positions))
-    return work, *parameters, mask
+    return work, scale, bias, mask
 
 
 # What is computed here ----------------------------------------------------------------------------
@@ -144,6 +144,8 @@ def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Optio
             return NotServed("the mask tells channels apart")
         sizes = [mask.shape[0] if "K" in kinds else 1, mask.size]
         mask = mask.reshape(sizes[0], sizes[1] // sizes[0])
+    if no_kernels is not None and options.implementation == "fused":
+        return no_kernels  # the passes are taken where nobody asks for something else
     spec = Spec(
         adapter=adapter,
         # Not in stages here, and without slices, which have no hash.

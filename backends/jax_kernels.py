@@ -17,6 +17,7 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import ShapedArray
 from jax.interpreters import ad, batching, mlir
 
 from groupnorm.backends import cpu, cpu_launch, frames, jax_passes
@@ -24,7 +25,7 @@ from groupnorm.backends.jax_passes import Spec
 from groupnorm.backends.threads import helpers_for
 from groupnorm.implementations import NotServed
 
-__all__ = ["normalize", "normalize_keeping", "pull_back", "unavailable"]
+__all__ = ["missing", "normalize", "normalize_keeping", "pull_back", "unavailable"]
 
 _TARGET = "groupnorm_cpu_kernel"
 
@@ -38,15 +39,23 @@ def unavailable(x_dtype: Any, work_dtype: Any, result_dtype: Any) -> NotServed |
     return _interface() if why is None else why
 
 
+def missing() -> NotServed | None:
+    """Say what the kernels lack on this machine, if anything; this compiles nothing."""
+    why = cpu.unavailable(float16=False)
+    if why is None and _version() != cpu.kernels("numba_xla").API:
+        why = NotServed(f"XLA's foreign function interface has version {_version()} here")
+    return why
+
+
 @lru_cache(maxsize=1)
 def _interface() -> NotServed | None:
     """Register the handler, if XLA's interface is the one it was written for."""
-    module, found = cpu.kernels("numba_xla"), _version()
-    if found != module.API:
-        return NotServed(f"XLA's foreign function interface has version {found} here")
-    function = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)(module.handler()[0].address)
-    jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(function), platform="cpu")
-    return None
+    why = missing()
+    if why is None:
+        module = cpu.kernels("numba_xla")
+        function = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)(module.handler()[0].address)
+        jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(function), platform="cpu")
+    return why
 
 
 def _version() -> tuple[int, ...] | None:
@@ -136,19 +145,19 @@ def _saved_shape(spec: Spec) -> tuple[int, int, int]:
 
 @_normalize_p.def_abstract_eval  # type: ignore[untyped-decorator]
 def _(x: Any, scale: Any, bias: Any, *mask: Any, spec: Spec) -> Any:
-    saved = jax.core.ShapedArray(_saved_shape(spec), np.dtype(np.uint32))
-    return [jax.core.ShapedArray(x.shape, spec.result), saved]
+    saved = ShapedArray(_saved_shape(spec), np.dtype(np.uint32))
+    return [ShapedArray(x.shape, spec.result), saved]
 
 
 @_tangent_p.def_abstract_eval  # type: ignore[untyped-decorator]
 def _(dx: Any, *rest: Any, spec: Spec) -> Any:
-    return jax.core.ShapedArray(dx.shape, spec.result)
+    return ShapedArray(dx.shape, spec.result)
 
 
 @_pull_back_p.def_abstract_eval  # type: ignore[untyped-decorator]
 def _(dy: Any, x: Any, scale: Any, *rest: Any, spec: Spec, batches: int) -> Any:
-    parameter = jax.core.ShapedArray((batches, spec.channels), np.dtype(np.float32))
-    return [jax.core.ShapedArray(x.shape, x.dtype), parameter, parameter]
+    parameter = ShapedArray((batches, spec.channels), np.dtype(np.float32))
+    return [ShapedArray(x.shape, x.dtype), parameter, parameter]
 
 
 def _eagerly(primitive: Any) -> None:
@@ -172,7 +181,7 @@ def _normalize_jvp(primals: Any, tangents: Any, *, spec: Spec) -> Any:
     y, saved = _normalize_p.bind(*primals, spec=spec)
     linear = map(ad.instantiate_zeros, tangents[:3])
     tangent = _tangent_p.bind(*linear, *primals, saved, spec=spec)
-    return (y, saved), (tangent, ad.Zero(jax.core.ShapedArray(saved.shape, jax.dtypes.float0)))
+    return (y, saved), (tangent, ad.Zero(ShapedArray(saved.shape, jax.dtypes.float0)))
 
 
 def _again(primitive: Any, linear: int, by_passes: Any) -> Any:

@@ -120,7 +120,7 @@ class _Fused(torch.autograd.Function):
 
 
 # Without what `Function.apply` does for torch.func's tensors, of which there are none here.
-_apply: Any = super(torch.autograd.Function, _Fused).apply
+_apply: Any = super(torch.autograd.Function, _Fused).apply  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _differentiable(call: Call, inputs: Any, wanted: Any, dy: Any) -> list[Any]:

@@ -77,7 +77,7 @@ def group_norm(
     activation : {"relu", "silu", "gelu"}, optional
         Applied to the result, before it is rounded to its dtype. ``"gelu"`` is the exact one.
     implementation : {"portable", "fused", "native"}, optional
-        Default is the fastest there is for each call: on CPUs, for NumPy and PyTorch, compiled
+        Default is the fastest there is for each call: on CPUs, for NumPy, PyTorch and JAX, compiled
         kernels (the extra ``cpu``), which keep the accuracy; else the portable one. ``"native"`` is
         the library's own, of its accuracy (PyTorch alone has one). One that was asked for and
         cannot compute the call raises. `groupnorm.available_backends` says which are here.

@@ -63,7 +63,7 @@ class Call(NamedTuple):
         self, saved: Saved, x: torch.Tensor, dy: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return dx, and the gradients of scale and bias, flat in float32."""
-        work, dx = self.work, self._like(x, x.dtype)
+        work, dx, dy = self.work, self._like(x, x.dtype), dy.resolve_neg()
         if dy.dtype is not x.dtype and dy.dtype is not torch.float32:
             dy = dy.to(torch.float32)
         if not work.layout.dense or dy.stride() != x.stride():

@@ -363,3 +363,15 @@ def test_another_default_device_changes_nothing(rng):
     assert y.device == x.grad.device == torch.device("cpu")
     want = oracle.group_norm(x.detach().numpy(), num_groups=2)
     assert_close(y.detach().numpy(), want, tolerance=CONTRACT)
+
+
+def test_a_cotangent_with_a_negative_bit(rng):
+    """What is negative by a bit alone lies in memory with the other sign."""
+    x = torch.from_numpy(rng.normal(size=(2, 8, 6)).astype(np.float32)).requires_grad_()
+    dy = torch.from_numpy(rng.normal(size=(2, 8, 6)).astype(np.float32))
+    y = group_norm(x, num_groups=2, feature_axis=1)
+    (plain,) = torch.autograd.grad(y, x, dy, retain_graph=True)
+    negative = torch._neg_view(dy)
+    assert negative.is_neg()
+    (found,) = torch.autograd.grad(y, x, negative)
+    torch.testing.assert_close(found, -plain, rtol=0, atol=0)

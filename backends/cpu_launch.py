@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from groupnorm.backends import frames
-from groupnorm.backends.cpu import Kinds, Layout, kernels
+from groupnorm.backends.cpu import Kinds, Layout, kernels, kinds_of, layout_of, unavailable
 from groupnorm.backends.threads import helpers_for, run_together
+from groupnorm.implementations import NotServed
+from groupnorm.options import Options
 
-__all__ = ["Arrays", "Saved", "Team", "Work", "address", "entry"]
+__all__ = ["Arrays", "Saved", "Team", "Work", "address", "entry", "planned"]
 
 _log = logging.getLogger("groupnorm")
 
@@ -74,7 +76,7 @@ class Work:
     """
 
     def __init__(
-        self, layout: Layout, kinds: Kinds, epsilon: float, activation: str | None, team: Team = OWN
+        self, layout: Layout, kinds: Kinds, epsilon: float, activation: str | None, team: Team
     ) -> None:
         self.layout, self.kinds, self.team = layout, kinds, team
         self.channels = layout.channels
@@ -121,7 +123,7 @@ class Work:
 
     def _program(self, direction: str, mask_elements: int, dy: str) -> _Program:
         helpers = self.team.helpers_for(self._elements)
-        key = (direction, mask_elements, dy, helpers, frames.APART)
+        key = (direction, mask_elements, dy, helpers)
         found = self._programs.get(key)
         if found is None:
             found = self._programs[key] = self._new(direction, mask_elements, dy, helpers)
@@ -129,23 +131,38 @@ class Work:
 
     def _new(self, direction: str, mask_elements: int, dy: str, helpers: int) -> _Program:
         layout, backward = self.layout, direction == "backward"
+        kernel = f"{'first' if layout.first else 'last'}_{direction}"
         template = frames.template(
-            layout.first, layout.samples, layout.groups, layout.size, layout.positions,
-            mask_elements, self._epsilon, backward, helpers,
-            frames.is_apart(layout.samples, self._elements, helpers),
+            kernel, layout.samples, layout.groups, layout.size, layout.positions, mask_elements,
+            self._epsilon, helpers,
         )  # fmt: skip
         # Behind a frame comes what forward saves, or the sums of backward.
         each = 2 * layout.channels if backward else 3 * layout.groups
         image = template.words.tobytes() + bytes(8 * layout.samples * each)
         return _Program(
             entry(
-                f"{'first' if layout.first else 'last'}_{direction}", self.kinds.x,
-                self.kinds.x if backward else self.kinds.result, dy, mask_elements > 0,
-                self._activation,
+                kernel, self.kinds.x, self.kinds.x if backward else self.kinds.result, dy,
+                mask_elements > 0, self._activation,
             ),
             helpers, ctypes.c_int64 * (len(image) // 8), image, template.words.nbytes,
             template.scratch,
         )  # fmt: skip
+
+
+@lru_cache(maxsize=4096)
+def planned(
+    adapter: Any, shape: Any, strides: Any, x: Any, scale: Any, bias: Any, options: Options,
+    team: Team = OWN,
+) -> Work | NotServed:  # fmt: skip
+    """Return all of a call that does not depend on values: of shape, strides and dtypes."""
+    kinds = kinds_of(adapter, x, scale, bias, options)
+    if isinstance(kinds, NotServed):
+        return kinds
+    why = unavailable(kinds.float16)
+    layout = layout_of(tuple(shape), strides, options) if why is None else why
+    if isinstance(layout, NotServed):
+        return layout
+    return Work(layout, kinds, options.epsilon, options.activation, team)
 
 
 def address(a: Any) -> int:

@@ -17,8 +17,8 @@ __all__ = [
     "APART",
     "DTYPES",
     "KERNELS",
+    "LINE",
     "Template",
-    "is_apart",
     "number",
     "template",
 ]
@@ -40,19 +40,20 @@ X, Y, DY, SCALE, BIAS, MASK, SAVED, SUMS, SCRATCH, DSCALE, DBIAS = range(11)
 ADDRESSES = 11
 # Sizes.
 ELEMENTS, MASK_ELEMENTS, SAMPLES, GROUPS, SIZE, POSITIONS, ROWS, WIDTH = range(11, 19)
-APARTNESS, PARTS, EPSILON = range(19, 22)
+APARTNESS, PARTS, COUNTERS, EPSILON = range(19, 23)
 # How the scratch is divided: float64 for sums of chunks and for the groups' pulls, int64 for where
 # bands begin, and then float32 for tables.
-ROOM, PULLS, STARTS, TABLES = range(22, 26)
+ROOM, PULLS, STARTS, TABLES = range(23, 27)
 # How many parts the samples have whose gradients of scale and bias are apart.
-BATCHES = 26
-# For frames that XLA's handler makes: the words of the scratch and of the sums, the bytes of y, how
-# many threads still hold the frame, and the kernel, in templates by its `number`.
-SCRATCH_WORDS, SUMS_WORDS, RESULT_BYTES, HOLDERS, RUN = range(27, 32)
-HEAD = 32
+BATCHES = 27
+# For frames that XLA's handler makes: the words of the scratch and of the sums, the bytes of y if
+# that is to have large pages, how many threads still hold the frame, and the kernel, in templates
+# by its `number`.
+SCRATCH_WORDS, SUMS_WORDS, LARGE_PAGES, HOLDERS, RUN = range(28, 33)
+HEAD = 40
 
-COUNTER_WORDS = 8  # no two in one line of the cache
-LINE = 8  # words
+# The words of a line of the cache, of which each counter has one to itself.
+LINE = 8
 
 
 KERNELS = ("first_forward", "first_backward", "last_forward", "last_backward")
@@ -73,10 +74,9 @@ class Template(NamedTuple):
 
     words: Any  # the frame, without addresses
     scratch: int  # words
-    helpers: int
 
 
-def is_apart(samples: int, elements: int, helpers: int) -> bool:
+def _is_apart(samples: int, elements: int, helpers: int) -> bool:
     """Whether each thread does samples of its own, which needs no waiting in the midst of one."""
     if helpers == 0 or elements <= APART * samples:
         return True
@@ -85,14 +85,14 @@ def is_apart(samples: int, elements: int, helpers: int) -> bool:
 
 @lru_cache(maxsize=4096)
 def template(
-    first: bool, samples: int, groups: int, size: int, positions: int, mask_elements: int,
-    epsilon: float, backward: bool, helpers: int, apart: bool,
+    kernel: str, samples: int, groups: int, size: int, positions: int, mask_elements: int,
+    epsilon: float, helpers: int,
 ) -> Template:  # fmt: skip
-    """Return the frame of a kernel for this shape, channels first or last.
-
-    `helpers` is how many threads may help; `apart` is whether each does samples of its own.
-    """
+    """Return the frame of one of `KERNELS` for this shape; so many threads may help."""
+    first, backward = kernel.startswith("first"), kernel.endswith("backward")
     channels, parts = groups * size, helpers + 1
+    elements = samples * channels * positions
+    apart = _is_apart(samples, elements, helpers)
     rows = width = room = pulls = starts = tables = 0
     if not first:
         # Rows that may be masked out go one by one.
@@ -106,18 +106,18 @@ def template(
             room = grounds * chunks * (1 + 2 * channels)
             starts = parts * (rows * channels // width + 1)
     counters = 2 + parts if first or apart else 2 + samples * (2 * parts + 1)
-    words = np.zeros(HEAD + counters * COUNTER_WORDS, np.int64)
-    words[ELEMENTS], words[MASK_ELEMENTS] = samples * channels * positions, mask_elements
+    words = np.zeros(HEAD + counters * LINE, np.int64)
+    words[ELEMENTS], words[MASK_ELEMENTS] = elements, mask_elements
     words[SAMPLES], words[GROUPS], words[SIZE], words[POSITIONS] = samples, groups, size, positions
     words[ROWS], words[WIDTH], words[APARTNESS], words[PARTS] = rows, width, apart, parts
-    words[EPSILON] = np.float64(epsilon).view(np.int64)
+    words[COUNTERS], words[EPSILON] = counters, np.float64(epsilon).view(np.int64)
     words[ROOM], words[PULLS], words[STARTS], words[TABLES] = room, pulls, starts, tables
     # Tables begin where a line of the cache does.
     scratch = 0 if first else room + pulls + starts + -(-tables // 2) + LINE
     words[BATCHES], words[SCRATCH_WORDS] = 1, scratch
     words[SUMS_WORDS] = 2 * samples * channels if backward else 0
     words.flags.writeable = False
-    return Template(words, scratch, helpers)
+    return Template(words, scratch)
 
 
 # How channels-last arrays are taken: by the shape alone, or numbers would depend on threads. A band

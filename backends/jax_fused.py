@@ -43,18 +43,19 @@ def fused_vjp(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: O
     if isinstance(call, NotServed):
         return call
     spec, arrays = call
-    # Of full precision, whatever y is rounded to.
-    wide = spec._replace(result=spec.dtype)
-    y, saved = _normalized_keeping(spec, *arrays) if spec.kernels else (None, None)
+    if spec.kernels:
+        y, saved = _normalized_keeping(spec, *arrays)
+        pull = partial(_pulled_back_by_kernels, spec, *arrays, saved)
+    else:
+        y = normalized(spec, *arrays)
+        # Of full precision, whatever y is rounded to.
+        pull = partial(_pulled_back, spec._replace(result=spec.dtype), *arrays)
 
     def pullback(dy: Any) -> Gradients:
         check_cotangent(adapter, dy, x)
-        dy = dy.astype(spec.dtype)
-        if spec.kernels:
-            return Gradients(*_pulled_back_by_kernels(spec, *arrays, saved, dy))
-        return Gradients(*_pulled_back(wide, *arrays, dy))
+        return Gradients(*pull(dy.astype(spec.dtype)))
 
-    return y if spec.kernels else normalized(spec, *arrays), pullback
+    return y, pullback
 
 
 # The computation ----------------------------------------------------------------------------------

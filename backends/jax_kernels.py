@@ -22,6 +22,7 @@ from jax.interpreters import ad, batching, mlir
 
 from groupnorm.backends import cpu, cpu_launch, frames, jax_passes
 from groupnorm.backends.jax_passes import Spec
+from groupnorm.backends.pages import are_worth_it
 from groupnorm.backends.threads import helpers_for
 from groupnorm.implementations import NotServed
 
@@ -42,9 +43,12 @@ def unavailable(x_dtype: Any, work_dtype: Any, result_dtype: Any) -> NotServed |
 def missing() -> NotServed | None:
     """Say what the kernels lack on this machine, if anything; this compiles nothing."""
     why = cpu.unavailable(float16=False)
-    if why is None and _version() != cpu.kernels("numba_xla").API:
-        why = NotServed(f"XLA's foreign function interface has version {_version()} here")
-    return why
+    if why is not None:
+        return why
+    found = _version()
+    if found != cpu.kernels("numba_xla").API:
+        return NotServed(f"XLA's foreign function interface has version {found} here")
+    return None
 
 
 @lru_cache(maxsize=1)
@@ -314,12 +318,9 @@ def _call(
     y, masked = result.dtype.name, frames.MASK in slots
     name = f"{'first' if spec.channels_first else 'last'}_{kernel}"
     mask = context.avals_in[slots[frames.MASK] - 1].size if masked else 0
-    elements = spec.samples * spec.channels * spec.positions
-    helpers = helpers_for(elements)
     template = frames.template(
-        spec.channels_first, spec.samples, spec.groups, spec.members, spec.positions, mask,
-        spec.epsilon, kernel == "backward", helpers,
-        frames.is_apart(spec.samples, elements, helpers),
+        name, spec.samples, spec.groups, spec.members, spec.positions, mask, spec.epsilon,
+        helpers_for(result.size),
     )  # fmt: skip
     number = frames.number(name, x, y, dy, masked, activation)
     entry = cpu_launch.entry(name, x, y, dy, masked, activation)
@@ -327,7 +328,8 @@ def _call(
     cpu.kernels("numba_xla").table()[number] = where
     words = template.words.copy()
     words[frames.RUN], words[frames.BATCHES] = number, batches
-    words[frames.RESULT_BYTES] = result.size * result.dtype.itemsize
+    size = result.size * result.dtype.itemsize
+    words[frames.LARGE_PAGES] = size if are_worth_it(size) else 0
     for slot, place in slots.items():
         words[slot] = place
     return jax.ffi.ffi_lowering(_TARGET)(context, *operands, frame=words)

@@ -1,13 +1,12 @@
 """NumPy calls of the fused CPU kernels: what they serve, and arrays as the kernels want them."""
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from groupnorm.backends import cpu
-from groupnorm.backends.cpu_launch import Arrays, Saved, Work, address
+from groupnorm.backends.cpu_launch import Arrays, Saved, Work, address, planned
 from groupnorm.errors import ArgumentTypeError
 from groupnorm.implementations import NotServed
 from groupnorm.options import Options
@@ -98,7 +97,7 @@ def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Optio
             return NotServed("a parameter is no plain NumPy array")
     strides = tuple(s // x.itemsize for s in x.strides)
     dtypes = (None if p is None else p.dtype for p in (scale, bias))
-    work = _planned(adapter, x.shape, strides, x.dtype, *dtypes, options)
+    work = planned(adapter, x.shape, strides, x.dtype, *dtypes, options)
     if isinstance(work, NotServed):
         return work
     parameters, layout = [], work.layout
@@ -113,21 +112,6 @@ def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Optio
     if isinstance(flat_mask, NotServed):
         return flat_mask
     return _Call(work, _memory(x, layout), parameters[0], parameters[1], flat_mask)
-
-
-@lru_cache(maxsize=4096)
-def _planned(
-    adapter: Any, shape: Any, strides: Any, x: Any, scale: Any, bias: Any, options: Options
-) -> Work | NotServed:
-    """Return all that does not depend on values."""
-    kinds = cpu.kinds_of(adapter, x, scale, bias, options)
-    if isinstance(kinds, NotServed):
-        return kinds
-    why = cpu.unavailable(kinds.float16)
-    layout = cpu.layout_of(shape, strides, options) if why is None else why
-    if isinstance(layout, NotServed):
-        return layout
-    return Work(layout, kinds, options.epsilon, options.activation)
 
 
 def _memory(a: Any, layout: cpu.Layout) -> Any:

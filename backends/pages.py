@@ -10,12 +10,17 @@ import sys
 from functools import lru_cache
 from typing import Any
 
-__all__ = ["want_large_pages"]
+__all__ = ["are_worth_it", "want_large_pages"]
 
 # As NumPy has it: fewer bytes are not worth the call.
 WORTH = 1 << 22
 MADV_HUGEPAGE = 14
 PAGE = 4096
+
+
+def are_worth_it(size: int) -> bool:
+    """Whether a result of so many bytes is to have large pages, which can be asked for here."""
+    return size >= WORTH and _system_call() is not None
 
 
 def want_large_pages(address: int, size: int) -> None:
@@ -27,12 +32,9 @@ def want_large_pages(address: int, size: int) -> None:
     size : int
         In bytes.
     """
-    if size < WORTH:
-        return
-    advise = _system_call()
-    if advise is not None:
+    if are_worth_it(size):
         begin = -(-address // PAGE) * PAGE
-        advise(begin, (address + size) // PAGE * PAGE - begin, MADV_HUGEPAGE)
+        _system_call()(begin, (address + size) // PAGE * PAGE - begin, MADV_HUGEPAGE)
 
 
 @lru_cache(maxsize=1)

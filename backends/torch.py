@@ -13,6 +13,7 @@ from groupnorm.backends.numpy import small_float
 from groupnorm.backends.torch_distributed import replicas_of, sum_gradients
 from groupnorm.backends.torch_fused import functional, fused, fused_vjp, is_wrapped
 from groupnorm.backends.torch_op import traced
+from groupnorm.core import apply
 from groupnorm.errors import ArgumentValueError
 from groupnorm.implementations import NotServed
 from groupnorm.layer import GroupNorm
@@ -196,15 +197,8 @@ class TorchGroupNorm(GroupNorm, torch.nn.Module):
 
     def forward(self, x: Any, mask: Any = None) -> Any:
         """Normalize x; see `update`."""
-        options = self._settings.options
-        if (
-            type(x) is torch.Tensor
-            and options.implementation is None
-            and not torch.compiler.is_compiling()
-        ):  # no need to ask who serves it: this is what comes of all questions, if it is served
-            y = fused(adapter, x, self.scale, self.bias, mask, options)
-            if not isinstance(y, NotServed):
-                return y
+        if type(x) is torch.Tensor:  # no need to ask who serves it
+            return apply(adapter, x, self.scale, self.bias, mask, self._settings.options)
         return self._normalize(x, mask)
 
     @property

@@ -5,7 +5,6 @@ through the computation - exporting, torch.func's transforms, forward mode, disp
 backward - the portable implementation computes, which it can look through.
 """
 
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch
 from torch.autograd import forward_ad
 
 from groupnorm.backends import cpu
-from groupnorm.backends.cpu_launch import Arrays, Saved, Team, Work, address
+from groupnorm.backends.cpu_launch import Arrays, Saved, Team, Work, address, planned
 from groupnorm.backends.pages import want_large_pages
 from groupnorm.backends.torch_threads import run_in_torch_threads, torch_helpers_for
 from groupnorm.errors import GroupNormError
@@ -197,9 +196,9 @@ def call_of(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Opt
                 return NotServed(f"{name} is no ordinary tensor on the CPU")
         elif a is not None and (a is x or type(a) is not np.ndarray):
             return NotServed(f"{name} is of type {type(a).__name__}")
-    work = _planned(
+    work = planned(
         adapter, x.shape, x.stride(), x.dtype, None if scale is None else scale.dtype,
-        None if bias is None else bias.dtype, options,
+        None if bias is None else bias.dtype, options, _TEAM,
     )  # fmt: skip
     if isinstance(work, NotServed):
         return work
@@ -213,21 +212,6 @@ def call_of(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Opt
         adapter, options, work, mask, flat_mask, _flat_parameter(scale, 1.0, work),
         _flat_parameter(bias, 0.0, work),
     )  # fmt: skip
-
-
-@lru_cache(maxsize=4096)
-def _planned(
-    adapter: Any, shape: Any, strides: Any, x: Any, scale: Any, bias: Any, options: Options
-) -> Work | NotServed:
-    """Return all that does not depend on values."""
-    kinds = cpu.kinds_of(adapter, x, scale, bias, options)
-    if isinstance(kinds, NotServed):
-        return kinds
-    why = cpu.unavailable(kinds.float16)
-    layout = cpu.layout_of(tuple(shape), strides, options) if why is None else why
-    if isinstance(layout, NotServed):
-        return layout
-    return Work(layout, kinds, options.epsilon, options.activation, _TEAM)
 
 
 def _flat_parameter(parameter: Any, neutral: float, work: Work) -> Any:

@@ -15,7 +15,7 @@ A test asks for rows by the name of its argument:
 - ``autodiff_backend``: torch and jax:jit, whose libraries differentiate on their own.
 
 JAX sees four devices, and then the portable code computes its arrays; ``--jax-devices 1`` tests the
-passes that compute them where there is one.
+kernels and passes that compute them where there is one.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def pytest_addoption(parser):
         choices=(1, 4),
         default=4,
         help="devices JAX sees on the host: 4, for pmap and shard_map, where the portable code "
-        "computes; or 1, as most users have, where passes of JAX's own do",
+        "computes; or 1, as most users have, where kernels and JAX's passes do",
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from groupnorm import GroupNorm, group_norm, group_norm_vjp
-from groupnorm.backends import frames, threads
+from groupnorm.backends import cpu_launch, frames, threads
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
 from tests import oracle
 from tests.backends import (
@@ -260,7 +260,10 @@ def test_bits_depend_on_nothing_but_the_data(name, rng, monkeypatch):
     for count, apart in ((1, 0), (2, 1 << 30), (2, 0), (5, 0)):
         monkeypatch.setattr(threads, "thread_count", lambda count=count: count)
         monkeypatch.setattr(threads, "WORTH_A_THREAD", 1)
-        monkeypatch.setattr(frames, "APART", apart)
+        for limit in ("APART", "APART_IF_EVEN"):
+            monkeypatch.setattr(frames, limit, apart)
+        for remembered in (frames.template, cpu_launch.planned):
+            remembered.cache_clear()
         results.append(run())
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -57,6 +59,34 @@ def test_of_jax(rng, monkeypatch):
     x = rng.normal(size=SHAPE).astype(np.float32)
     y = jax.jit(lambda x: group_norm(x, feature_axis=1, implementation="fused"))(x)
     assert "hg" in flags(y.unsafe_buffer_pointer() + y.nbytes // 2)
+
+
+NOT_ASKED = """
+import jax
+import numpy as np
+from groupnorm import group_norm
+from tests.test_large_pages import SHAPE, flags
+x = np.ones(SHAPE, np.float32)
+y = jax.jit(lambda x: group_norm(x, feature_axis=1, implementation="fused"))(x)
+print("hg" in flags(y.unsafe_buffer_pointer() + y.nbytes // 2))
+"""
+
+
+@pytest.mark.needs("jax")
+def test_the_variable_that_numpy_reads_in_jax():
+    """Its programs ask in compiled code, which reads no variables."""
+    if not can_tell():
+        pytest.skip("this system has no large pages")
+    told = []
+    for value in ("1", "0"):
+        given = {"NUMPY_MADVISE_HUGEPAGE": value, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+        done = subprocess.run(
+            [sys.executable, "-c", NOT_ASKED], capture_output=True, text=True, timeout=240,
+            check=False, env=os.environ | given, cwd=Path(__file__).parent.parent,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        told.append(done.stdout.split()[-1])
+    assert told == ["True", "False"]
 
 
 def test_the_variable_that_numpy_reads(monkeypatch):

@@ -14,11 +14,12 @@ from numba.core import cgutils
 from numba.core.caching import FunctionCache
 from numba.extending import intrinsic, models, overload, register_model
 
-from groupnorm.backends import frames
+from groupnorm.backends import frames, pages
 from groupnorm.backends.kernels.numba_first import first_backward, first_forward
 from groupnorm.backends.kernels.numba_last import last_backward, last_forward
+from groupnorm.backends.kernels.numba_numbers import jit
 
-__all__ = ["Variant", "address_of", "compiled", "load", "run", "word"]
+__all__ = ["Variant", "address_of", "compiled", "run", "word"]
 
 _ELEMENTS = {"float32": types.float32, "float16": types.uint16, "bfloat16": types.int16}
 
@@ -26,7 +27,7 @@ _ELEMENTS = {"float32": types.float32, "float16": types.uint16, "bfloat16": type
 def _digest() -> str:
     """Return what changes when any of the kernels does: what was compiled before is void then."""
     sources = sorted(Path(__file__).parent.glob("*.py"))
-    sources.append(Path(frames.__file__))
+    sources += [Path(frames.__file__), Path(pages.__file__)]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
 
 
@@ -60,19 +61,17 @@ def address_of(typing_context, call):
 
 
 @intrinsic
-def load(typing_context, address):
-    """Read a word of memory."""
-
+def _load(typing_context, address):
     def code(context, builder, signature, arguments):
         return builder.load(builder.inttoptr(arguments[0], ir.IntType(64).as_pointer()))
 
     return types.int64(address), code
 
 
-@numba.njit
+@jit()
 def word(address, index):
     """Read one of the words that begin at an address."""
-    return load(address + 8 * index)
+    return _load(address + 8 * index)
 
 
 @intrinsic
@@ -129,132 +128,109 @@ def _mask_overload(call, address, length):
 
 # Running it ---------------------------------------------------------------------------------------
 
-_X, _Y, _DY, _SCALE, _BIAS, _MASK = (
-    frames.X, frames.Y, frames.DY, frames.SCALE, frames.BIAS, frames.MASK,
-)  # fmt: skip
-_SAVED, _SUMS, _SCRATCH = frames.SAVED, frames.SUMS, frames.SCRATCH
-_DSCALE, _DBIAS, _BATCHES = frames.DSCALE, frames.DBIAS, frames.BATCHES
-_N, _MASK_N, _SAMPLES, _GROUPS = (
-    frames.ELEMENTS, frames.MASK_ELEMENTS, frames.SAMPLES, frames.GROUPS,
-)  # fmt: skip
-_SIZE, _POSITIONS, _ROWS, _WIDTH = frames.SIZE, frames.POSITIONS, frames.ROWS, frames.WIDTH
-_APART, _PARTS, _EPSILON = frames.APARTNESS, frames.PARTS, frames.EPSILON
-_ROOM, _PULLS, _STARTS, _TABLES = frames.ROOM, frames.PULLS, frames.STARTS, frames.TABLES
-_HEAD, _STRIDE = frames.HEAD, frames.COUNTER_WORDS
+# Each returns what kernels take next to each other, in their order.
 
 
-@numba.njit
-def _sizes(at):
-    return word(at, _GROUPS), word(at, _SIZE), word(at, _POSITIONS)
-
-
-@numba.njit
+@jit()
 def _operands(call, at):
-    """Return x, y, scale, bias and the mask."""
-    n, channels = word(at, _N), word(at, _GROUPS) * word(at, _SIZE)
+    """Return x, y, scale, bias and the mask; then groups, size and positions."""
+    n, groups, size = word(at, frames.ELEMENTS), word(at, frames.GROUPS), word(at, frames.SIZE)
     return (
-        numba.carray(_x(call, word(at, _X)), (n,)),
-        numba.carray(_y(call, word(at, _Y)), (n,)),
-        numba.carray(_float32(call, word(at, _SCALE)), (channels,)),
-        numba.carray(_float32(call, word(at, _BIAS)), (channels,)),
-        _mask(call, word(at, _MASK), word(at, _MASK_N)),
-    )
+        numba.carray(_x(call, word(at, frames.X)), (n,)),
+        numba.carray(_y(call, word(at, frames.Y)), (n,)),
+        numba.carray(_float32(call, word(at, frames.SCALE)), (groups * size,)),
+        numba.carray(_float32(call, word(at, frames.BIAS)), (groups * size,)),
+        _mask(call, word(at, frames.MASK), word(at, frames.MASK_ELEMENTS)),
+        groups, size, word(at, frames.POSITIONS),
+    )  # fmt: skip
 
 
-@numba.njit
+@jit()
+def _ways(at):
+    """Return samples, rows, width and whether threads work apart: for channels last."""
+    return (
+        word(at, frames.SAMPLES), word(at, frames.ROWS), word(at, frames.WIDTH),
+        word(at, frames.APARTNESS) != 0,
+    )  # fmt: skip
+
+
+@jit()
 def _numbers(call, at):
     """Return mean, rstd and share."""
-    n = word(at, _SAMPLES) * word(at, _GROUPS)
-    saved = numba.carray(_float64(call, word(at, _SAVED)), (3 * n,))
+    n = word(at, frames.SAMPLES) * word(at, frames.GROUPS)
+    saved = numba.carray(_float64(call, word(at, frames.SAVED)), (3 * n,))
     return saved[:n], saved[n : 2 * n], saved[2 * n :]
 
 
-@numba.njit
+@jit()
 def _gradients(call, at):
     """Return dy, room for sums, the number of batches and the gradients of scale and bias."""
-    channels, batches = word(at, _GROUPS) * word(at, _SIZE), word(at, _BATCHES)
+    channels, batches = word(at, frames.GROUPS) * word(at, frames.SIZE), word(at, frames.BATCHES)
+    sums = 2 * word(at, frames.SAMPLES) * channels
     return (
-        numba.carray(_dy(call, word(at, _DY)), (word(at, _N),)),
-        numba.carray(_float64(call, word(at, _SUMS)), (2 * word(at, _SAMPLES) * channels,)),
+        numba.carray(_dy(call, word(at, frames.DY)), (word(at, frames.ELEMENTS),)),
+        numba.carray(_float64(call, word(at, frames.SUMS)), (sums,)),
         batches,
-        numba.carray(_float32(call, word(at, _DSCALE)), (batches * channels,)),
-        numba.carray(_float32(call, word(at, _DBIAS)), (batches * channels,)),
+        numba.carray(_float32(call, word(at, frames.DSCALE)), (batches * channels,)),
+        numba.carray(_float32(call, word(at, frames.DBIAS)), (batches * channels,)),
     )
 
 
-@numba.njit
+@jit()
 def _team(call, at):
-    parts, samples = word(at, _PARTS), word(at, _SAMPLES)
-    most = _STRIDE * (2 + max(parts, samples * (2 * parts + 1)))
-    return parts, numba.carray(_int64(call, at + 8 * _HEAD), (most,))
+    """Return the number of parts, and the counters."""
+    counters = word(at, frames.COUNTERS) * frames.LINE
+    return word(at, frames.PARTS), numba.carray(_int64(call, at + 8 * frames.HEAD), (counters,))
 
 
-@numba.njit
+@jit()
 def _scratch(call, at):
-    """Return room, pulls, starts and tables."""
-    a = word(at, _SCRATCH)
-    b = a + 8 * word(at, _ROOM)
-    c = b + 8 * word(at, _PULLS)
-    d = (c + 8 * word(at, _STARTS) + 63) // 64 * 64
+    """Return room, pulls, starts and tables, of which no kernel takes all."""
+    room, pulls = word(at, frames.ROOM), word(at, frames.PULLS)
+    starts, tables = word(at, frames.STARTS), word(at, frames.TABLES)
+    a = word(at, frames.SCRATCH)
+    b = a + 8 * room
+    c = b + 8 * pulls
+    d = (c + 8 * starts + 63) // 64 * 64
     return (
-        numba.carray(_float64(call, a), (word(at, _ROOM),)),
-        numba.carray(_float64(call, b), (word(at, _PULLS),)),
-        numba.carray(_int64(call, c), (word(at, _STARTS),)),
-        numba.carray(_float32(call, d), (word(at, _TABLES),)),
+        numba.carray(_float64(call, a), (room,)),
+        numba.carray(_float64(call, b), (pulls,)),
+        numba.carray(_int64(call, c), (starts,)),
+        numba.carray(_float32(call, d), (tables,)),
     )
 
 
 def _first_forward(call):
     at = address_of(call)
-    x, y, scale, bias, mask = _operands(call, at)
-    groups, size, positions = _sizes(at)
-    mean, rstd, share = _numbers(call, at)
-    parts, team = _team(call, at)
     first_forward(
-        x, y, scale, bias, mask, groups, size, positions, _float(word(at, _EPSILON)),
-        _activation(call), mean, rstd, share, parts, team,
+        *_operands(call, at), _float(word(at, frames.EPSILON)), _activation(call),
+        *_numbers(call, at), *_team(call, at),
     )  # fmt: skip
 
 
 def _first_backward(call):
     at = address_of(call)
-    x, dx, scale, bias, mask = _operands(call, at)
-    groups, size, positions = _sizes(at)
-    mean, rstd, share = _numbers(call, at)
-    dy, sums, batches, dscale, dbias = _gradients(call, at)
-    parts, team = _team(call, at)
     first_backward(
-        x, dy, dx, scale, bias, mask, groups, size, positions, _activation(call), mean, rstd, share,
-        sums, batches, dscale, dbias, parts, team,
+        *_operands(call, at), _activation(call), *_numbers(call, at), *_gradients(call, at),
+        *_team(call, at),
     )  # fmt: skip
 
 
 def _last_forward(call):
     at = address_of(call)
-    x, y, scale, bias, mask = _operands(call, at)
-    groups, size, positions = _sizes(at)
-    mean, rstd, share = _numbers(call, at)
     room, _, starts, tables = _scratch(call, at)
-    parts, team = _team(call, at)
     last_forward(
-        x, y, scale, bias, mask, word(at, _SAMPLES), groups, size, positions, word(at, _ROWS),
-        word(at, _WIDTH), _float(word(at, _EPSILON)), _activation(call), word(at, _APART) != 0,
-        mean, rstd, share, room, tables, starts, parts, team,
+        *_operands(call, at), *_ways(at), _float(word(at, frames.EPSILON)), _activation(call),
+        *_numbers(call, at), room, starts, tables, *_team(call, at),
     )  # fmt: skip
 
 
 def _last_backward(call):
     at = address_of(call)
-    x, dx, scale, bias, mask = _operands(call, at)
-    groups, size, positions = _sizes(at)
-    mean, rstd, share = _numbers(call, at)
-    dy, sums, batches, dscale, dbias = _gradients(call, at)
     room, pulls, _, tables = _scratch(call, at)
-    parts, team = _team(call, at)
     last_backward(
-        x, dy, dx, scale, bias, mask, word(at, _SAMPLES), groups, size, positions, word(at, _ROWS),
-        word(at, _WIDTH), _activation(call), word(at, _APART) != 0, mean, rstd, share, sums,
-        batches, dscale, dbias, room, pulls, tables, parts, team,
+        *_operands(call, at), *_ways(at), _activation(call), *_numbers(call, at),
+        *_gradients(call, at), room, pulls, tables, *_team(call, at),
     )  # fmt: skip
 
 

@@ -298,7 +298,7 @@ def _sums(
 
 @jit(apart=True)
 def first_backward(
-    x, dy, dx, scale, bias, mask, groups, size, positions, activation, mean, rstd, share, sums,
+    x, dx, scale, bias, mask, groups, size, positions, activation, mean, rstd, share, dy, sums,
     batches, dscale, dbias, parts, team,
 ):  # fmt: skip
     """Pull dy back through the groups of all samples.

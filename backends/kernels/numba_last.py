@@ -243,8 +243,8 @@ def _part(room, number, length):
 
 @jit(apart=True)
 def last_forward(
-    x, y, scale, bias, mask, samples, groups, size, positions, rows, width, epsilon, activation,
-    apart, mean, rstd, share, room, tables, starts, parts, team,
+    x, y, scale, bias, mask, groups, size, positions, samples, rows, width, apart, epsilon,
+    activation, mean, rstd, share, room, starts, tables, parts, team,
 ):  # fmt: skip
     """Measure and normalize all samples.
 
@@ -399,8 +399,8 @@ def _pull_back_chunk(
 
 @jit(apart=True)
 def last_backward(
-    x, dy, dx, scale, bias, mask, samples, groups, size, positions, rows, width, activation, apart,
-    mean, rstd, share, sums, batches, dscale, dbias, room, pulls, tables, parts, team,
+    x, dx, scale, bias, mask, groups, size, positions, samples, rows, width, apart, activation,
+    mean, rstd, share, dy, sums, batches, dscale, dbias, room, pulls, tables, parts, team,
 ):  # fmt: skip
     """Pull dy back through all samples.
 

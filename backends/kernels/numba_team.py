@@ -9,7 +9,7 @@ part: neighbouring tasks of one thread find their lines in its cache, and two th
 turns on the memory would fetch it from each other, which took twice as long. Who has done with its
 own part goes on to the others'.
 
-A team is an array of zeros in int64, with `STRIDE` numbers for each counter, so that no two lie in
+A team is an array of zeros in int64, with `LINE` numbers for each counter, so that no two lie in
 one line of the cache.
 """
 
@@ -19,11 +19,10 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, register_jitable
 
+from groupnorm.backends.frames import LINE
 from groupnorm.backends.kernels.numba_numbers import jit
 
-__all__ = ["STRIDE", "finish", "take_seat", "take_task", "wait"]
-
-STRIDE = 8
+__all__ = ["finish", "take_seat", "take_task", "wait"]
 
 
 def _pointer(context, builder, signature, arguments):
@@ -69,7 +68,7 @@ else:
 @jit()
 def take_seat(team, counter, parts):
     """Return the part of the tasks this thread is to begin with."""
-    return _add(team, counter * STRIDE, 1) % parts
+    return _add(team, counter * LINE, 1) % parts
 
 
 @jit()
@@ -81,8 +80,8 @@ def take_task(team, counter, parts, tasks, seat):
     for turn in range(parts):
         part = (seat + turn) % parts
         first, last = tasks * part // parts, tasks * (part + 1) // parts
-        if _look(team, (counter + part) * STRIDE) < last - first:
-            task = first + _add(team, (counter + part) * STRIDE, 1)
+        if _look(team, (counter + part) * LINE) < last - first:
+            task = first + _add(team, (counter + part) * LINE, 1)
             if task < last:
                 return task
     return -1
@@ -91,14 +90,14 @@ def take_task(team, counter, parts, tasks, seat):
 @jit()
 def finish(team, counter, amount):
     """Say that so many tasks are done; return how many are."""
-    return _add(team, counter * STRIDE, amount) + amount
+    return _add(team, counter * LINE, amount) + amount
 
 
 @jit()
 def wait(team, counter, amount):
     """Wait until so many tasks are done, which other threads are at."""
     looks = 0
-    while _look(team, counter * STRIDE) < amount:
+    while _look(team, counter * LINE) < amount:
         looks += 1
         if looks > 1000:
             _give_way()

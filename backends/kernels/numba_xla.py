@@ -20,13 +20,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from groupnorm.backends import frames, pages
-from groupnorm.backends.kernels.numba_calls import (
-    Variant,
-    address_of,
-    compiled,
-    load,
-    word,
-)
+from groupnorm.backends.kernels.numba_calls import Variant, address_of, compiled, word
 from groupnorm.backends.kernels.numba_numbers import jit
 
 __all__ = ["API", "handler", "table"]
@@ -46,7 +40,6 @@ FAILED_PRECONDITION, RESOURCE_EXHAUSTED = 9, 8
 
 _TABLE = "groupnorm_table"
 _LINUX = sys.platform == "linux"
-_WORTH, _PAGE, _HUGE = pages.WORTH, pages.PAGE, pages.MADV_HUGEPAGE
 
 
 # Memory, and functions by their address -----------------------------------------------------------
@@ -190,10 +183,11 @@ def _make_frame(call_frame, template):
 
 @jit()
 def _want_large_pages(address, size):
-    """As `groupnorm.backends.pages.want_large_pages`."""
-    if size >= _WORTH:
-        begin = (address + _PAGE - 1) // _PAGE * _PAGE
-        _advise(begin, (address + size) // _PAGE * _PAGE - begin, _HUGE)
+    """As `groupnorm.backends.pages.want_large_pages`, where size is not 0."""
+    if size != 0:
+        begin = (address + pages.PAGE - 1) // pages.PAGE * pages.PAGE
+        end = (address + size) // pages.PAGE * pages.PAGE
+        _advise(begin, end - begin, pages.MADV_HUGEPAGE)
 
 
 def _help(call):
@@ -211,7 +205,7 @@ def _handle(call):
         _store(word(extension, METADATA) + 8 * VERSION, API[0] | API[1] << 32)
         return 0
     interface = word(call_frame, INTERFACE)
-    template = load(word(call_frame, ATTRIBUTES))
+    template = word(word(call_frame, ATTRIBUTES), 0)
     words = word(template, ARRAY_DATA)
     table = _table_address()
     run = word(table, word(words, frames.RUN))
@@ -222,7 +216,7 @@ def _handle(call):
         return _refuse(interface, _no_memory(), RESOURCE_EXHAUSTED)
     _store(frame + 8 * frames.RUN, run)
     if _LINUX:
-        _want_large_pages(word(frame, frames.Y), word(frame, frames.RESULT_BYTES))
+        _want_large_pages(word(frame, frames.Y), word(frame, frames.LARGE_PAGES))
     for _ in range(word(frame, frames.PARTS) - 1):
         _ask_for_help(interface, word(call_frame, CONTEXT), frame, word(table, 0))
     _call(run, frame)

@@ -1,0 +1,144 @@
+"""How an array is cut into the tiles of the kernels for GPUs, from its shape alone.
+
+Not from the device: the same call gives the same bits on every GPU.
+"""
+
+from functools import lru_cache
+from math import gcd
+from typing import NamedTuple
+
+__all__ = ["Form", "Tiles", "chunked", "power_of_two", "whole", "warps_for"]
+
+# Elements of a tile. One that is a group or more is read once and must stay in the registers.
+WHOLE_FORWARD, WHOLE_BACKWARD = 32768, 16384
+CHUNK_FORWARD, CHUNK_BACKWARD = 8192, 8192
+# Tiles of whole groups take several of them, up to this many elements, if there are enough tiles.
+SMALL, ENOUGH = 4096, 512
+# Bytes of a row in memory: fewer waste what is fetched with them.
+ROW_BYTES = 64
+SECTOR_BYTES = 32
+WIDEST = 256
+# Elements of the table that says which channel is of which group.
+TABLE = 4096
+ELEMENTS_OF_A_THREAD = 32
+# Addresses within a tile are counted in 32 bits.
+FARTHEST = 2**31 - 1
+
+
+class Form(NamedTuple):
+    """The shape the kernels see."""
+
+    samples: int
+    groups: int
+    size: int  # channels of a group
+    positions: int
+    first: bool  # channels before positions
+    item: int  # bytes of an element of x
+
+    @property
+    def channels(self) -> int:
+        """The number of channels."""
+        return self.groups * self.size
+
+
+class Tiles(NamedTuple):
+    """How it is cut; see `kernels.triton_tiles`."""
+
+    width: int  # W
+    length: int  # BP
+    parts: int  # J
+
+    def blocks(self, form: Form) -> int:
+        """Tiles side by side for all channels."""
+        if self.parts > 1:
+            return form.groups * self.parts
+        return -(-form.channels // self.width)
+
+    def chunks(self, form: Form) -> int:
+        """Tiles one behind the other for all positions."""
+        return -(-form.positions // self.length)
+
+    def elements(self) -> int:
+        """Elements of a tile, with those that are there for the power of two alone."""
+        return power_of_two(self.width) * self.length
+
+    def full(self, form: Form) -> bool:
+        """Whether no tile has elements that are not there."""
+        channels = form.size if self.parts > 1 else form.channels
+        return (
+            self.width == power_of_two(self.width)
+            and channels % self.width == 0
+            and form.positions % self.length == 0
+        )
+
+    def groups(self, form: Form) -> int:
+        """Groups of a tile."""
+        return 1 if self.parts > 1 else max(self.width // form.size, 1)
+
+
+def power_of_two(number: int) -> int:
+    """Return the least power of two that is not below a number."""
+    return 1 << (number - 1).bit_length()
+
+
+def warps_for(elements: int) -> int:
+    """Return how many warps a tile takes."""
+    return min(max(elements // (32 * ELEMENTS_OF_A_THREAD), 1), 16)
+
+
+@lru_cache(maxsize=4096)
+def whole(form: Form, limit: int) -> Tiles | None:
+    """Cut into whole groups, or return None where a group is more than `limit` elements."""
+    length = power_of_two(form.positions)
+    if power_of_two(form.size) * length > limit:
+        return None
+    found = Tiles(form.size, length, 1)
+    for width in _widths(form, length, max(SMALL, found.elements())):
+        tiles = Tiles(width, length, 1)
+        few = form.samples * tiles.blocks(form) < ENOUGH
+        if few and not _wasteful(form, found.width):
+            break
+        found = tiles
+    # Half of what is fetched would be for others, once more for each of them.
+    narrow = not form.first and found.width < form.channels
+    return None if narrow and found.width * form.item < SECTOR_BYTES else found
+
+
+@lru_cache(maxsize=4096)
+def chunked(form: Form, limit: int) -> Tiles | None:
+    """Cut into parts of groups, `limit` elements at most; None where one cannot."""
+    if form.first:
+        length = min(power_of_two(form.positions), limit)
+        width = min(limit // length, form.size)
+    else:
+        width = min(form.size, WIDEST)
+        if form.size > WIDEST:  # prefer parts of equal width
+            width = next((w for w in (256, 192, 128, 96) if form.size % w == 0), WIDEST)
+        for wider in _widths(form, 1, WIDEST):
+            if width >= form.size and _wasteful(form, width):
+                width = wider
+        length = min(power_of_two(form.positions), max(limit // power_of_two(width), 1))
+        if length * form.channels > FARTHEST:
+            return None
+    return Tiles(width, length, -(-form.size // width) if width < form.size else 1)
+
+
+def _widths(form: Form, length: int, limit: int) -> list[int]:
+    """Return widths of several whole groups that are worth it, the narrow ones first."""
+    together = 1 if form.first else 8 // gcd(form.size, 8)  # groups until rows are aligned
+    found = []
+    for groups in range(together, form.groups + 1, together):
+        width = groups * form.size
+        padded = power_of_two(width)
+        if padded * length > limit or padded * power_of_two(groups) > TABLE:
+            break
+        if 4 * width >= 3 * padded or groups == together:
+            found.append(width)
+    return found
+
+
+def _wasteful(form: Form, width: int) -> bool:
+    """Whether rows this wide fetch memory for others, or cannot be read by whole words."""
+    if form.first or width == form.channels:
+        return False
+    return width * form.item < ROW_BYTES or (width % 8 > 0 and form.channels % 8 == 0)

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from groupnorm.backends import frames
-from groupnorm.backends.cpu import Kinds, Layout, kernels, kinds_of, layout_of, unavailable
+from groupnorm.backends.cpu import kernels, unavailable
+from groupnorm.backends.layouts import Kinds, Layout, kinds_of, layout_of
 from groupnorm.backends.threads import helpers_for, run_together
 from groupnorm.implementations import NotServed
 from groupnorm.options import Options

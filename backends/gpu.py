@@ -9,7 +9,7 @@ Launchers run the steps: by Triton itself for PyTorch, as cubins for CuPy, as PT
 
 import math
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 from groupnorm.backends.gpu_tiles import (
@@ -39,6 +39,9 @@ ROWS_AT_ONCE, CHANNELS_AT_ONCE = 32, 32
 MANY_ROWS, ROWS_OF_A_BLOCK = 512, 128
 
 
+SUMS, FEWER_SUMS = ("products", "gradients"), ("fewer_products", "fewer_gradients")
+
+
 class Asked(NamedTuple):
     """What is computed, beside the shape."""
 
@@ -56,7 +59,8 @@ class Step(NamedTuple):
     module: str  # of `backends.kernels`
     kernel: str
     grid: tuple[int, ...]
-    arrays: tuple[str, ...]  # in the order of the kernel's pointers; None stands for one not there
+    arrays: tuple[str, ...]  # in the order of the kernel's pointers; "" for one that is not used
+    written: int  # how many of them, from the last on
     scalars: tuple[tuple[str, int], ...]
     constants: tuple[tuple[str, Any], ...]
     warps: int
@@ -75,88 +79,65 @@ def statistics_shape(form: Form) -> tuple[int, int, int]:
 
 
 @lru_cache(maxsize=4096)
-def forward(form: Form, asked: Asked) -> Program | None:
-    """Return what computes y and the statistics; None where no tiles fit."""
-    tiles = whole(form, WHOLE_FORWARD)
-    common = (*_flags(asked), ("ACTIVATION", ACTIVATIONS[asked.activation]))
-    exact = (("EPSILON", asked.epsilon), ("LARGEST_UNIT", _largest_unit(asked.epsilon)))
+def forward(form: Form, asked: Asked) -> Program:
+    """Return what computes y and the statistics."""
     arrays = ("x", "scale", "bias", "mask")
+    epsilon, unit = ("EPSILON", asked.epsilon), ("LARGEST_UNIT", _largest_unit(asked.epsilon))
+    mask, *rest = _flags(asked)
+    tiles = whole(form, WHOLE_FORWARD)
     if tiles is not None:
-        step = _step(
-            "triton_forward", "whole", form, tiles, _all(form, tiles),
-            (*arrays, "y", "statistics"), ("groups",), (*exact, *common),
-        )  # fmt: skip
-        return Program((step,), ())
+        step = partial(_step, "triton_forward", form, tiles, _all(form, tiles))
+        constants = (epsilon, unit, mask, *rest)
+        only = step("whole", (*arrays, "y", "statistics"), 2, ("groups",), constants)
+        return Program((only,), ())
     tiles = chunked(form, CHUNK_FORWARD)
-    if tiles is None:
-        return None
     count = tiles.parts * tiles.chunks(form)
     few = count <= FEW_PARTS
+    merged = ("KP", power_of_two(count) if few else 0)
+    used = (*arrays, "parts", "y", "statistics") if few else (*arrays, "statistics", "y", "")
     steps = []
     for wave in _waves(form, tiles, form.item, asked.waves):
-        mask = (("MASK", MASKS[asked.mask]),)
-        steps.append(
-            _step(
-                "triton_forward", "measure", form, tiles, wave, ("x", "mask", "parts"), (),
-                (exact[1], *mask),
-            )  # fmt: skip
-        )
+        step = partial(_step, "triton_forward", form, tiles, wave)
+        steps.append(step("measure", ("x", "mask", "parts"), 1, (), (unit, mask)))
         if not few:
-            steps.append(_merge("triton_forward", wave, count, form, "statistics", exact[:1]))
-        merged = ("KP", power_of_two(count) if few else 0)
-        steps.append(
-            _step(
-                "triton_forward", "apply", form, tiles, wave,
-                (*arrays, "parts", "y", "statistics"), ("groups",), (exact[0], merged, *common),
-            )  # fmt: skip
-        )
+            steps.append(_merge("triton_forward", wave, count, form, "statistics", (epsilon,)))
+        steps.append(step("apply", used, 2, ("groups",), (epsilon, merged, mask, *rest)))
     return Program(tuple(steps), (("parts", form.samples * form.groups * count * 5),))
 
 
 @lru_cache(maxsize=4096)
-def backward(form: Form, asked: Asked) -> Program | None:
-    """Return what computes dx, dscale and dbias; None where no tiles fit."""
+def backward(form: Form, asked: Asked, batches: int = 1) -> Program:
+    """Return what computes dx, and dscale and dbias, (batches, channels).
+
+    The latter are apart for so many parts of the samples.
+    """
     arrays = ("dy", "x", "scale", "bias", "mask", "statistics")
-    common = (*_flags(asked), ("ACTIVATION", ACTIVATIONS[asked.activation]))
+    flags = _flags(asked)
+    shared: dict[str, int] = {}
     tiles = whole(form, WHOLE_BACKWARD)
-    shared = {}
-    steps = []
     if tiles is not None:
-        steps.append(
-            _step(
-                "triton_backward", "whole", form, tiles, _all(form, tiles),
-                (*arrays, "dx", "sums"), ("groups",), common,
-            )  # fmt: skip
-        )
+        step = partial(_step, "triton_backward", form, tiles, _all(form, tiles))
+        steps = [step("whole", (*arrays, "dx", *SUMS), 3, ("groups",), flags)]
     else:
         tiles = chunked(form, CHUNK_BACKWARD)
-        if tiles is None:
-            return None
         count = tiles.parts * tiles.chunks(form)
         few = count <= FEW_PARTS
         shared["parts"] = form.samples * form.groups * count * 2
         if not few:
             shared["merged"] = form.samples * form.groups * 2
+        merged = ("KP", power_of_two(count) if few else 1)
+        used = (*arrays, "parts" if few else "merged", "dx")
+        scalars = ("groups", ("tiles", count if few else 1))
+        steps = []
         for wave in _waves(form, tiles, 2 * form.item, asked.waves):
-            steps.append(
-                _step(
-                    "triton_backward", "measure", form, tiles, wave, (*arrays, "parts", "sums"),
-                    ("groups",), common,
-                )  # fmt: skip
-            )
+            step = partial(_step, "triton_backward", form, tiles, wave)
+            steps.append(step("measure", (*arrays, "parts", *SUMS), 3, ("groups",), flags))
             if not few:
                 steps.append(_merge("triton_backward", wave, count, form, "merged", ()))
-            merged = ("KP", power_of_two(count) if few else 1)
-            parts = "parts" if few else "merged"
-            steps.append(
-                _step(
-                    "triton_backward", "apply", form, tiles, wave, (*arrays, parts, "dx"),
-                    ("groups", ("tiles", count if few else 1)), (merged, *common),
-                )  # fmt: skip
-            )
+            steps.append(step("apply", used, 1, scalars, (merged, *flags)))
     rows = form.samples * tiles.chunks(form)
-    shared["sums"] = 2 * rows * form.channels
-    steps += _sum_rows(form.channels, rows, shared)
+    shared |= dict.fromkeys(SUMS, rows * form.channels)
+    steps += _sum_rows(form.channels, rows, batches, shared)
     return Program(tuple(steps), tuple(shared.items()))
 
 
@@ -164,7 +145,7 @@ class _Wave(NamedTuple):
     """Tiles that are computed together, and the groups they are of."""
 
     begin: int
-    count: int
+    tiles: int
     first_group: int
     groups: int
 
@@ -183,8 +164,9 @@ def _waves(form: Form, tiles: Tiles, item: int, wanted: bool) -> Iterator[_Wave]
     if not wanted or total <= LARGE or total > units * WAVE:
         yield everything
         return
-    many = min(WAVE * units // total, units)  # units of a wave
-    tiles_of_a_unit, groups_of_a_unit = everything.count // units, everything.groups // units
+    waves = -(-units // (WAVE * units // total))
+    many = -(-units // waves)  # units of a wave
+    tiles_of_a_unit, groups_of_a_unit = everything.tiles // units, everything.groups // units
     for begin in range(0, units, many):
         count = min(many, units - begin)
         yield _Wave(
@@ -194,8 +176,8 @@ def _waves(form: Form, tiles: Tiles, item: int, wanted: bool) -> Iterator[_Wave]
 
 
 def _step(
-    module: str, kernel: str, form: Form, tiles: Tiles, wave: _Wave, arrays: Any, scalars: Any,
-    constants: Any,
+    module: str, form: Form, tiles: Tiles, wave: _Wave, kernel: str, arrays: Any, written: int,
+    scalars: Any, constants: Any,
 ) -> Step:  # fmt: skip
     divisor = min(form.positions & -form.positions, 16)
     known = {"groups": form.samples * form.groups}
@@ -203,7 +185,7 @@ def _step(
     numbers += [(s, known[s]) if isinstance(s, str) else s for s in scalars]
     padded = power_of_two(tiles.width)
     return Step(
-        module, kernel, (wave.count,), arrays, (*numbers, ("begin_at", wave.begin)),
+        module, kernel, (wave.tiles,), arrays, written, (*numbers, ("begin_at", wave.begin)),
         (
             *constants, ("C", form.channels), ("D", form.size), ("W", tiles.width),
             ("WP", padded), ("BP", tiles.length), ("V", divisor), ("J", tiles.parts),
@@ -222,29 +204,25 @@ def _merge(
     if constants:
         scalars = (*scalars, ("groups", form.samples * form.groups))
     return Step(
-        module, "merge", (wave.groups,), ("parts", result), scalars,
+        module, "merge", (wave.groups,), ("parts", result), 1, scalars,
         (*constants, ("KP", at_once)), warps_for(8 * at_once),
     )  # fmt: skip
 
 
-def _sum_rows(channels: int, rows: int, shared: dict[str, int]) -> Iterator[Step]:
-    sums = "sums"
-    if rows > MANY_ROWS:
+def _sum_rows(channels: int, rows: int, batches: int, shared: dict[str, int]) -> Iterator[Step]:
+    sums = SUMS
+    if rows > MANY_ROWS and batches == 1:
         blocks = -(-rows // ROWS_OF_A_BLOCK)
-        # One array: that of scale before that of bias, as the next step reads them.
-        shared["fewer_sums"] = 2 * blocks * channels
-        yield _rows_step(channels, rows, ROWS_OF_A_BLOCK, sums, ("fewer_sums", "fewer_sums"), True)
-        rows, sums = blocks, "fewer_sums"
-    yield _rows_step(channels, rows, rows, sums, ("dscale", "dbias"), False)
+        shared |= dict.fromkeys(FEWER_SUMS, blocks * channels)
+        yield _rows_step(channels, rows, ROWS_OF_A_BLOCK, (*sums, *FEWER_SUMS))
+        rows, sums = blocks, FEWER_SUMS
+    yield _rows_step(channels, rows, rows // batches, (*sums, "dscale", "dbias"))
 
 
-def _rows_step(
-    channels: int, rows: int, block: int, sums: str, results: tuple[str, str], together: bool
-) -> Step:
-    grid = (-(-channels // CHANNELS_AT_ONCE), -(-rows // block))
+def _rows_step(channels: int, rows: int, block: int, arrays: tuple[str, ...]) -> Step:
     return Step(
-        "triton_backward", "sum_rows", grid, (sums, *results),
-        (("rows", rows), ("R", block), ("behind", grid[1] * channels if together else 0)),
+        "triton_backward", "sum_rows", (-(-channels // CHANNELS_AT_ONCE), -(-rows // block)),
+        arrays, 2, (("rows", rows), ("R", block)),
         (("C", channels), ("RP", ROWS_AT_ONCE), ("BC", CHANNELS_AT_ONCE)), 4,
     )  # fmt: skip
 
@@ -252,6 +230,7 @@ def _rows_step(
 def _flags(asked: Asked) -> tuple[tuple[str, int], ...]:
     return (
         ("MASK", MASKS[asked.mask]), ("SCALE", int(asked.scale)), ("BIAS", int(asked.bias)),
+        ("ACTIVATION", ACTIVATIONS[asked.activation]),
     )  # fmt: skip
 
 

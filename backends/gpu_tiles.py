@@ -7,7 +7,7 @@ from functools import lru_cache
 from math import gcd
 from typing import NamedTuple
 
-__all__ = ["Form", "Tiles", "chunked", "power_of_two", "whole", "warps_for"]
+__all__ = ["FARTHEST", "Form", "Tiles", "chunked", "power_of_two", "warps_for", "whole"]
 
 # Elements of a tile. One that is a group or more is read once and must stay in the registers.
 WHOLE_FORWARD, WHOLE_BACKWARD = 32768, 16384
@@ -105,8 +105,8 @@ def whole(form: Form, limit: int) -> Tiles | None:
 
 
 @lru_cache(maxsize=4096)
-def chunked(form: Form, limit: int) -> Tiles | None:
-    """Cut into parts of groups, `limit` elements at most; None where one cannot."""
+def chunked(form: Form, limit: int) -> Tiles:
+    """Cut into parts of groups, `limit` elements at most."""
     if form.first:
         length = min(power_of_two(form.positions), limit)
         width = min(limit // length, form.size)
@@ -118,8 +118,8 @@ def chunked(form: Form, limit: int) -> Tiles | None:
             if width >= form.size and _wasteful(form, width):
                 width = wider
         length = min(power_of_two(form.positions), max(limit // power_of_two(width), 1))
-        if length * form.channels > FARTHEST:
-            return None
+        while length * form.channels > FARTHEST:
+            length //= 2
     return Tiles(width, length, -(-form.size // width) if width < form.size else 1)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from groupnorm.backends import cpu, jax_kernels
+from groupnorm.backends import jax_kernels, layouts
 from groupnorm.backends.jax_passes import Spec, normalize
 from groupnorm.implementations import NotServed
 from groupnorm.options import Options
@@ -130,7 +130,7 @@ def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Optio
     if any(_varies(a) for a in (x, scale, bias, mask)):
         return NotServed("a shard_map checks over which of its axes values vary")
     kinds, dtypes = plan.roles, (x.dtype, checked.work_dtype, checked.result_dtype)
-    if kinds not in cpu.ROLES:
+    if kinds not in layouts.ROLES:
         return NotServed(f"the axes' order is {kinds} (kept, positions, channels)")
     positions = plan.merged_shape[kinds.index("P")] if "P" in kinds else 1
     no_kernels = jax_kernels.unavailable(*dtypes)

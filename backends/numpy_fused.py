@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from groupnorm.backends import cpu
+from groupnorm.backends import cpu, layouts
 from groupnorm.backends.cpu_launch import Arrays, Saved, Work, address, planned
 from groupnorm.errors import ArgumentTypeError
 from groupnorm.implementations import NotServed
@@ -23,7 +23,7 @@ class _Call(NamedTuple):
     x: Any  # contiguous, in memory order
     scale: Any  # float32, contiguous
     bias: Any
-    mask: Any  # as `cpu.flat_mask` returns it
+    mask: Any  # as `layouts.flat_mask` returns it
 
     @property
     def arrays(self) -> Arrays:
@@ -108,19 +108,19 @@ def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Optio
             return NotServed("a parameter does not have the shape of the feature axes")
         else:
             parameters.append(np.ascontiguousarray(parameter, np.float32))
-    flat_mask = None if mask is None else cpu.flat_mask(host_mask(mask), layout)
+    flat_mask = None if mask is None else layouts.flat_mask(host_mask(mask), layout)
     if isinstance(flat_mask, NotServed):
         return flat_mask
     return _Call(work, _memory(x, layout), parameters[0], parameters[1], flat_mask)
 
 
-def _memory(a: Any, layout: cpu.Layout) -> Any:
+def _memory(a: Any, layout: layouts.Layout) -> Any:
     """Return an array contiguous in the order of x's memory."""
     if layout.order is not None:
         a = a.transpose(layout.order)
     return np.ascontiguousarray(a)
 
 
-def _restored(a: Any, layout: cpu.Layout) -> Any:
+def _restored(a: Any, layout: layouts.Layout) -> Any:
     """Bring the axes of what lies in memory order back to x's."""
     return a if layout.order is None else a.transpose(layout.inverse)

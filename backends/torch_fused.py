@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch.autograd import forward_ad
 
-from groupnorm.backends import cpu
+from groupnorm.backends import cpu, layouts, torch_gpu
 from groupnorm.backends.cpu_launch import Arrays, Saved, Team, Work, address, planned
 from groupnorm.backends.pages import want_large_pages
+from groupnorm.backends.torch_memory import PLAIN, cotangent, in_memory, like
 from groupnorm.backends.torch_threads import run_in_torch_threads, torch_helpers_for
 from groupnorm.errors import GroupNormError
 from groupnorm.implementations import NotServed
@@ -22,7 +23,6 @@ from groupnorm.prepare import check_cotangent, host_mask
 from groupnorm.typing import Gradients
 
 __all__ = [
-    "PLAIN",
     "Call",
     "as_parameter",
     "call_of",
@@ -37,8 +37,6 @@ __all__ = [
 is_wrapped: Any = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore[reportAttributeAccessIssue]
 
 _TEAM = Team(torch_helpers_for, run_in_torch_threads)
-
-PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 class Call(NamedTuple):
@@ -55,19 +53,16 @@ class Call(NamedTuple):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Saved]:
         """Return y, in x's memory format, and what backward needs."""
         work = self.work
-        x, y = _memory(x, work.layout), self._like(x, work.kinds.dtype)
+        x, y = in_memory(x, work.layout), like(x, work.layout, work.kinds.dtype)
         return y, work.forward(self._arrays(x), _fresh(y))
 
     def backward(
         self, saved: Saved, x: torch.Tensor, dy: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return dx, and the gradients of scale and bias, flat in float32."""
-        work, dx, dy = self.work, self._like(x, x.dtype), dy.resolve_neg()
-        if dy.dtype is not x.dtype and dy.dtype is not torch.float32:
-            dy = dy.to(torch.float32)
-        if not work.layout.dense or dy.stride() != x.stride():
-            dy = _in_order(dy, work.layout)
-        x = _memory(x, work.layout)
+        work, dy = self.work, cotangent(dy, x, self.work.layout)
+        dx = like(x, work.layout, x.dtype)
+        x = in_memory(x, work.layout)
         dscale = torch.empty(work.channels, dtype=torch.float32, device="cpu")
         dbias = torch.empty_like(dscale)
         dy_dtype = "float32" if dy.dtype is torch.float32 else work.kinds.x
@@ -77,13 +72,16 @@ class Call(NamedTuple):
         )  # fmt: skip
         return dx, dscale, dbias
 
-    def _like(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Make room for a result that lies in memory as x does."""
-        layout = self.work.layout
-        if layout.dense:
-            return torch.empty_like(x, dtype=dtype)
-        made = torch.empty(layout.plan.shape, dtype=dtype, device="cpu")
-        return made if layout.order is None else made.permute(layout.inverse)
+    def packed(self, saved: Saved) -> torch.Tensor:
+        """Put what was saved behind a number that tells the order in memory it is of."""
+        values = self.work.saved_values(saved)
+        return torch.from_numpy(np.concatenate([[_signature(self.work.layout)], values]))
+
+    def unpacked(self, packed: torch.Tensor) -> Saved | None:
+        """Return what was packed, unless it was of another order in memory."""
+        if packed[0].item() != _signature(self.work.layout):
+            return None
+        return Saved(packed.data_ptr() + packed.itemsize, packed)
 
     def _arrays(self, x: torch.Tensor) -> Arrays:
         mask = self.flat_mask
@@ -190,12 +188,16 @@ def call_of(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Opt
     if _looked_through():
         return NotServed("PyTorch looks through the computation, which kernels do not allow")
     # In one place, and cheap things first: this is much of the time of a small call.
+    on_cpu = not torch_gpu.INTERPRETED
     for name, a in (("x", x), ("scale", scale), ("bias", bias)):
         if type(a) in PLAIN:
-            if not a.is_cpu or a.layout is not torch.strided or a.is_neg() or is_wrapped(a):
-                return NotServed(f"{name} is no ordinary tensor on the CPU")
+            if a.layout is not torch.strided or a.is_neg() or is_wrapped(a):
+                return NotServed(f"{name} is no ordinary tensor")
+            on_cpu = on_cpu and a.is_cpu
         elif a is not None and (a is x or type(a) is not np.ndarray):
             return NotServed(f"{name} is of type {type(a).__name__}")
+    if not on_cpu:
+        return torch_gpu.call_of(adapter, x, scale, bias, mask, options)
     work = planned(
         adapter, x.shape, x.stride(), x.dtype, None if scale is None else scale.dtype,
         None if bias is None else bias.dtype, options, _TEAM,
@@ -225,6 +227,13 @@ def _flat_parameter(parameter: Any, neutral: float, work: Work) -> Any:
     return parameter.detach().to(torch.float32).contiguous()
 
 
+def _signature(layout: layouts.Layout) -> float:
+    """Return a number for an order of axes, which is not 0."""
+    ndim = len(layout.shape)
+    order = range(ndim) if layout.order is None else layout.order
+    return float(1 + sum(a * ndim**i for i, a in enumerate(order)))
+
+
 def _where(parameter: Any) -> int:
     if isinstance(parameter, torch.Tensor):
         return parameter.data_ptr()
@@ -240,28 +249,16 @@ def _looked_through() -> bool:
     )
 
 
-def _flat_mask(mask: Any, layout: cpu.Layout) -> Any:
+def _flat_mask(mask: Any, layout: layouts.Layout) -> Any:
     if isinstance(mask, torch.Tensor):
         plain = type(mask) in PLAIN and not is_wrapped(mask) and mask.is_cpu
         if not plain or mask.layout is not torch.strided or mask.is_complex():
             return NotServed("the mask is no ordinary tensor on the CPU, or complex")
-        return cpu.flat_mask((mask.detach() != 0).numpy(), layout)
+        return layouts.flat_mask((mask.detach() != 0).numpy(), layout)
     try:
-        return cpu.flat_mask(host_mask(mask), layout)
+        return layouts.flat_mask(host_mask(mask), layout)
     except GroupNormError:
         return NotServed("the mask is no array of booleans")
-
-
-def _memory(x: torch.Tensor, layout: cpu.Layout) -> torch.Tensor:
-    """Return x, or a copy that has no gaps."""
-    return x if layout.dense else _in_order(x, layout)
-
-
-def _in_order(a: torch.Tensor, layout: cpu.Layout) -> torch.Tensor:
-    """Return a tensor contiguous in the order of x's memory."""
-    if layout.order is not None:
-        a = a.permute(layout.order)
-    return a.contiguous()
 
 
 def _fresh(a: torch.Tensor) -> int:

@@ -1,23 +1,22 @@
-"""The fused CPU kernels as operators, `torch.ops.groupnorm`, for programs that torch.compile makes.
+"""The fused kernels as operators, `torch.ops.groupnorm`, for programs that torch.compile makes.
 
 The compiler looks through portable code and rewrites it; through an operator it does not look, so
 that compiled programs run the kernels. `traced` decides, while the program is traced, by what is
 known then. Where memory turns out to be laid out otherwise when it runs, the operators compute by
 the portable implementation themselves: they are right for every input.
 
-Forward returns, beside y, what backward needs in one tensor (see `_pack`). That is of use to the
+Forward returns, beside y, what backward needs in one tensor (`Call.packed`). That is of use to the
 same kernels on the same memory only; otherwise backward measures again.
 """
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch.autograd import forward_ad
 
-from groupnorm.backends import cpu
-from groupnorm.backends.cpu_launch import Saved
-from groupnorm.backends.torch_fused import PLAIN, Call, as_parameter, call_of
+from groupnorm.backends import cpu, layouts, torch_gpu
+from groupnorm.backends.torch_fused import as_parameter, call_of
+from groupnorm.backends.torch_memory import PLAIN
 from groupnorm.core import apply, apply_with_pullback
 from groupnorm.dispatch import adapter_named
 from groupnorm.implementations import NotServed
@@ -47,15 +46,15 @@ def traced(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Opti
     for name, a in (("x", x), ("scale", scale), ("bias", bias), ("mask", mask)):
         if a is None:
             continue
-        if type(a) not in PLAIN or a.device.type != "cpu" or a.layout is not torch.strided:
-            return NotServed(f"{name} is no ordinary tensor on the CPU")
+        if type(a) not in PLAIN or a.device != x.device or a.layout is not torch.strided:
+            return NotServed(f"{name} is no ordinary tensor on x's device")
     dtypes = [None if a is None else a.dtype for a in (scale, bias)]
-    why = _unserved(x.dtype, dtypes[0], dtypes[1], options.dtype)
+    why = _unserved(x.device, x.dtype, dtypes[0], dtypes[1], options.dtype)
     # The level is known to be -1 here: it is read for the compiler to guard on it.
     if why or forward_ad._current_level >= 0:
         return NotServed(why)
     plan = check(adapter, x, scale, bias, mask, options).plan
-    if plan.permutation is not None or plan.roles not in cpu.ROLES:
+    if plan.permutation is not None or plan.roles not in layouts.ROLES:
         return NotServed(f"the order of the axes is {plan.roles}")
     if mask is not None:
         before = x.ndim - mask.ndim
@@ -73,7 +72,7 @@ def traced(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Opti
 
 # The compiler calls it and keeps the result: it need not trace how numba is imported. What it
 # depends on beside its arguments - transforms, forward mode - the compiler guards by itself.
-def _unserved(x: Any, scale: Any, bias: Any, dtype: str | None) -> str:
+def _unserved(device: Any, x: Any, scale: Any, bias: Any, dtype: str | None) -> str:
     """Say why the kernels do not serve tensors of these dtypes here and now; "" if they do."""
     if (
         getattr(forward_ad, "_current_level", -1) >= 0
@@ -81,8 +80,13 @@ def _unserved(x: Any, scale: Any, bias: Any, dtype: str | None) -> str:
     ):
         return "forward mode and torch.func's transforms look through the computation"
     options = _options((), None, 1, None, 0.0, dtype, True, None)
-    kinds = cpu.kinds_of(adapter_named("torch"), x, scale, bias, options)
-    why = kinds if isinstance(kinds, NotServed) else cpu.unavailable(kinds.float16)
+    kinds = layouts.kinds_of(adapter_named("torch"), x, scale, bias, options)
+    if isinstance(kinds, NotServed):
+        return kinds.reason
+    if device.type == "cpu" and not torch_gpu.INTERPRETED:
+        why = cpu.unavailable(kinds.float16)
+    else:
+        why = torch_gpu.unavailable(device)
     return "" if why is None else why.reason
 
 
@@ -98,7 +102,7 @@ _unserved._dynamo_marked_constant = True  # type: ignore[attr-defined]  # pyrigh
     "groupnorm::group_norm",
     mutates_args=(),
     schema=f"({_ARRAYS}, {_SETTINGS}) -> (Tensor y, Tensor saved)",
-    device_types="cpu",
+    device_types=("cpu", "cuda"),
 )
 def _forward(x: Any, scale: Any, bias: Any, mask: Any, *settings: Any) -> Any:
     x, read, call = _dense_call(x, scale, bias, mask, settings)
@@ -106,7 +110,7 @@ def _forward(x: Any, scale: Any, bias: Any, mask: Any, *settings: Any) -> Any:
         y, saved = _portable_forward(x, scale, bias, mask, *settings)
     else:
         y, found = call.forward(read)
-        saved = _pack(found, call)
+        saved = call.packed(found)
     return _laid_out_as(x, y), saved
 
 
@@ -115,14 +119,14 @@ def _forward(x: Any, scale: Any, bias: Any, mask: Any, *settings: Any) -> Any:
     mutates_args=(),
     schema=f"(Tensor dy, {_ARRAYS}, Tensor saved, {_SETTINGS}) "
     "-> (Tensor dx, Tensor dscale, Tensor dbias)",
-    device_types="cpu",
+    device_types=("cpu", "cuda"),
 )
 def _backward(dy: Any, x: Any, scale: Any, bias: Any, mask: Any, saved: Any, *settings: Any) -> Any:
     x, read, call = _dense_call(x, scale, bias, mask, settings)
     if isinstance(call, NotServed):
         dx, *gradients = _portable_backward(dy, x, scale, bias, mask, saved, *settings)
         return _laid_out_as(x, dx), *gradients
-    found = _unpack(saved, call)
+    found = call.unpacked(saved)
     dx, dscale, dbias = call.backward(call.forward(read)[1] if found is None else found, read, dy)
     gradients = [
         x.new_empty(0) if p is None else as_parameter(gradient, p)
@@ -155,12 +159,14 @@ def _options(*settings: Any) -> Options:
 
 def _dense_call(x: Any, scale: Any, bias: Any, mask: Any, settings: Any) -> tuple[Any, Any, Any]:
     """Return x without gaps, x as the kernels read it, and their call or `NotServed`."""
-    if x.numel() and cpu.memory_order(x.shape, x.stride()) is None:
+    if x.numel() and layouts.memory_order(x.shape, x.stride()) is None:
         x = x.clone()  # which keeps the order of the axes, as the result's is
     adapter, options = adapter_named("torch"), _options(*settings)
     call = call_of(adapter, x, scale, bias, mask, options)
     if not isinstance(call, NotServed) or x.is_contiguous():
         return x, x, call
+    # Served in the order of the axes, or not at all: `traced` saw to that. So what forward saves
+    # on a GPU, where nobody can look, is always of kernels or never.
     read = x.contiguous()
     return x, read, call_of(adapter, read, scale, bias, mask, options)
 
@@ -175,34 +181,16 @@ def _laid_out_as(x: Any, y: Any) -> Any:
 
 
 def _nothing_saved(x: Any, settings: Any) -> Any:
-    """Make room for what `_pack` packs, filled with what `_unpack` takes for nothing."""
+    """Make room for what calls pack, filled with what the CPU's take for nothing."""
     options = _options(*settings)
     plan = make_plan_uncached(
         tuple(x.shape), options.feature, options.num_groups, options.group_size, options.reduction,
         sampled=False, static=False,
     )  # fmt: skip
-    size = 1 + 3 * product(plan.statistics_shape)
-    return torch.zeros(size, dtype=torch.float64, device=x.device)
-
-
-def _pack(saved: Saved, call: Call) -> torch.Tensor:
-    """Put what was saved behind a number that tells the order in memory it is of."""
-    values = call.work.saved_values(saved)
-    return torch.from_numpy(np.concatenate([[_signature(call.work.layout)], values]))
-
-
-def _unpack(packed: torch.Tensor, call: Call) -> Saved | None:
-    """Return what was packed, unless it was of another order in memory."""
-    if packed[0].item() != _signature(call.work.layout):
-        return None
-    return Saved(packed.data_ptr() + packed.itemsize, packed)
-
-
-def _signature(layout: cpu.Layout) -> float:
-    """Return a number for an order of axes, which is not 0."""
-    ndim = len(layout.shape)
-    order = range(ndim) if layout.order is None else layout.order
-    return float(1 + sum(a * ndim**i for i, a in enumerate(order)))
+    groups = product(plan.statistics_shape)
+    if x.device.type == "cpu" and not torch_gpu.INTERPRETED:
+        return torch.zeros(1 + 3 * groups, dtype=torch.float64)
+    return torch.zeros(4 * groups, dtype=torch.float32, device=x.device)
 
 
 # Derivatives, and torch.func's vmap ---------------------------------------------------------------

@@ -1,12 +1,12 @@
 """The pullback in Triton: whole groups in one tile each, or sums by tiles, then apply.
 
-With the activation pulled back first, ``g``, and sums over the positions of a channel ``S1 = sum(g)``
-and ``S2 = sum(g xhat)``, these are the gradients of bias and scale, but for the sum over samples;
-and with ``p`` and ``q`` the sums of ``scale S1`` and ``scale S2`` over a group, divided by its
-count, ``dx = rstd (scale g - m (p + xhat q))``.
+With the activation pulled back first, ``g``, and sums over the positions of a channel,
+``S1 = sum(g)`` and ``S2 = sum(g xhat)``, these are the gradients of bias and scale, but for the sum
+over samples; and with ``p`` and ``q`` the sums of ``scale S1`` and ``scale S2`` over a group,
+divided by its count, ``dx = rstd (scale g - m (p + xhat q))``.
 
-Sums are ``(2, rows, channels)``, of S2 and S1, with a row for each chunk of each sample. Parts are
-``(samples * groups, tiles of a group, 2)``.
+S2 and S1 are written as ``products`` and ``gradients``, (rows, channels), with a row for each chunk
+of each sample. Parts are ``(samples * groups, tiles of a group, 2)``.
 """
 
 import triton
@@ -78,20 +78,21 @@ def _write(
 
 @triton.jit
 def _keep_sums(
-    sums, of_products, of_gradients, row, rows, first, channel_exists, C: tl.constexpr,
+    products, gradients, of_products, of_gradients, row, first, channel_exists, C: tl.constexpr,
     WP: tl.constexpr,
 ):  # fmt: skip
-    where = sums + row.to(tl.int64) * C + first + tl.arange(0, WP)
-    tl.store(where, of_products, mask=channel_exists)
-    tl.store(where + tl.cast(rows, tl.int64) * C, of_gradients, mask=channel_exists)
+    where = row.to(tl.int64) * C + first + tl.arange(0, WP)
+    tl.store(products + where, of_products, mask=channel_exists)
+    tl.store(gradients + where, of_gradients, mask=channel_exists)
 
 
 @triton.jit
 def whole(
-    dy, x, scale, bias, mask, statistics, dx, sums, steps, groups, begin_at, C: tl.constexpr,
-    D: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, BP: tl.constexpr, V: tl.constexpr,
-    J: tl.constexpr, NB: tl.constexpr, FULL: tl.constexpr, GBP: tl.constexpr, FIRST: tl.constexpr,
-    MASK: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    dy, x, scale, bias, mask, statistics, dx, products, gradients, steps, groups, begin_at,
+    C: tl.constexpr, D: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, BP: tl.constexpr,
+    V: tl.constexpr, J: tl.constexpr, NB: tl.constexpr, FULL: tl.constexpr, GBP: tl.constexpr,
+    FIRST: tl.constexpr, MASK: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """Pull back groups that fit a tile."""
     pid = tl.program_id(0) + begin_at
@@ -114,15 +115,17 @@ def whole(
         dx, xhat, gradient, constant, counted, factor, rstd, mean, mean_product, begin, offsets,
         exists, FIRST, MASK,
     )  # fmt: skip
-    samples = tl.cast(groups, tl.int64) // (C // D)
-    _keep_sums(sums, of_products, of_gradients, sample, samples, first, channel_exists, C, WP)
+    _keep_sums(
+        products, gradients, of_products, of_gradients, sample, first, channel_exists, C, WP
+    )  # fmt: skip
 
 
 @triton.jit
 def measure(
-    dy, x, scale, bias, mask, statistics, parts, sums, steps, groups, begin_at, C: tl.constexpr,
-    D: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, BP: tl.constexpr, V: tl.constexpr,
-    J: tl.constexpr, NB: tl.constexpr, FULL: tl.constexpr, GBP: tl.constexpr, FIRST: tl.constexpr,
+    dy, x, scale, bias, mask, statistics, parts, products, gradients, steps, groups,
+    begin_at, C: tl.constexpr, D: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
+    BP: tl.constexpr, V: tl.constexpr, J: tl.constexpr, NB: tl.constexpr, FULL: tl.constexpr,
+    GBP: tl.constexpr, FIRST: tl.constexpr,
     MASK: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """Sum what of each group lies in a tile."""
@@ -134,17 +137,16 @@ def measure(
     counted = counted_in(
         mask, sample, chunk, steps, exists, position_exists, BP, V, MASK, FIRST
     )  # fmt: skip
-    xhat, gradient, constant, factor, rstd, share = _pulled_back(
+    xhat, gradient, _, factor, _, _ = _pulled_back(
         dy, x, scale, bias, statistics, groups, begin, offsets, exists, counted, first, sample,
         channel_exists, C, D, WP, FIRST, MASK, SCALE, BIAS, ACTIVATION,
     )  # fmt: skip
     of_gradients = over_positions(gradient, FIRST)
     of_products = over_positions(gradient * xhat, FIRST)
     chunks = chunks_of(steps, V, BP)
-    samples = tl.cast(groups, tl.int64) // (C // D)
     row = sample.to(tl.int64) * chunks + chunk
     _keep_sums(
-        sums, of_products, of_gradients, row, samples * chunks, first, channel_exists, C, WP
+        products, gradients, of_products, of_gradients, row, first, channel_exists, C, WP
     )  # fmt: skip
     group = sample.to(tl.int64) * (C // D) + group_of(first, D, WP)
     where = parts + (group * (J * chunks) + part * chunks + chunk) * 2
@@ -182,7 +184,8 @@ def merge(parts, merged, tiles, begin_at, KP: tl.constexpr):
 def apply(
     dy, x, scale, bias, mask, statistics, parts, dx, steps, groups, tiles, begin_at,
     KP: tl.constexpr, C: tl.constexpr, D: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
-    BP: tl.constexpr, V: tl.constexpr, J: tl.constexpr, NB: tl.constexpr, FULL: tl.constexpr, GBP: tl.constexpr,
+    BP: tl.constexpr, V: tl.constexpr, J: tl.constexpr, NB: tl.constexpr,
+    FULL: tl.constexpr, GBP: tl.constexpr,
     FIRST: tl.constexpr, MASK: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):  # fmt: skip
@@ -212,28 +215,22 @@ def apply(
 
 @triton.jit
 def sum_rows(
-    sums, of_products, of_gradients, rows, R, behind, C: tl.constexpr, RP: tl.constexpr,
+    products, gradients, product_sums, gradient_sums, rows, R, C: tl.constexpr, RP: tl.constexpr,
     BC: tl.constexpr,
 ):  # fmt: skip
-    """Sum each R rows, in float64, RP at once, for BC channels.
-
-    The sums of gradients are written `behind` elements after where `of_gradients` begins.
-    """
+    """Sum each R rows, RP at once, in float64, for BC channels."""
     channel = tl.program_id(0) * BC + tl.arange(0, BC)
     channel_exists = channel < C
-    block = tl.program_id(1)
-    end = tl.minimum(tl.cast(rows, tl.int64), (block + 1).to(tl.int64) * R)
-    products = tl.zeros([RP, BC], tl.float64)
-    gradients = tl.zeros([RP, BC], tl.float64)
-    plane = tl.cast(rows, tl.int64) * C
+    block = tl.program_id(1).to(tl.int64)
+    end = tl.minimum(tl.cast(rows, tl.int64), (block + 1) * R)
+    product_sum = tl.zeros([RP, BC], tl.float64)
+    gradient_sum = tl.zeros([RP, BC], tl.float64)
     for begin in range(0, R, RP):
-        row = block.to(tl.int64) * R + begin + tl.arange(0, RP)
+        row = block * R + begin + tl.arange(0, RP)
         there = (row < end)[:, None] & channel_exists[None, :]
-        where = sums + row[:, None] * C + channel[None, :]
-        products += tl.load(where, mask=there, other=0.0).to(tl.float64)
-        gradients += tl.load(where + plane, mask=there, other=0.0).to(tl.float64)
-    where = block.to(tl.int64) * C + channel
-    found = tl.sum(products, 0).to(of_products.dtype.element_ty)
-    tl.store(of_products + where, found, mask=channel_exists)
-    found = tl.sum(gradients, 0).to(of_gradients.dtype.element_ty)
-    tl.store(of_gradients + behind + where, found, mask=channel_exists)
+        where = row[:, None] * C + channel[None, :]
+        product_sum += tl.load(products + where, mask=there, other=0.0).to(tl.float64)
+        gradient_sum += tl.load(gradients + where, mask=there, other=0.0).to(tl.float64)
+    where = block * C + channel
+    tl.store(product_sums + where, tl.sum(product_sum, 0).to(tl.float32), mask=channel_exists)
+    tl.store(gradient_sums + where, tl.sum(gradient_sum, 0).to(tl.float32), mask=channel_exists)

@@ -103,7 +103,8 @@ def _keep(statistics, group, groups, mean, missed, rstd, share, write):
 def whole(
     x, scale, bias, mask, y, statistics, steps, groups, begin_at, EPSILON: tl.constexpr,
     LARGEST_UNIT: tl.constexpr, C: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
-    WP: tl.constexpr, BP: tl.constexpr, V: tl.constexpr, J: tl.constexpr, NB: tl.constexpr, FULL: tl.constexpr,
+    WP: tl.constexpr, BP: tl.constexpr, V: tl.constexpr, J: tl.constexpr, NB: tl.constexpr,
+    FULL: tl.constexpr,
     GBP: tl.constexpr, FIRST: tl.constexpr, MASK: tl.constexpr, SCALE: tl.constexpr,
     BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
@@ -145,7 +146,8 @@ def whole(
 def measure(
     x, mask, parts, steps, begin_at, LARGEST_UNIT: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
     W: tl.constexpr, WP: tl.constexpr, BP: tl.constexpr, V: tl.constexpr, J: tl.constexpr,
-    NB: tl.constexpr, FULL: tl.constexpr, GBP: tl.constexpr, FIRST: tl.constexpr, MASK: tl.constexpr,
+    NB: tl.constexpr, FULL: tl.constexpr, GBP: tl.constexpr, FIRST: tl.constexpr,
+    MASK: tl.constexpr,
 ):  # fmt: skip
     """Measure what of each group lies in a tile."""
     pid = tl.program_id(0) + begin_at
@@ -160,7 +162,7 @@ def measure(
     positions = tl.minimum(tl.cast(steps, tl.int64) * V - chunk.to(tl.int64) * BP, BP)
     channels = tl.minimum(D - part * W, W) if J > 1 else D
     elements = (positions * channels).to(tl.float32)
-    count, enough, mean, missed, squares, unit = _measured(
+    count, _, mean, missed, squares, unit = _measured(
         value, counted, elements, x, begin, first, steps, C, D, WP, V, J, GBP, MASK, FIRST,
         LARGEST_UNIT,
     )  # fmt: skip
@@ -236,11 +238,12 @@ def merge(parts, statistics, tiles, begin_at, groups, EPSILON: tl.constexpr, KP:
 def apply(
     x, scale, bias, mask, parts, y, statistics, steps, groups, begin_at, EPSILON: tl.constexpr,
     KP: tl.constexpr, C: tl.constexpr, D: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
-    BP: tl.constexpr, V: tl.constexpr, J: tl.constexpr, NB: tl.constexpr, FULL: tl.constexpr, GBP: tl.constexpr,
+    BP: tl.constexpr, V: tl.constexpr, J: tl.constexpr, NB: tl.constexpr,
+    FULL: tl.constexpr, GBP: tl.constexpr,
     FIRST: tl.constexpr, MASK: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """Normalize by parts, KP at most, or with KP = 0 by statistics that are there."""
+    """Normalize by parts, KP at most, and keep the statistics; with KP = 0 by these instead."""
     # From the end: what was measured last may still be in the cache.
     pid = tl.num_programs(0) - 1 - tl.program_id(0) + begin_at
     sample, first, part, chunk = place(pid, steps, C, D, W, BP, V, J, NB, FIRST)
@@ -253,7 +256,7 @@ def apply(
     value = _read(x, begin, offsets, exists, counted, MASK)
     lane_group = sample.to(tl.int64) * (C // D) + group_of(first, D, WP)
     if KP == 0:
-        where = statistics + lane_group * 2
+        where = parts + lane_group * 2
         high = tl.load(where, mask=channel_exists, other=0.0)
         low = tl.load(where + 1, mask=channel_exists, other=0.0)
         rstd = tl.load(where + tl.cast(groups, tl.int64) * 2, mask=channel_exists, other=0.0)

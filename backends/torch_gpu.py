@@ -1,0 +1,199 @@
+"""PyTorch calls of the kernels for GPUs, launched by Triton on the current stream."""
+
+import logging
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from groupnorm.backends import gpu
+from groupnorm.backends.gpu_launch import Work, planned
+from groupnorm.backends.gpu_tiles import Form
+from groupnorm.backends.layouts import flat_mask
+from groupnorm.backends.torch_memory import PLAIN, cotangent, in_memory, like
+from groupnorm.backends.triton_build import kernel_of
+from groupnorm.backends.triton_build import unavailable as no_triton
+from groupnorm.implementations import NotServed
+from groupnorm.options import Options
+from groupnorm.prepare import host_mask
+
+__all__ = ["INTERPRETED", "Call", "call_of", "run", "unavailable"]
+
+# Whether Triton interprets the kernels, and they compute tensors on the CPU: in tests.
+INTERPRETED = False
+# What the kernels need: bfloat16, and copies of 16 bytes.
+LEAST_CAPABILITY = (8, 0)
+
+_log = logging.getLogger("groupnorm")
+
+
+class Call(NamedTuple):
+    """A call the kernels serve."""
+
+    adapter: Any
+    options: Options
+    work: Work
+    mask: Any  # as it was given
+    flat_mask: torch.Tensor | None
+    scale: torch.Tensor | None  # contiguous, of any dtype the kernels read
+    bias: torch.Tensor | None
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return y, in x's memory format, and the statistics, which backward needs."""
+        layout, form = self.work.layout, self.work.form
+        given, y = in_memory(x, layout), like(x, layout, self.work.kinds.dtype)
+        statistics = x.new_empty(gpu.statistics_shape(form), dtype=torch.float32)
+        run(self.work.forward(*self._there), self._arrays(given, y=y, statistics=statistics))
+        return y, statistics
+
+    def backward(
+        self, statistics: torch.Tensor, x: torch.Tensor, dy: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return dx, and the gradients of scale and bias, flat in float32."""
+        layout = self.work.layout
+        dy, dx = cotangent(dy, x, layout), like(x, layout, x.dtype)
+        dscale = x.new_empty(self.work.form.channels, dtype=torch.float32)
+        dbias = torch.empty_like(dscale)
+        arrays = self._arrays(
+            in_memory(x, layout), dy=dy, dx=dx, statistics=statistics, dscale=dscale, dbias=dbias
+        )
+        run(self.work.backward(*self._there), arrays)
+        return dx, dscale, dbias
+
+    def packed(self, statistics: torch.Tensor) -> torch.Tensor:
+        """Return what an operator saves."""
+        return statistics.view(-1)
+
+    def unpacked(self, packed: torch.Tensor) -> torch.Tensor:
+        """Return what was packed. The order in memory does not matter to it."""
+        return packed
+
+    @property
+    def _there(self) -> tuple[int, bool, bool]:
+        mask = 0 if self.flat_mask is None else self.flat_mask.numel()
+        return mask, self.scale is not None, self.bias is not None
+
+    def _arrays(self, x: torch.Tensor, **others: torch.Tensor) -> dict[str, Any]:
+        return {
+            "x": x, "scale": self.scale, "bias": self.bias, "mask": self.flat_mask, **others
+        }  # fmt: skip
+
+
+def call_of(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
+    """Return the `Call` the kernels compute, or `NotServed`.
+
+    x and parameters that are tensors are ordinary ones; other parameters are of NumPy.
+    """
+    why = unavailable(x.device)
+    if why is not None:
+        return why
+    for name, a in (("scale", scale), ("bias", bias)):
+        if isinstance(a, torch.Tensor) and a.device != x.device:
+            return NotServed(f"{name} is on {a.device} and x on {x.device}")
+    dtypes = (None if p is None else p.dtype for p in (scale, bias))
+    work = planned(adapter, x.shape, x.stride(), x.dtype, *dtypes, options)
+    if isinstance(work, NotServed):
+        return work
+    for parameter in (scale, bias):
+        if parameter is not None and parameter.shape not in work.parameter_shapes:
+            return NotServed("a parameter does not have the shape of the feature axes")
+    flat = None if mask is None else _flat_mask(adapter, mask, x, work)
+    if isinstance(flat, NotServed):
+        return flat
+    scale, bias = (_parameter(adapter, p, x) for p in (scale, bias))
+    return Call(adapter, options, work, mask, flat, scale, bias)
+
+
+def _parameter(adapter: Any, parameter: Any, x: torch.Tensor) -> torch.Tensor | None:
+    if parameter is None:
+        return None
+    if isinstance(parameter, np.ndarray):
+        parameter = adapter.from_host(parameter, x)
+    if parameter.dtype.itemsize == 1:  # a float8, which the kernels do not read
+        parameter = parameter.to(torch.float32)
+    found: torch.Tensor = parameter.detach().contiguous()
+    return found
+
+
+def _flat_mask(adapter: Any, mask: Any, x: torch.Tensor, work: Work) -> Any:
+    if isinstance(mask, torch.Tensor):
+        if type(mask) not in PLAIN or mask.is_complex():
+            return NotServed("the mask is no ordinary tensor, or complex")
+        if mask.device != x.device or mask.layout is not torch.strided:
+            return NotServed("the mask is on another device than x, or sparse")
+    else:
+        mask = adapter.from_host(host_mask(mask), x)
+    mask = mask.detach()
+    boolean = mask if mask.dtype is torch.bool else mask != 0
+    return flat_mask(boolean, work.layout, adapter.xp)
+
+
+# Launching ----------------------------------------------------------------------------------------
+
+
+def run(program: gpu.Program, arrays: dict[str, Any]) -> None:
+    """Launch the steps of a program; the arrays are those it names, None for one not there."""
+    x = next(iter(arrays.values()))
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        with torch.cuda.device(x.device):
+            run(program, arrays)
+        return
+    for name, elements in program.shared:
+        arrays[name] = x.new_empty(elements, dtype=torch.float32)
+    for step in program.steps:
+        # A pointer that is not used must be one all the same.
+        pointers = [x if (a := arrays.get(name)) is None else a for name in step.arrays]
+        kernel, keywords = _launch(step)
+        kernel[step.grid](*pointers, **keywords)
+
+
+@lru_cache(maxsize=4096)
+def _launch(step: gpu.Step) -> tuple[Any, dict[str, Any]]:
+    kernel = kernel_of(step.module, step.kernel)
+    return kernel, {**dict(step.scalars), **dict(step.constants), "num_warps": step.warps}
+
+
+def unavailable(device: torch.device) -> NotServed | None:
+    """Say why no kernels run on a device, if so."""
+    if INTERPRETED:
+        return None
+    if device.type != "cuda":
+        return NotServed(f"there are no kernels for PyTorch tensors on {device.type}")
+    why = no_triton()
+    if why is not None:
+        return why
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return None  # nothing can be tried out now
+    return _tried(device.index or 0)
+
+
+@lru_cache(maxsize=64)
+def _tried(index: int) -> NotServed | None:
+    """Run one kernel, and look at what it computes."""
+    if torch.version.hip or not torch.cuda.is_available():
+        return NotServed("the kernels for GPUs are for NVIDIA's, and PyTorch has none here")
+    capability = torch.cuda.get_device_capability(index)
+    if capability < LEAST_CAPABILITY:
+        return NotServed(
+            f"the kernels need a GPU of compute capability {LEAST_CAPABILITY} and this one has "
+            f"{capability}"
+        )
+    try:
+        x = torch.arange(256.0, device=f"cuda:{index}").reshape(2, 8, 16)
+        form = Form(2, 2, 4, 16, True, 4)
+        y, statistics = torch.empty_like(x), x.new_empty(gpu.statistics_shape(form))
+        program = gpu.forward(form, gpu.Asked(0.0, None, None, False, False))
+        arrays = {"x": x, "scale": None, "bias": None, "mask": None}
+        run(program, {**arrays, "y": y, "statistics": statistics})
+        groups = y.double().reshape(4, 64)
+        off = groups.mean(1).abs() + (groups.square().mean(1) - 1).abs()
+        right = bool(off.max() < 1e-5)
+    except Exception as error:  # of Triton, a C compiler that is missing, the driver
+        right, why = False, f"{type(error).__name__}: {error}"
+    else:
+        why = "a first kernel computed something else"
+    if right:
+        return None
+    _log.warning("groupnorm computes portably on cuda:%d: Triton failed there (%s)", index, why)
+    return NotServed(f"Triton's kernels do not work on cuda:{index}: {why}")

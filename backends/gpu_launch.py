@@ -1,7 +1,10 @@
 """What of a call on a GPU does not depend on values, for every library that launches kernels."""
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from groupnorm.backends import gpu
 from groupnorm.backends.gpu_tiles import FARTHEST, Form
@@ -9,7 +12,7 @@ from groupnorm.backends.layouts import Kinds, Layout, kinds_of, layout_of
 from groupnorm.implementations import NotServed
 from groupnorm.options import Options
 
-__all__ = ["Work", "planned"]
+__all__ = ["ITEM_BYTES", "Work", "planned", "trial"]
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -71,3 +74,20 @@ def _kept(layout: Layout) -> set[int]:
     """Return the axes of x that statistics are separate for."""
     order = layout.order or tuple(range(len(layout.shape)))
     return {order[a] for a in layout.plan.kept_axes}
+
+
+def trial() -> tuple[Any, gpu.Program, Callable[[Any], bool]]:
+    """Return an array of NumPy, what normalizes it, and what says whether a result is right.
+
+    For a first call on a device, where what launches kernels may not work. The program is of one
+    step, without parameters and mask.
+    """
+    x = np.arange(256, dtype=np.float32).reshape(2, 8, 16)
+    program = gpu.forward(Form(2, 2, 4, 16, True, 4), gpu.Asked(0.0, None, None, False, False))
+
+    def passed(y: Any) -> bool:
+        groups = np.asarray(y, np.float64).reshape(4, 64)
+        off = abs(groups.mean(1)) + abs((groups**2).mean(1) - 1)
+        return bool(off.max() < 1e-5)
+
+    return x, program, passed

@@ -1,7 +1,7 @@
-"""JAX on a CPU: which calls the kernels compute, which the passes made for XLA, and how.
+"""JAX on one device: which calls the kernels compute, which the passes made for XLA, and how.
 
-The kernels need numba, and the version of XLA's interface that they know. Every transformation of
-JAX applies to both.
+On a CPU the kernels need numba, and the version of XLA's interface that they know; on a GPU Triton.
+Every transformation of JAX applies to both.
 """
 
 import math
@@ -24,8 +24,8 @@ __all__ = ["fused", "fused_vjp", "unavailable"]
 
 def unavailable() -> NotServed | None:
     """Say why nothing is computed here, by kernels or passes, if so."""
-    if jax.default_backend() != "cpu":
-        return NotServed("this form is for JAX's CPU backend, which is not the default here")
+    if jax.default_backend() not in ("cpu", "gpu"):
+        return NotServed("this form is for JAX's CPU and GPU backends; the default is another here")
     if jax.device_count() > 1:
         return NotServed("JAX has several devices: the portable code leaves their axes apart")
     return None
@@ -134,6 +134,8 @@ def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Optio
         return NotServed(f"the axes' order is {kinds} (kept, positions, channels)")
     positions = plan.merged_shape[kinds.index("P")] if "P" in kinds else 1
     no_kernels = jax_kernels.unavailable(*dtypes)
+    if no_kernels is not None and jax.default_backend() == "gpu":
+        return no_kernels  # the passes are made for CPUs
     if no_kernels is not None and positions < FEW_POSITIONS:
         return NotServed(
             f"{positions} positions are too few for passes, and kernels there are none: "

@@ -1,4 +1,4 @@
-"""The kernels for CPUs as primitives of JAX, by XLA's foreign function interface.
+"""The kernels as primitives of JAX: on a CPU by XLA's foreign function interface, or on a GPU.
 
 There are three: the normalization, its tangent, linear in the tangents, and its pullback, which is
 the tangent's transpose. Kernels compute the first and the last; the tangent, and all that is
@@ -20,7 +20,7 @@ from jax import lax
 from jax.core import ShapedArray
 from jax.interpreters import ad, batching, mlir
 
-from groupnorm.backends import cpu, cpu_launch, frames, jax_passes
+from groupnorm.backends import cpu, cpu_launch, frames, jax_gpu, jax_passes
 from groupnorm.backends.jax_passes import Spec
 from groupnorm.backends.pages import are_worth_it
 from groupnorm.backends.threads import helpers_for
@@ -36,12 +36,19 @@ def unavailable(x_dtype: Any, work_dtype: Any, result_dtype: Any) -> NotServed |
     names = [jnp.dtype(dtype).name for dtype in (x_dtype, result_dtype)]
     if jnp.dtype(work_dtype) != jnp.float32 or not set(names) <= set(frames.DTYPES):
         return NotServed("the kernels are for float32, float16 and bfloat16")
+    if jax.default_backend() == "gpu":
+        return jax_gpu.missing()
     why = cpu.unavailable("float16" in names)
     return _interface() if why is None else why
 
 
 def missing() -> NotServed | None:
-    """Say what the kernels lack on this machine, if anything; this compiles nothing."""
+    """Say what the kernels lack on this machine, if anything.
+
+    On a GPU a first kernel is tried out for that.
+    """
+    if jax.default_backend() == "gpu":
+        return jax_gpu.missing()
     why = cpu.unavailable(float16=False)
     if why is not None:
         return why
@@ -360,6 +367,26 @@ def _lower_pull_back(context: Any, *operands: Any, spec: Spec, batches: int) -> 
     return _call(context, operands, spec, "backward", dy, slots, result, batches)
 
 
+def _on_gpu(by_kernels: Any, by_passes: Any) -> Any:
+    """Return the rule that calls the kernels for GPUs, but in programs that are to run anywhere."""
+    by_kernels = mlir.lower_fun(by_kernels, multiple_results=True)
+
+    def rule(context: Any, *operands: Any, **parameters: Any) -> Any:
+        lower = by_passes if _exports(context) else by_kernels
+        return lower(context, *operands, **parameters)
+
+    return rule
+
+
+def _normalize_on_gpu(x: Any, *rest: Any, spec: Spec) -> Any:
+    saved = jax.ShapeDtypeStruct(_saved_shape(spec), np.dtype(np.uint32))
+    return jax_gpu.normalize(spec, saved, x, *rest)
+
+
+def _pull_back_on_gpu(dy: Any, *rest: Any, spec: Spec, batches: int) -> Any:
+    return jax_gpu.pull_back(spec, batches, dy, *rest)
+
+
 _lower_normalize_by_passes = mlir.lower_fun(_normalize_by_passes, multiple_results=True)
 _lower_pull_back_by_passes = mlir.lower_fun(_pull_back_by_passes, multiple_results=True)
 mlir.register_lowering(_normalize_p, _lower_normalize_by_passes)
@@ -367,3 +394,8 @@ mlir.register_lowering(_normalize_p, _lower_normalize, platform="cpu")
 mlir.register_lowering(_tangent_p, mlir.lower_fun(_tangent_by_passes, multiple_results=False))
 mlir.register_lowering(_pull_back_p, _lower_pull_back_by_passes)
 mlir.register_lowering(_pull_back_p, _lower_pull_back, platform="cpu")
+for _primitive, _by_kernels, _passes in (
+    (_normalize_p, _normalize_on_gpu, _lower_normalize_by_passes),
+    (_pull_back_p, _pull_back_on_gpu, _lower_pull_back_by_passes),
+):
+    mlir.register_lowering(_primitive, _on_gpu(_by_kernels, _passes), platform="cuda")

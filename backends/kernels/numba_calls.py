@@ -26,7 +26,7 @@ _ELEMENTS = {"float32": types.float32, "float16": types.uint16, "bfloat16": type
 
 def _digest() -> str:
     """Return what changes when any of the kernels does: what was compiled before is void then."""
-    sources = sorted(Path(__file__).parent.glob("*.py"))
+    sources = sorted(Path(__file__).parent.glob("numba_*.py"))
     sources += [Path(frames.__file__), Path(pages.__file__)]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
 

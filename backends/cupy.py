@@ -6,9 +6,11 @@ import array_api_compat.cupy as xp
 import cupy
 import numpy as np
 
-from groupnorm.backends import Adapter
+from groupnorm.backends import Adapter, cupy_gpu
 from groupnorm.errors import ArgumentValueError, AxisNameError, BackendImportError
+from groupnorm.implementations import NotServed
 from groupnorm.layer import GroupNorm, PlainGroupNorm
+from groupnorm.options import Options
 from groupnorm.replicas import Agreement, Engine, Replicas
 
 __all__ = ["CupyAdapter", "CupyGroupNorm", "adapter"]
@@ -77,6 +79,18 @@ class CupyAdapter(Adapter):
 
         _, agreement = _agreements.setdefault(id(library), (library, Agreement()))
         return Replicas(rank, size, add, (Engine(add_table, agreement),))
+
+    def fused_unavailable(self, device: str) -> NotServed | None:
+        """Look for Triton, and try out a kernel."""
+        return cupy_gpu.unavailable(int(device.partition(":")[2] or 0))
+
+    def fused(self, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
+        """Compute by kernels, where Triton is installed."""
+        return cupy_gpu.fused(self, x, scale, bias, mask, options)
+
+    def fused_vjp(self, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
+        """Compute by kernels, backward as well."""
+        return cupy_gpu.fused_vjp(self, x, scale, bias, mask, options)
 
     def layer_class(self) -> type[GroupNorm]:
         """Return the plain layer."""

@@ -47,8 +47,10 @@ def missing() -> NotServed | None:
 
     On a GPU a first kernel is tried out for that.
     """
-    if jax.default_backend() == "gpu":
-        return jax_gpu.missing()
+    return jax_gpu.missing() if jax.default_backend() == "gpu" else _missing_on_cpu()
+
+
+def _missing_on_cpu() -> NotServed | None:
     why = cpu.unavailable(float16=False)
     if why is not None:
         return why
@@ -60,8 +62,8 @@ def missing() -> NotServed | None:
 
 @lru_cache(maxsize=1)
 def _interface() -> NotServed | None:
-    """Register the handler, if XLA's interface is the one it was written for."""
-    why = missing()
+    """Register the CPU's handler, if XLA's interface is the one it was written for."""
+    why = _missing_on_cpu()
     if why is None:
         module = cpu.kernels("numba_xla")
         function = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)(module.handler()[0].address)
@@ -346,8 +348,14 @@ def _exports(context: Any) -> bool:
     return bool(context.module_context.lowering_parameters.for_export)
 
 
+def _without_cpu_kernels(context: Any) -> bool:
+    """Whether to lower to passes: to run anywhere, or where a GPU is the default and numba not."""
+    halves = any(a.dtype == np.float16 for a in (*context.avals_in, *context.avals_out))
+    return _exports(context) or cpu.unavailable(halves) is not None or _interface() is not None
+
+
 def _lower_normalize(context: Any, *operands: Any, spec: Spec) -> Any:
-    if _exports(context):
+    if _without_cpu_kernels(context):
         return _lower_normalize_by_passes(context, *operands, spec=spec)
     slots = {frames.X: 1, frames.SCALE: 2, frames.BIAS: 3, frames.Y: 101, frames.SAVED: 102}
     if len(operands) > 3:
@@ -357,7 +365,7 @@ def _lower_normalize(context: Any, *operands: Any, spec: Spec) -> Any:
 
 
 def _lower_pull_back(context: Any, *operands: Any, spec: Spec, batches: int) -> Any:
-    if _exports(context):
+    if _without_cpu_kernels(context):
         return _lower_pull_back_by_passes(context, *operands, spec=spec, batches=batches)
     slots = {frames.DY: 1, frames.X: 2, frames.SCALE: 3, frames.BIAS: 4}
     slots |= {frames.SAVED: len(operands), frames.Y: 101, frames.DSCALE: 102, frames.DBIAS: 103}
@@ -368,11 +376,12 @@ def _lower_pull_back(context: Any, *operands: Any, spec: Spec, batches: int) -> 
 
 
 def _on_gpu(by_kernels: Any, by_passes: Any) -> Any:
-    """Return the rule that calls the kernels for GPUs, but in programs that are to run anywhere."""
+    """Return the rule that calls the kernels for GPUs, where there are and not to run anywhere."""
     by_kernels = mlir.lower_fun(by_kernels, multiple_results=True)
 
     def rule(context: Any, *operands: Any, **parameters: Any) -> Any:
-        lower = by_passes if _exports(context) else by_kernels
+        portable = _exports(context) or jax_gpu.missing() is not None
+        lower = by_passes if portable else by_kernels
         return lower(context, *operands, **parameters)
 
     return rule

@@ -15,7 +15,17 @@ from groupnorm.options import Options
 from groupnorm.plan import Plan, make_plan, product
 from groupnorm.prepare import dtypes_of
 
-__all__ = ["ROLES", "Kinds", "Layout", "flat_mask", "kinds_of", "layout_of", "memory_order"]
+__all__ = [
+    "ROLES",
+    "Kinds",
+    "Layout",
+    "flat_mask",
+    "in_memory",
+    "kinds_of",
+    "layout_of",
+    "memory_order",
+    "restored",
+]
 
 # The orders of axes that the kernels know; see `Plan.roles`.
 ROLES = ("C", "CP", "PC", "KC", "KCP", "KPC")
@@ -192,3 +202,13 @@ def flat_mask(mask: Any, layout: Layout, xp: Any = numpy_namespace) -> Any:
     flat = xp.reshape(xp.broadcast_to(mask, broadcast), (samples, positions))
     flat = xp.reshape(xp.broadcast_to(flat, (samples, layout.positions)), (-1,))
     return xp.astype(flat, xp.uint8)  # a copy, and so without gaps
+
+
+def in_memory(a: Any, layout: Layout, library: Any) -> Any:
+    """Return an array of NumPy or CuPy contiguous in the order of x's memory."""
+    return library.ascontiguousarray(a if layout.order is None else a.transpose(layout.order))
+
+
+def restored(a: Any, layout: Layout) -> Any:
+    """Bring the axes of what lies in memory order back to x's."""
+    return a if layout.order is None else a.transpose(layout.inverse)

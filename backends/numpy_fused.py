@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from groupnorm.backends import cpu, layouts
+from groupnorm.backends import cpu
 from groupnorm.backends.cpu_launch import Arrays, Saved, Work, address, planned
+from groupnorm.backends.layouts import flat_mask, in_memory, restored
 from groupnorm.errors import ArgumentTypeError
 from groupnorm.implementations import NotServed
 from groupnorm.options import Options
@@ -36,7 +37,7 @@ class _Call(NamedTuple):
         layout, kinds = self.work.layout, self.work.kinds
         y = np.empty(layout.plan.shape, kinds.dtype)
         saved = self.work.forward(self.arrays, address(y))
-        return _restored(y, layout), saved
+        return restored(y, layout), saved
 
 
 def fused(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
@@ -68,14 +69,14 @@ def _pullback(
         if dy.dtype != x.dtype:  # the kernels are compiled for that, or full precision
             dy = dy.astype(np.float32)
         work, layout = call.work, call.work.layout
-        dx, dy = np.empty(layout.plan.shape, x.dtype), _memory(dy, layout)
+        dx, dy = np.empty(layout.plan.shape, x.dtype), in_memory(dy, layout, np)
         dscale, dbias = np.empty((2, work.channels), np.float32)
         work.backward(
             saved, call.arrays, address(dy), dy.dtype.name, address(dx), address(dscale),
             address(dbias),
         )  # fmt: skip
         return Gradients(
-            _restored(dx, layout), _as_parameter(dscale, scale), _as_parameter(dbias, bias)
+            restored(dx, layout), _as_parameter(dscale, scale), _as_parameter(dbias, bias)
         )
 
     return pullback
@@ -108,19 +109,7 @@ def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Optio
             return NotServed("a parameter does not have the shape of the feature axes")
         else:
             parameters.append(np.ascontiguousarray(parameter, np.float32))
-    flat_mask = None if mask is None else layouts.flat_mask(host_mask(mask), layout)
-    if isinstance(flat_mask, NotServed):
-        return flat_mask
-    return _Call(work, _memory(x, layout), parameters[0], parameters[1], flat_mask)
-
-
-def _memory(a: Any, layout: layouts.Layout) -> Any:
-    """Return an array contiguous in the order of x's memory."""
-    if layout.order is not None:
-        a = a.transpose(layout.order)
-    return np.ascontiguousarray(a)
-
-
-def _restored(a: Any, layout: layouts.Layout) -> Any:
-    """Bring the axes of what lies in memory order back to x's."""
-    return a if layout.order is None else a.transpose(layout.inverse)
+    flat = None if mask is None else flat_mask(host_mask(mask), layout)
+    if isinstance(flat, NotServed):
+        return flat
+    return _Call(work, in_memory(x, layout, np), parameters[0], parameters[1], flat)

@@ -8,7 +8,7 @@ import array_api_compat.torch as xp
 import numpy as np
 import torch
 
-from groupnorm.backends import Adapter, cpu, native
+from groupnorm.backends import Adapter, cpu, native, torch_gpu
 from groupnorm.backends.numpy import small_float
 from groupnorm.backends.torch_distributed import replicas_of, sum_gradients
 from groupnorm.backends.torch_fused import functional, fused, fused_vjp, is_wrapped
@@ -120,20 +120,19 @@ class TorchAdapter(Adapter):
         return over_shards
 
     def fused_unavailable(self, device: str) -> NotServed | None:
-        """Look for numba, on the CPU."""
-        kind = device.partition(":")[0]
-        if kind != "cpu":
-            return NotServed(f"there are no kernels for {self.array_name} on {kind}")
-        return cpu.unavailable(float16=False)
+        """Look for numba on the CPU, for Triton on NVIDIA's GPUs."""
+        if device == "cpu":
+            return cpu.unavailable(float16=False)
+        return torch_gpu.unavailable(torch.device(device))
 
     def fused(self, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
-        """Compute by compiled loops on the CPU, where numba is installed."""
+        """Compute by kernels: of numba on the CPU, of Triton on a GPU."""
         if torch.compiler.is_compiling():
             return traced(self, x, scale, bias, mask, options)
         return fused(self, x, scale, bias, mask, options)
 
     def fused_vjp(self, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
-        """Compute by compiled loops, backward as well."""
+        """Compute by kernels, backward as well."""
         return fused_vjp(self, x, scale, bias, mask, options)
 
     def native(self, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:

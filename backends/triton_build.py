@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from groupnorm.backends.gpu import Step
 from groupnorm.implementations import NotServed
 
-__all__ = ["Built", "build", "kernel_of", "unavailable"]
+__all__ = ["ALIGNMENT", "POINTERS", "Built", "build", "kernel_of", "unavailable"]
 
 # What the kernels read and write, and what Triton calls it.
 POINTERS = {
@@ -28,7 +28,7 @@ class Built(NamedTuple):
     """A kernel, and what launching it takes."""
 
     name: str
-    cubin: bytes
+    cubin_path: str  # in Triton's cache
     ptx: str
     shared: int  # bytes of shared memory
     threads: int
@@ -109,7 +109,7 @@ def build(
     ptx = made.asm["ptx"]
     return Built(
         name=made.metadata.name,
-        cubin=made.asm["cubin"],
+        cubin_path=next(str(p) for n, p in made.metadata_group.items() if n.endswith(".cubin")),
         ptx=ptx,
         shared=made.metadata.shared,
         threads=32 * made.metadata.num_warps,

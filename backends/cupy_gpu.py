@@ -1,0 +1,194 @@
+"""CuPy calls of the kernels for GPUs: cubins of Triton, launched on the current stream."""
+
+import logging
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import cupy
+import numpy as np
+
+from groupnorm.backends import gpu
+from groupnorm.backends.gpu_launch import Work, planned, trial
+from groupnorm.backends.layouts import flat_mask, in_memory, restored
+from groupnorm.backends.triton_build import ALIGNMENT, Built, build
+from groupnorm.backends.triton_build import unavailable as no_triton
+from groupnorm.implementations import NotServed
+from groupnorm.options import Options
+from groupnorm.prepare import check_cotangent, host_mask
+from groupnorm.typing import Gradients
+
+__all__ = ["fused", "fused_vjp", "unavailable"]
+
+LEAST_CAPABILITY = 80
+
+_log = logging.getLogger("groupnorm")
+
+
+class _Call(NamedTuple):
+    """A call the kernels serve."""
+
+    work: Work
+    arrays: dict[str, Any]  # x, in memory order, scale, bias and mask; None for one not there
+
+    def forward(self) -> tuple[Any, Any]:
+        """Return y, which lies in memory as x does, and the statistics."""
+        layout = self.work.layout
+        y = cupy.empty(layout.plan.shape, self.work.kinds.dtype)
+        statistics = cupy.empty(gpu.statistics_shape(self.work.form), np.float32)
+        program = self.work.forward(*self._there)
+        run(program, {**self.arrays, "y": y, "statistics": statistics})
+        return restored(y, layout), statistics
+
+    def backward(self, statistics: Any, dy: Any) -> tuple[Any, Any, Any]:
+        """Return dx, and the gradients of scale and bias, flat in float32."""
+        layout, x = self.work.layout, self.arrays["x"]
+        dx = cupy.empty(layout.plan.shape, x.dtype)
+        dscale, dbias = (cupy.empty(self.work.form.channels, np.float32) for _ in range(2))
+        results = {"dx": dx, "dscale": dscale, "dbias": dbias}
+        given = {"dy": in_memory(dy, layout, cupy), "statistics": statistics}
+        run(self.work.backward(*self._there), {**self.arrays, **given, **results})
+        return restored(dx, layout), dscale, dbias
+
+    @property
+    def _there(self) -> tuple[int, bool, bool]:
+        mask = self.arrays["mask"]
+        scale, bias = (self.arrays[name] is not None for name in ("scale", "bias"))
+        return 0 if mask is None else mask.size, scale, bias
+
+
+def fused(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
+    """Return y, or `NotServed`."""
+    call = _call(adapter, x, scale, bias, mask, options)
+    if isinstance(call, NotServed):
+        return call
+    with x.device:
+        return call.forward()[0]
+
+
+def fused_vjp(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
+    """Return y and its pullback, or `NotServed`."""
+    call = _call(adapter, x, scale, bias, mask, options)
+    if isinstance(call, NotServed):
+        return call
+    with x.device:
+        # The caller may change parameters in place before the pullback is called.
+        copies = {n: None if (p := call.arrays[n]) is None else p.copy() for n in ("scale", "bias")}
+        call = call._replace(arrays={**call.arrays, **copies})
+        y, statistics = call.forward()
+    return y, _pullback(adapter, call, statistics, x, scale, bias)
+
+
+def _pullback(
+    adapter: Any, call: _Call, statistics: Any, x: Any, scale: Any, bias: Any
+) -> Callable[[Any], Gradients]:
+    def pullback(dy: Any) -> Gradients:
+        check_cotangent(adapter, dy, x)
+        with x.device:
+            if dy.dtype != x.dtype and dy.dtype != np.float32:
+                dy = dy.astype(np.float32)
+            dx, *gradients = call.backward(statistics, dy)
+            return Gradients(
+                dx,
+                *(
+                    None if p is None else g.astype(p.dtype, copy=False).reshape(p.shape)
+                    for g, p in zip(gradients, (scale, bias), strict=True)
+                ),
+            )
+
+    return pullback
+
+
+def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
+    if options.axis_name is not None:  # which may be a communicator that has no hash
+        return NotServed("statistics of replicas are pooled by the portable implementation")
+    if type(x) is not cupy.ndarray:
+        return NotServed(f"x is of type {type(x).__name__}")
+    for name, a in (("scale", scale), ("bias", bias), ("mask", mask)):
+        if isinstance(a, cupy.ndarray) and a.device != x.device:
+            return NotServed(f"{name} is on {a.device} and x on {x.device}")
+    why = unavailable(x.device.id)
+    if why is not None:
+        return why
+    strides = tuple(s // x.itemsize for s in x.strides)
+    dtypes = (None if p is None else p.dtype for p in (scale, bias))
+    work = planned(adapter, x.shape, strides, x.dtype, *dtypes, options)
+    if isinstance(work, NotServed):
+        return work
+    for parameter in (scale, bias):
+        if parameter is not None and parameter.shape not in work.parameter_shapes:
+            return NotServed("a parameter does not have the shape of the feature axes")
+    with x.device:
+        flat = None
+        if mask is not None:
+            given = mask if isinstance(mask, cupy.ndarray) else cupy.asarray(host_mask(mask))
+            if given.dtype.kind == "c":
+                return NotServed("the mask is complex")
+            flat = flat_mask(given != 0, work.layout, adapter.xp)
+            if isinstance(flat, NotServed):
+                return flat
+        scale, bias = (None if p is None else cupy.ascontiguousarray(p) for p in (scale, bias))
+        arrays = {"x": in_memory(x, work.layout, cupy), "scale": scale, "bias": bias, "mask": flat}
+    return _Call(work, arrays)
+
+
+# Launching ----------------------------------------------------------------------------------------
+
+
+def run(program: gpu.Program, arrays: dict[str, Any]) -> None:
+    """Launch the steps of a program on the current device and stream."""
+    x = arrays["x"]
+    for name, elements in program.shared:
+        arrays[name] = cupy.empty(elements, np.float32)
+    for step in program.steps:
+        # A pointer that is not used must be one all the same.
+        pointers = [x if (a := arrays.get(name)) is None else a for name in step.arrays]
+        launch(step, pointers)
+
+
+def launch(step: gpu.Step, pointers: list[Any]) -> None:
+    """Launch one step."""
+    dtypes = tuple(a.dtype.name for a in pointers)
+    aligned = tuple(a.data.ptr % ALIGNMENT == 0 for a in pointers)
+    built, function = _loaded(step, dtypes, aligned, cupy.cuda.Device().id)
+    scalars = [np.int32(v) if kind == "i32" else np.int64(v) for kind, v in built.scalars]
+    nothing = [np.uint64(0)] * built.scratch
+    function(
+        (*step.grid, 1, 1)[:3], (built.threads, 1, 1), (*pointers, *scalars, *nothing),
+        shared_mem=built.shared,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def _loaded(
+    step: gpu.Step, dtypes: tuple[str, ...], aligned: tuple[bool, ...], device: int
+) -> tuple[Built, Any]:
+    built = build(step, dtypes, aligned, _capability(device), False)
+    return built, cupy.RawModule(path=built.cubin_path).get_function(built.name)
+
+
+def _capability(device: int) -> int:
+    return int(cupy.cuda.Device(device).compute_capability)
+
+
+@lru_cache(maxsize=64)
+def unavailable(device: int) -> NotServed | None:
+    """Say why no kernels run on a device, if so. This runs one, and looks at what it computes."""
+    why = no_triton()
+    if why is not None:
+        return why
+    capability = _capability(device)
+    if capability < LEAST_CAPABILITY:
+        return NotServed(f"the kernels need compute capability 8.0, and this is {capability / 10}")
+    host, program, passed = trial()
+    try:
+        with cupy.cuda.Device(device):
+            x = cupy.asarray(host)
+            arrays = {"x": x, "y": cupy.empty_like(x), "statistics": cupy.empty_like(x)}
+            run(program, arrays)
+            if not passed(cupy.asnumpy(arrays["y"])):
+                raise ArithmeticError("a first kernel computed something else")
+    except Exception as error:  # of Triton, of the driver
+        _log.warning("groupnorm computes portably on cuda:%d in CuPy: %s", device, error)
+        return NotServed(f"kernels do not work on cuda:{device}: {type(error).__name__}: {error}")
+    return None

@@ -14,6 +14,9 @@ A test asks for rows by the name of its argument:
 - ``quick_backend``: eager rows without a compilation for each new shape, for hypothesis;
 - ``autodiff_backend``: torch and jax:jit, whose libraries differentiate on their own.
 
+``--interpret`` has Triton interpret the kernels for GPUs, and PyTorch's CPU tensors computed by
+them.
+
 JAX sees four devices, and then the portable code computes its arrays; ``--jax-devices 1`` tests the
 kernels and passes that compute them where there is one.
 """
@@ -30,6 +33,7 @@ import numpy as np
 import pytest
 
 from tests.backends import Backend
+from tests.interpreter import WARNINGS, interpret
 
 LIBRARIES = {row.library for row in Backend}
 PEERS = {"brainstate", "dask", "equinox", "flax", "keras", "mpi4py", "optax"}
@@ -61,8 +65,18 @@ def pytest_addoption(parser):
         "computes; or 1, as most users have, where kernels and JAX's passes do",
     )
 
+    parser.addoption(
+        "--interpret",
+        action="store_true",
+        help="compute PyTorch's tensors by the kernels for GPUs, which Triton then interprets",
+    )
+
 
 def pytest_configure(config):
+    if config.getoption("--interpret"):
+        interpret()
+        for warning in WARNINGS:
+            config.addinivalue_line("filterwarnings", f"ignore:{warning}:RuntimeWarning")
     # JAX reads this once, when it starts.
     devices = config.getoption("--jax-devices")
     flags = os.environ.get("XLA_FLAGS", "")

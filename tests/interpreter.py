@@ -1,0 +1,48 @@
+"""Triton's interpreter, made to compute as a GPU does, before the kernels are imported.
+
+Left as it is, it cuts float32 off to bfloat16 where a GPU rounds to nearest, ties to even, and sums
+along the slow axis of a tile one after the other where a GPU sums by a tree.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import tempfile
+
+import numpy as np
+
+# Triton computes by NumPy there, which warns of what a GPU does not.
+WARNINGS = ("invalid value", "divide by zero", "overflow", "All-NaN")
+
+
+def interpret() -> None:
+    """Have Triton interpret, and PyTorch's tensors on the CPU computed by its kernels."""
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+    # What torch.compile keeps on disk is of a process in which the CPU's kernels compute.
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="groupnorm-inductor-")
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    convert = interpreter._convert_float
+
+    def rounded(value, from_dtype, to_dtype, mode):
+        if (from_dtype.name, to_dtype.name) != ("fp32", "bf16"):
+            return convert(value, from_dtype, to_dtype, mode)
+        bits = np.ascontiguousarray(value).view(np.uint32)
+        nearest = (bits + (0x7FFF + (bits >> 16 & 1)).astype(np.uint32)) >> 16
+        return np.where(np.isnan(value), bits >> 16 | 0x40, nearest).astype(np.uint16)
+
+    def summed(reduction, given):
+        (given,) = given if isinstance(given, tuple) else (given,)
+        data = given.handle.data
+        axis = 0 if reduction.axis is None else reduction.axis
+        data = np.moveaxis(data.reshape(-1) if reduction.axis is None else data, axis, 0)
+        while len(data) > 1:  # a power of two
+            data = data[: len(data) // 2] + data[len(data) // 2 :]
+        total = data if reduction.keep_dims else data[0]
+        if reduction.keep_dims:
+            total = np.moveaxis(total, 0, axis)
+        return reduction.to_tensor(total, given.dtype)
+
+    interpreter._convert_float = rounded
+    interpreter.ReduceOps.sum = summed
+    importlib.import_module("groupnorm.backends.torch_gpu").INTERPRETED = True

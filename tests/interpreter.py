@@ -46,3 +46,48 @@ def interpret() -> None:
     interpreter._convert_float = rounded
     interpreter.ReduceOps.sum = summed
     importlib.import_module("groupnorm.backends.torch_gpu").INTERPRETED = True
+
+
+class Pointer:
+    """An array of NumPy as the interpreter takes tensors: all it needs is an address and a type."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+        # As the kernels see them: a mask as bytes, and words that hold float32 as such.
+        self.dtype = {"bool": "uint8", "uint32": "float32"}.get(array.dtype.name, array.dtype.name)
+
+    def data_ptr(self) -> int:
+        return self.array.ctypes.data
+
+    # The interpreter makes copies on the host of what lies elsewhere. This lies there.
+    def untyped_storage(self) -> Pointer:
+        return self
+
+    def cpu(self) -> Pointer:
+        return self
+
+    def copy_(self, other: Pointer) -> None:
+        assert other.data_ptr() == self.data_ptr()
+
+    def new_empty(self, size: int, device: str) -> Pointer:
+        return self
+
+    def set_(self, storage: Pointer, offset: int, size: int, stride: int) -> None:
+        assert storage is self
+
+    def storage_offset(self) -> int:
+        return 0
+
+    def size(self) -> int:
+        return self.array.size
+
+    def stride(self) -> int:
+        return 1
+
+
+def run(step, arrays) -> None:
+    """Run one step on arrays of NumPy."""
+    build = importlib.import_module("groupnorm.backends.triton_build")
+    kernel = build.kernel_of(step.module, step.kernel)
+    keywords = {**dict(step.scalars), **dict(step.constants), "num_warps": step.warps}
+    kernel[step.grid](*map(Pointer, arrays), **keywords)

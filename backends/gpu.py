@@ -84,7 +84,7 @@ def forward(form: Form, asked: Asked) -> Program:
     arrays = ("x", "scale", "bias", "mask")
     epsilon, unit = ("EPSILON", asked.epsilon), ("LARGEST_UNIT", _largest_unit(asked.epsilon))
     mask, *rest = _flags(asked)
-    tiles = whole(form, WHOLE_FORWARD)
+    tiles = whole(form, _limit(WHOLE_FORWARD, form, asked))
     if tiles is not None:
         step = partial(_step, "triton_forward", form, tiles, _all(form, tiles))
         constants = (epsilon, unit, mask, *rest)
@@ -114,7 +114,7 @@ def backward(form: Form, asked: Asked, batches: int = 1) -> Program:
     arrays = ("dy", "x", "scale", "bias", "mask", "statistics")
     flags = _flags(asked)
     shared: dict[str, int] = {}
-    tiles = whole(form, WHOLE_BACKWARD)
+    tiles = whole(form, _limit(WHOLE_BACKWARD, form, asked))
     if tiles is not None:
         step = partial(_step, "triton_backward", form, tiles, _all(form, tiles))
         steps = [step("whole", (*arrays, "dx", *SUMS), 3, ("groups",), flags)]
@@ -139,6 +139,12 @@ def backward(form: Form, asked: Asked, batches: int = 1) -> Program:
     shared |= dict.fromkeys(SUMS, rows * form.channels)
     steps += _sum_rows(form.channels, rows, batches, shared)
     return Program(tuple(steps), tuple(shared.items()))
+
+
+def _limit(limits: tuple[int, int], form: Form, asked: Asked) -> int:
+    """Return the most elements of a group that one tile keeps in the registers."""
+    halvings = (asked.mask is not None) + (asked.activation == "gelu")
+    return limits[0 if form.item == 2 else 1] >> halvings
 
 
 class _Wave(NamedTuple):

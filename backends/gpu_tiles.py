@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 __all__ = ["FARTHEST", "Form", "Tiles", "chunked", "power_of_two", "warps_for", "whole"]
 
-# Elements of a tile. One that is a group or more is read once and must stay in the registers.
-WHOLE_FORWARD, WHOLE_BACKWARD = 32768, 16384
+# Elements of a tile. One that is a group or more is read once and must stay in the registers: as
+# many of these, of 2 and of 4 bytes each, do; half of them with a mask, and with a long activation.
+WHOLE_FORWARD, WHOLE_BACKWARD = (32768, 16384), (16384, 16384)
 CHUNK_FORWARD, CHUNK_BACKWARD = 8192, 8192
 # Tiles of whole groups take several of them, up to this many elements, if there are enough tiles.
 SMALL, ENOUGH = 4096, 512

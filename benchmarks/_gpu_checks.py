@@ -18,8 +18,8 @@ EPSILON = 1e-6
 VALID = 0.7  # the share of positions that the mask counts
 OFFSET = 1e4
 # Of float32 the values and the sums, of bfloat16 its own rounding, and a little more.
-BOUNDS = {"float32": {"y": 1e-5, "gradient": 1e-5}, "bfloat16": {"y": 4e-3, "gradient": 4e-3}}
-# (N, C, *spatial) and groups: whole groups in the registers, tiles, tiles in waves, odd numbers.
+BOUNDS = {"float32": {"y": 1e-5, "gradient": 1e-5}, "bfloat16": {"y": 4.2e-3, "gradient": 4.2e-3}}
+# (N, C, *spatial) and groups: one for each plan of the kernels, and odd numbers.
 SHAPES = {
     "whole groups": ((4, 64, 16, 16), 8),
     "tiles": ((2, 64, 96, 80), 4),
@@ -94,7 +94,7 @@ def rounded(a: np.ndarray) -> np.ndarray:
 def reference(check: Check, arrays: dict[str, Any]) -> list[np.ndarray]:
     """Y and the gradients of x, scale and bias in float64."""
     dims, groups = SHAPES[check.shape]
-    samples, channels, *space = dims
+    samples, channels = dims[:2]
     apart = (samples, groups, channels // groups, -1)
     each = (1, groups, channels // groups, 1)
     x, dy = (arrays[name].astype(np.float64).reshape(apart) for name in ("x", "dy"))

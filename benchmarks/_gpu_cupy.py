@@ -64,7 +64,11 @@ class Contest:
     """A row's buffers and contenders."""
 
     def __init__(
-        self, case: Case, xp: Any = cupy, backend: str = "cupy", implementation: str | None = "fused"
+        self,
+        case: Case,
+        xp: Any = cupy,
+        backend: str = "cupy",
+        implementation: str | None = "fused",
     ):
         self.case, self.xp, self.backend = case, xp, backend
         self.small = small_dtype(xp)

@@ -201,7 +201,9 @@ def timed(work: Callable[[], Any]) -> float:
 
 
 def copy_timer(size: int, count: int) -> Timer:
-    sources = [torch.ones(elements(size), dtype=torch.bfloat16, device="cuda") for _ in range(count)]
+    sources = [
+        torch.ones(elements(size), dtype=torch.bfloat16, device="cuda") for _ in range(count)
+    ]
     targets = [torch.empty_like(source) for source in sources]
 
     def call(i: int) -> None:

@@ -73,7 +73,7 @@ class Pointer:
         return self
 
     def set_(self, storage: Pointer, offset: int, size: int, stride: int) -> None:
-        assert storage is self
+        assert storage.data_ptr() == self.data_ptr()
 
     def storage_offset(self) -> int:
         return 0

@@ -33,7 +33,12 @@ def interpreted(request):
 # What makes small arrays take the ways of large ones. Each clears what was planned before.
 PLANS = {
     "whole": {},
-    "tiles": {"WHOLE_FORWARD": 0, "WHOLE_BACKWARD": 0, "CHUNK_FORWARD": 256, "CHUNK_BACKWARD": 128},
+    "tiles": {
+        "WHOLE_FORWARD": (0, 0),
+        "WHOLE_BACKWARD": (0, 0),
+        "CHUNK_FORWARD": 256,
+        "CHUNK_BACKWARD": 128,
+    },
     "merged": {"FEW_PARTS": 1, "MERGED_AT_ONCE": 2},
 }
 PLANS["merged"] |= PLANS["tiles"]

@@ -1,0 +1,89 @@
+"""Draws the figure of gpu.py: what share of the memory's speed each contender reaches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")  # to files only: works without a display
+
+import matplotlib.pyplot as plt
+from _gpu_cases import (
+    APEX,
+    COMPILED,
+    CUPY,
+    EAGER,
+    FLAX,
+    JAX,
+    LAYOUTS,
+    OURS,
+    PASSES,
+    SHAPES,
+    TEXTBOOK,
+    TORCH,
+)
+from _gpu_report import finished
+from matplotlib.axes import Axes
+
+# Okabe and Ito's colours, which colour-blind readers tell apart; ours have no hatch.
+LOOKS = {
+    (TORCH, OURS): ("#0072B2", ""),
+    (JAX, OURS): ("#56B4E9", ""),
+    (CUPY, OURS): ("#009E73", ""),
+    (TORCH, EAGER): ("#D55E00", "///"),
+    (TORCH, COMPILED): ("#E69F00", "///"),
+    (TORCH, APEX): ("#F0E442", "///"),
+    (JAX, FLAX): ("#CC79A7", "..."),
+    (CUPY, TEXTBOOK): ("#999999", "xxx"),
+}
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Write a PNG: a panel for each pass, a cluster of bars for each shape and layout."""
+    rows = [row for row in result["rows"] if row.get("shares")]
+    figure, panels = plt.subplots(len(PASSES), 1, figsize=(17, 10), layout="constrained")
+    for axes, task in zip(panels, PASSES, strict=True):
+        draw_panel(axes, [row for row in rows if row["task"] == task])
+        axes.set_title(task, loc="left", weight="bold")
+    handles, labels = panels[0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside right upper", frameon=False)
+    figure.suptitle(
+        "Group normalization with SiLU: share of the floor, which is the time to copy what the "
+        "kernels read and write", x=0.01, ha="left", size=14, weight="bold",
+    )  # fmt: skip
+    found = result["versions"]
+    names = [f"{name} {found[name]}" for name in ("torch", "jax", "cupy", "flax") if name in found]
+    where = " · ".join([result["gpu"], *names, result["date"][:10], result["commit"][:9]])
+    figure.text(0.99, 0.002, where, ha="right", va="bottom", color="#5a5a5a", size=8)
+    figure.savefig(path, dpi=130, facecolor="white")
+    plt.close(figure)
+
+
+def draw_panel(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
+    found = finished(rows)
+    there = {(row["shape"], row["layout"]) for row in rows}
+    clusters = [(s, layout) for s in SHAPES for layout in LAYOUTS if (s, layout) in there]
+    width = 0.86 / len(LOOKS)
+    for number, ((library, name), (color, hatch)) in enumerate(LOOKS.items()):
+        places, heights = [], []
+        for place, (shape, layout) in enumerate(clusters):
+            for row in rows[:1]:
+                here = found.get((library, shape, layout, row["task"]))
+                shares = here and here["shares"].get(name)
+                if shares:
+                    places.append(place + (number - (len(LOOKS) - 1) / 2) * width)
+                    heights.append(100 * shares["plan"]["median_us"])
+        axes.bar(places, heights, width, color=color, hatch=hatch, edgecolor="white",
+                 linewidth=0.4, label=f"{library}: {name}")  # fmt: skip
+    axes.axhline(100, color="black", linewidth=1)
+    labels = [f"{s.rpartition(' ')[0]}\n{s.rpartition(' ')[2]}\n{layout.removeprefix('channels-')}"
+              for s, layout in clusters]  # fmt: skip
+    axes.set_xticks(range(len(clusters)), labels, size=7)
+    axes.set_ylabel("% of the floor")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#ececec")
+    axes.set_axisbelow(True)

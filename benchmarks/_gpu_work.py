@@ -1,0 +1,205 @@
+"""The processes of gpu.py: one for each library, so that a fault of one spares the others.
+
+A child does a library's work item by item, and writes a line of JSON for each to a file: copies,
+checks, then rows in order of importance. Where it dies, its parent starts another one behind the
+item that it died of. What there is no time for is named.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import _gpu_checks
+from _gpu_cases import LIBRARIES, Case, plan
+from _gpu_measure import SECONDS, DeviceLost, copies, measure, reason
+
+LOST = 3  # exit status of a child whose device does not answer
+GRACE = 30.0  # seconds beyond its time after which a child is killed
+MOST_CHILDREN = 6
+# Shares of the time, for those that are still to come; what one leaves is the others'.
+SHARES = {"torch": 0.45, "jax": 0.35, "cupy": 0.2}
+PROBE = "probe"
+
+Item = tuple[str, Callable[[], list[dict[str, Any]]]]
+Record = dict[str, Any]
+
+
+def engine_of(library: str) -> Any:
+    return importlib.import_module(f"_gpu_{library}")
+
+
+def names_of(library: str, quick: bool) -> list[str]:
+    """The items of a library; known without the library."""
+    checks = [f"{library}/check/{check.name}" for check in _gpu_checks.plan()]
+    return [f"{library}/copies", *checks, *(case.name for case in plan(library, quick))]
+
+
+def items_of(library: str, quick: bool) -> list[Item]:
+    """What a child does, under the same names."""
+    engine = engine_of(library)
+
+    def copied() -> list[Record]:
+        return [{**copies(engine.copy_timer), "library": library}]
+
+    def checked(check: _gpu_checks.Check) -> list[Record]:
+        return [_gpu_checks.run(check, library, engine.vjp)]
+
+    def measured(case: Case) -> list[Record]:
+        engine.release()
+        return [measure(case, lambda: engine.Contest(case), SECONDS)]
+
+    work = [
+        copied,
+        *(partial(checked, check) for check in _gpu_checks.plan()),
+        *(partial(measured, case) for case in plan(library, quick)),
+    ]
+    return list(zip(names_of(library, quick), work, strict=True))
+
+
+# ---- in the child -------------------------------------------------------------------------------
+
+
+def child(request: dict[str, Any]) -> int:
+    """Do a request's items from `begin` on, while there are seconds left."""
+    end = time.monotonic() + request["seconds"]
+    with Path(request["file"]).open("a") as file:
+
+        def write(record: Record) -> None:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+
+        if request["library"] == PROBE:
+            probe(request["libraries"], write)
+            return 0
+        items = items_of(request["library"], request["quick"])
+        longest = 0.0
+        for name, work in items[request["begin"] :]:
+            begun = time.monotonic()
+            if begun + longest > end:
+                return 0
+            write({"kind": "begun", "name": name})
+            try:
+                for record in work():
+                    write(record)
+                    print(line_of(name, record), flush=True)
+            except DeviceLost as error:
+                write({"kind": "failure", "name": name, "why": f"the device was lost: {error}"})
+                return LOST
+            except Exception as error:
+                write({"kind": "failure", "name": name, "why": reason(error)})
+            # The next row is as long as one of late, or the time is over before it ends.
+            longest = max(0.7 * longest, time.monotonic() - begun)
+    return 0
+
+
+def probe(libraries: Sequence[str], write: Callable[[Record], None]) -> None:
+    """Say which libraries have a GPU, and if any does what the package's own check finds."""
+    any_gpu = False
+    for library in libraries:
+        record: Record = {"kind": "probe", "library": library, "why": None, "gpu": None}
+        try:
+            engine = engine_of(library)
+            record["why"] = engine.missing()
+            if record["why"] is None:
+                record["gpu"], any_gpu = engine.gpu_name(), True
+        except Exception as error:
+            record["why"] = reason(error).removeprefix("RAISED ")
+        write(record)
+    if not any_gpu:
+        return
+    write({"kind": "begun", "name": "selfcheck"})
+    try:
+        for record in _gpu_checks.package_checks():
+            write(record)
+    except Exception as error:
+        write({"kind": "failure", "name": "selfcheck", "why": reason(error)})
+
+
+def line_of(name: str, record: Record) -> str:
+    """What the user sees of an item when it is done."""
+    if record["kind"] == "check":
+        return f"{name}: {'right' if record['passed'] else 'WRONG'}"
+    if record["kind"] == "row":
+        times = record["times"].items()
+        found = ", ".join(f"{who} {time['median_us']:.1f}" for who, time in times)
+        return f"{name}: {found or 'nothing'} us  ({record['seconds']:.0f} s)"
+    return f"{name}: done"
+
+
+# ---- in the parent ------------------------------------------------------------------------------
+
+
+def run_child(request: dict[str, Any], seconds: float) -> tuple[int, list[Record]]:
+    """Run a child for so many seconds and a little more; return its exit status and records."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "records"
+        request = {**request, "seconds": seconds, "file": str(file)}
+        command = [sys.executable, str(Path(__file__).with_name("gpu.py")), "--child"]
+        # JAX would take most of the memory, of which others compute in the same process.
+        environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
+        process = subprocess.Popen([*command, json.dumps(request)], env=environment)
+        try:
+            status = process.wait(timeout=max(seconds, 0) + GRACE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            status = process.wait()
+        finally:
+            if process.poll() is None:
+                process.kill()
+        lines = file.read_text().splitlines() if file.exists() else []
+    records = []
+    for line in lines:
+        try:
+            records.append(json.loads(line))
+        except ValueError:  # cut off where the child died
+            continue
+    return status, records
+
+
+def run_library(library: str, quick: bool, seconds: float) -> list[Record]:
+    """All records of a library, with what failed and what there was no time for."""
+    end = time.monotonic() + seconds
+    names = names_of(library, quick)
+    found: list[Record] = []
+    begin = 0
+    for _ in range(MOST_CHILDREN):
+        left = end - time.monotonic()
+        if left <= 0 or begin >= len(names):
+            break
+        request = {"library": library, "quick": quick, "begin": begin}
+        status, records = run_child(request, left)
+        found += [record for record in records if record["kind"] != "begun"]
+        begun = [record["name"] for record in records if record["kind"] == "begun"]
+        begin = names.index(begun[-1]) + 1 if begun else begin
+        if status == 0:
+            break
+        if status != LOST:
+            where = begun[-1] if begun else f"{library}: before its first item"
+            why = f"the process ended with status {status}"
+            found.append({"kind": "failure", "name": where, "why": why})
+        if not begun:
+            break
+    found += [{"kind": "skipped", "name": name, "why": "no time was left"}
+              for name in names[begin:]]  # fmt: skip
+    return found
+
+
+def run_all(libraries: Sequence[str], quick: bool, end: float) -> list[Record]:
+    """The records of several libraries, which share the time until `end`."""
+    found: list[Record] = []
+    waiting = [library for library in LIBRARIES if library in libraries]
+    while waiting:
+        shares = [SHARES[library] for library in waiting]
+        left = max(end - time.monotonic(), 0)
+        found += run_library(waiting.pop(0), quick, left * shares[0] / sum(shares))
+    return found

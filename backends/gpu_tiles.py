@@ -94,10 +94,10 @@ def whole(form: Form, limit: int) -> Tiles | None:
     if power_of_two(form.size) * length > limit:
         return None
     found = Tiles(form.size, length, 1)
-    for width in _widths(form, length, max(SMALL, found.elements())):
+    for width in _widths(form, length, limit):
         tiles = Tiles(width, length, 1)
-        few = form.samples * tiles.blocks(form) < ENOUGH
-        if few and not _wasteful(form, found.width):
+        many = form.samples * tiles.blocks(form) >= ENOUGH
+        if not (_wasteful(form, found.width) or (many and tiles.elements() <= SMALL)):
             break
         found = tiles
     # Half of what is fetched would be for others, once more for each of them.

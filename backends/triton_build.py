@@ -5,6 +5,7 @@ architecture, so a program that runs again compiles nothing.
 """
 
 import importlib
+import os
 import re
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -103,6 +104,9 @@ def build(
             signature[argument] = POINTERS[dtype]
             if is_aligned:
                 attributes[(place,)] = [["tt.divisibility", ALIGNMENT]]
+    # Importing jax-triton empties this, and then Triton has nowhere to keep what it compiles.
+    if os.environ.get("TRITON_CACHE_DIR") == "":
+        del os.environ["TRITON_CACHE_DIR"]
     source = compiler.ASTSource(kernel, signature, constants, attributes)
     target = targets.GPUTarget("cuda", capability, 32)
     made = triton.compile(source, target=target, options={"num_warps": step.warps})

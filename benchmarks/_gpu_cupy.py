@@ -13,16 +13,7 @@ from typing import Any
 
 import cupy
 import numpy as np
-from _gpu_cases import (
-    ACTIVATION,
-    EPSILON,
-    GROUPS,
-    OURS,
-    SEED,
-    TEXTBOOK,
-    UNGRAPHED,
-    Case,
-)
+from _gpu_cases import ACTIVATION, EPSILON, GROUPS, OURS, SEED, TEXTBOOK, UNGRAPHED, Case
 from _gpu_measure import Call, Timer, elements, graph_launches, reason
 
 BLOCK = 2**22  # elements of which larger arrays are repetitions
@@ -58,6 +49,10 @@ def small_dtype(xp: Any) -> np.dtype:
     except Exception:
         return np.dtype(np.float16)
     return np.dtype(np.float16)
+
+
+def wait() -> None:
+    cupy.cuda.runtime.deviceSynchronize()
 
 
 class Contest:
@@ -133,7 +128,7 @@ class Contest:
 
     def wait(self) -> None:
         if self.xp is cupy:
-            cupy.cuda.runtime.deviceSynchronize()
+            wait()
 
 
 def difference(xp: Any, a: Any, b: Any) -> float:

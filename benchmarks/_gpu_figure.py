@@ -41,12 +41,15 @@ LOOKS = {
 }
 
 
+PACKAGES = ("torch", "jax", "flax", "cupy-cuda13x", "cupy-cuda12x", "triton")
+
+
 def draw(result: dict[str, Any], path: Path) -> None:
     """Write a PNG: a panel for each pass, a cluster of bars for each shape and layout."""
     rows = [row for row in result["rows"] if row.get("shares")]
     figure, panels = plt.subplots(len(PASSES), 1, figsize=(17, 10), layout="constrained")
     for axes, task in zip(panels, PASSES, strict=True):
-        draw_panel(axes, [row for row in rows if row["task"] == task])
+        draw_panel(axes, [row for row in rows if row["task"] == task], task)
         axes.set_title(task, loc="left", weight="bold")
     handles, labels = panels[0].get_legend_handles_labels()
     if handles:
@@ -56,27 +59,30 @@ def draw(result: dict[str, Any], path: Path) -> None:
         "kernels read and write", x=0.01, ha="left", size=14, weight="bold",
     )  # fmt: skip
     found = result["versions"]
-    names = [f"{name} {found[name]}" for name in ("torch", "jax", "cupy", "flax") if name in found]
+    names = [f"{name} {found[name]}" for name in PACKAGES if name in found]
     where = " · ".join([result["gpu"], *names, result["date"][:10], result["commit"][:9]])
-    figure.text(0.99, 0.002, where, ha="right", va="bottom", color="#5a5a5a", size=8)
+    figure.supxlabel(where, x=0.99, ha="right", color="#5a5a5a", size=8)
     figure.savefig(path, dpi=130, facecolor="white")
     plt.close(figure)
 
 
-def draw_panel(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
+def draw_panel(axes: Axes, rows: Sequence[dict[str, Any]], task: str) -> None:
     found = finished(rows)
     there = {(row["shape"], row["layout"]) for row in rows}
     clusters = [(s, layout) for s in SHAPES for layout in LAYOUTS if (s, layout) in there]
-    width = 0.86 / len(LOOKS)
-    for number, ((library, name), (color, hatch)) in enumerate(LOOKS.items()):
-        places, heights = [], []
-        for place, (shape, layout) in enumerate(clusters):
-            for row in rows[:1]:
-                here = found.get((library, shape, layout, row["task"]))
-                shares = here and here["shares"].get(name)
-                if shares:
-                    places.append(place + (number - (len(LOOKS) - 1) / 2) * width)
-                    heights.append(100 * shares["plan"]["median_us"])
+    looks = {
+        (library, name): look
+        for (library, name), look in LOOKS.items()
+        if any(row["library"] == library and name in row["shares"] for row in rows)
+    }
+    width = 0.86 / max(len(looks), 1)
+    for number, ((library, name), (color, hatch)) in enumerate(looks.items()):
+        shares = [
+            found.get((library, shape, layout, task), {}).get("shares", {}).get(name)
+            for shape, layout in clusters
+        ]
+        heights = [100 * share["plan"]["median_us"] if share else 0 for share in shares]
+        places = [place + (number - (len(looks) - 1) / 2) * width for place in range(len(clusters))]
         axes.bar(places, heights, width, color=color, hatch=hatch, edgecolor="white",
                  linewidth=0.4, label=f"{library}: {name}")  # fmt: skip
     axes.axhline(100, color="black", linewidth=1)

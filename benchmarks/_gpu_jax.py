@@ -47,6 +47,10 @@ def release() -> None:
     gc.collect()
 
 
+def wait() -> None:
+    jax.block_until_ready(jnp.zeros(()) + 1)
+
+
 class Contest:
     """A row's buffers and contenders."""
 
@@ -121,7 +125,7 @@ class Contest:
         return {name: difference(a, b) for name, (a, b) in zip(names, pairs, strict=True)}
 
     def wait(self) -> None:
-        jax.block_until_ready(jnp.zeros(()) + 1)
+        wait()
 
 
 def with_gradients(norm: Norm, parameters: Any, x: Any, dy: Any) -> tuple[Any, Any, Any]:

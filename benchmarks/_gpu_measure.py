@@ -81,7 +81,7 @@ def measure(case: Case, make_contest: Callable[[], Contest], seconds: float) -> 
             timers.update(contest.timers(name, call))
         except Exception as error:  # one broken contender must not hide the others
             row["left_out"][name] = reason(error)
-            alive(contest)
+            alive(contest, f"{name}: {row['left_out'][name]}")
             if name == OURS:
                 waiting.insert(0, (PORTABLE, contest.fallback))
         result = None
@@ -89,7 +89,7 @@ def measure(case: Case, make_contest: Callable[[], Contest], seconds: float) -> 
     results.clear()
     row["times"] = take_turns(timers, seconds, row["left_out"])
     row["launches"] = {n: t.launches for n, t in timers.items() if t.launches is not None}
-    alive(contest)
+    alive(contest, "all took turns")
     return row | {"seconds": time.monotonic() - begun}
 
 
@@ -110,12 +110,12 @@ def disagrees(row: dict[str, Any]) -> bool:
     return isinstance(found, dict) and not all(d <= DISAGREEMENT for d in found.values())
 
 
-def alive(contest: Contest) -> None:
+def alive(contest: Contest, after: str) -> None:
     """Raise `DeviceLost` if the device does not answer: after a fault every later call fails."""
     try:
         contest.wait()
     except Exception as error:
-        raise DeviceLost(reason(error)) from error
+        raise DeviceLost(f"after {after}: {reason(error)}") from error
 
 
 def take_turns(

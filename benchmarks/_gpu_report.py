@@ -1,11 +1,10 @@
-"""What gpu.py makes of its records: floors and ratios, the table, the aims, what is missing."""
+"""What gpu.py makes of its records: floors, ratios, the table and the aims."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +32,6 @@ from _gpu_cases import (
     bandwidth_for,
     floors,
 )
-from _gpu_measure import DISAGREEMENT, disagrees
 
 Row = dict[str, Any]
 KEYS = ("min_us", "median_us")
@@ -267,50 +265,3 @@ def aim_line(judged: dict[str, Any]) -> list[str]:
     values = [shown(judged[key]) for key in ("bound", *KEYS, "mean")]
     where = (judged["where"] or "").partition("/")[2]
     return [judged["title"], *values, f"{judged['rows']}/{judged['of']}", verdict, where]
-
-
-# ---- what is missing or wrong -------------------------------------------------------------------
-
-
-def failures(records: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """What is wrong of ours, or broke."""
-    for record in records:
-        kind, where = (
-            record["kind"],
-            f"{record.get('library', '')} {record.get('name', '')}".strip(),
-        )
-        if kind == "check" and not record["passed"]:
-            why = record["failure"] or f"errors {json.dumps(record['errors'])}"
-            why += "" if record["repeats"] in (None, True) else ", other bits when repeated"
-            yield f"{where}: {why}"
-        elif kind == "failure":
-            yield f"{record['name']}: {record['why']}"
-        elif kind == "row":
-            if OURS in record["left_out"]:
-                yield f"{record['name']}: {OURS} {record['left_out'][OURS]}"
-            if disagrees(record):
-                more = f"{json.dumps(record['disagreement'])}, more than {DISAGREEMENT}"
-                yield f"{record['name']}: differs from the peer by {more}"
-
-
-def notes(records: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Who was left out and why, each reason once, and what there was no time for."""
-    found: dict[tuple[str, str], list[str]] = {}
-    for record in records:
-        if record["kind"] == "probe" and record["why"]:
-            found.setdefault((record["library"], record["why"]), []).append("everywhere")
-        elif record["kind"] == "skipped":
-            found.setdefault(("skipped", record["why"]), []).append(record["name"])
-        elif record["kind"] in ("row", "copy"):
-            where = record.get("name", f"{record['library']} copies")
-            for name, why in record["left_out"].items():
-                found.setdefault((f"left out: {name}", why), []).append(where)
-            if record.get("dtype") not in (None, "bfloat16"):
-                found.setdefault((record["library"], f"in {record['dtype']}"), []).append(where)
-            for name, times in record.get("times", {}).items():
-                if "no graph could" in times["how"]:
-                    found.setdefault((name, times["how"]), []).append(where)
-    for (name, why), where in found.items():
-        shown = where if name == "skipped" else where[:1]
-        more = f" and {len(where) - len(shown)} more" if len(where) > len(shown) else ""
-        yield f"{name}: {why} ({', '.join(shown)}{more})"

@@ -52,6 +52,10 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
+def wait() -> None:
+    torch.cuda.synchronize()
+
+
 class Contest:
     """A row's buffers and contenders."""
 
@@ -143,7 +147,7 @@ class Contest:
 
     def wait(self) -> None:
         if self.device != "cpu":
-            torch.cuda.synchronize()
+            wait()
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:

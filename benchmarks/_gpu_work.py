@@ -25,7 +25,7 @@ from _gpu_measure import SECONDS, DeviceLost, copies, measure, reason
 
 LOST = 3  # exit status of a child whose device does not answer
 GRACE = 30.0  # seconds beyond its time after which a child is killed
-MOST_CHILDREN = 6
+MOST_CHILDREN = 25
 # Shares of the time, for those that are still to come; what one leaves is the others'.
 SHARES = {"torch": 0.45, "jax": 0.35, "cupy": 0.2}
 PROBE = "probe"
@@ -92,6 +92,8 @@ def child(request: dict[str, Any]) -> int:
                 for record in work():
                     write(record)
                     print(line_of(name, record), flush=True)
+                    if record.get("failure") and not answers(request["library"]):
+                        return LOST
             except DeviceLost as error:
                 write({"kind": "failure", "name": name, "why": f"the device was lost: {error}"})
                 return LOST
@@ -100,6 +102,15 @@ def child(request: dict[str, Any]) -> int:
             # The next row is as long as one of late, or the time is over before it ends.
             longest = max(0.7 * longest, time.monotonic() - begun)
     return 0
+
+
+def answers(library: str) -> bool:
+    """Whether the device still does, after a failure."""
+    try:
+        engine_of(library).wait()
+    except Exception:
+        return False
+    return True
 
 
 def probe(libraries: Sequence[str], write: Callable[[Record], None]) -> None:
@@ -189,9 +200,8 @@ def run_library(library: str, quick: bool, seconds: float) -> list[Record]:
             found.append({"kind": "failure", "name": where, "why": why})
         if not begun:
             break
-    found += [{"kind": "skipped", "name": name, "why": "no time was left"}
-              for name in names[begin:]]  # fmt: skip
-    return found
+    why = "its processes ended too often" if end > time.monotonic() + GRACE else "no time was left"
+    return found + [{"kind": "skipped", "name": name, "why": why} for name in names[begin:]]
 
 
 def run_all(libraries: Sequence[str], quick: bool, end: float) -> list[Record]:

@@ -25,17 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from _gpu_cases import LIBRARIES
-from _gpu_report import (
-    AIM_HEADER,
-    HEADER,
-    add_floors,
-    aim_line,
-    failures,
-    judge,
-    notes,
-    short_name,
-    table,
-)
+from _gpu_notes import failures, notes
+from _gpu_report import AIM_HEADER, HEADER, add_floors, aim_line, judge, short_name, table
 from _gpu_work import PROBE, child, run_all, run_child
 from _report import machine, print_table, versions, write_json
 
@@ -136,8 +127,8 @@ def show(result: dict[str, Any]) -> None:
     print(f"{result['gpu']}, driver {result['driver']}, commit {result['commit'][:9]}{edited}")
     title = (
         "medians in microseconds (p: portable, no kernels), shares of the floor of the plan, and "
-        "peers' times over ours; torch and cupy by CUDA graphs, jax by a dispatch loop; launches of "
-        "ours/eager/compile"
+        "peers' times over ours; torch and cupy by CUDA graphs, jax by a dispatch loop; launches "
+        "of ours/eager/compile"
     )
     print_table(title, HEADER, table(rows))
     print_table("aims: least values of any row", AIM_HEADER, list(map(aim_line, result["aims"])))

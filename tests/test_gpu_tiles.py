@@ -77,6 +77,7 @@ def test_whole_groups_are_whole(form):
             narrow = not form.first and form.size * form.item < 32
             assert padded > limit or narrow
             continue
+        assert form.first or tiles.width * form.item >= 32 or tiles.width == form.channels
         assert tiles.elements() <= limit
         assert tiles.parts == tiles.chunks(form) == 1
         assert tiles.width % form.size == 0
@@ -95,6 +96,10 @@ def test_addresses_within_a_tile_stay_in_32_bits():
     form = Form(1, 1 << 20, 32, 1 << 14, False, 2)
     tiles = chunked(form, CHUNK_FORWARD)
     assert 1 <= tiles.length * form.channels <= FARTHEST
+
+
+def test_bundles_of_groups_are_read_once_where_they_fit():
+    assert whole(Form(4, 32, 10, 256, False, 2), WHOLE_FORWARD[0]) == Tiles(40, 256, 1)
 
 
 SHAPES = {

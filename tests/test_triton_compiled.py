@@ -127,3 +127,10 @@ def test_the_program_does_not_depend_on_the_size_of_the_machine():
         source = Path(gpu.__file__).with_name(f"{module}.py").read_text()
         assert "multi_processor" not in source
         assert "get_device_properties" not in source
+
+
+def test_compiles_where_triton_s_cache_was_emptied(monkeypatch):
+    """As importing jax-triton does, for the whole process."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")
+    [step, *_] = steps(Form(3, 5, 7, 11, True, 4))
+    assert compiled(step, "float32", 90).threads == 32

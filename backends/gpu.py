@@ -198,7 +198,8 @@ def _step(
             ("NB", tiles.blocks(form)), ("GBP", power_of_two(tiles.groups(form))),
             ("FIRST", int(form.first)), ("FULL", int(tiles.full(form))),
         ),
-        warps_for(tiles.elements()),
+        # Backward a thread holds two arrays.
+        warps_for(tiles.elements() * (2 if "dy" in arrays else 1)),
     )  # fmt: skip
 
 

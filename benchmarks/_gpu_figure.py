@@ -86,8 +86,10 @@ def draw_panel(axes: Axes, rows: Sequence[dict[str, Any]], task: str) -> None:
         axes.bar(places, heights, width, color=color, hatch=hatch, edgecolor="white",
                  linewidth=0.4, label=f"{library}: {name}")  # fmt: skip
     axes.axhline(100, color="black", linewidth=1)
-    labels = [f"{s.rpartition(' ')[0]}\n{s.rpartition(' ')[2]}\n{layout.removeprefix('channels-')}"
-              for s, layout in clusters]  # fmt: skip
+    labels = [
+        "\n".join([*shape.replace("@", " @").rsplit(" ", 2), layout.removeprefix("channels-")])
+        for shape, layout in clusters
+    ]
     axes.set_xticks(range(len(clusters)), labels, size=7)
     axes.set_ylabel("% of the floor")
     axes.spines[["top", "right"]].set_visible(False)

@@ -171,12 +171,19 @@ def _capability(device: int) -> int:
     return int(cupy.cuda.Device(device).compute_capability)
 
 
-@lru_cache(maxsize=64)
 def unavailable(device: int) -> NotServed | None:
-    """Say why no kernels run on a device, if so. This runs one, and looks at what it computes."""
+    """Say why no kernels run on a device, if so. The first time one is tried out."""
     why = no_triton()
     if why is not None:
         return why
+    if cupy.cuda.get_current_stream().is_capturing():
+        return None  # nothing can be tried out now
+    return _tried(device)
+
+
+@lru_cache(maxsize=64)
+def _tried(device: int) -> NotServed | None:
+    """Run one kernel, and look at what it computes."""
     capability = _capability(device)
     if capability < LEAST_CAPABILITY:
         return NotServed(f"the kernels need compute capability 8.0, and this is {capability / 10}")

@@ -227,9 +227,9 @@ def _sum_rows(channels: int, rows: int, batches: int, shared: dict[str, int]) ->
 
 
 def _rows_step(channels: int, rows: int, block: int, arrays: tuple[str, ...]) -> Step:
+    programs = -(-channels // CHANNELS_AT_ONCE) * -(-rows // block)
     return Step(
-        "triton_backward", "sum_rows", (-(-channels // CHANNELS_AT_ONCE), -(-rows // block)),
-        arrays, 2, (("rows", rows), ("R", block)),
+        "triton_backward", "sum_rows", (programs,), arrays, 2, (("rows", rows), ("R", block)),
         (("C", channels), ("RP", ROWS_AT_ONCE), ("BC", CHANNELS_AT_ONCE)), 4,
     )  # fmt: skip
 

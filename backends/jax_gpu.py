@@ -143,8 +143,9 @@ def _plain(dtype: Any) -> Any:
 
 def _capability() -> int:
     """Return the compute capability of the GPU that programs are compiled for, such as 90."""
-    found = str(getattr(jax.devices()[0], "compute_capability", "0.0"))
-    return int(found.replace(".", ""))
+    found = str(getattr(jax.local_devices()[0], "compute_capability", ""))
+    number = found.replace(".", "")
+    return int(number) if number.isdecimal() else 0  # AMD's have names
 
 
 @lru_cache(maxsize=1)
@@ -180,7 +181,8 @@ def _try(launcher: Launcher) -> None:
         return launcher(step, operands, results)[0]
 
     with jax.ensure_compile_time_eval():
-        y = jax.jit(function).lower(x).compile()(x)
+        there = jax.device_put(x, jax.local_devices()[0])  # whatever the default device is
+        y = jax.jit(function).lower(there).compile()(there)
     if not passed(np.asarray(y)):
         raise ArithmeticError("a first kernel computed something else")
 

@@ -162,7 +162,8 @@ def unavailable(device: torch.device) -> NotServed | None:
     why = no_triton()
     if why is not None:
         return why
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    captures = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    if captures or torch._C._len_torch_dispatch_stack() > 0:
         return None  # nothing can be tried out now
     return _tried(device.index or 0)
 

@@ -219,9 +219,10 @@ def sum_rows(
     BC: tl.constexpr,
 ):  # fmt: skip
     """Sum each R rows, RP at once, in float64, for BC channels."""
-    channel = tl.program_id(0) * BC + tl.arange(0, BC)
+    pieces: tl.constexpr = (C + BC - 1) // BC
+    channel = tl.program_id(0) % pieces * BC + tl.arange(0, BC)
     channel_exists = channel < C
-    block = tl.program_id(1).to(tl.int64)
+    block = (tl.program_id(0) // pieces).to(tl.int64)
     end = tl.minimum(tl.cast(rows, tl.int64), (block + 1) * R)
     product_sum = tl.zeros([RP, BC], tl.float64)
     gradient_sum = tl.zeros([RP, BC], tl.float64)

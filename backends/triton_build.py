@@ -15,6 +15,7 @@ from groupnorm.implementations import NotServed
 
 __all__ = ["ALIGNMENT", "POINTERS", "Built", "build", "kernel_of", "unavailable"]
 
+_KERNELS = "groupnorm.backends.kernels"
 # What the kernels read and write, and what Triton calls it.
 POINTERS = {
     "float32": "*fp32",
@@ -41,7 +42,7 @@ class Built(NamedTuple):
 def unavailable() -> NotServed | None:
     """Say why there are no kernels for GPUs here, if so. This imports Triton."""
     try:
-        importlib.import_module("groupnorm.backends.kernels.triton_forward")
+        importlib.import_module(f"{_KERNELS}.triton_forward")
     except ImportError as error:
         return NotServed(
             f"the kernels for GPUs need triton, which cannot be imported ({error}); "
@@ -55,7 +56,7 @@ def unavailable() -> NotServed | None:
 @lru_cache(maxsize=64)
 def kernel_of(module: str, name: str) -> Any:
     """Return a kernel as Triton has it, where `unavailable` says nothing."""
-    return getattr(importlib.import_module(f"groupnorm.backends.kernels.{module}"), name)
+    return getattr(importlib.import_module(f"{_KERNELS}.{module}"), name)
 
 
 @lru_cache(maxsize=1024)
@@ -80,30 +81,9 @@ def build(
     targets: Any = importlib.import_module("triton.backends.compiler")
 
     kernel = kernel_of(step.module, step.kernel)
-    constants, scalars = dict(step.constants), dict(step.scalars)
-    signature: dict[str, str] = {}
-    attributes: dict[tuple[int, ...], Any] = {}
-    arguments: list[tuple[str, int]] = []
-    types = iter(zip(dtypes, aligned, strict=True))
-    for place, argument in enumerate(kernel.arg_names):
-        if argument in constants:
-            signature[argument] = "constexpr"
-        elif argument in scalars:
-            value = scalars[argument]
-            # Triton's own launcher makes constants of ones as well.
-            if fixed or value == 1:
-                signature[argument] = "constexpr"
-                constants[argument] = value
-                continue
-            signature[argument] = "i32" if value < 2**31 else "i64"
-            arguments.append((signature[argument], value))
-            if value % 16 == 0:
-                attributes[(place,)] = [["tt.divisibility", 16]]
-        else:
-            dtype, is_aligned = next(types)
-            signature[argument] = POINTERS[dtype]
-            if is_aligned:
-                attributes[(place,)] = [["tt.divisibility", ALIGNMENT]]
+    signature, constants, attributes, arguments = _signature(
+        step, kernel.arg_names, dtypes, aligned, fixed
+    )
     # Importing jax-triton empties this, and then Triton has nowhere to keep what it compiles.
     if os.environ.get("TRITON_CACHE_DIR") == "":
         del os.environ["TRITON_CACHE_DIR"]
@@ -120,6 +100,37 @@ def build(
         scratch=_parameters(ptx) - len(dtypes) - len(arguments),
         scalars=tuple(arguments),
     )
+
+
+def _signature(
+    step: Step, names: list[str], dtypes: tuple[str, ...], aligned: tuple[bool, ...], fixed: bool
+) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], Any], list[tuple[str, int]]]:
+    """Return what Triton is told of a kernel's arguments, and the scalars among them."""
+    loose: tuple[str, ...] = importlib.import_module(f"{_KERNELS}.triton_tiles").LOOSE
+    constants, scalars = dict(step.constants), dict(step.scalars)
+    signature: dict[str, str] = {}
+    divisible = []
+    arguments = []
+    arrays = iter(zip(dtypes, aligned, strict=True))
+    for place, name in enumerate(names):
+        if name in scalars and (fixed or (scalars[name] == 1 and name not in loose)):
+            constants[name] = scalars[name]  # Triton's own launcher makes constants of ones as well
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in scalars:
+            signature[name] = "i32" if scalars[name] < 2**31 else "i64"
+            arguments.append((signature[name], scalars[name]))
+            if scalars[name] % 16 == 0 and name not in loose:
+                divisible.append(place)
+        else:
+            dtype, is_aligned = next(arrays)
+            signature[name] = POINTERS[dtype]
+            if is_aligned:
+                divisible.append(place)
+    attributes: dict[tuple[int, ...], Any] = {
+        (place,): [["tt.divisibility", ALIGNMENT]] for place in divisible
+    }
+    return signature, constants, attributes, arguments
 
 
 def _parameters(ptx: str) -> int:

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from groupnorm.backends.kernels.triton_numbers import finite, pulled_back, tame
 from groupnorm.backends.kernels.triton_tiles import (
+    LOOSE,
     chunks_of,
     counted_in,
     group_of,
@@ -86,7 +87,7 @@ def _keep_sums(
     tl.store(gradients + where, of_gradients, mask=channel_exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LOOSE)
 def whole(
     dy, x, scale, bias, mask, statistics, dx, products, gradients, steps, groups, begin_at,
     C: tl.constexpr, D: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, BP: tl.constexpr,
@@ -120,7 +121,7 @@ def whole(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LOOSE)
 def measure(
     dy, x, scale, bias, mask, statistics, parts, products, gradients, steps, groups,
     begin_at, C: tl.constexpr, D: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
@@ -165,7 +166,7 @@ def _merged(parts, group, exists, begin, tiles, KP: tl.constexpr):
     return of_gradients, tl.sum(tl.load(where + 1, mask=there, other=0.0), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LOOSE)
 def merge(parts, merged, tiles, begin_at, KP: tl.constexpr):
     """Sum all parts of a group to one, where they are many."""
     group = (tl.program_id(0) + begin_at).to(tl.int64) + tl.arange(0, 1)
@@ -180,7 +181,7 @@ def merge(parts, merged, tiles, begin_at, KP: tl.constexpr):
     tl.store(merged + group * 2 + 1, of_products.to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LOOSE)
 def apply(
     dy, x, scale, bias, mask, statistics, parts, dx, steps, groups, tiles, begin_at,
     KP: tl.constexpr, C: tl.constexpr, D: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
@@ -213,7 +214,7 @@ def apply(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LOOSE)
 def sum_rows(
     products, gradients, product_sums, gradient_sums, rows, R, C: tl.constexpr, RP: tl.constexpr,
     BC: tl.constexpr,

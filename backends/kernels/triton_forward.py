@@ -13,6 +13,7 @@ import triton.language as tl
 
 from groupnorm.backends.kernels.triton_numbers import activated, tame
 from groupnorm.backends.kernels.triton_tiles import (
+    LOOSE,
     chunks_of,
     counted_in,
     group_of,
@@ -99,7 +100,7 @@ def _keep(statistics, group, groups, mean, missed, rstd, share, write):
     tl.store(where + 1, share, mask=write)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LOOSE)
 def whole(
     x, scale, bias, mask, y, statistics, steps, groups, begin_at, EPSILON: tl.constexpr,
     LARGEST_UNIT: tl.constexpr, C: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
@@ -142,7 +143,7 @@ def whole(
     _keep(statistics, group, groups, mean, missed, rstd, share, write)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LOOSE)
 def measure(
     x, mask, parts, steps, begin_at, LARGEST_UNIT: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
     W: tl.constexpr, WP: tl.constexpr, BP: tl.constexpr, V: tl.constexpr, J: tl.constexpr,
@@ -217,7 +218,7 @@ def _finished(total, mean, squares, EPSILON: tl.constexpr):
     return high, low, rstd, share
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LOOSE)
 def merge(parts, statistics, tiles, begin_at, groups, EPSILON: tl.constexpr, KP: tl.constexpr):
     """Merge all tiles of a group, where they are many."""
     group = (tl.program_id(0) + begin_at).to(tl.int64) + tl.arange(0, 1)
@@ -234,7 +235,7 @@ def merge(parts, statistics, tiles, begin_at, groups, EPSILON: tl.constexpr, KP:
     _keep(statistics, group, groups, high, low, rstd, share, exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LOOSE)
 def apply(
     x, scale, bias, mask, parts, y, statistics, steps, groups, begin_at, EPSILON: tl.constexpr,
     KP: tl.constexpr, C: tl.constexpr, D: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 __all__ = [
+    "LOOSE",
     "chunks_of",
     "counted_in",
     "group_of",
@@ -33,6 +34,9 @@ __all__ = [
     "summed",
     "top_of_group",
 ]
+
+# Arguments that Triton compiles nothing anew for, whether they are 1, or multiples of 16, or not.
+LOOSE = ("begin_at", "groups", "tiles", "rows", "R")
 
 
 @triton.jit

@@ -11,11 +11,11 @@ import numpy as np
 from groupnorm.backends import gpu
 from groupnorm.backends.gpu_launch import Work, planned, trial
 from groupnorm.backends.layouts import flat_mask, in_memory, restored
-from groupnorm.backends.triton_build import ALIGNMENT, Built, build
+from groupnorm.backends.triton_build import ALIGNMENT, build
 from groupnorm.backends.triton_build import unavailable as no_triton
 from groupnorm.implementations import NotServed
 from groupnorm.options import Options
-from groupnorm.prepare import check_cotangent, host_mask
+from groupnorm.prepare import HOST_MASKS, check_cotangent, host_mask
 from groupnorm.typing import Gradients
 
 __all__ = ["fused", "fused_vjp", "unavailable"]
@@ -51,10 +51,10 @@ class _Call(NamedTuple):
         return restored(dx, layout), dscale, dbias
 
     @property
-    def _there(self) -> tuple[int, bool, bool]:
+    def _there(self) -> tuple[int, bool, bool, bool]:
         mask = self.arrays["mask"]
         scale, bias = (self.arrays[name] is not None for name in ("scale", "bias"))
-        return 0 if mask is None else mask.size, scale, bias
+        return 0 if mask is None else mask.size, scale, bias, captures()
 
 
 def fused(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
@@ -104,6 +104,11 @@ def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Optio
         return NotServed("statistics of replicas are pooled by the portable implementation")
     if type(x) is not cupy.ndarray:
         return NotServed(f"x is of type {type(x).__name__}")
+    for name, a in (("scale", scale), ("bias", bias)):
+        if a is not None and type(a) not in (cupy.ndarray, np.ndarray):
+            return NotServed(f"{name} is of type {type(a).__name__}")
+    if mask is not None and not isinstance(mask, (cupy.ndarray, *HOST_MASKS)):
+        return NotServed("the mask is of another library")
     for name, a in (("scale", scale), ("bias", bias), ("mask", mask)):
         if isinstance(a, cupy.ndarray) and a.device != x.device:
             return NotServed(f"{name} is on {a.device} and x on {x.device}")
@@ -127,7 +132,9 @@ def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Optio
             flat = flat_mask(given != 0, work.layout, adapter.xp)
             if isinstance(flat, NotServed):
                 return flat
-        scale, bias = (None if p is None else cupy.ascontiguousarray(p) for p in (scale, bias))
+        scale, bias = (
+            None if p is None else cupy.ascontiguousarray(cupy.asarray(p)) for p in (scale, bias)
+        )
         arrays = {"x": in_memory(x, work.layout, cupy), "scale": scale, "bias": bias, "mask": flat}
     return _Call(work, arrays)
 
@@ -150,43 +157,48 @@ def launch(step: gpu.Step, pointers: list[Any]) -> None:
     """Launch one step."""
     dtypes = tuple(a.dtype.name for a in pointers)
     aligned = tuple(a.data.ptr % ALIGNMENT == 0 for a in pointers)
-    built, function = _loaded(step, dtypes, aligned, cupy.cuda.Device().id)
-    scalars = [np.int32(v) if kind == "i32" else np.int64(v) for kind, v in built.scalars]
+    device = cupy.cuda.Device().id
+    built, arguments = build(step, dtypes, aligned, _capability(device), False)
+    scalars = [np.int32(v) if kind == "i32" else np.int64(v) for kind, v in arguments]
     nothing = [np.uint64(0)] * built.scratch
-    function(
+    _loaded(built.cubin_path, built.name, device)(
         (*step.grid, 1, 1)[:3], (built.threads, 1, 1), (*pointers, *scalars, *nothing),
         shared_mem=built.shared,
     )  # fmt: skip
 
 
-@lru_cache(maxsize=1024)
-def _loaded(
-    step: gpu.Step, dtypes: tuple[str, ...], aligned: tuple[bool, ...], device: int
-) -> tuple[Built, Any]:
-    built = build(step, dtypes, aligned, _capability(device), False)
-    return built, cupy.RawModule(path=built.cubin_path).get_function(built.name)
+@lru_cache(maxsize=4096)
+def _loaded(path: str, name: str, device: int) -> Any:
+    return cupy.RawModule(path=path).get_function(name)
 
 
+@lru_cache(maxsize=64)
 def _capability(device: int) -> int:
     return int(cupy.cuda.Device(device).compute_capability)
 
 
 def unavailable(device: int) -> NotServed | None:
     """Say why no kernels run on a device, if so. The first time one is tried out."""
-    why = no_triton()
-    if why is not None:
-        return why
-    if cupy.cuda.get_current_stream().is_capturing():
-        return None  # nothing can be tried out now
-    return _tried(device)
+    if device not in _trials:
+        why = no_triton()
+        if why is None and _capability(device) < LEAST_CAPABILITY:
+            why = NotServed("the kernels need a GPU of compute capability 8.0")
+        if why is None and captures():
+            return None  # nothing can be tried out now
+        _trials[device] = _tried(device) if why is None else why
+    return _trials[device]
 
 
-@lru_cache(maxsize=64)
+_trials: dict[int, NotServed | None] = {}
+
+
+def captures() -> bool:
+    """Whether launches are recorded in a CUDA graph."""
+    return bool(cupy.cuda.get_current_stream().is_capturing())
+
+
 def _tried(device: int) -> NotServed | None:
     """Run one kernel, and look at what it computes."""
-    capability = _capability(device)
-    if capability < LEAST_CAPABILITY:
-        return NotServed(f"the kernels need compute capability 8.0, and this is {capability / 10}")
     host, program, passed = trial()
     try:
         with cupy.cuda.Device(device):

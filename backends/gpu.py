@@ -1,8 +1,10 @@
 """What the kernels for GPUs are called with: a list of steps for a shape, made once.
 
 Plan A: groups that fit the registers are read once, by one kernel. Plan B: the rest is measured by
-tiles, merged, and read again. Plan C: large arrays take plan B by waves that stay in the cache.
-Which it is depends on the shape alone, and there are no atomics: the same call gives the same bits.
+tiles, merged, and read again. Plan C: large arrays take plan B by waves that stay in the cache, in
+a CUDA graph, since outside of one it takes longer to launch a wave than to compute it.
+How groups are cut depends on the shape alone, and there are no atomics: the same call gives the
+same bits.
 
 Launchers run the steps: by Triton itself for PyTorch, as cubins for CuPy, as PTX for JAX.
 """
@@ -39,7 +41,7 @@ ROWS_AT_ONCE, CHANNELS_AT_ONCE = 32, 32
 MANY_ROWS, ROWS_OF_A_BLOCK = 512, 128
 
 
-SUMS, FEWER_SUMS = ("products", "gradients"), ("fewer_products", "fewer_gradients")
+SUMS = ("products", "gradients")
 
 
 class Asked(NamedTuple):
@@ -50,7 +52,7 @@ class Asked(NamedTuple):
     mask: str | None  # "one" for all samples, one for "each", or None
     scale: bool
     bias: bool
-    waves: bool = True  # not where a result is written by one step alone
+    waves: bool = False  # where launches cost next to nothing; they do not change what is computed
 
 
 class Step(NamedTuple):
@@ -218,11 +220,12 @@ def _merge(
 
 def _sum_rows(channels: int, rows: int, batches: int, shared: dict[str, int]) -> Iterator[Step]:
     sums = SUMS
-    if rows > MANY_ROWS and batches == 1:
+    while rows > MANY_ROWS and batches == 1:
         blocks = -(-rows // ROWS_OF_A_BLOCK)
-        shared |= dict.fromkeys(FEWER_SUMS, blocks * channels)
-        yield _rows_step(channels, rows, ROWS_OF_A_BLOCK, (*sums, *FEWER_SUMS))
-        rows, sums = blocks, FEWER_SUMS
+        fewer = (f"{blocks} {SUMS[0]}", f"{blocks} {SUMS[1]}")
+        shared |= dict.fromkeys(fewer, blocks * channels)
+        yield _rows_step(channels, rows, ROWS_OF_A_BLOCK, (*sums, *fewer))
+        rows, sums = blocks, fewer
     yield _rows_step(channels, rows, rows // batches, (*sums, "dscale", "dbias"))
 
 

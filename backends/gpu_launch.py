@@ -14,6 +14,7 @@ from groupnorm.options import Options
 
 __all__ = ["ITEM_BYTES", "Work", "planned", "trial"]
 
+FEW_POSITIONS, MANY_ELEMENTS = 8, 1 << 24
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -31,19 +32,19 @@ class Work(NamedTuple):
         """The shapes that parameters may have."""
         return self.layout.feature_shape, (self.form.channels,)
 
-    def forward(self, mask_elements: int, scale: bool, bias: bool) -> gpu.Program:
+    def forward(self, mask_elements: int, scale: bool, bias: bool, waves: bool) -> gpu.Program:
         """Return what computes y and the statistics, for a mask of so many elements, or of 0."""
-        return gpu.forward(self.form, self._asked(mask_elements, scale, bias))
+        return gpu.forward(self.form, self._asked(mask_elements, scale, bias, waves))
 
-    def backward(self, mask_elements: int, scale: bool, bias: bool) -> gpu.Program:
+    def backward(self, mask_elements: int, scale: bool, bias: bool, waves: bool) -> gpu.Program:
         """Return what computes dx, dscale and dbias."""
-        return gpu.backward(self.form, self._asked(mask_elements, scale, bias))
+        return gpu.backward(self.form, self._asked(mask_elements, scale, bias, waves))
 
-    def _asked(self, mask_elements: int, scale: bool, bias: bool) -> gpu.Asked:
+    def _asked(self, mask_elements: int, scale: bool, bias: bool, waves: bool) -> gpu.Asked:
         mask = None
         if mask_elements:
             mask = "one" if mask_elements == self.form.positions else "each"
-        return gpu.Asked(self.epsilon, self.activation, mask, scale, bias)
+        return gpu.Asked(self.epsilon, self.activation, mask, scale, bias, waves)
 
 
 @lru_cache(maxsize=4096)
@@ -63,6 +64,9 @@ def planned(
         return NotServed("the axes of the samples are permuted in memory")
     if layout.channels > FARTHEST:
         return NotServed(f"there are {layout.channels} channels")
+    if layout.positions < FEW_POSITIONS and layout.elements > MANY_ELEMENTS:
+        # The gradients of scale and bias would take as much memory again for each sample.
+        return NotServed(f"{layout.positions} positions are too few for so many samples")
     form = Form(
         layout.samples, layout.groups, layout.size, layout.positions, layout.first,
         ITEM_BYTES[kinds.x],

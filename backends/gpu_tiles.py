@@ -91,7 +91,8 @@ def warps_for(elements: int) -> int:
 def whole(form: Form, limit: int) -> Tiles | None:
     """Cut into whole groups, or return None where a group is more than `limit` elements."""
     length = power_of_two(form.positions)
-    if power_of_two(form.size) * length > limit:
+    too_far = not form.first and length * form.channels > FARTHEST
+    if power_of_two(form.size) * length > limit or too_far:
         return None
     found = Tiles(form.size, length, 1)
     for width in _widths(form, length, limit):

@@ -81,7 +81,7 @@ def _asked(spec: Spec, mask: Any) -> gpu.Asked:
     if mask:
         kind = "one" if mask[0].shape[0] == 1 else "each"
     # Without waves: XLA allocates each result for the one call that writes it.
-    return gpu.Asked(spec.epsilon, spec.activation, kind, True, True, waves=False)
+    return gpu.Asked(spec.epsilon, spec.activation, kind, True, True)
 
 
 def _run(program: gpu.Program, arrays: dict[str, Any], results: dict[str, Any]) -> None:
@@ -104,7 +104,7 @@ Launcher = Callable[[gpu.Step, list[Any], list[Any]], Any]
 
 def _by_ptx(step: gpu.Step, operands: list[Any], results: list[Any]) -> Any:
     dtypes = tuple(_name(a.dtype) for a in (*operands, *results))
-    built = build(step, dtypes, (True,) * len(dtypes), _capability(), True)
+    built, _ = build(step, dtypes, (True,) * len(dtypes), _capability(), True)
     x, y, z = (*step.grid, 1, 1)[:3]
     call = jax.ffi.ffi_call(_TARGET, [*results, *(_NOTHING,) * built.scratch])
     found = call(

@@ -11,7 +11,8 @@ import torch
 from groupnorm.backends import Adapter, cpu, native, torch_gpu
 from groupnorm.backends.numpy import small_float
 from groupnorm.backends.torch_distributed import replicas_of, sum_gradients
-from groupnorm.backends.torch_fused import functional, fused, fused_vjp, is_wrapped
+from groupnorm.backends.torch_fused import functional, fused, fused_vjp
+from groupnorm.backends.torch_memory import is_wrapped
 from groupnorm.backends.torch_op import traced
 from groupnorm.core import apply
 from groupnorm.errors import ArgumentValueError

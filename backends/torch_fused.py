@@ -14,12 +14,12 @@ from torch.autograd import forward_ad
 from groupnorm.backends import cpu, layouts, torch_gpu
 from groupnorm.backends.cpu_launch import Arrays, Saved, Team, Work, address, planned
 from groupnorm.backends.pages import want_large_pages
-from groupnorm.backends.torch_memory import PLAIN, cotangent, in_memory, like
+from groupnorm.backends.torch_memory import PLAIN, cotangent, in_memory, is_wrapped, like
 from groupnorm.backends.torch_threads import run_in_torch_threads, torch_helpers_for
 from groupnorm.errors import GroupNormError
 from groupnorm.implementations import NotServed
 from groupnorm.options import Options
-from groupnorm.prepare import check_cotangent, host_mask
+from groupnorm.prepare import HOST_MASKS, check_cotangent, host_mask
 from groupnorm.typing import Gradients
 
 __all__ = [
@@ -31,10 +31,6 @@ __all__ = [
     "fused_vjp",
     "is_wrapped",
 ]
-
-# Tensors of torch.func's transforms, which have no values of their own. Private, but what PyTorch's
-# own code asks.
-is_wrapped: Any = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore[reportAttributeAccessIssue]
 
 _TEAM = Team(torch_helpers_for, run_in_torch_threads)
 
@@ -158,10 +154,15 @@ def fused_vjp(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: O
         call = call_of(adapter, x, scale, bias, mask, options)
     if isinstance(call, NotServed):
         return call
+    from groupnorm.core import apply_with_pullback
+
     y, saved = call.forward(x)
 
     def pullback(dy: Any) -> Gradients:
         check_cotangent(adapter, dy, x)
+        if is_wrapped(dy):  # torch.func maps or differentiates the pullback
+            portable = options._replace(implementation="portable")
+            return apply_with_pullback(adapter, x, scale, bias, mask, portable)[1](dy)
         dx, *gradients = call.backward(saved, x, dy)
         dscale, dbias = gradients
         return Gradients(dx, as_parameter(dscale, scale), as_parameter(dbias, bias))
@@ -255,6 +256,8 @@ def _flat_mask(mask: Any, layout: layouts.Layout) -> Any:
         if not plain or mask.layout is not torch.strided or mask.is_complex():
             return NotServed("the mask is no ordinary tensor on the CPU, or complex")
         return layouts.flat_mask((mask.detach() != 0).numpy(), layout)
+    if not isinstance(mask, HOST_MASKS):
+        return NotServed("the mask is of another library")
     try:
         return layouts.flat_mask(host_mask(mask), layout)
     except GroupNormError:

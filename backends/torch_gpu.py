@@ -10,12 +10,12 @@ import torch
 from groupnorm.backends import gpu
 from groupnorm.backends.gpu_launch import Work, planned, trial
 from groupnorm.backends.layouts import flat_mask
-from groupnorm.backends.torch_memory import PLAIN, cotangent, in_memory, like
-from groupnorm.backends.triton_build import kernel_of
+from groupnorm.backends.torch_memory import PLAIN, cotangent, in_memory, is_wrapped, like
+from groupnorm.backends.triton_build import COMPILED, kernel_of
 from groupnorm.backends.triton_build import unavailable as no_triton
 from groupnorm.implementations import NotServed
 from groupnorm.options import Options
-from groupnorm.prepare import host_mask
+from groupnorm.prepare import HOST_MASKS, host_mask
 
 __all__ = ["INTERPRETED", "Call", "call_of", "run", "unavailable"]
 
@@ -69,9 +69,9 @@ class Call(NamedTuple):
         return packed
 
     @property
-    def _there(self) -> tuple[int, bool, bool]:
+    def _there(self) -> tuple[int, bool, bool, bool]:
         mask = 0 if self.flat_mask is None else self.flat_mask.numel()
-        return mask, self.scale is not None, self.bias is not None
+        return mask, self.scale is not None, self.bias is not None, INTERPRETED or _captures()
 
     def _arrays(self, x: torch.Tensor, **others: torch.Tensor) -> dict[str, Any]:
         return {
@@ -117,10 +117,12 @@ def _parameter(adapter: Any, parameter: Any, x: torch.Tensor) -> torch.Tensor | 
 
 def _flat_mask(adapter: Any, mask: Any, x: torch.Tensor, work: Work) -> Any:
     if isinstance(mask, torch.Tensor):
-        if type(mask) not in PLAIN or mask.is_complex():
+        if type(mask) not in PLAIN or is_wrapped(mask) or mask.is_complex():
             return NotServed("the mask is no ordinary tensor, or complex")
         if mask.device != x.device or mask.layout is not torch.strided:
             return NotServed("the mask is on another device than x, or sparse")
+    elif not isinstance(mask, HOST_MASKS):
+        return NotServed("the mask is of another library")
     else:
         mask = adapter.from_host(host_mask(mask), x)
     mask = mask.detach()
@@ -150,47 +152,65 @@ def run(program: gpu.Program, arrays: dict[str, Any]) -> None:
 @lru_cache(maxsize=4096)
 def _launch(step: gpu.Step) -> tuple[Any, dict[str, Any]]:
     kernel = kernel_of(step.module, step.kernel)
-    return kernel, {**dict(step.scalars), **dict(step.constants), "num_warps": step.warps}
+    return kernel, {
+        **dict(step.scalars),
+        **dict(step.constants),
+        "num_warps": step.warps,
+        **COMPILED,
+    }
 
 
 def unavailable(device: torch.device) -> NotServed | None:
-    """Say why no kernels run on a device, if so."""
+    """Say why no kernels run on a device, if so. The first time one is tried out."""
     if INTERPRETED:
         return None
     if device.type != "cuda":
         return NotServed(f"there are no kernels for PyTorch tensors on {device.type}")
-    why = no_triton()
-    if why is not None:
-        return why
-    captures = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-    if captures or torch._C._len_torch_dispatch_stack() > 0:
-        return None  # nothing can be tried out now
-    return _tried(device.index or 0)
+    index = device.index or 0
+    if index not in _trials:
+        why = no_triton()
+        if why is None:
+            why = _lacking(index)
+        if why is None and (_captures() or torch._C._len_torch_dispatch_stack() > 0):
+            return None  # nothing can be tried out now
+        _trials[index] = _tried(index) if why is None else why
+    return _trials[index]
 
 
-@lru_cache(maxsize=64)
-def _tried(index: int) -> NotServed | None:
-    """Run one kernel, and look at what it computes."""
+_trials: dict[int, NotServed | None] = {}
+
+
+def _captures() -> bool:
+    """Whether launches are recorded in a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _lacking(index: int) -> NotServed | None:
     if torch.version.hip or not torch.cuda.is_available():
-        return NotServed("the kernels for GPUs are for NVIDIA's, and PyTorch has none here")
+        return NotServed(
+            "there are no kernels for PyTorch tensors on cuda here, where there is no NVIDIA GPU"
+        )
     capability = torch.cuda.get_device_capability(index)
     if capability < LEAST_CAPABILITY:
         return NotServed(
             f"the kernels need a GPU of compute capability {LEAST_CAPABILITY} and this one has "
             f"{capability}"
         )
+    return None
+
+
+def _tried(index: int) -> NotServed | None:
+    """Run one kernel, and look at what it computes."""
     try:
         host, program, passed = trial()
         x = torch.from_numpy(host).to(f"cuda:{index}")
         y, statistics = torch.empty_like(x), torch.empty_like(x)
         arrays = {"x": x, "scale": None, "bias": None, "mask": None}
         run(program, {**arrays, "y": y, "statistics": statistics})
-        right = passed(y.cpu().numpy())
+        if not passed(y.cpu().numpy()):
+            raise ArithmeticError("a first kernel computed something else")
     except Exception as error:  # of Triton, a C compiler that is missing, the driver
-        right, why = False, f"{type(error).__name__}: {error}"
-    else:
-        why = "a first kernel computed something else"
-    if right:
-        return None
-    _log.warning("groupnorm computes portably on cuda:%d: Triton failed there (%s)", index, why)
-    return NotServed(f"Triton's kernels do not work on cuda:{index}: {why}")
+        why = f"{type(error).__name__}: {error}"
+        _log.warning("groupnorm computes portably on cuda:%d: Triton failed there: %s", index, why)
+        return NotServed(f"Triton's kernels do not work on cuda:{index}: {why}")
+    return None

@@ -1,13 +1,19 @@
 """Tensors as kernels read and write them: without gaps, in the order of x's memory."""
 
+from typing import Any
+
 import torch
 
 from groupnorm.backends.layouts import Layout
 
-__all__ = ["PLAIN", "cotangent", "in_memory", "like"]
+__all__ = ["PLAIN", "cotangent", "in_memory", "is_wrapped", "like"]
 
 # Types of tensors that have their values in memory as they say.
 PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+# Tensors of torch.func's transforms, which have no values of their own. Private, but what PyTorch's
+# own code asks.
+is_wrapped: Any = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def in_memory(x: torch.Tensor, layout: Layout) -> torch.Tensor:

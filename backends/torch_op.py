@@ -181,7 +181,7 @@ def _laid_out_as(x: Any, y: Any) -> Any:
 
 
 def _nothing_saved(x: Any, settings: Any) -> Any:
-    """Make room for what calls pack, filled with what the CPU's take for nothing."""
+    """Make room for what calls pack, filled with what they do not pack."""
     options = _options(*settings)
     plan = make_plan_uncached(
         tuple(x.shape), options.feature, options.num_groups, options.group_size, options.reduction,
@@ -190,7 +190,8 @@ def _nothing_saved(x: Any, settings: Any) -> Any:
     groups = product(plan.statistics_shape)
     if x.device.type == "cpu" and not torch_gpu.INTERPRETED:
         return torch.zeros(1 + 3 * groups, dtype=torch.float64)
-    return torch.zeros(4 * groups, dtype=torch.float32, device=x.device)
+    # Nobody can look there whether something was saved: NaN would be seen in the gradients.
+    return torch.full((4 * groups,), torch.nan, dtype=torch.float32, device=x.device)
 
 
 # Derivatives, and torch.func's vmap ---------------------------------------------------------------

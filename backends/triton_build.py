@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from groupnorm.backends.gpu import Step
 from groupnorm.implementations import NotServed
 
-__all__ = ["ALIGNMENT", "POINTERS", "Built", "build", "kernel_of", "unavailable"]
+__all__ = ["ALIGNMENT", "COMPILED", "POINTERS", "Built", "build", "kernel_of", "unavailable"]
 
 _KERNELS = "groupnorm.backends.kernels"
 # What the kernels read and write, and what Triton calls it.
@@ -26,6 +26,10 @@ POINTERS = {
 ALIGNMENT = 16  # bytes; elements are read together only if their address is known to be so
 
 
+# What is compiled the same in every version of Triton; it warns where this is left open.
+COMPILED = {"enable_fp_fusion": True}
+
+
 class Built(NamedTuple):
     """A kernel, and what launching it takes."""
 
@@ -35,7 +39,14 @@ class Built(NamedTuple):
     shared: int  # bytes of shared memory
     threads: int
     scratch: int  # pointers behind the arguments, which are null
-    scalars: tuple[tuple[str, int], ...]  # arguments behind the arrays: type and value
+
+
+class Signature(NamedTuple):
+    """What a kernel is compiled for, beside its constants; by argument."""
+
+    types: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    divisible: tuple[int, ...]  # places of addresses and numbers that are known to be, by 16
 
 
 @lru_cache(maxsize=1)
@@ -59,16 +70,15 @@ def kernel_of(module: str, name: str) -> Any:
     return getattr(importlib.import_module(f"{_KERNELS}.{module}"), name)
 
 
-@lru_cache(maxsize=1024)
 def build(
     step: Step, dtypes: tuple[str, ...], aligned: tuple[bool, ...], capability: int, fixed: bool
-) -> Built:
-    """Compile the kernel of a step.
+) -> tuple[Built, tuple[tuple[str, int], ...]]:
+    """Compile the kernel of a step, and return it and its scalars: types and values.
 
     Parameters
     ----------
     step : Step
-        Its arrays are the kernel's first arguments.
+        Its arrays are the kernel's first arguments, and these scalars come behind them.
     dtypes, aligned : tuple
         For each array its dtype, and whether its address is a multiple of 16 bytes.
     capability : int
@@ -76,61 +86,65 @@ def build(
     fixed : bool
         Whether the scalars become constants: then the arrays are the only arguments.
     """
+    signature, arguments = _signature(step, dtypes, aligned, fixed)
+    return _compiled(step.module, step.kernel, signature, step.warps, capability), arguments
+
+
+@lru_cache(maxsize=4096)
+def _signature(
+    step: Step, dtypes: tuple[str, ...], aligned: tuple[bool, ...], fixed: bool
+) -> tuple[Signature, tuple[tuple[str, int], ...]]:
+    loose: tuple[str, ...] = importlib.import_module(f"{_KERNELS}.triton_tiles").LOOSE
+    constants, scalars = dict(step.constants), dict(step.scalars)
+    types: dict[str, str] = {}
+    divisible = []
+    arguments = []
+    arrays = iter(zip(dtypes, aligned, strict=True))
+    for place, name in enumerate(kernel_of(step.module, step.kernel).arg_names):
+        if name in scalars and (fixed or (scalars[name] == 1 and name not in loose)):
+            constants[name] = scalars[name]  # Triton's own launcher makes constants of ones as well
+        if name in constants:
+            types[name] = "constexpr"
+        elif name in scalars:
+            types[name] = "i32" if scalars[name] < 2**31 else "i64"
+            arguments.append((types[name], scalars[name]))
+            if scalars[name] % 16 == 0 and name not in loose:
+                divisible.append(place)
+        else:
+            dtype, is_aligned = next(arrays)
+            types[name] = POINTERS[dtype]
+            if is_aligned:
+                divisible.append(place)
+    found = Signature(tuple(types.items()), tuple(constants.items()), tuple(divisible))
+    return found, tuple(arguments)
+
+
+@lru_cache(maxsize=4096)
+def _compiled(module: str, name: str, signature: Signature, warps: int, capability: int) -> Built:
     triton: Any = importlib.import_module("triton")
     compiler: Any = importlib.import_module("triton.compiler")
     targets: Any = importlib.import_module("triton.backends.compiler")
 
-    kernel = kernel_of(step.module, step.kernel)
-    signature, constants, attributes, arguments = _signature(
-        step, kernel.arg_names, dtypes, aligned, fixed
-    )
     # Importing jax-triton empties this, and then Triton has nowhere to keep what it compiles.
     if os.environ.get("TRITON_CACHE_DIR") == "":
         del os.environ["TRITON_CACHE_DIR"]
-    source = compiler.ASTSource(kernel, signature, constants, attributes)
+    types = dict(signature.types)
+    attributes = {(place,): [["tt.divisibility", ALIGNMENT]] for place in signature.divisible}
+    source = compiler.ASTSource(
+        kernel_of(module, name), types, dict(signature.constants), attributes
+    )
     target = targets.GPUTarget("cuda", capability, 32)
-    made = triton.compile(source, target=target, options={"num_warps": step.warps})
+    made = triton.compile(source, target=target, options={"num_warps": warps, **COMPILED})
     ptx = made.asm["ptx"]
+    arguments = sum(kind != "constexpr" for kind in types.values())
     return Built(
         name=made.metadata.name,
         cubin_path=next(str(p) for n, p in made.metadata_group.items() if n.endswith(".cubin")),
         ptx=ptx,
         shared=made.metadata.shared,
         threads=32 * made.metadata.num_warps,
-        scratch=_parameters(ptx) - len(dtypes) - len(arguments),
-        scalars=tuple(arguments),
+        scratch=_parameters(ptx) - arguments,
     )
-
-
-def _signature(
-    step: Step, names: list[str], dtypes: tuple[str, ...], aligned: tuple[bool, ...], fixed: bool
-) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], Any], list[tuple[str, int]]]:
-    """Return what Triton is told of a kernel's arguments, and the scalars among them."""
-    loose: tuple[str, ...] = importlib.import_module(f"{_KERNELS}.triton_tiles").LOOSE
-    constants, scalars = dict(step.constants), dict(step.scalars)
-    signature: dict[str, str] = {}
-    divisible = []
-    arguments = []
-    arrays = iter(zip(dtypes, aligned, strict=True))
-    for place, name in enumerate(names):
-        if name in scalars and (fixed or (scalars[name] == 1 and name not in loose)):
-            constants[name] = scalars[name]  # Triton's own launcher makes constants of ones as well
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in scalars:
-            signature[name] = "i32" if scalars[name] < 2**31 else "i64"
-            arguments.append((signature[name], scalars[name]))
-            if scalars[name] % 16 == 0 and name not in loose:
-                divisible.append(place)
-        else:
-            dtype, is_aligned = next(arrays)
-            signature[name] = POINTERS[dtype]
-            if is_aligned:
-                divisible.append(place)
-    attributes: dict[tuple[int, ...], Any] = {
-        (place,): [["tt.divisibility", ALIGNMENT]] for place in divisible
-    }
-    return signature, constants, attributes, arguments
 
 
 def _parameters(ptx: str) -> int:

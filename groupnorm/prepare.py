@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from groupnorm.plan import Plan
 
 __all__ = [
+    "HOST_MASKS",
     "Checked",
     "Prepared",
     "check",
@@ -26,6 +27,10 @@ __all__ = [
     "prepare",
     "to_work",
 ]
+
+
+# Types of masks that serve every library.
+HOST_MASKS = (bool, int, float, list, tuple, np.ndarray, np.generic)
 
 
 class Prepared(NamedTuple):
@@ -233,7 +238,7 @@ def _parameter_to_work(
 
 def _mask_to_work(adapter: "Adapter", mask: Any, x: Array, plan: "Plan") -> Array:
     xp = adapter.xp
-    if isinstance(mask, bool | int | float | list | tuple | np.ndarray | np.generic):
+    if isinstance(mask, HOST_MASKS):
         mask = adapter.from_host(host_mask(mask), x)
     check_same_library(adapter, mask, "mask", x)
     if adapter.is_complex(mask.dtype):

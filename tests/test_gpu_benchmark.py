@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
 SCRIPTS = Path(__file__).parent.parent / "benchmarks"
 
 

@@ -22,7 +22,7 @@ from groupnorm.backends.gpu_tiles import (
     whole,
 )
 
-PLAIN = gpu.Asked(1e-6, None, None, True, True)
+PLAIN = gpu.Asked(1e-6, None, None, True, True, waves=True)
 
 forms = st.builds(
     Form,
@@ -96,6 +96,7 @@ def test_addresses_within_a_tile_stay_in_32_bits():
     form = Form(1, 1 << 20, 32, 1 << 14, False, 2)
     tiles = chunked(form, CHUNK_FORWARD)
     assert 1 <= tiles.length * form.channels <= FARTHEST
+    assert whole(Form(1, 1 << 17, 16, 2000, False, 2), WHOLE_FORWARD[0]) is None
 
 
 def test_bundles_of_groups_are_read_once_where_they_fit():

@@ -65,7 +65,7 @@ def test_without_a_gpu_the_reason_is_told():
     assert "no kernels for PyTorch tensors on mps" in why.reason
     if not GPU:
         why = torch_gpu.unavailable(torch.device("cuda", 0))
-        assert "PyTorch has none here" in why.reason
+        assert "no NVIDIA GPU" in why.reason
 
 
 def test_without_triton_the_extra_is_named(monkeypatch):
@@ -94,15 +94,11 @@ def test_tensors_on_other_devices_are_computed_portably():
 
 def arguments(layout="contiguous", dtype=torch.float32, shape=(3, 32, 14, 10)):
     generator = torch.Generator().manual_seed(5)
-    x, dy = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    x = torch.randn(shape, generator=generator).to(dtype)
     scale, bias = torch.rand(2, 32, generator=generator).to(dtype)
     x = laid_out(x.cuda(), layout)
-    return (
-        x,
-        dy.cuda()[: x.shape[0], :, : x.shape[2], : x.shape[3]].reshape(x.shape),
-        scale.cuda(),
-        bias.cuda(),
-    )
+    dy = torch.randn(x.shape, generator=generator).to(dtype)
+    return x, dy.cuda(), scale.cuda(), bias.cuda()
 
 
 def host(tensor):

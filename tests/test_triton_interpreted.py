@@ -16,6 +16,7 @@ import pytest
 from groupnorm import group_norm, group_norm_vjp
 from groupnorm.backends import gpu, gpu_tiles
 from groupnorm.dispatch import adapter_named
+from groupnorm.implementations import NotServed
 from groupnorm.options import make_options
 from tests import interpreter, oracle
 from tests.backends import CONTRACT, GRADIENT, GRADIENT_FAR, assert_close, assert_gradient
@@ -199,6 +200,48 @@ def test_constants_give_exactly_the_bias(plan, value, rng):
 
 
 @pytest.mark.needs("torch")
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize(("value", "epsilon"), [(1e36, 1e-6), (1e10, 0.0)])
+@pytest.mark.parametrize("name", ["last, D=10, P=49", "first, D=10, P=49"])
+def test_gradients_of_large_constants_are_finite(plan, name, value, epsilon, activation, rng):
+    """Of what a tile has beside the elements nothing must overflow."""
+    torch = importlib.import_module("torch")
+    x, dy, scale, bias, keywords = arguments(name, rng)
+    _, pullback = group_norm_vjp(
+        torch.full_like(x, value), scale, bias, epsilon=epsilon, activation=activation,
+        implementation="fused", **keywords,
+    )  # fmt: skip
+    assert all(torch.isfinite(a).all() for a in pullback(dy))
+
+
+@pytest.mark.needs("torch")
+def test_sums_do_not_overflow(plan, rng):
+    torch = importlib.import_module("torch")
+    x, _, scale, bias, keywords = arguments("last, D=10, P=49", rng)
+    x = torch.full_like(x, 3e37)
+    x[..., ::10] = 2.9e37
+    y = group_norm(x, scale, bias, implementation="fused", **keywords)
+    want = oracle.group_norm(wide(x), wide(scale), wide(bias), **keywords)
+    assert_close(y.numpy(), want, tolerance=CONTRACT)
+
+
+@pytest.mark.needs("torch")
+def test_torch_func_maps_masks_and_cotangents(rng):
+    """What has no values of its own is left to portable code."""
+    torch = importlib.import_module("torch")
+    x, dy, scale, bias, keywords = arguments("last, even", rng)
+    masks = torch.from_numpy(rng.random((3, 2, 8, 8, 1)) < 0.7)
+    found = torch.func.vmap(lambda mask: group_norm(x, mask=mask, **keywords))(masks)
+    for y, mask in zip(found, masks, strict=True):
+        want = oracle.group_norm(wide(x), mask=mask.numpy(), **keywords)
+        assert_close(y.numpy(), want, tolerance=CONTRACT)
+    _, pullback = group_norm_vjp(x, scale, bias, **keywords)
+    mapped = torch.func.vmap(lambda dy: pullback(dy).x)(torch.stack([dy, 2 * dy]))
+    want = oracle.group_norm_gradients(wide(x), wide(dy), wide(scale), wide(bias), **keywords)
+    assert_gradient(mapped[1].numpy() / 2, want.x, rtol=GRADIENT)
+
+
+@pytest.mark.needs("torch")
 def test_the_same_bits_again(plan, rng):
     x, dy, scale, bias, keywords = arguments("first, long", rng)
     runs = []
@@ -239,6 +282,7 @@ def cupy_on_the_host(monkeypatch):
     module = importlib.import_module("groupnorm.backends.cupy_gpu")
     monkeypatch.setattr(module, "cupy", HostArrays)
     monkeypatch.setattr(module, "unavailable", lambda device: None)
+    monkeypatch.setattr(module, "captures", lambda: True)
     monkeypatch.setattr(module, "launch", interpreter.run)
     return module
 
@@ -276,6 +320,18 @@ def test_calls_of_cupy(plan, cupy_on_the_host, name, rng):
         np.testing.assert_array_equal(
             y, cupy_on_the_host.fused(adapter, x, scale, bias, mask, options(keywords))
         )
+
+
+@pytest.mark.needs("cupy", "torch")
+def test_what_is_of_another_library_is_not_for_cupy(cupy_on_the_host, rng):
+    torch = importlib.import_module("torch")
+    x = HostArrays.asarray(rng.normal(size=(2, 5, 8)).astype("f"))
+    foreign = torch.ones(8)
+    for scale, mask in ((foreign, None), ([1.0] * 8, None), (None, torch.ones(8) > 0)):
+        found = cupy_on_the_host.fused(
+            numpy_as_cupy(), x, scale, None, mask, options({"num_groups": 2})
+        )
+        assert isinstance(found, NotServed)
 
 
 def numpy_as_cupy():

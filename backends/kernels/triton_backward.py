@@ -52,6 +52,7 @@ def _pulled_back(
     rstd = tl.load(where, mask=channel_exists, other=0.0)
     share = tl.load(where + 1, mask=channel_exists, other=0.0)
     xhat = ((given - spread(high, FIRST)) - spread(low, FIRST)) * spread(rstd, FIRST)
+    xhat = tl.where(exists, xhat, 0.0)  # or what is not there could overflow, and 0 * inf be summed
     factor = tl.zeros([WP], tl.float32) + 1.0
     if SCALE:
         factor = parameter_of(scale, first, channel_exists, WP)

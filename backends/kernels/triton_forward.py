@@ -29,6 +29,10 @@ from groupnorm.backends.kernels.triton_tiles import (
 
 __all__ = ["apply", "measure", "merge", "whole"]
 
+# Sums of so many times smaller deviations do not overflow. What vanishes then is found by the
+# second sum, of deviations from the mean.
+SHRINK = tl.constexpr(2.0**-24)
+
 
 @triton.jit
 def _measured(
@@ -56,12 +60,11 @@ def _measured(
     enough = tl.maximum(count, 1.0)
     deviation = tl.where(counted, value - spread(pivot, FIRST), 0.0)
     reach = top_of_group(tl.abs(deviation), 0.0, D, WP, GBP, FIRST)
-    # Squares and sums must neither overflow nor vanish: a power of two brings deviations near 1.
+    mean = pivot + summed(deviation * SHRINK, D, WP, GBP, FIRST) / enough / SHRINK
+    # Squares must neither overflow nor vanish: a power of two brings deviations near 1.
     exponent = reach.to(tl.int32, bitcast=True) & 0x7F800000
     exponent = tl.minimum(tl.maximum(exponent, 1 << 23), 253 << 23)
     unit = tl.minimum(((254 << 23) - exponent).to(tl.float32, bitcast=True), LARGEST_UNIT)
-    total = summed(deviation * spread(unit, FIRST), D, WP, GBP, FIRST)
-    mean = pivot + total / enough / unit
     deviation = (value - spread(mean, FIRST)) * spread(unit, FIRST)
     valid = tl.where(counted, deviation, 0.0)
     missed = summed(valid, D, WP, GBP, FIRST) / enough

@@ -109,8 +109,8 @@ def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Optio
             return NotServed(f"{name} is of type {type(a).__name__}")
     if mask is not None and not isinstance(mask, (cupy.ndarray, *HOST_MASKS)):
         return NotServed("the mask is of another library")
-    given: dict[str, Any] = {"scale": scale, "bias": bias, "mask": mask}
-    for name, a in given.items():
+    others: dict[str, Any] = {"scale": scale, "bias": bias, "mask": mask}
+    for name, a in others.items():
         if isinstance(a, cupy.ndarray) and a.device != x.device:
             return NotServed(f"{name} is on {a.device} and x on {x.device}")
     why = unavailable(x.device.id)

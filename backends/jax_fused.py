@@ -27,7 +27,10 @@ def unavailable() -> NotServed | None:
     if jax.default_backend() not in ("cpu", "gpu"):
         return NotServed("this form is for JAX's CPU and GPU backends; the default is another here")
     if jax.device_count() > 1:
-        return NotServed("JAX has several devices: the portable code leaves their axes apart")
+        return NotServed(
+            f"JAX has {jax.device_count()} devices, and kernels are for arrays on one: let it see "
+            "one (CUDA_VISIBLE_DEVICES=0; on a CPU, no xla_force_host_platform_device_count)"
+        )
     return None
 
 
@@ -126,7 +129,10 @@ def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Optio
     scale, bias, mask, plan = checked.scale, checked.bias, checked.mask, checked.plan
     for a in (x, scale, bias):
         if a is not None and not adapter.is_real_floating(a.dtype):
-            return NotServed(f"x or a parameter is of {a.dtype}: this form is for floating dtypes")
+            return NotServed(
+                f"x or a parameter is of {a.dtype}: the kernels are for the real floating dtypes "
+                "float32, float16 and bfloat16"
+            )
     if any(_varies(a) for a in (x, scale, bias, mask)):
         return NotServed("a shard_map checks over which of its axes values vary")
     kinds, dtypes = plan.roles, (x.dtype, checked.work_dtype, checked.result_dtype)

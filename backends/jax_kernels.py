@@ -35,7 +35,10 @@ def unavailable(x_dtype: Any, work_dtype: Any, result_dtype: Any) -> NotServed |
     """Say why the kernels do not compute this, if so."""
     names = [jnp.dtype(dtype).name for dtype in (x_dtype, result_dtype)]
     if jnp.dtype(work_dtype) != jnp.float32 or not set(names) <= set(frames.DTYPES):
-        return NotServed("the kernels are for float32, float16 and bfloat16")
+        return NotServed(
+            f"x of {names[0]} to a result of {names[1]}, computed in {jnp.dtype(work_dtype).name}: "
+            "the kernels are for float32, float16 and bfloat16, computed in float32"
+        )
     if jax.default_backend() == "gpu":
         return jax_gpu.missing()
     why = cpu.unavailable("float16" in names)

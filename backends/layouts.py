@@ -5,6 +5,7 @@ memory order the axes are those the kernels know: samples, then channels and pos
 order. What is not served is left to the portable implementation, with the reason.
 """
 
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import array_api_compat.numpy as numpy_namespace
@@ -158,9 +159,12 @@ def layout_of(
     )
     roles = there.roles
     if there.permutation is not None or roles not in ROLES:
+        letters = ["C" if i in features else "P" if i in reduced else "K" for i in own]
+        found = "".join(letter for letter, _ in groupby(letters))
         return NotServed(
             "in memory, channels and positions must each lie together after the kept axes; here "
-            f"the order is {roles} (C channels, P positions, K kept axes)"
+            f"the order is {found} (C channels, P positions, K kept axes). Where x's own order is "
+            "one of these, a contiguous copy is served"
         )
     sizes = dict(zip(roles, there.merged_shape, strict=True))
     num_groups, size = there.parameter_shape[there.channel : there.channel + 2]

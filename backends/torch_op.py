@@ -40,7 +40,9 @@ _ARRAYS = "Tensor x, Tensor? scale, Tensor? bias, Tensor? mask"
 def traced(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
     """Return y by the operator, or `NotServed`; the compiler traces this."""
     if torch.compiler.is_exporting():
-        return NotServed("exported programs are of portable code, to run where groupnorm is not")
+        return NotServed(
+            "exported programs are of portable code, so that they run where this package is not"
+        )
     if options.axis_name is not None:
         return NotServed("statistics of replicas are pooled by the portable implementation")
     for name, a in (("x", x), ("scale", scale), ("bias", bias), ("mask", mask)):

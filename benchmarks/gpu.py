@@ -24,6 +24,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+try:
+    import groupnorm  # noqa: F401 - before what needs it
+except ImportError as error:
+    print(f"gpu.py: {error}. Install this package first: python3 -m pip install -e '.[gpu]'.")
+    sys.exit(2)
+
 from _gpu_cases import LIBRARIES
 from _gpu_notes import failures, notes
 from _gpu_report import AIM_HEADER, HEADER, add_floors, aim_line, judge, short_name, table

@@ -77,10 +77,12 @@ def group_norm(
     activation : {"relu", "silu", "gelu"}, optional
         Applied to the result, before it is rounded to its dtype. ``"gelu"`` is the exact one.
     implementation : {"portable", "fused", "native"}, optional
-        Default is the fastest there is for each call: on CPUs, for NumPy, PyTorch and JAX, compiled
-        kernels (the extra ``cpu``), which keep the accuracy; else the portable one. ``"native"`` is
-        the library's own, of its accuracy (PyTorch alone has one). One that was asked for and
-        cannot compute the call raises. `groupnorm.available_backends` says which are here.
+        Default is the fastest there is for each call: ``"fused"`` are compiled kernels, which keep
+        the accuracy, on CPUs for NumPy, PyTorch and JAX (the extra ``cpu``), on NVIDIA's GPUs for
+        PyTorch, CuPy and JAX (the extra ``gpu``); else the portable one. ``"native"`` is the
+        library's own, of its accuracy (PyTorch alone has one). One that was asked for and cannot
+        compute the call raises; programs that `jax.export` makes are of portable operations all
+        the same. `groupnorm.available_backends` says which are here.
 
     Returns
     -------

@@ -98,6 +98,12 @@ def test_every_order_in_memory(order, rng):
         assert_gradient(pullback(dy).x, want.x, rtol=GRADIENT)
 
 
+def test_the_order_that_is_not_served_is_told(rng):
+    x = rng.normal(size=(2, 6, 8, 6, 4)).astype(np.float32)
+    with pytest.raises(ArgumentValueError, match="the order is KPCPC "):
+        fused(x, num_groups=2, feature_axis=(2, 4))
+
+
 def test_memory_order_is_kept(rng):
     x = rng.normal(size=(2, 5, 6, 8)).astype(np.float32).transpose(0, 3, 1, 2)
     y = fused(x, num_groups=4, feature_axis=1)

@@ -58,6 +58,7 @@ def test_of_jax(rng, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     x = rng.normal(size=SHAPE).astype(np.float32)
     y = jax.jit(lambda x: group_norm(x, feature_axis=1, implementation="fused"))(x)
+    y.block_until_ready()  # it is asked when the program runs, which is later than this
     assert "hg" in flags(y.unsafe_buffer_pointer() + y.nbytes // 2)
 
 
@@ -68,6 +69,7 @@ from groupnorm import group_norm
 from tests.test_large_pages import SHAPE, flags
 x = np.ones(SHAPE, np.float32)
 y = jax.jit(lambda x: group_norm(x, feature_axis=1, implementation="fused"))(x)
+y.block_until_ready()
 print("hg" in flags(y.unsafe_buffer_pointer() + y.nbytes // 2))
 """
 

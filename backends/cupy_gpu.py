@@ -1,6 +1,5 @@
 """CuPy calls of the kernels for GPUs: cubins of Triton, launched on the current stream."""
 
-import logging
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -9,20 +8,15 @@ import cupy
 import numpy as np
 
 from groupnorm.backends import gpu
-from groupnorm.backends.gpu_launch import Work, planned, trial
+from groupnorm.backends.gpu_launch import Trials, Work, lacking, planned
 from groupnorm.backends.layouts import flat_mask, in_memory, restored
 from groupnorm.backends.triton_build import ALIGNMENT, build
-from groupnorm.backends.triton_build import unavailable as no_triton
 from groupnorm.implementations import NotServed
 from groupnorm.options import Options
 from groupnorm.prepare import HOST_MASKS, check_cotangent, host_mask
 from groupnorm.typing import Gradients
 
 __all__ = ["fused", "fused_vjp", "unavailable"]
-
-LEAST_CAPABILITY = 80
-
-_log = logging.getLogger("groupnorm")
 
 
 class _Call(NamedTuple):
@@ -178,37 +172,22 @@ def _capability(device: int) -> int:
     return int(cupy.cuda.Device(device).compute_capability)
 
 
-def unavailable(device: int) -> NotServed | None:
-    """Say why no kernels run on a device, if so. The first time one is tried out."""
-    if device not in _trials:
-        why = no_triton()
-        if why is None and _capability(device) < LEAST_CAPABILITY:
-            why = NotServed("the kernels need a GPU of compute capability 8.0")
-        if why is None and captures():
-            return None  # nothing can be tried out now
-        _trials[device] = _tried(device) if why is None else why
-    return _trials[device]
-
-
-_trials: dict[int, NotServed | None] = {}
-
-
 def captures() -> bool:
     """Whether launches are recorded in a CUDA graph."""
     return bool(cupy.cuda.get_current_stream().is_capturing())
 
 
-def _tried(device: int) -> NotServed | None:
-    """Run one kernel, and look at what it computes."""
-    host, program, passed = trial()
-    try:
-        with cupy.cuda.Device(device):
-            x = cupy.asarray(host)
-            arrays = {"x": x, "y": cupy.empty_like(x), "statistics": cupy.empty_like(x)}
-            run(program, arrays)
-            if not passed(cupy.asnumpy(arrays["y"])):
-                raise ArithmeticError("a first kernel computed something else")
-    except Exception as error:  # of Triton, of the driver
-        _log.warning("groupnorm computes portably on cuda:%d in CuPy: %s", device, error)
-        return NotServed(f"kernels do not work on cuda:{device}: {type(error).__name__}: {error}")
-    return None
+def _compute(device: int, array: Any, program: gpu.Program) -> Any:
+    with cupy.cuda.Device(device):
+        x = cupy.asarray(array)
+        y, statistics = cupy.empty_like(x), cupy.empty_like(x)  # of the latter there are fewer
+        run(program, {"x": x, "y": y, "statistics": statistics})
+        return cupy.asnumpy(y)
+
+
+_trials = Trials("CuPy", lambda device: lacking(_capability(device)), captures, _compute)
+
+
+def unavailable(device: int) -> NotServed | None:
+    """Say why no kernels run on a device, if so. The first time one is tried out."""
+    return _trials.unavailable(device)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
+from groupnorm.backends.frames import ACTIVATIONS
 from groupnorm.backends.gpu_tiles import (
     CHUNK_BACKWARD,
     CHUNK_FORWARD,
@@ -27,9 +28,8 @@ from groupnorm.backends.gpu_tiles import (
     whole,
 )
 
-__all__ = ["ACTIVATIONS", "Asked", "Program", "Step", "backward", "forward", "statistics_shape"]
+__all__ = ["Asked", "Program", "Step", "backward", "forward", "statistics_shape"]
 
-ACTIVATIONS = {None: 0, "relu": 1, "silu": 2, "gelu": 3}
 MASKS = {None: 0, "one": 1, "each": 2}
 # Parts of a group that a tile merges itself; more are merged by a kernel of their own.
 FEW_PARTS = 128
@@ -39,8 +39,6 @@ MERGED_AT_ONCE = 1024
 LARGE, WAVE = 30_000_000, 24_000_000
 ROWS_AT_ONCE, CHANNELS_AT_ONCE = 32, 32
 MANY_ROWS, ROWS_OF_A_BLOCK = 512, 128
-
-
 SUMS = ("products", "gradients")
 
 
@@ -90,7 +88,7 @@ def forward(form: Form, asked: Asked) -> Program:
     if tiles is not None:
         step = partial(_step, "triton_forward", form, tiles, _all(form, tiles))
         constants = (epsilon, unit, mask, *rest)
-        only = step("whole", (*arrays, "y", "statistics"), 2, ("groups",), constants)
+        only = step("whole", (*arrays, "y", "statistics"), 2, (_groups(form),), constants)
         return Program((only,), ())
     tiles = chunked(form, CHUNK_FORWARD)
     count = tiles.parts * tiles.chunks(form)
@@ -103,7 +101,7 @@ def forward(form: Form, asked: Asked) -> Program:
         steps.append(step("measure", ("x", "mask", "parts"), 1, (), (unit, mask)))
         if not few:
             steps.append(_merge("triton_forward", wave, count, form, "statistics", (epsilon,)))
-        steps.append(step("apply", used, 2, ("groups",), (epsilon, merged, mask, *rest)))
+        steps.append(step("apply", used, 2, (_groups(form),), (epsilon, merged, mask, *rest)))
     return Program(tuple(steps), (("parts", form.samples * form.groups * count * 5),))
 
 
@@ -119,7 +117,7 @@ def backward(form: Form, asked: Asked, batches: int = 1) -> Program:
     tiles = whole(form, _limit(WHOLE_BACKWARD, form, asked))
     if tiles is not None:
         step = partial(_step, "triton_backward", form, tiles, _all(form, tiles))
-        steps = [step("whole", (*arrays, "dx", *SUMS), 3, ("groups",), flags)]
+        steps = [step("whole", (*arrays, "dx", *SUMS), 3, (_groups(form),), flags)]
     else:
         tiles = chunked(form, CHUNK_BACKWARD)
         count = tiles.parts * tiles.chunks(form)
@@ -129,11 +127,11 @@ def backward(form: Form, asked: Asked, batches: int = 1) -> Program:
             shared["merged"] = form.samples * form.groups * 2
         merged = ("KP", power_of_two(count) if few else 1)
         used = (*arrays, "parts" if few else "merged", "dx")
-        scalars = ("groups", ("tiles", count if few else 1))
+        scalars = (_groups(form), ("tiles", count if few else 1))
         steps = []
         for wave in _waves(form, tiles, 2 * form.item, asked.waves):
             step = partial(_step, "triton_backward", form, tiles, wave)
-            steps.append(step("measure", (*arrays, "parts", *SUMS), 3, ("groups",), flags))
+            steps.append(step("measure", (*arrays, "parts", *SUMS), 3, (_groups(form),), flags))
             if not few:
                 steps.append(_merge("triton_backward", wave, count, form, "merged", ()))
             steps.append(step("apply", used, 1, scalars, (merged, *flags)))
@@ -188,12 +186,10 @@ def _step(
     scalars: Any, constants: Any,
 ) -> Step:  # fmt: skip
     divisor = min(form.positions & -form.positions, 16)
-    known = {"groups": form.samples * form.groups}
-    numbers = [("steps", form.positions // divisor)]
-    numbers += [(s, known[s]) if isinstance(s, str) else s for s in scalars]
     padded = power_of_two(tiles.width)
     return Step(
-        module, kernel, (wave.tiles,), arrays, written, (*numbers, ("begin_at", wave.begin)),
+        module, kernel, (wave.tiles,), arrays, written,
+        (("steps", form.positions // divisor), *scalars, ("begin_at", wave.begin)),
         (
             *constants, ("C", form.channels), ("D", form.size), ("W", tiles.width),
             ("WP", padded), ("BP", tiles.length), ("V", divisor), ("J", tiles.parts),
@@ -211,7 +207,7 @@ def _merge(
     at_once = min(power_of_two(count), MERGED_AT_ONCE)
     scalars: tuple[tuple[str, int], ...] = (("tiles", count), ("begin_at", wave.first_group))
     if constants:
-        scalars = (*scalars, ("groups", form.samples * form.groups))
+        scalars = (*scalars, _groups(form))
     return Step(
         module, "merge", (wave.groups,), ("parts", result), 1, scalars,
         (*constants, ("KP", at_once)), warps_for(8 * at_once),
@@ -235,6 +231,10 @@ def _rows_step(channels: int, rows: int, block: int, arrays: tuple[str, ...]) ->
         "triton_backward", "sum_rows", (programs,), arrays, 2, (("rows", rows), ("R", block)),
         (("C", channels), ("RP", ROWS_AT_ONCE), ("BC", CHANNELS_AT_ONCE)), 4,
     )  # fmt: skip
+
+
+def _groups(form: Form) -> tuple[str, int]:
+    return "groups", form.samples * form.groups
 
 
 def _flags(asked: Asked) -> tuple[tuple[str, int], ...]:

@@ -1,21 +1,27 @@
 """What of a call on a GPU does not depend on values, for every library that launches kernels."""
 
+import logging
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from groupnorm.backends import gpu
+from groupnorm.backends import gpu, triton_build
 from groupnorm.backends.gpu_tiles import FARTHEST, Form
 from groupnorm.backends.layouts import Kinds, Layout, kinds_of, layout_of
 from groupnorm.implementations import NotServed
 from groupnorm.options import Options
 
-__all__ = ["ITEM_BYTES", "Work", "planned", "trial"]
+__all__ = ["Trials", "Work", "lacking", "planned", "trial"]
+
+# What the kernels need: bfloat16, and copies of 16 bytes.
+LEAST_CAPABILITY = 80
 
 FEW_POSITIONS, MANY_ELEMENTS = 8, 1 << 24
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+_log = logging.getLogger("groupnorm")
 
 
 class Work(NamedTuple):
@@ -95,3 +101,59 @@ def trial() -> tuple[Any, gpu.Program, Callable[[Any], bool]]:
         return bool(off.max() < 1e-5)
 
     return x, program, passed
+
+
+def lacking(capability: int) -> NotServed | None:
+    """Say why the kernels are not for a GPU of this compute capability, such as 90."""
+    if capability >= LEAST_CAPABILITY:
+        return None
+    return NotServed(
+        f"the kernels need a GPU of compute capability {LEAST_CAPABILITY / 10}, and this one has "
+        f"{capability / 10}"
+    )
+
+
+class Trials:
+    """Which devices a library's launches work on, each tried out once.
+
+    Parameters
+    ----------
+    library : str
+        What messages call it.
+    lacks : callable
+        Says why there are no kernels for a device, by its index, or returns None.
+    busy : callable
+        Whether nothing can be tried out now; then launches are taken to work.
+    compute : callable
+        Runs a `trial`'s program on its array on a device, and returns the result on the host.
+    """
+
+    def __init__(
+        self, library: str, lacks: Callable[[int], NotServed | None], busy: Callable[[], bool],
+        compute: Callable[[int, Any, gpu.Program], Any],
+    ) -> None:  # fmt: skip
+        self._library, self._lacks, self._busy, self._compute = library, lacks, busy, compute
+        self._found: dict[int, NotServed | None] = {}
+
+    def unavailable(self, device: int) -> NotServed | None:
+        """Say why no kernels run on a device, if so."""
+        if device not in self._found:
+            why = triton_build.unavailable() or self._lacks(device)
+            if why is None and self._busy():
+                return None
+            self._found[device] = self._try(device) if why is None else why
+        return self._found[device]
+
+    def _try(self, device: int) -> NotServed | None:
+        array, program, passed = trial()
+        try:
+            if not passed(self._compute(device, array, program)):
+                raise ArithmeticError("a first kernel computed something else")
+        except Exception as error:  # of Triton, a C compiler that is missing, the driver
+            why = f"{type(error).__name__}: {error}"
+            _log.warning(
+                "groupnorm computes portably on cuda:%d in %s: Triton's kernels failed there: %s",
+                device, self._library, why,
+            )  # fmt: skip
+            return NotServed(f"Triton's kernels do not work on cuda:{device}: {why}")
+        return None

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from groupnorm.backends import gpu
-from groupnorm.backends.gpu_launch import trial
+from groupnorm.backends.gpu_launch import lacking, trial
 from groupnorm.backends.gpu_tiles import Form
 from groupnorm.backends.jax_passes import Spec
 from groupnorm.backends.triton_build import POINTERS, build, kernel_of
@@ -28,7 +28,6 @@ from groupnorm.implementations import NotServed
 __all__ = ["missing", "normalize", "pull_back"]
 
 _TARGET = "__gpu$xla.gpu.ptx"
-LEAST_CAPABILITY = 80
 # XLA wants a result behind every pointer that it passes.
 _NOTHING = jax.ShapeDtypeStruct((16,), np.uint8)
 
@@ -151,10 +150,11 @@ def _capability() -> int:
 @lru_cache(maxsize=1)
 def _launcher() -> Launcher | NotServed:
     """Return what launches kernels here: the first that computes the right numbers."""
-    if jax.default_backend() != "gpu" or _capability() < LEAST_CAPABILITY:
-        return NotServed(
-            "the kernels for GPUs are for NVIDIA's, of compute capability 8.0 and more"
-        )
+    if jax.default_backend() != "gpu":
+        return NotServed("these kernels are for GPUs, and JAX's default device is none")
+    why = lacking(_capability())
+    if why is not None:
+        return why
     failures = []
     for name, launcher in (("XLA's PTX call", _by_ptx), ("jax-triton", _by_jax_triton)):
         try:
@@ -163,9 +163,9 @@ def _launcher() -> Launcher | NotServed:
             failures.append(f"{name}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
         else:
             return launcher
-    why = "; ".join(failures)
-    _log.warning("groupnorm's kernels cannot be launched by JAX here: %s", why)
-    return NotServed(f"JAX cannot launch the kernels here ({why})")
+    told = "; ".join(failures)
+    _log.warning("groupnorm's kernels cannot be launched by JAX here: %s", told)
+    return NotServed(f"JAX cannot launch the kernels here ({told})")
 
 
 def _try(launcher: Launcher) -> None:

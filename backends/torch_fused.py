@@ -16,6 +16,7 @@ from groupnorm.backends.cpu_launch import Arrays, Saved, Team, Work, address, pl
 from groupnorm.backends.pages import want_large_pages
 from groupnorm.backends.torch_memory import PLAIN, cotangent, in_memory, is_wrapped, like
 from groupnorm.backends.torch_threads import run_in_torch_threads, torch_helpers_for
+from groupnorm.core import apply, apply_with_pullback
 from groupnorm.errors import GroupNormError
 from groupnorm.implementations import NotServed
 from groupnorm.options import Options
@@ -117,8 +118,6 @@ _apply: Any = super(torch.autograd.Function, _Fused).apply  # pyright: ignore[re
 
 
 def _differentiable(call: Call, inputs: Any, wanted: Any, dy: Any) -> list[Any]:
-    from groupnorm.core import apply
-
     options = call.options._replace(implementation="portable")
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
@@ -154,8 +153,6 @@ def fused_vjp(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: O
         call = call_of(adapter, x, scale, bias, mask, options)
     if isinstance(call, NotServed):
         return call
-    from groupnorm.core import apply_with_pullback
-
     y, saved = call.forward(x)
 
     def pullback(dy: Any) -> Gradients:

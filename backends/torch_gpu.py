@@ -1,6 +1,5 @@
 """PyTorch calls of the kernels for GPUs, launched by Triton on the current stream."""
 
-import logging
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -8,11 +7,10 @@ import numpy as np
 import torch
 
 from groupnorm.backends import gpu
-from groupnorm.backends.gpu_launch import Work, planned, trial
+from groupnorm.backends.gpu_launch import Trials, Work, lacking, planned
 from groupnorm.backends.layouts import flat_mask
 from groupnorm.backends.torch_memory import PLAIN, cotangent, in_memory, is_wrapped, like
 from groupnorm.backends.triton_build import COMPILED, kernel_of
-from groupnorm.backends.triton_build import unavailable as no_triton
 from groupnorm.implementations import NotServed
 from groupnorm.options import Options
 from groupnorm.prepare import HOST_MASKS, host_mask
@@ -21,10 +19,6 @@ __all__ = ["INTERPRETED", "Call", "call_of", "run", "unavailable"]
 
 # Whether Triton interprets the kernels, and they compute tensors on the CPU: in tests.
 INTERPRETED = False
-# What the kernels need: bfloat16, and copies of 16 bytes.
-LEAST_CAPABILITY = (8, 0)
-
-_log = logging.getLogger("groupnorm")
 
 
 class Call(NamedTuple):
@@ -166,51 +160,32 @@ def unavailable(device: torch.device) -> NotServed | None:
         return None
     if device.type != "cuda":
         return NotServed(f"there are no kernels for PyTorch tensors on {device.type}")
-    index = device.index or 0
-    if index not in _trials:
-        why = no_triton()
-        if why is None:
-            why = _lacking(index)
-        if why is None and (_captures() or torch._C._len_torch_dispatch_stack() > 0):
-            return None  # nothing can be tried out now
-        _trials[index] = _tried(index) if why is None else why
-    return _trials[index]
-
-
-_trials: dict[int, NotServed | None] = {}
+    return _trials.unavailable(device.index or 0)
 
 
 def _captures() -> bool:
     """Whether launches are recorded in a CUDA graph."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_current_stream_capturing()
 
 
-def _lacking(index: int) -> NotServed | None:
+def _busy() -> bool:
+    return _captures() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def _lacks(index: int) -> NotServed | None:
     if torch.version.hip or not torch.cuda.is_available():
         return NotServed(
             "there are no kernels for PyTorch tensors on cuda here, where there is no NVIDIA GPU"
         )
-    capability = torch.cuda.get_device_capability(index)
-    if capability < LEAST_CAPABILITY:
-        return NotServed(
-            f"the kernels need a GPU of compute capability {LEAST_CAPABILITY} and this one has "
-            f"{capability}"
-        )
-    return None
+    major, minor = torch.cuda.get_device_capability(index)
+    return lacking(10 * major + minor)
 
 
-def _tried(index: int) -> NotServed | None:
-    """Run one kernel, and look at what it computes."""
-    try:
-        host, program, passed = trial()
-        x = torch.from_numpy(host).to(f"cuda:{index}")
-        y, statistics = torch.empty_like(x), torch.empty_like(x)
-        arrays = {"x": x, "scale": None, "bias": None, "mask": None}
-        run(program, {**arrays, "y": y, "statistics": statistics})
-        if not passed(y.cpu().numpy()):
-            raise ArithmeticError("a first kernel computed something else")
-    except Exception as error:  # of Triton, a C compiler that is missing, the driver
-        why = f"{type(error).__name__}: {error}"
-        _log.warning("groupnorm computes portably on cuda:%d: Triton failed there: %s", index, why)
-        return NotServed(f"Triton's kernels do not work on cuda:{index}: {why}")
-    return None
+def _compute(index: int, array: Any, program: gpu.Program) -> Any:
+    x = torch.from_numpy(array).to(f"cuda:{index}")
+    y, statistics = torch.empty_like(x), torch.empty_like(x)  # of the latter there are fewer
+    run(program, {"x": x, "y": y, "statistics": statistics})
+    return y.cpu().numpy()
+
+
+_trials = Trials("PyTorch", _lacks, _busy, _compute)

@@ -13,8 +13,8 @@ from typing import Any
 
 import cupy
 import numpy as np
-from _gpu_cases import ACTIVATION, EPSILON, GROUPS, OURS, SEED, TEXTBOOK, UNGRAPHED, Case
-from _gpu_measure import Call, Timer, elements, graph_launches, reason
+from _gpu_cases import ACTIVATION, EPSILON, GROUPS, OURS, SEED, TEXTBOOK, Case
+from _gpu_measure import Call, Timer, both_timers, elements, graph_launches, named
 
 BLOCK = 2**22  # elements of which larger arrays are repetitions
 
@@ -114,17 +114,11 @@ class Contest:
         return lambda i: textbook(self.xp, self.case, self.x[i], self.scale, self.bias)
 
     def timers(self, name: str, call: Call) -> dict[str, Timer]:
-        plain = evented(call, self.case.buffers)
-        try:
-            return {name: graphed(call, self.case.buffers), name + UNGRAPHED: plain}
-        except Exception as error:
-            how = f"{plain.how}, since no graph could be captured ({reason(error)})"
-            return {name: Timer(how, plain.run, plain.calls)}
+        return both_timers(name, call, self.case.buffers, graphed, evented)
 
     def differences(self, found: Any, expected: Any) -> dict[str, float]:
-        pairs = zip(found, expected, strict=True) if self.case.both else [(found, expected)]
-        names = ("y", "dx", "dscale", "dbias")
-        return {n: difference(self.xp, a, b) for n, (a, b) in zip(names, pairs, strict=False)}
+        pairs = named(found, expected, self.case)
+        return {name: difference(self.xp, a, b) for name, a, b in pairs}
 
     def wait(self) -> None:
         if self.xp is cupy:

@@ -7,11 +7,21 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from _gpu_cases import ITEM, OURS, PEER, PORTABLE, ROTATED_BYTES, Case, LeftOut, kernels
+from _gpu_cases import (
+    ITEM,
+    OURS,
+    PEER,
+    PORTABLE,
+    ROTATED_BYTES,
+    UNGRAPHED,
+    Case,
+    LeftOut,
+    kernels,
+)  # fmt: skip
 
 ROUNDS, FEWEST = 25, 3
 SHORTEST = 1000.0  # microseconds of a turn
@@ -194,6 +204,26 @@ def graph_launches(handle: int) -> int | None:
         kinds.append(kind.value)
     kernel, copy, fill = 0, 1, 2
     return sum(kind in (kernel, copy, fill) for kind in kinds)
+
+
+def both_timers(
+    name: str, call: Call, count: int, graphed: Callable[[Call, int], Timer],
+    evented: Callable[[Call, int], Timer],
+) -> dict[str, Timer]:  # fmt: skip
+    """A library's timers by graph and by events; by events alone where no graph is captured."""
+    plain = evented(call, count)
+    try:
+        return {name: graphed(call, count), name + UNGRAPHED: plain}
+    except Exception as error:
+        how = f"{plain.how}, since no graph could be captured ({reason(error)})"
+        return {name: Timer(how, plain.run, plain.calls)}
+
+
+def named(found: Any, expected: Any, case: Case) -> Iterator[tuple[str, Any, Any]]:
+    """The results of a row's call, by name, beside what is expected of them."""
+    pairs = zip(found, expected, strict=True) if case.both else [(found, expected)]
+    for name, (ours, theirs) in zip(("y", "dx", "dscale", "dbias"), pairs, strict=False):
+        yield name, ours, theirs
 
 
 def reason(error: BaseException) -> str:

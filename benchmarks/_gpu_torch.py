@@ -21,11 +21,10 @@ from _gpu_cases import (
     GROUPS,
     OURS,
     SEED,
-    UNGRAPHED,
     Case,
     LeftOut,
 )
-from _gpu_measure import Call, Timer, elements, graph_launches, reason
+from _gpu_measure import Call, Timer, both_timers, elements, graph_launches, named
 
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -133,17 +132,10 @@ class Contest:
         return self._ours("portable")
 
     def timers(self, name: str, call: Call) -> dict[str, Timer]:
-        plain = evented(call, self.case.buffers)
-        try:
-            return {name: graphed(call, self.case.buffers), name + UNGRAPHED: plain}
-        except Exception as error:
-            how = f"{plain.how}, since no graph could be captured ({reason(error)})"
-            return {name: Timer(how, plain.run, plain.calls)}
+        return both_timers(name, call, self.case.buffers, graphed, evented)
 
     def differences(self, found: Any, expected: Any) -> dict[str, float]:
-        pairs = zip(found, expected, strict=True) if self.case.both else [(found, expected)]
-        names = ("y", "dx", "dscale", "dbias")
-        return {name: difference(a, b) for name, (a, b) in zip(names, pairs, strict=False)}
+        return {name: difference(a, b) for name, a, b in named(found, expected, self.case)}
 
     def wait(self) -> None:
         if self.device != "cpu":

@@ -296,16 +296,22 @@ def options(keywords, **others):
     return make_options(**{**settings, **keywords, **others})
 
 
-@pytest.mark.needs("cupy")
-@pytest.mark.parametrize("name", ["last, D=10, P=49", "first, D=10, P=49", "channels alone"])
-def test_calls_of_cupy(plan, cupy_on_the_host, name, rng):
+def drawn(name, rng):
+    """Return x, dy, scale, bias and a mask of NumPy, and the keywords of a call."""
     shape, axis, groups = SHAPES[name]
     x, dy = rng.normal(size=(2, *shape)).astype("f")
     scale, bias = rng.normal(size=(2, shape[axis])).astype("f")
-    keywords = {"num_groups": groups, "feature_axis": axis}
     mask_shape = list(shape)
     mask_shape[axis] = 1
-    for mask in (None, rng.random(mask_shape) < 0.7):
+    mask = rng.random(mask_shape) < 0.7
+    return x, dy, scale, bias, mask, {"num_groups": groups, "feature_axis": axis}
+
+
+@pytest.mark.needs("cupy")
+@pytest.mark.parametrize("name", ["last, D=10, P=49", "first, D=10, P=49", "channels alone"])
+def test_calls_of_cupy(plan, cupy_on_the_host, name, rng):
+    x, dy, scale, bias, valid, keywords = drawn(name, rng)
+    for mask in (None, valid):
         adapter = numpy_as_cupy()
         x, dy, scale, bias = (HostArrays.asarray(a) for a in (x, dy, scale, bias))
         y, pullback = cupy_on_the_host.fused_vjp(
@@ -365,13 +371,9 @@ def test_calls_of_jax(plan, jax_by_callback, name, masked, rng):
     if jax.device_count() > 1:
         pytest.skip("with several devices the portable code computes; --jax-devices 1 leaves one")
     jax_fused = importlib.import_module("groupnorm.backends.jax_fused")
-    shape, axis, groups = SHAPES[name]
-    x, dy = rng.normal(size=(2, *shape)).astype("f")
-    scale, bias = rng.normal(size=(2, shape[axis])).astype("f")
-    keywords = {"num_groups": groups, "feature_axis": axis}
-    mask_shape = list(shape)
-    mask_shape[axis] = 1
-    mask = rng.random(mask_shape) < 0.7 if masked else None
+    x, dy, scale, bias, valid, keywords = drawn(name, rng)
+    shape, axis, _ = SHAPES[name]
+    mask = valid if masked else None
     given = [jax.numpy.asarray(a) for a in (x, scale, bias)]
     spec, arrays = jax_fused._call(adapter_named("jax"), *given, mask, options(keywords))
     work = [a for a in jax_fused._to_work(spec, *arrays) if a is not None]

@@ -16,16 +16,14 @@ from groupnorm.backends.kernels.triton_numbers import finite, pulled_back, tame
 from groupnorm.backends.kernels.triton_tiles import (
     LOOSE,
     chunks_of,
-    counted_in,
     group_of,
     leads,
-    offsets_of,
     over_group,
     over_positions,
     parameter_of,
-    place,
     spread,
     spread_groups,
+    tile_of,
 )
 
 __all__ = ["apply", "measure", "merge", "sum_rows", "whole"]
@@ -98,13 +96,9 @@ def whole(
 ):  # fmt: skip
     """Pull back groups that fit a tile."""
     pid = tl.program_id(0) + begin_at
-    sample, first, part, chunk = place(pid, steps, C, D, W, BP, V, J, NB, FIRST)
-    begin, offsets, exists, channel_exists, position_exists = offsets_of(
-        sample, first, part, chunk, steps, C, D, W, WP, BP, V, J, FIRST, FULL
+    sample, first, _, _, begin, offsets, exists, channel_exists, counted = tile_of(
+        pid, mask, steps, C, D, W, WP, BP, V, J, NB, FIRST, FULL, MASK
     )
-    counted = counted_in(
-        mask, sample, chunk, steps, exists, position_exists, BP, V, MASK, FIRST
-    )  # fmt: skip
     xhat, gradient, constant, factor, rstd, share = _pulled_back(
         dy, x, scale, bias, statistics, groups, begin, offsets, exists, counted, first, sample,
         channel_exists, C, D, WP, FIRST, MASK, SCALE, BIAS, ACTIVATION,
@@ -132,13 +126,9 @@ def measure(
 ):  # fmt: skip
     """Sum what of each group lies in a tile."""
     pid = tl.program_id(0) + begin_at
-    sample, first, part, chunk = place(pid, steps, C, D, W, BP, V, J, NB, FIRST)
-    begin, offsets, exists, channel_exists, position_exists = offsets_of(
-        sample, first, part, chunk, steps, C, D, W, WP, BP, V, J, FIRST, FULL
+    sample, first, part, chunk, begin, offsets, exists, channel_exists, counted = tile_of(
+        pid, mask, steps, C, D, W, WP, BP, V, J, NB, FIRST, FULL, MASK
     )
-    counted = counted_in(
-        mask, sample, chunk, steps, exists, position_exists, BP, V, MASK, FIRST
-    )  # fmt: skip
     xhat, gradient, _, factor, _, _ = _pulled_back(
         dy, x, scale, bias, statistics, groups, begin, offsets, exists, counted, first, sample,
         channel_exists, C, D, WP, FIRST, MASK, SCALE, BIAS, ACTIVATION,
@@ -194,13 +184,9 @@ def apply(
     """Pull back by parts, KP at most."""
     # From the end: what was measured last may still be in the cache.
     pid = tl.num_programs(0) - 1 - tl.program_id(0) + begin_at
-    sample, first, part, chunk = place(pid, steps, C, D, W, BP, V, J, NB, FIRST)
-    begin, offsets, exists, channel_exists, position_exists = offsets_of(
-        sample, first, part, chunk, steps, C, D, W, WP, BP, V, J, FIRST, FULL
+    sample, first, _, _, begin, offsets, exists, channel_exists, counted = tile_of(
+        pid, mask, steps, C, D, W, WP, BP, V, J, NB, FIRST, FULL, MASK
     )
-    counted = counted_in(
-        mask, sample, chunk, steps, exists, position_exists, BP, V, MASK, FIRST
-    )  # fmt: skip
     xhat, gradient, constant, factor, rstd, share = _pulled_back(
         dy, x, scale, bias, statistics, groups, begin, offsets, exists, counted, first, sample,
         channel_exists, C, D, WP, FIRST, MASK, SCALE, BIAS, ACTIVATION,

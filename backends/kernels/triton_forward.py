@@ -15,15 +15,13 @@ from groupnorm.backends.kernels.triton_numbers import activated, tame
 from groupnorm.backends.kernels.triton_tiles import (
     LOOSE,
     chunks_of,
-    counted_in,
     group_of,
     leads,
-    offsets_of,
     parameter_of,
-    place,
     spread,
     spread_groups,
     summed,
+    tile_of,
     top_of_group,
 )
 
@@ -115,13 +113,9 @@ def whole(
 ):  # fmt: skip
     """Normalize groups that fit a tile."""
     pid = tl.program_id(0) + begin_at
-    sample, first, part, chunk = place(pid, steps, C, D, W, BP, V, J, NB, FIRST)
-    begin, offsets, exists, channel_exists, position_exists = offsets_of(
-        sample, first, part, chunk, steps, C, D, W, WP, BP, V, J, FIRST, FULL
+    sample, first, _, _, begin, offsets, exists, channel_exists, counted = tile_of(
+        pid, mask, steps, C, D, W, WP, BP, V, J, NB, FIRST, FULL, MASK
     )
-    counted = counted_in(
-        mask, sample, chunk, steps, exists, position_exists, BP, V, MASK, FIRST
-    )  # fmt: skip
     value = _read(x, begin, offsets, exists, counted, MASK)
     elements = (tl.cast(steps, tl.int64) * (D * V)).to(tl.float32)
     count, enough, mean, missed, squares, unit = _measured(
@@ -156,13 +150,9 @@ def measure(
 ):  # fmt: skip
     """Measure what of each group lies in a tile."""
     pid = tl.program_id(0) + begin_at
-    sample, first, part, chunk = place(pid, steps, C, D, W, BP, V, J, NB, FIRST)
-    begin, offsets, exists, channel_exists, position_exists = offsets_of(
-        sample, first, part, chunk, steps, C, D, W, WP, BP, V, J, FIRST, FULL
+    sample, first, part, chunk, begin, offsets, exists, channel_exists, counted = tile_of(
+        pid, mask, steps, C, D, W, WP, BP, V, J, NB, FIRST, FULL, MASK
     )
-    counted = counted_in(
-        mask, sample, chunk, steps, exists, position_exists, BP, V, MASK, FIRST
-    )  # fmt: skip
     value = _read(x, begin, offsets, exists, counted, MASK)
     positions = tl.minimum(tl.cast(steps, tl.int64) * V - chunk.to(tl.int64) * BP, BP)
     channels = tl.minimum(D - part * W, W) if J > 1 else D
@@ -251,13 +241,9 @@ def apply(
     """Normalize by parts, KP at most, and keep the statistics; with KP = 0 by these instead."""
     # From the end: what was measured last may still be in the cache.
     pid = tl.num_programs(0) - 1 - tl.program_id(0) + begin_at
-    sample, first, part, chunk = place(pid, steps, C, D, W, BP, V, J, NB, FIRST)
-    begin, offsets, exists, channel_exists, position_exists = offsets_of(
-        sample, first, part, chunk, steps, C, D, W, WP, BP, V, J, FIRST, FULL
+    sample, first, part, chunk, begin, offsets, exists, channel_exists, counted = tile_of(
+        pid, mask, steps, C, D, W, WP, BP, V, J, NB, FIRST, FULL, MASK
     )
-    counted = counted_in(
-        mask, sample, chunk, steps, exists, position_exists, BP, V, MASK, FIRST
-    )  # fmt: skip
     value = _read(x, begin, offsets, exists, counted, MASK)
     lane_group = sample.to(tl.int64) * (C // D) + group_of(first, D, WP)
     if KP == 0:

@@ -6,9 +6,9 @@ import triton.language as tl
 
 from groupnorm.activations import ERFC_SERIES
 
-__all__ = ["GELU", "NONE", "RELU", "SILU", "activated", "finite", "pulled_back", "tame"]
+__all__ = ["GELU", "RELU", "SILU", "activated", "finite", "pulled_back", "tame"]
 
-NONE = tl.constexpr(0)
+# As `frames.ACTIVATIONS` numbers them; 0 is none.
 RELU = tl.constexpr(1)
 SILU = tl.constexpr(2)
 GELU = tl.constexpr(3)

@@ -20,18 +20,16 @@ import triton.language as tl
 __all__ = [
     "LOOSE",
     "chunks_of",
-    "counted_in",
     "group_of",
     "leads",
     "members",
-    "offsets_of",
     "over_group",
     "over_positions",
     "parameter_of",
-    "place",
     "spread",
     "spread_groups",
     "summed",
+    "tile_of",
     "top_of_group",
 ]
 
@@ -47,8 +45,8 @@ def chunks_of(steps, V: tl.constexpr, BP: tl.constexpr):
 
 @triton.jit
 def place(
-    pid, steps, C: tl.constexpr, D: tl.constexpr, W: tl.constexpr, BP: tl.constexpr,
-    V: tl.constexpr, J: tl.constexpr, NB: tl.constexpr, FIRST: tl.constexpr,
+    pid, steps, D: tl.constexpr, W: tl.constexpr, BP: tl.constexpr, V: tl.constexpr,
+    J: tl.constexpr, NB: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
     """Return a tile's sample, first channel, part of the group, and chunk of the positions.
 
@@ -126,6 +124,23 @@ def counted_in(
         else:
             counted = exists & valid[:, None]
     return counted
+
+
+@triton.jit
+def tile_of(
+    pid, mask, steps, C: tl.constexpr, D: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
+    BP: tl.constexpr, V: tl.constexpr, J: tl.constexpr, NB: tl.constexpr, FIRST: tl.constexpr,
+    FULL: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """Return what `place` and `offsets_of` do, but for positions, and which elements count."""
+    sample, first, part, chunk = place(pid, steps, D, W, BP, V, J, NB, FIRST)
+    begin, offsets, exists, channel_exists, position_exists = offsets_of(
+        sample, first, part, chunk, steps, C, D, W, WP, BP, V, J, FIRST, FULL
+    )
+    counted = counted_in(
+        mask, sample, chunk, steps, exists, position_exists, BP, V, MASK, FIRST
+    )  # fmt: skip
+    return sample, first, part, chunk, begin, offsets, exists, channel_exists, counted
 
 
 @triton.jit

@@ -107,8 +107,8 @@ def plan(library: str, quick: bool) -> list[Case]:
 def kernels(case: Case) -> dict[str, Any]:
     """Which plan our kernels take forward and backward, and how many launches that is."""
     try:
-        from groupnorm.backends import gpu
-        from groupnorm.backends.gpu_tiles import Form
+        from groupnorm.backends.kernels.gpu import program as gpu
+        from groupnorm.backends.kernels.gpu.tiling import Form
 
         samples, channels, *space = case.dims
         form = Form(

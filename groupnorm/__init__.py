@@ -4,12 +4,12 @@ See `GroupNorm` for the layer, `group_norm` for the function.
 """
 
 from groupnorm import errors, initializers
-from groupnorm.binding import bind_axis
-from groupnorm.by_parts import group_statistics, merge_statistics, normalize
 from groupnorm.discovery import BackendInfo, available_backends
+from groupnorm.distributed.axis_names import bind_axis
 from groupnorm.functional import group_norm, group_norm_vjp
 from groupnorm.layer import GroupNorm
-from groupnorm.merging import GroupStatistics
+from groupnorm.portable.merge import GroupStatistics
+from groupnorm.tiled import group_statistics, merge_statistics, normalize
 
 __version__ = "0.1.0.dev0"
 

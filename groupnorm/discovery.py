@@ -4,8 +4,7 @@ import importlib.util
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from groupnorm.dispatch import BACKENDS, adapter_named
-from groupnorm.implementations import usable
+from groupnorm.dispatch import adapter_named, backend_names, implementations_on
 
 __all__ = ["BackendInfo", "available_backends"]
 
@@ -70,7 +69,7 @@ def available_backends() -> tuple[BackendInfo, ...]:
     >>> "portable" in numpy.implementations["cpu"]  # and "fused", where numba is installed
     True
     """
-    return tuple(_ask(name) for name in BACKENDS)
+    return tuple(_ask(name) for name in backend_names())
 
 
 def _ask(name: str) -> BackendInfo:
@@ -80,8 +79,8 @@ def _ask(name: str) -> BackendInfo:
     try:
         adapter = adapter_named(name)
         devices = adapter.devices()
-        implementations = {device: usable(adapter, device) for device in devices}
-        reasons = {device: adapter.fused_unavailable(device) for device in devices}
+        implementations = {device: implementations_on(adapter, device) for device in devices}
+        reasons = {device: adapter.kernels.why_unavailable(device) for device in devices}
     except (ImportError, OSError, RuntimeError) as error:  # no driver, or a library will not load
         return BackendInfo(name, True, version, (), str(error).partition("\n")[0], {}, {})
     why_not_fused = {device: why.reason for device, why in reasons.items() if why is not None}

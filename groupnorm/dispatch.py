@@ -1,28 +1,111 @@
-"""Which adapter serves an array, or a name. Nothing heavy is imported before it is asked for."""
+"""Which adapter computes an array or has a name, and which implementation computes a call.
+
+Each library has one row here. Its modules are imported when it is first needed, in `Backend.load`;
+these imports, and those of `groupnorm.layer` in each library's layer, are the only ones from the
+library to its backends and back.
+"""
 
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from groupnorm.errors import ArgumentTypeError, ArgumentValueError, BackendImportError
+from groupnorm.adapter import Adapter, NotServed, not_an_array
+from groupnorm.errors import ArgumentValueError, BackendImportError
+from groupnorm.portable.group_norm import group_norm, group_norm_vjp
+from groupnorm.portable.inputs import check
 
 if TYPE_CHECKING:
-    from groupnorm.backends import Adapter
+    from groupnorm.arguments import Options
+    from groupnorm.layer import GroupNorm
+    from groupnorm.typing import Array, Gradients
 
-__all__ = ["BACKENDS", "adapter_named", "adapter_of"]
+__all__ = [
+    "Backend",
+    "adapter_named",
+    "adapter_of",
+    "backend_names",
+    "compute",
+    "compute_with_pullback",
+    "implementations_on",
+    "layer_class_named",
+    "register",
+]
 
-#: The names `backend=` takes; each has a module of that name in groupnorm.backends.
-BACKENDS = ("numpy", "jax", "torch", "cupy")
 
-# The root module of an array's class, or of a class it derives from, says which library it is from.
-# That holds for tracers, parameters and tensor subclasses, and costs no import.
-_ROOTS = {"numpy": "numpy", "jax": "jax", "jaxlib": "jax", "torch": "torch", "cupy": "cupy"}
+# Finding adapters and layers ----------------------------------------------------------------------
 
-# Filled as adapters are imported. Not functools.cache: torch.compile ignores that cache, and then
+
+class Backend(NamedTuple):
+    """One library: all that this package must know of it before it is imported."""
+
+    #: What `backend=` takes; also the name of the extra that installs the library.
+    name: str
+    #: Root modules of the classes of its arrays. This also holds for tracers, parameters and
+    #: subclasses, and costs no import. The first is the library itself.
+    roots: tuple[str, ...]
+    #: Imports and returns its adapter and its layer class. With import statements, which
+    #: torch.compile can trace, should the first call of all be a compiled one.
+    load: "Callable[[], tuple[Adapter, type[GroupNorm]]]"
+
+
+def _numpy() -> "tuple[Adapter, type[GroupNorm]]":
+    from groupnorm.backends.numpy.adapter import numpy_adapter
+    from groupnorm.backends.numpy.layer import NumpyGroupNorm
+
+    return numpy_adapter, NumpyGroupNorm
+
+
+def _jax() -> "tuple[Adapter, type[GroupNorm]]":
+    from groupnorm.backends.jax.adapter import jax_adapter
+    from groupnorm.backends.jax.layer import JaxGroupNorm
+
+    return jax_adapter, JaxGroupNorm
+
+
+def _torch() -> "tuple[Adapter, type[GroupNorm]]":
+    from groupnorm.backends.torch.adapter import torch_adapter
+    from groupnorm.backends.torch.layer import TorchGroupNorm
+
+    return torch_adapter, TorchGroupNorm
+
+
+def _cupy() -> "tuple[Adapter, type[GroupNorm]]":
+    from groupnorm.backends.cupy.adapter import cupy_adapter
+    from groupnorm.backends.cupy.layer import CupyGroupNorm
+
+    return cupy_adapter, CupyGroupNorm
+
+
+_backends: dict[str, Backend] = {}
+_names_by_root: dict[str, str] = {}
+# Filled as libraries are imported. Not functools.cache: torch.compile ignores that cache, and then
 # fails on the import in here.
-_adapters: "dict[str, Adapter]" = {}
+_loaded: "dict[str, tuple[Adapter, type[GroupNorm]]]" = {}
 
 
-def adapter_named(name: str) -> "Adapter":
+def register(backend: Backend) -> None:
+    """Add a library."""
+    _backends[backend.name] = backend
+    _names_by_root.update(dict.fromkeys(backend.roots, backend.name))
+
+
+register(Backend("numpy", ("numpy",), _numpy))
+register(Backend("jax", ("jax", "jaxlib"), _jax))
+register(Backend("torch", ("torch",), _torch))
+register(Backend("cupy", ("cupy",), _cupy))
+
+
+def backend_names() -> tuple[str, ...]:
+    """Return what `backend=` takes."""
+    return tuple(_backends)
+
+
+def root_of(name: str) -> str:
+    """Return the name of the module to import for a backend's library."""
+    return _backends[name].roots[0]
+
+
+def adapter_named(name: str) -> Adapter:
     """Return the adapter of a backend, importing its library.
 
     Raises
@@ -32,15 +115,23 @@ def adapter_named(name: str) -> "Adapter":
     BackendImportError
         If its library cannot be imported.
     """
-    found = _adapters.get(name)
-    if found is not None:
-        return found
-    if name not in BACKENDS:
+    found = _loaded.get(name)
+    return _load(name)[0] if found is None else found[0]
+
+
+def layer_class_named(name: str) -> "type[GroupNorm]":
+    """Return the layer class of a backend, importing its library; raises as `adapter_named`."""
+    found = _loaded.get(name)
+    return _load(name)[1] if found is None else found[1]
+
+
+def _load(name: str) -> "tuple[Adapter, type[GroupNorm]]":
+    if name not in _backends:
         raise ArgumentValueError(
-            f"backend={name!r} is not known: choose one of {', '.join(map(repr, BACKENDS))}."
+            f"backend={name!r} is not known: choose one of {', '.join(map(repr, _backends))}."
         )
     try:
-        found = _import_adapter(name)
+        found = _backends[name].load()
     except ImportError as error:
         if isinstance(error, BackendImportError):
             raise
@@ -48,31 +139,11 @@ def adapter_named(name: str) -> "Adapter":
             f"backend={name!r} needs a library that cannot be imported ({error}): install it with "
             f'pip install "groupnorm[{name}]".'
         ) from error
-    return _adapters.setdefault(name, found)
+    return _loaded.setdefault(name, found)
 
 
-def _import_adapter(name: str) -> "Adapter":
-    # Statements, not importlib.import_module: torch.compile can trace these, should the first call
-    # of all be a compiled one.
-    if name == "numpy":
-        from groupnorm.backends.numpy import adapter as numpy_adapter
-
-        return numpy_adapter
-    if name == "jax":
-        from groupnorm.backends.jax import adapter as jax_adapter
-
-        return jax_adapter
-    if name == "torch":
-        from groupnorm.backends.torch import adapter as torch_adapter
-
-        return torch_adapter
-    from groupnorm.backends.cupy import adapter as cupy_adapter
-
-    return cupy_adapter
-
-
-def adapter_of(x: Any, argument: str = "x") -> "Adapter":
-    """Return the adapter that serves an array.
+def adapter_of(x: Any, argument: str = "x") -> Adapter:
+    """Return the adapter that computes an array.
 
     Raises
     ------
@@ -80,26 +151,94 @@ def adapter_of(x: Any, argument: str = "x") -> "Adapter":
         If x is no array.
     """
     for cls in type(x).__mro__:
-        name = _ROOTS.get(cls.__module__.partition(".")[0])
+        name = _names_by_root.get(cls.__module__.partition(".")[0])
         if name is not None:
-            found = _adapters.get(name)
-            if found is None:
-                found = adapter_named(name)
-            if found.is_array(x):
-                return found
+            found = _loaded.get(name)
+            adapter = _load(name)[0] if found is None else found[0]
+            if adapter.is_array(x):
+                return adapter
     if hasattr(x, "__array_namespace__") or "dask" in sys.modules:
-        from groupnorm.backends.generic import generic_adapter_of
+        from groupnorm.backends.array_api import generic_adapter_of
 
         generic = generic_adapter_of(x)
         if generic is not None:
             return generic
-    raise ArgumentTypeError(
-        f"{argument}={_shortened(x)} is of type {type(x).__name__}, not an array: pass an array of "
-        f"NumPy, JAX, PyTorch, CuPy or another array API library, such as "
-        f"numpy.asarray({argument})."
+    raise not_an_array(x, argument)
+
+
+# Choosing the implementation ----------------------------------------------------------------------
+
+
+def compute(
+    adapter: Adapter, x: "Array", scale: "Array", bias: "Array", mask: Any, options: "Options"
+) -> "Array":
+    """Normalize by the fastest implementation, or by the one that was asked for.
+
+    Raises
+    ------
+    ArgumentTypeError, ArgumentValueError
+        If the arguments are wrong, or if the implementation asked for cannot compute the call.
+    """
+    over_shards = adapter.over_shards(x)
+    if over_shards is not None:
+        return over_shards(compute, adapter, x, scale, bias, mask, options)
+    wanted = options.implementation
+    if wanted == "portable":
+        return group_norm(adapter, x, scale, bias, mask, options)
+    if wanted == "native":
+        found = adapter.native(x, scale, bias, mask, options)
+    elif options.axis_name is not None:
+        found = _REPLICAS
+    else:
+        found = adapter.kernels.forward(x, scale, bias, mask, options)
+    if not isinstance(found, NotServed):
+        return found
+    if wanted is not None:
+        _refuse(found, adapter, x, scale, bias, mask, options)
+    return group_norm(adapter, x, scale, bias, mask, options)
+
+
+def compute_with_pullback(
+    adapter: Adapter, x: "Array", scale: "Array", bias: "Array", mask: Any, options: "Options"
+) -> "tuple[Array, Callable[[Array], Gradients]]":
+    """Normalize as `compute` does, and return the pullback as well."""
+    wanted = options.implementation
+    if wanted == "portable" or adapter.is_sharded(x):
+        return group_norm_vjp(adapter, x, scale, bias, mask, options)
+    found: Any
+    if wanted == "native":
+        found = NotServed("the library's own comes without a pullback")
+    elif options.axis_name is not None:
+        found = _REPLICAS
+    else:
+        found = adapter.kernels.vjp(x, scale, bias, mask, options)
+    if not isinstance(found, NotServed):
+        return found  # type: ignore[no-any-return]
+    if wanted is not None:
+        _refuse(found, adapter, x, scale, bias, mask, options)
+    return group_norm_vjp(adapter, x, scale, bias, mask, options)
+
+
+_REPLICAS = NotServed("statistics of replicas are pooled by the portable implementation")
+
+
+def _refuse(
+    why: NotServed, adapter: Adapter, x: "Array", scale: "Array", bias: "Array", mask: Any,
+    options: "Options",
+) -> None:  # fmt: skip
+    """Refuse to compute by another implementation than the one that was asked for."""
+    check(adapter, x, scale, bias, mask, options)  # a wrong argument is the better reason
+    raise ArgumentValueError(
+        f"implementation={options.implementation!r} cannot compute this call: {why.reason}. "
+        "Use implementation=None, which takes the best there is for each call, or 'portable'."
     )
 
 
-def _shortened(x: object) -> str:
-    text = repr(x)
-    return text if len(text) <= 40 else text[:37] + "..."
+def implementations_on(adapter: Adapter, device: str) -> tuple[str, ...]:
+    """Return what can compute ordinary calls on a device, in the order `compute` tries them.
+
+    The library's own comes last: it computes only where it is asked for.
+    """
+    fused = ("fused",) if adapter.kernels.why_unavailable(device) is None else ()
+    native = ("native",) if adapter.has_native else ()
+    return (*fused, "portable", *native)

@@ -3,9 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from groupnorm.core import apply, apply_with_pullback
-from groupnorm.dispatch import adapter_of
-from groupnorm.options import make_options
+from groupnorm.arguments import make_options
+from groupnorm.dispatch import adapter_of, compute, compute_with_pullback
 from groupnorm.typing import ArrayT, AxisIndexGroups, DTypeLike, Gradients, MaskLike
 
 __all__ = ["group_norm", "group_norm_vjp"]
@@ -121,7 +120,7 @@ def group_norm(
         activation=activation,
         implementation=implementation,
     )
-    y: ArrayT = apply(adapter_of(x), x, scale, bias, mask, options)
+    y: ArrayT = compute(adapter_of(x), x, scale, bias, mask, options)
     return y
 
 
@@ -195,4 +194,4 @@ def group_norm_vjp(
         activation=activation,
         implementation=implementation,
     )
-    return apply_with_pullback(adapter_of(x), x, scale, bias, mask, options)
+    return compute_with_pullback(adapter_of(x), x, scale, bias, mask, options)

@@ -1,20 +1,281 @@
-"""`GroupNorm`, and the plain object most backends make of it."""
+"""`GroupNorm`: the constructor, calls, moving between backends, and the plain layer."""
 
+from collections.abc import Callable, Sequence
+from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
-from groupnorm.base import Layer
-from groupnorm.dispatch import adapter_named
+import numpy as np
+
+from groupnorm.arguments import check_in_size, flag, make_options
+from groupnorm.dispatch import (
+    adapter_named,
+    adapter_of,
+    compute,
+    compute_with_pullback,
+    layer_class_named,
+)
+from groupnorm.dtypes import dtype_name
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
-from groupnorm.settings import Settings
-from groupnorm.typing import Array
+from groupnorm.initializers import initial_value, ones, zeros
+from groupnorm.layer_config import Described, Settings
+from groupnorm.plan import resolve_groups
+from groupnorm.typing import (
+    Array,
+    ArrayT,
+    AxisIndexGroups,
+    DTypeLike,
+    Gradients,
+    Initializer,
+    MaskLike,
+)
 
 if TYPE_CHECKING:
+    from groupnorm.adapter import Adapter
     from groupnorm.backends.cupy import CupyGroupNorm
     from groupnorm.backends.jax import JaxGroupNorm
     from groupnorm.backends.numpy import NumpyGroupNorm
     from groupnorm.backends.torch import TorchGroupNorm
 
 __all__ = ["GroupNorm", "PlainGroupNorm"]
+
+
+class Layer(Described):
+    """What layers of every backend have in common; use `GroupNorm`."""
+
+    scale: Any
+    bias: Any
+
+    def __init__(
+        self,
+        in_size: "int | Sequence[int | EllipsisType]",
+        feature_axis: int | Sequence[int] = -1,
+        num_groups: int | None = 32,
+        group_size: int | None = None,
+        *,
+        epsilon: float = 1e-6,
+        dtype: DTypeLike = None,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = zeros,
+        scale_init: Initializer = ones,
+        reduction_axes: int | Sequence[int] | None = None,
+        axis_name: Any = None,
+        axis_index_groups: AxisIndexGroups | None = None,
+        use_fast_variance: bool = True,
+        param_type: Any = None,
+        param_dtype: DTypeLike = None,
+        backend: str = "numpy",
+        device: Any = None,
+        activation: str | None = None,
+        implementation: str | None = None,
+    ) -> None:
+        size = check_in_size(in_size, feature_axis)
+        options = make_options(
+            feature_axis=size.feature,
+            num_groups=num_groups,
+            group_size=group_size,
+            reduction_axes=reduction_axes,
+            epsilon=epsilon,
+            dtype=dtype,
+            axis_name=axis_name,
+            axis_index_groups=axis_index_groups,
+            use_fast_variance=use_fast_variance,
+            activation=activation,
+            implementation=implementation,
+            feature_shape=size.feature_shape,
+        )
+        channels = int(np.prod(size.feature_shape))
+        groups = resolve_groups(channels, options.num_groups, options.group_size)
+        settings = Settings(
+            in_size=size.in_size,
+            feature_axis=size.feature_axis,
+            num_groups=groups,
+            group_size=channels // groups,
+            options=options,
+            use_bias=flag("use_bias", use_bias),
+            use_scale=flag("use_scale", use_scale),
+            bias_init=bias_init,
+            scale_init=scale_init,
+            param_type=_check_param_type(param_type),
+            param_dtype=dtype_name(
+                "param_dtype", "float32" if param_dtype is None else param_dtype
+            ),
+        )
+        self._setup(settings, *self._initial(settings, device))
+
+    # What a backend's layer provides -----------------------------------------------------------
+
+    def _setup(self, settings: Settings, scale: Array | None, bias: Array | None) -> None:
+        """Store what the layer is; every layer, however it comes about, goes through here."""
+        raise NotImplementedError
+
+    @property
+    def _adapter(self) -> "Adapter":
+        return adapter_named(self._adapter_name)
+
+    # Calls -------------------------------------------------------------------------------------
+
+    def __call__(self, x: ArrayT, mask: MaskLike = None) -> ArrayT:
+        """Normalize x; see `update`."""
+        y: ArrayT = self._normalize(x, mask)
+        return y
+
+    def update(self, x: ArrayT, mask: MaskLike = None) -> ArrayT:
+        """Normalize x; the same as calling the layer.
+
+        Parameters
+        ----------
+        x : array of shape (N, ..., C)
+            With any number of leading axes.
+        mask : array broadcastable to x, optional
+            True (or 1) where elements count for mean and variance.
+
+        Returns
+        -------
+        array of x's shape
+            Of x's library, on x's device.
+
+        Raises
+        ------
+        groupnorm.errors.ArgumentTypeError
+            If x is of another library than the layer's parameters (any is fine for a NumPy layer).
+        groupnorm.errors.ArgumentValueError
+            If x or the mask has a shape that does not fit.
+        """
+        y: ArrayT = self(x, mask)
+        return y
+
+    def _normalize(self, x: Any, mask: Any) -> Any:
+        return compute(self._serving(x), x, self.scale, self.bias, mask, self._settings.options)
+
+    def vjp(self, x: ArrayT, mask: MaskLike = None) -> tuple[ArrayT, Callable[[ArrayT], Gradients]]:
+        """Normalize x, and return what pulls a cotangent back; see `groupnorm.group_norm_vjp`.
+
+        Returns
+        -------
+        y : array of x's shape
+        pullback : callable
+            Takes a cotangent of y's shape, returns gradients with fields `x`, `scale` and `bias`.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from groupnorm import GroupNorm
+        >>> y, pullback = GroupNorm(4, num_groups=2).vjp(np.ones((3, 4), np.float32))
+        >>> pullback(np.ones((3, 4), np.float32)).bias
+        array([3., 3., 3., 3.], dtype=float32)
+        """
+        return compute_with_pullback(
+            self._serving(x), x, self.scale, self.bias, mask, self._settings.options
+        )
+
+    def _serving(self, x: Any) -> "Adapter":
+        """Find who computes x: the array decides, and only a NumPy layer serves them all."""
+        own, found = self._adapter, adapter_of(x)
+        if found is not own and self._adapter_name != "numpy":
+            target = f"layer.to_backend({found.backend or 'numpy'!r})"
+            raise ArgumentTypeError(
+                f"x is of {found.array_name} and this layer's parameters are of {own.array_name}: "
+                f"nothing is moved between libraries unasked. Use {target}, or convert x."
+            )
+        return found
+
+    # Moving ------------------------------------------------------------------------------------
+
+    @overload
+    def to_backend(
+        self, backend: Literal["numpy"], *, device: Any = ..., param_type: Any = ...
+    ) -> "NumpyGroupNorm": ...
+    @overload
+    def to_backend(
+        self, backend: Literal["jax"], *, device: Any = ..., param_type: Any = ...
+    ) -> "JaxGroupNorm": ...
+    @overload
+    def to_backend(
+        self, backend: Literal["torch"], *, device: Any = ..., param_type: Any = ...
+    ) -> "TorchGroupNorm": ...
+    @overload
+    def to_backend(
+        self, backend: Literal["cupy"], *, device: Any = ..., param_type: Any = ...
+    ) -> "CupyGroupNorm": ...
+    @overload
+    def to_backend(
+        self, backend: str, *, device: Any = ..., param_type: Any = ...
+    ) -> "GroupNorm": ...
+    def to_backend(self, backend: str, *, device: Any = None, param_type: Any = None) -> Any:
+        """Return the same layer in another framework, its parameters with exactly equal values.
+
+        Parameters
+        ----------
+        backend : {"numpy", "jax", "torch", "cupy"}
+            Where the parameters live from then on.
+        device : optional
+            As that framework names devices. Default is its own default.
+        param_type : optional
+            What holds a parameter, such as `flax.nnx.Param`. Default is the framework's plainest.
+
+        Returns
+        -------
+        GroupNorm
+            Independent of this one.
+
+        Raises
+        ------
+        groupnorm.errors.BackendImportError
+            If the framework cannot be imported.
+
+        Examples
+        --------
+        >>> from groupnorm import GroupNorm
+        >>> GroupNorm(8, num_groups=2).to_backend("numpy").num_groups
+        2
+        """
+        target = adapter_named(backend)
+        settings = self._settings._replace(param_type=_check_param_type(param_type))
+        values: list[Array | None] = []
+        for stored in (self.scale, self.bias):
+            if stored is None:
+                values.append(None)
+                continue
+            host = np.array(self._adapter.to_host(stored)).reshape(settings.feature_shape)
+            values.append(target.place(target.from_host(host), device))
+        return layer_class_named(backend)._of(settings, *values)
+
+    @classmethod
+    def _of(cls, settings: Settings, scale: Array | None, bias: Array | None) -> Self:
+        layer = cls.__new__(cls)
+        layer._setup(settings, scale, bias)
+        return layer
+
+    def _initial(self, settings: Settings, device: Any) -> tuple[Array | None, Array | None]:
+        return (
+            self._initial_parameter("scale", settings, device) if settings.use_scale else None,
+            self._initial_parameter("bias", settings, device) if settings.use_bias else None,
+        )
+
+    def _initial_parameter(self, name: str, settings: Settings, device: Any) -> Array:
+        adapter = self._adapter
+        init = settings.scale_init if name == "scale" else settings.bias_init
+        dtype = settings.param_dtype
+        # Small floats are not NumPy's own: start from float32.
+        host_dtype = np.dtype("float32" if dtype.startswith(("bfloat", "float8")) else dtype)
+        value = initial_value(f"{name}_init", init, settings.feature_shape, host_dtype)
+        if not adapter.is_array(value):
+            value = adapter.from_host(np.asarray(value, dtype=host_dtype))
+        return adapter.place(adapter.xp.astype(value, adapter.dtype(dtype), copy=True), device)
+
+
+def _check_param_type(param_type: Any) -> Any:
+    if param_type is not None and not callable(param_type):
+        raise ArgumentTypeError(
+            f"param_type={param_type!r} is not callable: it is what makes a stored parameter of an "
+            "array, such as flax.nnx.Param, brainstate.ParamState or torch.nn.Parameter."
+        )
+    return param_type
+
+
+# What Python's own errors about arguments name.
+Layer.__init__.__qualname__ = "GroupNorm"
 
 
 class GroupNorm(Layer):
@@ -123,7 +384,7 @@ class GroupNorm(Layer):
                 f"backend={backend!r} is of type {type(backend).__name__}: give the name of "
                 "one, such as 'numpy' or 'torch'."
             )
-        return object.__new__(adapter_named(backend).layer_class())
+        return object.__new__(layer_class_named(backend))
 
 
 class PlainGroupNorm(GroupNorm):

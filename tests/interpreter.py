@@ -45,7 +45,21 @@ def interpret() -> None:
 
     interpreter._convert_float = rounded
     interpreter.ReduceOps.sum = summed
-    importlib.import_module("groupnorm.backends.torch_gpu").INTERPRETED = True
+    engine = interpreted_engine()
+    importlib.import_module("groupnorm.backends.torch.kernels").engine_for = lambda device: engine
+
+
+def interpreted_engine():
+    """Return the engine for GPUs, for tensors on the CPU."""
+
+    class Interpreted(importlib.import_module("groupnorm.backends.torch.gpu").GpuEngine):
+        def why_unavailable(self, device, float16=False):
+            return None
+
+        def captures(self):
+            return True
+
+    return Interpreted()
 
 
 class Pointer:
@@ -87,7 +101,7 @@ class Pointer:
 
 def run(step, arrays) -> None:
     """Run one step on arrays of NumPy."""
-    build = importlib.import_module("groupnorm.backends.triton_build")
+    build = importlib.import_module("groupnorm.backends.kernels.gpu.build")
     kernel = build.kernel_of(step.module, step.kernel)
     keywords = {**dict(step.scalars), **dict(step.constants), "num_warps": step.warps}
     kernel[step.grid](*map(Pointer, arrays), **keywords)

@@ -17,8 +17,9 @@ import pytest
 
 from groupnorm import GroupNorm, bind_axis, group_norm, group_norm_vjp, group_statistics
 from groupnorm.dispatch import adapter_named
+from groupnorm.distributed.replicas import Replicas, Signature
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError, AxisNameError
-from groupnorm.replicas import Replicas, Signature, gather_alike
+from groupnorm.portable.collectives import gather_alike
 from tests import oracle
 from tests.backends import CONTRACT, GRADIENT, assert_close, assert_gradient
 

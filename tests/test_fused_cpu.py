@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 
 from groupnorm import GroupNorm, group_norm, group_norm_vjp
-from groupnorm.backends import cpu_launch, frames, threads
+from groupnorm.backends.kernels.cpu import call_frame as frames
+from groupnorm.backends.kernels.cpu import launch as cpu_launch
+from groupnorm.backends.kernels.cpu import threads
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
 from tests import oracle
 from tests.backends import (

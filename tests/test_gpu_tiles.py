@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from groupnorm.backends import gpu
-from groupnorm.backends.gpu_tiles import (
+from groupnorm.backends.kernels.gpu import program as gpu
+from groupnorm.backends.kernels.gpu.tiling import (
     CHUNK_BACKWARD,
     CHUNK_FORWARD,
     FARTHEST,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from groupnorm.backends import triton_build
-from groupnorm.backends.gpu_launch import Trials, lacking
+from groupnorm.backends.kernels.gpu import build as triton_build
+from groupnorm.backends.kernels.gpu.probe import Trials, lacking
 from tests import oracle
 
 

@@ -17,8 +17,8 @@ import pytest
 import groupnorm
 from groupnorm import __main__ as command
 from groupnorm import selfcheck
+from groupnorm.arguments import IMPLEMENTATIONS
 from groupnorm.dispatch import adapter_named
-from groupnorm.implementations import IMPLEMENTATIONS
 
 PROGRAM = Path(__file__).parent / "programs" / "imported_modules.py"
 HEAVY = {
@@ -229,7 +229,7 @@ def test_without_numba_it_is_said_what_would_bring_the_kernels(library, others, 
 
 @pytest.mark.needs("torch")
 def test_the_kernels_for_cpus_are_not_said_to_serve_other_devices():
-    why = adapter_named("torch").fused_unavailable("cuda:0")
+    why = adapter_named("torch").kernels.why_unavailable("cuda:0")
     assert why is not None
     assert "cuda" in why.reason
 
@@ -350,14 +350,13 @@ def test_command_line_fails_when_a_backend_is_wrong():
 
 PUBLIC_MODULES = [
     "groupnorm",
-    "groupnorm.base",
-    "groupnorm.binding",
-    "groupnorm.by_parts",
+    "groupnorm.distributed.axis_names",
+    "groupnorm.tiled",
     "groupnorm.discovery",
     "groupnorm.functional",
     "groupnorm.initializers",
     "groupnorm.layer",
-    "groupnorm.merging",
+    "groupnorm.portable.merge",
 ]
 
 
@@ -387,6 +386,13 @@ def test_there_are_examples():
 
 @pytest.mark.needs("jax", "torch", "cupy")
 def test_examples_in_docstrings_of_adapters():
-    for name in ("numpy", "jax", "torch", "torch_distributed", "cupy", "generic"):
+    for name in (
+        "numpy.adapter",
+        "jax.adapter",
+        "torch.adapter",
+        "torch.process_groups",
+        "cupy.adapter",
+        "array_api",
+    ):
         failed, _ = doctest.testmod(importlib.import_module(f"groupnorm.backends.{name}"))
         assert failed == 0

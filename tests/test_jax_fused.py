@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from groupnorm import group_norm, group_norm_vjp
+from groupnorm.adapter import NotServed
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
-from groupnorm.implementations import NotServed
 from tests import oracle
 from tests.backends import (
     CONTRACT,
@@ -67,11 +67,11 @@ def jax(way, monkeypatch):
         pytest.skip("this form is for the CPU backend")
     monkeypatch.setattr(module, "device_count", lambda: 1)
     if way == "passes":
-        kernels = importlib.import_module("groupnorm.backends.jax_kernels")
+        kernels = importlib.import_module("groupnorm.backends.jax.primitives")
         monkeypatch.setattr(kernels, "unavailable", lambda *_: NotServed("not now"))
         # They have no name: what is not asked for must be computed by them, or fail.
         monkeypatch.setitem(ASKED, "implementation", None)
-        forms = importlib.import_module("groupnorm.backends.jax_fused")
+        forms = importlib.import_module("groupnorm.backends.jax.fused")
         monkeypatch.setattr(forms, "_call", serving(forms._call))
     else:
         pytest.importorskip("numba", reason="kernels need numba")
@@ -408,7 +408,7 @@ def test_wrong_arguments_are_named_as_ever(jax):
 
 
 def test_the_blocks_of_sums_multiply_to_the_length():
-    splits = importlib.import_module("groupnorm.backends.jax_passes")._splits
+    splits = importlib.import_module("groupnorm.backends.jax.xla_passes")._splits
     for length in (16, 61, 196, 4096, 8000, 1 << 18):
         assert {math.prod(split) for split in splits(length)} == {length}
         assert len(set(splits(length))) == len(splits(length))

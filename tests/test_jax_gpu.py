@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from groupnorm import available_backends, group_norm, group_norm_vjp
-from groupnorm.backends import gpu
-from groupnorm.implementations import NotServed
+from groupnorm.adapter import NotServed
+from groupnorm.backends.kernels.gpu import program as gpu
 from tests import oracle
 from tests.backends import CONTRACT, GRADIENT, Backend, assert_close, assert_gradient
 
@@ -46,7 +46,7 @@ def jax(monkeypatch):
 
 @pytest.fixture
 def jax_gpu(jax):
-    return importlib.import_module("groupnorm.backends.jax_gpu")
+    return importlib.import_module("groupnorm.backends.jax.gpu")
 
 
 def forward(*arrays):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from groupnorm import group_norm, group_norm_vjp
-from groupnorm.implementations import NotServed
+from groupnorm.adapter import NotServed
 from tests.backends import GRADIENT, assert_gradient
 
 pytestmark = pytest.mark.needs("jax")
@@ -176,7 +176,7 @@ def test_exported_programs_call_no_kernel(jax, rng):
 
 def test_a_kernel_that_is_not_loaded_is_an_error(jax, rng):
     """As after a compiled program was loaded by a process that never traced it."""
-    xla = importlib.import_module("groupnorm.backends.kernels.numba_xla")
+    xla = importlib.import_module("groupnorm.backends.kernels.cpu.compiled.xla_handler")
     x, _, scale, bias, keywords = draw("first", rng)
     program = jax.jit(lambda x: group_norm(x, scale, bias, **keywords)).lower(x).compile()
     want = np.asarray(program(x))
@@ -283,7 +283,7 @@ def test_many_threads_at_once(jax, rng):
 
 
 def test_another_version_of_the_interface_is_left_alone(jax, monkeypatch, rng):
-    kernels = importlib.import_module("groupnorm.backends.jax_kernels")
+    kernels = importlib.import_module("groupnorm.backends.jax.primitives")
     x, _, scale, bias, keywords = draw("last", rng)
     kernels._interface.cache_clear()
     try:

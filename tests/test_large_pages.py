@@ -92,7 +92,7 @@ def test_the_variable_that_numpy_reads_in_jax():
 
 
 def test_the_variable_that_numpy_reads(monkeypatch):
-    pages = importlib.import_module("groupnorm.backends.pages")
+    pages = importlib.import_module("groupnorm.backends.kernels.cpu.huge_pages")
     pages._system_call.cache_clear()
     monkeypatch.setenv("NUMPY_MADVISE_HUGEPAGE", "0")
     assert pages._system_call() is None

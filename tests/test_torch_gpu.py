@@ -7,7 +7,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from groupnorm import available_backends, group_norm, group_norm_vjp
-from groupnorm.backends import torch_gpu, torch_op  # noqa: F401 - the operators
+from groupnorm.backends.torch import custom_op as torch_op  # noqa: F401 - the operators
+from groupnorm.backends.torch import gpu as torch_gpu
 from groupnorm.dispatch import adapter_named
 from groupnorm.errors import ArgumentValueError
 from tests import oracle
@@ -61,15 +62,15 @@ def test_fake_tensors_lie_in_memory_as_real_ones_do(layout):
 
 
 def test_without_a_gpu_the_reason_is_told():
-    why = torch_gpu.unavailable(torch.device("mps"))
+    why = torch_gpu.GpuEngine().why_unavailable(torch.device("mps"))
     assert "no kernels for PyTorch tensors on mps" in why.reason
     if not GPU:
-        why = torch_gpu.unavailable(torch.device("cuda", 0))
+        why = torch_gpu.GpuEngine().why_unavailable(torch.device("cuda", 0))
         assert "no NVIDIA GPU" in why.reason
 
 
 def test_without_triton_the_extra_is_named(monkeypatch):
-    from groupnorm.backends import triton_build
+    from groupnorm.backends.kernels.gpu import build as triton_build
 
     def refuse(name):
         raise ImportError("No module named 'triton'")
@@ -180,4 +181,4 @@ def test_on_another_stream():
 def test_fused_is_what_is_taken():
     [torch_info] = [info for info in available_backends() if info.name == "torch"]
     assert torch_info.implementations["cuda:0"][0] == "fused"
-    assert adapter_named("torch").fused_unavailable("cuda:0") is None
+    assert adapter_named("torch").kernels.why_unavailable("cuda:0") is None

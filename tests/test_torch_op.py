@@ -14,7 +14,8 @@ import torch
 from torch.autograd import forward_ad
 
 from groupnorm import GroupNorm, group_norm
-from groupnorm.backends import torch_op
+from groupnorm.backends.kernels.cpu import availability
+from groupnorm.backends.torch import custom_op as torch_op
 from groupnorm.errors import ArgumentValueError
 from tests import oracle
 from tests.backends import CONTRACT, GRADIENT, assert_close, assert_gradient
@@ -237,7 +238,7 @@ def test_errors_are_those_of_eager_calls(rng):
 
 
 def test_without_numba_programs_are_portable(rng, monkeypatch):
-    monkeypatch.setattr(torch_op.cpu, "unavailable", lambda float16: torch_op.NotServed("none"))
+    monkeypatch.setattr(availability, "unavailable", lambda float16: torch_op.NotServed("none"))
     function, graphs = compiled(native(rng))
     function(tensor(rng, 2, CHANNELS, 5))
     assert graphs.operators == 0

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from groupnorm.backends import gpu
-from groupnorm.backends.gpu_tiles import Form
+from groupnorm.backends.kernels.gpu import program as gpu
+from groupnorm.backends.kernels.gpu.tiling import Form
 
 triton = pytest.importorskip("triton", reason="the kernels for GPUs need triton")
 SPILLS = pytest.mark.skipif(
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="what is interpreted is not compiled"
 )
 
-from groupnorm.backends.triton_build import build  # noqa: E402 - it imports the kernels
+from groupnorm.backends.kernels.gpu.build import build  # noqa: E402 - it imports the kernels
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Groups of every shape of the plans, among them D=10, whose rows are aligned in bundles of four.

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 from groupnorm import group_norm, group_norm_vjp
-from groupnorm.backends import gpu, gpu_tiles
+from groupnorm.adapter import NotServed
+from groupnorm.arguments import make_options
+from groupnorm.backends.kernels.gpu import program as gpu
+from groupnorm.backends.kernels.gpu import tiling as gpu_tiles
 from groupnorm.dispatch import adapter_named
-from groupnorm.implementations import NotServed
-from groupnorm.options import make_options
 from tests import interpreter, oracle
 from tests.backends import CONTRACT, GRADIENT, GRADIENT_FAR, assert_close, assert_gradient
 
@@ -279,7 +280,7 @@ class HostArrays:
 @pytest.fixture
 def cupy_on_the_host(monkeypatch):
     """Return the module of CuPy's calls, which are computed by the interpreter."""
-    module = importlib.import_module("groupnorm.backends.cupy_gpu")
+    module = importlib.import_module("groupnorm.backends.cupy.gpu")
     monkeypatch.setattr(module, "cupy", HostArrays)
     monkeypatch.setattr(module, "unavailable", lambda device: None)
     monkeypatch.setattr(module, "captures", lambda: True)
@@ -314,8 +315,8 @@ def test_calls_of_cupy(plan, cupy_on_the_host, name, rng):
     for mask in (None, valid):
         adapter = numpy_as_cupy()
         x, dy, scale, bias = (HostArrays.asarray(a) for a in (x, dy, scale, bias))
-        y, pullback = cupy_on_the_host.fused_vjp(
-            adapter, x, scale, bias, mask, options(keywords, activation=None)
+        y, pullback = cupy_on_the_host.CupyKernels(adapter).vjp(
+            x, scale, bias, mask, options(keywords, activation=None)
         )
         assert_close(
             y, oracle.group_norm(x, scale, bias, mask=mask, **keywords), tolerance=CONTRACT
@@ -324,7 +325,8 @@ def test_calls_of_cupy(plan, cupy_on_the_host, name, rng):
         for ours, reference in zip(pullback(dy), want, strict=True):
             assert_gradient(ours, reference, rtol=GRADIENT)
         np.testing.assert_array_equal(
-            y, cupy_on_the_host.fused(adapter, x, scale, bias, mask, options(keywords))
+            y,
+            cupy_on_the_host.CupyKernels(adapter).forward(x, scale, bias, mask, options(keywords)),
         )
 
 
@@ -334,8 +336,8 @@ def test_what_is_of_another_library_is_not_for_cupy(cupy_on_the_host, rng):
     x = HostArrays.asarray(rng.normal(size=(2, 5, 8)).astype("f"))
     foreign = torch.ones(8)
     for scale, mask in ((foreign, None), ([1.0] * 8, None), (None, torch.ones(8) > 0)):
-        found = cupy_on_the_host.fused(
-            numpy_as_cupy(), x, scale, None, mask, options({"num_groups": 2})
+        found = cupy_on_the_host.CupyKernels(numpy_as_cupy()).forward(
+            x, scale, None, mask, options({"num_groups": 2})
         )
         assert isinstance(found, NotServed)
 
@@ -349,7 +351,7 @@ def numpy_as_cupy():
 def jax_by_callback():
     """Have JAX's launcher call back, to arrays of NumPy that the interpreter computes."""
     jax = importlib.import_module("jax")
-    jax_gpu = importlib.import_module("groupnorm.backends.jax_gpu")
+    jax_gpu = importlib.import_module("groupnorm.backends.jax.gpu")
 
     def launch(step, operands, results):
         def host(*arrays):
@@ -360,7 +362,7 @@ def jax_by_callback():
         return jax.pure_callback(host, results, *operands)
 
     with jax_gpu.launching(launch, 90):
-        yield importlib.import_module("groupnorm.backends.jax_kernels")
+        yield importlib.import_module("groupnorm.backends.jax.primitives")
 
 
 @pytest.mark.needs("jax")
@@ -370,7 +372,7 @@ def test_calls_of_jax(plan, jax_by_callback, name, masked, rng):
     jax = importlib.import_module("jax")
     if jax.device_count() > 1:
         pytest.skip("with several devices the portable code computes; --jax-devices 1 leaves one")
-    jax_fused = importlib.import_module("groupnorm.backends.jax_fused")
+    jax_fused = importlib.import_module("groupnorm.backends.jax.fused")
     x, dy, scale, bias, valid, keywords = drawn(name, rng)
     shape, axis, _ = SHAPES[name]
     mask = valid if masked else None

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from groupnorm import group_norm
-from groupnorm.backends import jax_gpu
+from groupnorm.backends.jax import gpu as jax_gpu
 
 # As much of a GPU as XLA compiles for.
 TARGET = """

@@ -1,0 +1,146 @@
+"""JAX: arrays and tracers, statistics over mapped axes, and a layer that is a pytree."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from groupnorm.adapter import Adapter, Kernels, native
+from groupnorm.backends.jax.sharding import explicit_axes, over_shards
+from groupnorm.distributed.replicas import Replicas
+from groupnorm.errors import ArgumentValueError, AxisNameError
+from groupnorm.plan import Plan, make_plan
+
+__all__ = ["JaxAdapter", "jax_adapter"]
+
+
+class JaxAdapter(Adapter):
+    """`jax.numpy` is an array API namespace itself; tracers are arrays."""
+
+    name = "JAX"
+    array_name = "JAX arrays"
+    backend = "jax"
+
+    def is_array(self, x: object) -> bool:
+        """Whether x is an array or a tracer."""
+        return isinstance(x, jax.Array)
+
+    def device_of(self, x: Any) -> Any:
+        """Leave placement to JAX: tracers have no device, and JAX itself refuses to mix them."""
+        return None
+
+    def plan(self, *key: Any, sampled: bool) -> Plan:
+        """Keep axes apart where one of them may lie on several devices, which jit does not tell."""
+        return make_plan(*key, sampled=sampled, merging=jax.device_count() == 1)
+
+    def over_shards(self, x: Any) -> Any:
+        """Leave it to the compiler, where shardings are parts of types."""
+        # Not only axes that x's own sharding names: those a vmap has taken away lie somewhere too.
+        return over_shards if explicit_axes(x) else None
+
+    def is_sharded(self, x: Any) -> bool:
+        """Whether x's own type says that its parts lie on several devices."""
+        return bool(explicit_axes(x)) and any(jax.typeof(x).sharding.spec)
+
+    def place(self, x: Any, device: Any) -> Any:
+        """Put x on a `jax.Device` or sharding, or a device named like ``"gpu"`` or ``"cpu:1"``."""
+        if device is None:
+            return x
+        return jax.device_put(x, _device(device) if isinstance(device, str) else device)
+
+    def detach(self, x: Any) -> Any:
+        """Stop gradients."""
+        return lax.stop_gradient(x)
+
+    def settle(self, *values: Any) -> tuple[Any, ...]:
+        """End in a reduction, which XLA does not fuse into the loops over all elements.
+
+        Fused, the whole chain of small operations before it is computed again for every element,
+        which doubled the time on the CPU; `lax.optimization_barrier` is dropped before fusion
+        there.
+        """
+        return tuple(jnp.sum(jnp.stack([v, jnp.zeros_like(v)]), axis=0) for v in values)
+
+    def from_host(self, value: "np.ndarray[Any, Any]", like: Any = None) -> Any:
+        """Bring a NumPy array here.
+
+        A constant of one call (which has a `like`) is rounded to JAX's precision, as JAX does with
+        NumPy arrays; what is to be kept is not.
+        """
+        name = value.dtype.name
+        if (
+            like is None
+            and name in ("float64", "complex128")
+            and not jax.config.read("jax_enable_x64")
+        ):
+            raise ArgumentValueError(
+                f"parameters of dtype {name} cannot be held by JAX as it is set up: it would round "
+                "the values to 32 bits. Call "
+                "jax.config.update('jax_enable_x64', True) first, or use "
+                "32-bit parameters."
+            )
+        return jnp.asarray(native(value))
+
+    def dtype(self, name: str) -> Any:
+        """Return the dtype, 32 bits wide where JAX is set up so."""
+        return jax.dtypes.canonicalize_dtype(super().dtype(name))
+
+    def default_float(self) -> Any:
+        """Return float32, or float64 if enabled."""
+        return jnp.result_type(float)
+
+    def real_dtype(self, dtype: Any) -> Any:
+        """Return the dtype of a complex dtype's parts."""
+        return jnp.finfo(dtype).dtype if self.is_complex(dtype) else dtype
+
+    def erfc(self, x: Any) -> Any:
+        """1 - erf(x)."""
+        return lax.erfc(x)
+
+    def complex_from(self, real: Any, imaginary: Any) -> Any:
+        """Put two real arrays together."""
+        return lax.complex(real, imaginary)
+
+    def load_kernels(self) -> Kernels:
+        """Return the jitted calls of the kernels."""
+        from groupnorm.backends.jax.fused import JaxKernels
+
+        return JaxKernels(self)
+
+    def replicas(self, axis_name: Any) -> Replicas:
+        """Find a mapped axis, or several."""
+        try:
+            index, size = lax.axis_index(axis_name), lax.axis_size(axis_name)
+        except NameError as error:
+            raise AxisNameError(
+                f"axis_name={axis_name!r} is not bound here: call the layer inside jax.shard_map, "
+                "jax.pmap or jax.vmap over an axis of that name, or leave axis_name out."
+            ) from error
+        return Replicas(index, size, lambda x: lax.psum(x, axis_name))
+
+    def read(self, stored: Any) -> Any:
+        """Unwrap; nnx is about to drop `.value`, brainstate has nothing else."""
+        if self.is_array(stored):
+            return stored
+        get_value = getattr(stored, "get_value", None)
+        return super().read(stored) if get_value is None else get_value()
+
+    def devices(self) -> tuple[str, ...]:
+        """Name JAX's devices."""
+        return tuple(f"{d.platform}:{d.id}" for d in jax.devices())
+
+
+def _device(name: str) -> Any:
+    platform, _, index = name.partition(":")
+    try:
+        return jax.devices(platform)[int(index or 0)]
+    except (RuntimeError, IndexError, ValueError) as error:
+        known = ", ".join(f"{d.platform}:{d.id}" for d in jax.devices())
+        raise ArgumentValueError(
+            f"device={name!r} is not one JAX has here ({error}): choose from {known}."
+        ) from error
+
+
+jax_adapter = JaxAdapter(jnp)

@@ -1,0 +1,41 @@
+"""The layer as a pytree of its parameters."""
+
+from typing import Any
+
+import jax
+
+from groupnorm.layer import PlainGroupNorm
+
+__all__ = ["JaxGroupNorm"]
+
+
+class JaxGroupNorm(PlainGroupNorm):
+    """Group normalization as a pytree of its parameters; see `groupnorm.GroupNorm`.
+
+    Everything else is static, so equal layers share compiled programs.
+    """
+
+    _adapter_name = "jax"
+
+    def _flatten(self) -> tuple[tuple[Any, ...], Any]:
+        return (self._scale, self._bias), self._settings
+
+    def _flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], Any]:
+        key = jax.tree_util.GetAttrKey
+        return ((key("scale"), self._scale), (key("bias"), self._bias)), self._settings
+
+    @classmethod
+    def _unflatten(cls, settings: Any, children: Any) -> "JaxGroupNorm":
+        # Anything may be a leaf here: tracers, shapes, None, placeholders.
+        layer: JaxGroupNorm = object.__new__(cls)
+        layer._settings = settings
+        layer._scale, layer._bias = children
+        return layer
+
+
+jax.tree_util.register_pytree_with_keys(
+    JaxGroupNorm,
+    JaxGroupNorm._flatten_with_keys,
+    JaxGroupNorm._unflatten,
+    JaxGroupNorm._flatten,
+)

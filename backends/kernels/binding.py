@@ -1,0 +1,56 @@
+"""Binding a call's arrays to planned work, the same for every library that calls kernels."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from groupnorm.adapter import NotServed
+from groupnorm.errors import GroupNormError
+
+__all__ = ["Bound", "bind"]
+
+
+class Bound(NamedTuple):
+    """Work, and the arrays besides x as kernels read them."""
+
+    work: Any
+    scale: Any
+    bias: Any
+    mask: Any  # as `layout.flat_mask` returns it; None where there is none
+
+
+def bind(
+    work: Any,
+    scale: Any,
+    bias: Any,
+    mask: Any,
+    to_mask: Callable[[Any, Any], Any],
+    to_parameter: Callable[[Any, float, Any], Any],
+) -> Bound | NotServed:
+    """Check a call's arrays against its planned work, and make them what kernels read.
+
+    Parameters
+    ----------
+    work : Work or NotServed
+        What `planned` returned for x.
+    scale, bias, mask : array or None
+        As given.
+    to_mask : callable
+        Takes a mask and the work, returns `layout.flat_mask` of it or `NotServed`.
+    to_parameter : callable
+        Takes a parameter or None, its neutral value and the work.
+    """
+    if isinstance(work, NotServed):
+        return work
+    shapes = work.parameter_shapes
+    if (scale is not None and scale.shape not in shapes) or (
+        bias is not None and bias.shape not in shapes
+    ):
+        return NotServed("a parameter does not have the shape of the feature axes")
+    if mask is not None:
+        try:
+            mask = to_mask(mask, work)
+        except GroupNormError as error:  # which the portable implementation raises as well
+            return NotServed(str(error))
+        if isinstance(mask, NotServed):
+            return mask
+    return Bound(work, to_parameter(scale, 1.0, work), to_parameter(bias, 0.0, work), mask)

@@ -1,0 +1,179 @@
+"""Loops over bands of rows, channels last, and their tables, compiled by numba.
+
+A band is so many rows of all channels that loops over it are long, and lies beside tables in which
+each channel's number is repeated as often. See `numba_last`.
+
+Sums take four bands at once, so that they are read and written once for four; maps take two. The
+bands of a chunk that go together are a quarter, or half, of it apart: memory is fast where it is
+read in a few long streams. Neighbouring bands would make streams so short that it took four times
+as long.
+"""
+
+import numpy as np
+
+from groupnorm.backends.kernels.cpu.compiled.elements import (
+    MAPS,
+    activated,
+    get,
+    jit,
+    pulled_back,
+    put,
+    put_gradient,
+    tame,
+)
+
+__all__ = [
+    "add",
+    "add_moments",
+    "add_moments_of_four",
+    "add_products",
+    "add_products_of_four",
+    "apply",
+    "apply_to_two",
+    "fold",
+    "pull_back",
+    "pull_back_invalid",
+    "pull_back_two",
+    "spread",
+]
+
+F, U = np.float32, np.uint64
+
+
+@jit(MAPS)
+def add(x, a, n, base, total):
+    """Add x - base to the total."""
+    a = U(a)
+    for i in range(n):
+        total[i] += get(x, a + U(i)) - base[i]
+
+
+@jit(MAPS)
+def add_moments(x, a, n, centre, total, squares):
+    """Add x - centre and its square to the totals."""
+    a = U(a)
+    for i in range(n):
+        e = get(x, a + U(i)) - centre[i]
+        total[i] += e
+        squares[i] += e * e
+
+
+@jit(MAPS)
+def add_moments_of_four(x, a, b, c, d, centre, total, squares):
+    """As `add_moments`, of four bands."""
+    a, b, c, d = U(a), U(b), U(c), U(d)
+    for i in range(total.size):
+        k, j = centre[i], U(i)
+        e, f, g, h = get(x, a + j) - k, get(x, b + j) - k, get(x, c + j) - k, get(x, d + j) - k
+        total[i] += (e + f) + (g + h)
+        squares[i] += (e * e + f * f) + (g * g + h * h)
+
+
+@jit(MAPS)
+def add_products(x, dy, a, n, valid, centre, factor, term, activation, total, weighted):
+    """Add dy, pulled back through the activation, and its product with x - centre."""
+    a = U(a)
+    for i in range(n):
+        value = get(x, a + U(i))
+        d = (value if valid else tame(value)) - centre[i]
+        g = pulled_back(d * factor[i] + term[i], get(dy, a + U(i)), activation)
+        total[i] += g
+        weighted[i] += g * d
+
+
+@jit(MAPS)
+def add_products_of_four(
+    x, dy, a, b, c, d, centre, factor, term, activation, total, weighted
+):  # fmt: skip
+    """As `add_products`, of four bands."""
+    a, b, c, d = U(a), U(b), U(c), U(d)
+    for i in range(total.size):
+        mean, f, t, j = centre[i], factor[i], term[i], U(i)
+        p, q = get(x, a + j) - mean, get(x, b + j) - mean
+        r, s = get(x, c + j) - mean, get(x, d + j) - mean
+        k = pulled_back(p * f + t, get(dy, a + j), activation)
+        m = pulled_back(q * f + t, get(dy, b + j), activation)
+        n = pulled_back(r * f + t, get(dy, c + j), activation)
+        o = pulled_back(s * f + t, get(dy, d + j), activation)
+        total[i] += (k + m) + (n + o)
+        weighted[i] += (k * p + m * q) + (n * r + o * s)
+
+
+@jit(MAPS)
+def apply(x, y, a, n, valid, centre, factor, term, activation):
+    """Let y be (x - centre) * factor + term, activated; of a tame x where it is masked out."""
+    a = U(a)
+    for i in range(n):
+        k = a + U(i)
+        value = get(x, k)
+        value = value if valid else tame(value)
+        put(y, k, activated((value - centre[i]) * factor[i] + term[i], activation))
+
+
+@jit(MAPS)
+def apply_to_two(x, y, a, b, centre, factor, term, activation):
+    """As `apply`, to two bands of valid elements."""
+    a, b = U(a), U(b)
+    for i in range(centre.size):
+        m, f, t, j, k = centre[i], factor[i], term[i], a + U(i), b + U(i)
+        put(y, j, activated((get(x, j) - m) * f + t, activation))
+        put(y, k, activated((get(x, k) - m) * f + t, activation))
+
+
+@jit(MAPS)
+def pull_back(x, dy, dx, a, n, centre, factor, term, rstd, slope, offset, activation):
+    """Dy * factor - ((x - centre) * rstd * slope + offset), dy pulled back through activation."""
+    a = U(a)
+    for i in range(n):
+        k = a + U(i)
+        d = get(x, k) - centre[i]
+        g = pulled_back(d * factor[i] + term[i], get(dy, k), activation)
+        put_gradient(dx, k, g * factor[i] - (d * rstd[i] * slope[i] + offset[i]))
+
+
+@jit(MAPS)
+def pull_back_two(x, dy, dx, a, b, centre, factor, term, rstd, slope, offset, activation):
+    """As `pull_back`, of two bands."""
+    a, b = U(a), U(b)
+    for i in range(centre.size):
+        m, f, t, j, k = centre[i], factor[i], term[i], a + U(i), b + U(i)
+        r, s, o = rstd[i], slope[i], offset[i]
+        d, e = get(x, j) - m, get(x, k) - m
+        g = pulled_back(d * f + t, get(dy, j), activation)
+        h = pulled_back(e * f + t, get(dy, k), activation)
+        put_gradient(dx, j, g * f - (d * r * s + o))
+        put_gradient(dx, k, h * f - (e * r * s + o))
+
+
+@jit(MAPS)
+def pull_back_invalid(x, dy, dx, a, n, centre, factor, term, activation):
+    """As `pull_back`, of a row that is masked out: x has no part in the statistics."""
+    a = U(a)
+    for i in range(n):
+        k = a + U(i)
+        value = get(x, k)
+        z = (tame(value) - centre[i]) * factor[i] + term[i]
+        g = pulled_back(z, get(dy, k), activation) * factor[i]
+        # What was taken as 0 has no gradient.
+        put_gradient(dx, k, g if value - value == 0 else F(0))
+
+
+# Tables -------------------------------------------------------------------------------------------
+
+
+@jit()
+def fold(sums, channels, out):
+    """Add up in float64 what the rows of a band have for each channel."""
+    for c in range(channels):
+        out[c] = np.float64(sums[c])
+    for at in range(channels, sums.size, channels):
+        for c in range(channels):
+            out[c] += np.float64(sums[at + c])
+
+
+@jit()
+def spread(values, channels):
+    """Repeat what the first row of a band has."""
+    for at in range(channels, values.size, channels):
+        for c in range(channels):
+            values[at + c] = values[c]

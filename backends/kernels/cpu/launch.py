@@ -1,0 +1,195 @@
+"""Launches the fused CPU kernels, alone or with other threads."""
+
+import ctypes
+import logging
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from groupnorm.adapter import NotServed
+from groupnorm.arguments import Options
+from groupnorm.backends.kernels.cpu import call_frame as frames
+from groupnorm.backends.kernels.cpu.availability import kernels, unavailable
+from groupnorm.backends.kernels.cpu.threads import helpers_for, run_together
+from groupnorm.backends.kernels.layout import Kinds, Layout, kinds_of, layout_of
+from groupnorm.backends.kernels.variants import ACTIVATIONS
+
+__all__ = ["Arrays", "Saved", "Team", "Work", "address", "entry", "planned"]
+
+_log = logging.getLogger("groupnorm")
+
+
+class Team(NamedTuple):
+    """The threads of a library."""
+
+    helpers_for: Callable[[int], int]
+    run: Callable[[int, Any, int, Any], None]  # helpers, an entry, a frame's address, what it needs
+
+
+OWN = Team(helpers_for, run_together)
+
+
+class Arrays(NamedTuple):
+    """What kernels read, by address.
+
+    x is flat in the order the `Layout` says; scale and bias are in float32, (channels,); the mask
+    is what `flat_mask` returns, with as many elements as are said, or 0 and 0.
+    """
+
+    x: int
+    scale: int
+    bias: int
+    mask: int
+    mask_elements: int
+
+
+class Saved(NamedTuple):
+    """What backward needs: mean, rstd and 1 / count, (3, samples * groups) in float64."""
+
+    address: int
+    owner: Any  # of that memory
+
+
+class _Program(NamedTuple):
+    """A kernel, and the frame it is called with."""
+
+    entry: Any
+    helpers: int
+    block: Any  # a type, of the frame and what it has behind it
+    image: bytes  # of such a block, without addresses
+    behind: int  # where the frame ends, in bytes
+    scratch: int  # words
+
+
+class Work:
+    """A normalization of arrays that lie in memory in one way, of any values.
+
+    Parameters
+    ----------
+    layout : Layout
+    kinds : Kinds
+    epsilon : float
+    activation : str or None
+    team : Team
+        Whose threads help.
+    """
+
+    def __init__(
+        self, layout: Layout, kinds: Kinds, epsilon: float, activation: str | None, team: Team
+    ) -> None:
+        self.layout, self.kinds, self.team = layout, kinds, team
+        self.channels = layout.channels
+        # That parameters may have.
+        self.parameter_shapes = (layout.feature_shape, (self.channels,))
+        self._epsilon, self._activation = epsilon, activation
+        self._elements = layout.elements
+        self._programs: dict[Any, _Program] = {}
+
+    def forward(self, arrays: Arrays, y: int) -> Saved:
+        """Normalize x into y, by its address; return what `backward` needs."""
+        program = self._program("forward", arrays.mask_elements, "float32")
+        block = program.block.from_buffer_copy(program.image)
+        saved = ctypes.addressof(block) + program.behind
+        self._run(program, block, arrays, y, saved)
+        return Saved(saved, block)
+
+    def backward(
+        self, saved: Saved, arrays: Arrays, dy: int, dy_dtype: str, dx: int, dscale: int, dbias: int
+    ) -> None:
+        """Pull dy back into dx, of x's dtype, and the gradients of scale and bias, in float32.
+
+        dy is of x's dtype or of float32. The rest is as in `forward`, and what it returned.
+        """
+        program = self._program("backward", arrays.mask_elements, dy_dtype)
+        block = program.block.from_buffer_copy(program.image)
+        block[frames.SUMS] = ctypes.addressof(block) + program.behind
+        block[frames.DY], block[frames.DSCALE], block[frames.DBIAS] = dy, dscale, dbias
+        self._run(program, block, arrays, dx, saved.address)
+
+    def saved_values(self, saved: Saved) -> Any:
+        """Return a copy of what was saved, as an array."""
+        size = 8 * 3 * self.layout.samples * self.layout.groups
+        return np.frombuffer(ctypes.string_at(saved.address, size))
+
+    def _run(self, program: _Program, block: Any, arrays: Arrays, y: int, saved: int) -> None:
+        scratch = None
+        block[frames.X], block[frames.SCALE], block[frames.BIAS], block[frames.MASK], _ = arrays
+        block[frames.Y], block[frames.SAVED] = y, saved
+        if program.scratch:
+            scratch = np.empty(program.scratch)
+            block[frames.SCRATCH] = address(scratch)
+        self.team.run(program.helpers, program.entry, ctypes.addressof(block), (block, scratch))
+
+    def _program(self, direction: str, mask_elements: int, dy: str) -> _Program:
+        helpers = self.team.helpers_for(self._elements)
+        key = (direction, mask_elements, dy, helpers)
+        found = self._programs.get(key)
+        if found is None:
+            found = self._programs[key] = self._new(direction, mask_elements, dy, helpers)
+        return found
+
+    def _new(self, direction: str, mask_elements: int, dy: str, helpers: int) -> _Program:
+        layout, backward = self.layout, direction == "backward"
+        kernel = f"{'first' if layout.first else 'last'}_{direction}"
+        template = frames.template(
+            kernel, layout.samples, layout.groups, layout.size, layout.positions, mask_elements,
+            self._epsilon, helpers,
+        )  # fmt: skip
+        # Behind a frame comes what forward saves, or the sums of backward.
+        each = 2 * layout.channels if backward else 3 * layout.groups
+        image = template.words.tobytes() + bytes(8 * layout.samples * each)
+        return _Program(
+            entry(
+                kernel, self.kinds.x, self.kinds.x if backward else self.kinds.result, dy,
+                mask_elements > 0, self._activation,
+            ),
+            helpers, ctypes.c_int64 * (len(image) // 8), image, template.words.nbytes,
+            template.scratch,
+        )  # fmt: skip
+
+
+@lru_cache(maxsize=4096)
+def planned(
+    adapter: Any, shape: Any, strides: Any, x: Any, scale: Any, bias: Any, options: Options,
+    team: Team = OWN,
+) -> Work | NotServed:  # fmt: skip
+    """Return all of a call that does not depend on values: of shape, strides and dtypes."""
+    kinds = kinds_of(adapter, x, scale, bias, options)
+    if isinstance(kinds, NotServed):
+        return kinds
+    why = unavailable(kinds.float16)
+    layout = layout_of(tuple(shape), strides, options) if why is None else why
+    if isinstance(layout, NotServed):
+        return layout
+    return Work(layout, kinds, options.epsilon, options.activation, team)
+
+
+def address(a: Any) -> int:
+    """Return where a NumPy array begins in memory."""
+    where: int = a.__array_interface__["data"][0]
+    return where
+
+
+@lru_cache(maxsize=1024)
+def entry(kernel: str, x: str, y: str, dy: str, masked: bool, activation: str | None) -> Any:
+    """Return a kernel for these dtypes, as a function of ctypes that takes the address of a frame.
+
+    It is compiled, or loaded from disk, where it has not been yet.
+    """
+    calls, start = kernels("entry_points"), time.perf_counter()
+    variant = calls.Variant(kernel, x, y, dy, masked, ACTIVATIONS[activation])
+    made = calls.compiled(variant)
+    if not made.cache_hits:
+        _log.warning(
+            "groupnorm compiled the CPU kernel %s (x of %s, %s of %s, %s, activation %s) in %.1f s;"
+            " it is cached on disk, and later processes load it.",
+            kernel, x, "dy" if kernel.endswith("backward") else "y",
+            dy if kernel.endswith("backward") else y, "a mask" if masked else "no mask",
+            activation, time.perf_counter() - start,
+        )  # fmt: skip
+    function: Any = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(made.address)
+    function.made = made  # or numba would free the code
+    return function

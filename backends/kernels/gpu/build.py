@@ -1,0 +1,153 @@
+"""Kernels for GPUs compiled ahead: cubins for CuPy, PTX for JAX. This needs no GPU and no driver.
+
+Triton keeps what it compiled on disk, by the kernel's source, its constants, types and the GPU's
+architecture, so a program that runs again compiles nothing.
+"""
+
+import importlib
+import os
+import re
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from groupnorm.adapter import NotServed
+from groupnorm.backends.kernels.gpu.program import Step
+
+__all__ = ["ALIGNMENT", "COMPILED", "POINTERS", "Built", "build", "kernel_of", "unavailable"]
+
+_KERNELS = "groupnorm.backends.kernels.gpu.compiled"
+# What the kernels read and write, and what Triton calls it.
+POINTERS = {
+    "float32": "*fp32",
+    "float16": "*fp16",
+    "bfloat16": "*bf16",
+    "uint8": "*u8",
+}
+ALIGNMENT = 16  # bytes; elements are read together only if their address is known to be so
+
+
+# What is compiled the same in every version of Triton; it warns where this is left open.
+COMPILED = {"enable_fp_fusion": True}
+
+
+class Built(NamedTuple):
+    """A kernel, and what launching it takes."""
+
+    name: str
+    cubin_path: str  # in Triton's cache
+    ptx: str
+    shared: int  # bytes of shared memory
+    threads: int
+    scratch: int  # pointers behind the arguments, which are null
+
+
+class Signature(NamedTuple):
+    """What a kernel is compiled for, beside its constants; by argument."""
+
+    types: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    divisible: tuple[int, ...]  # places of addresses and numbers that are known to be, by 16
+
+
+@lru_cache(maxsize=1)
+def unavailable() -> NotServed | None:
+    """Say why there are no kernels for GPUs here, if so. This imports Triton."""
+    try:
+        importlib.import_module(f"{_KERNELS}.forward")
+    except ImportError as error:
+        return NotServed(
+            f"the kernels for GPUs need triton, which cannot be imported ({error}); "
+            'pip install "groupnorm[gpu]" brings it, on Linux'
+        )
+    except Exception as error:
+        return NotServed(f"Triton does not work here: {type(error).__name__}: {error}")
+    return None
+
+
+@lru_cache(maxsize=64)
+def kernel_of(module: str, name: str) -> Any:
+    """Return a kernel as Triton has it, where `unavailable` says nothing."""
+    return getattr(importlib.import_module(f"{_KERNELS}.{module}"), name)
+
+
+def build(
+    step: Step, dtypes: tuple[str, ...], aligned: tuple[bool, ...], capability: int, fixed: bool
+) -> tuple[Built, tuple[tuple[str, int], ...]]:
+    """Compile the kernel of a step, and return it and its scalars: types and values.
+
+    Parameters
+    ----------
+    step : Step
+        Its arrays are the kernel's first arguments, and these scalars come behind them.
+    dtypes, aligned : tuple
+        For each array its dtype, and whether its address is a multiple of 16 bytes.
+    capability : int
+        Of the GPU, such as 90.
+    fixed : bool
+        Whether the scalars become constants: then the arrays are the only arguments.
+    """
+    signature, arguments = _signature(step, dtypes, aligned, fixed)
+    return _compiled(step.module, step.kernel, signature, step.warps, capability), arguments
+
+
+@lru_cache(maxsize=4096)
+def _signature(
+    step: Step, dtypes: tuple[str, ...], aligned: tuple[bool, ...], fixed: bool
+) -> tuple[Signature, tuple[tuple[str, int], ...]]:
+    loose: tuple[str, ...] = importlib.import_module(f"{_KERNELS}.tiles").LOOSE
+    constants, scalars = dict(step.constants), dict(step.scalars)
+    types: dict[str, str] = {}
+    divisible = []
+    arguments = []
+    arrays = iter(zip(dtypes, aligned, strict=True))
+    for place, name in enumerate(kernel_of(step.module, step.kernel).arg_names):
+        if name in scalars and (fixed or (scalars[name] == 1 and name not in loose)):
+            constants[name] = scalars[name]  # Triton's own launcher makes constants of ones as well
+        if name in constants:
+            types[name] = "constexpr"
+        elif name in scalars:
+            types[name] = "i32" if scalars[name] < 2**31 else "i64"
+            arguments.append((types[name], scalars[name]))
+            if scalars[name] % 16 == 0 and name not in loose:
+                divisible.append(place)
+        else:
+            dtype, is_aligned = next(arrays)
+            types[name] = POINTERS[dtype]
+            if is_aligned:
+                divisible.append(place)
+    found = Signature(tuple(types.items()), tuple(constants.items()), tuple(divisible))
+    return found, tuple(arguments)
+
+
+@lru_cache(maxsize=4096)
+def _compiled(module: str, name: str, signature: Signature, warps: int, capability: int) -> Built:
+    triton: Any = importlib.import_module("triton")
+    compiler: Any = importlib.import_module("triton.compiler")
+    targets: Any = importlib.import_module("triton.backends.compiler")
+
+    # Importing jax-triton empties this, and then Triton has nowhere to keep what it compiles.
+    if os.environ.get("TRITON_CACHE_DIR") == "":
+        del os.environ["TRITON_CACHE_DIR"]
+    types = dict(signature.types)
+    attributes = {(place,): [["tt.divisibility", ALIGNMENT]] for place in signature.divisible}
+    source = compiler.ASTSource(
+        kernel_of(module, name), types, dict(signature.constants), attributes
+    )
+    target = targets.GPUTarget("cuda", capability, 32)
+    made = triton.compile(source, target=target, options={"num_warps": warps, **COMPILED})
+    ptx = made.asm["ptx"]
+    arguments = sum(kind != "constexpr" for kind in types.values())
+    return Built(
+        name=made.metadata.name,
+        cubin_path=next(str(p) for n, p in made.metadata_group.items() if n.endswith(".cubin")),
+        ptx=ptx,
+        shared=made.metadata.shared,
+        threads=32 * made.metadata.num_warps,
+        scratch=_parameters(ptx) - arguments,
+    )
+
+
+def _parameters(ptx: str) -> int:
+    """Count the parameters of the one entry of a PTX module."""
+    found = re.search(r"\.entry\s+\w+\s*\((.*?)\)", ptx, re.DOTALL)
+    return 0 if found is None else found.group(1).count(".param")

@@ -1,0 +1,225 @@
+"""The pullback in Triton: whole groups in one tile each, or sums by tiles, then apply.
+
+With the activation pulled back first, ``g``, and sums over the positions of a channel,
+``S1 = sum(g)`` and ``S2 = sum(g xhat)``, these are the gradients of bias and scale, but for the sum
+over samples; and with ``p`` and ``q`` the sums of ``scale S1`` and ``scale S2`` over a group,
+divided by its count, ``dx = rstd (scale g - m (p + xhat q))``.
+
+S2 and S1 are written as ``products`` and ``gradients``, (rows, channels), with a row for each chunk
+of each sample. Parts are ``(samples * groups, tiles of a group, 2)``.
+"""
+
+import triton
+import triton.language as tl
+
+from groupnorm.backends.kernels.gpu.compiled.elements import finite, pulled_back, tame
+from groupnorm.backends.kernels.gpu.compiled.tiles import (
+    LOOSE,
+    chunks_of,
+    group_of,
+    leads,
+    over_group,
+    over_positions,
+    parameter_of,
+    spread,
+    spread_groups,
+    tile_of,
+)
+
+__all__ = ["apply", "measure", "merge", "sum_rows", "whole"]
+
+
+@triton.jit
+def _pulled_back(
+    dy, x, scale, bias, statistics, groups, begin, offsets, exists, counted, first, sample,
+    channel_exists, C: tl.constexpr, D: tl.constexpr, WP: tl.constexpr, FIRST: tl.constexpr,
+    MASK: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """Return xhat, the cotangent before the activation, and what is one number a lane."""
+    given = tl.load(x + begin + offsets, mask=exists, other=0.0).to(tl.float32)
+    gradient = tl.load(dy + begin + offsets, mask=exists, other=0.0).to(tl.float32)
+    constant = tl.zeros_like(exists)  # what is masked out and not finite, 0 in its place
+    if MASK != 0:
+        constant = (counted == 0) & (finite(given) == 0)
+        given = tl.where(counted, given, tame(given))
+    group = sample.to(tl.int64) * (C // D) + group_of(first, D, WP)
+    where = statistics + group * 2
+    high = tl.load(where, mask=channel_exists, other=0.0)
+    low = tl.load(where + 1, mask=channel_exists, other=0.0)
+    where += tl.cast(groups, tl.int64) * 2
+    rstd = tl.load(where, mask=channel_exists, other=0.0)
+    share = tl.load(where + 1, mask=channel_exists, other=0.0)
+    xhat = ((given - spread(high, FIRST)) - spread(low, FIRST)) * spread(rstd, FIRST)
+    xhat = tl.where(exists, xhat, 0.0)  # or what is not there could overflow, and 0 * inf be summed
+    factor = tl.zeros([WP], tl.float32) + 1.0
+    if SCALE:
+        factor = parameter_of(scale, first, channel_exists, WP)
+    if ACTIVATION != 0:
+        z = xhat * spread(factor, FIRST)
+        if BIAS:
+            z += spread(parameter_of(bias, first, channel_exists, WP), FIRST)
+        gradient = pulled_back(z, gradient, ACTIVATION)
+    return xhat, gradient, constant, factor, rstd, share
+
+
+@triton.jit
+def _write(
+    dx, xhat, gradient, constant, counted, factor, rstd, mean, mean_product, begin, offsets,
+    exists, FIRST: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    through = spread(mean, FIRST) + xhat * spread(mean_product, FIRST)
+    if MASK != 0:
+        through = tl.where(counted, through, 0.0)
+    found = (gradient * spread(factor, FIRST) - through) * spread(rstd, FIRST)
+    if MASK != 0:
+        found = tl.where(constant, 0.0, found)
+    tl.store(dx + begin + offsets, found.to(dx.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def _keep_sums(
+    products, gradients, of_products, of_gradients, row, first, channel_exists, C: tl.constexpr,
+    WP: tl.constexpr,
+):  # fmt: skip
+    where = row.to(tl.int64) * C + first + tl.arange(0, WP)
+    tl.store(products + where, of_products, mask=channel_exists)
+    tl.store(gradients + where, of_gradients, mask=channel_exists)
+
+
+@triton.jit(do_not_specialize=LOOSE)
+def whole(
+    dy, x, scale, bias, mask, statistics, dx, products, gradients, steps, groups, begin_at,
+    C: tl.constexpr, D: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, BP: tl.constexpr,
+    V: tl.constexpr, J: tl.constexpr, NB: tl.constexpr, FULL: tl.constexpr, GBP: tl.constexpr,
+    FIRST: tl.constexpr, MASK: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """Pull back groups that fit a tile."""
+    pid = tl.program_id(0) + begin_at
+    sample, first, _, _, begin, offsets, exists, channel_exists, counted = tile_of(
+        pid, mask, steps, C, D, W, WP, BP, V, J, NB, FIRST, FULL, MASK
+    )
+    xhat, gradient, constant, factor, rstd, share = _pulled_back(
+        dy, x, scale, bias, statistics, groups, begin, offsets, exists, counted, first, sample,
+        channel_exists, C, D, WP, FIRST, MASK, SCALE, BIAS, ACTIVATION,
+    )  # fmt: skip
+    of_gradients = over_positions(gradient, FIRST)
+    of_products = over_positions(gradient * xhat, FIRST)
+    mean = over_group(of_gradients * factor, D, WP, GBP) * share
+    mean_product = over_group(of_products * factor, D, WP, GBP) * share
+    _write(
+        dx, xhat, gradient, constant, counted, factor, rstd, mean, mean_product, begin, offsets,
+        exists, FIRST, MASK,
+    )  # fmt: skip
+    _keep_sums(
+        products, gradients, of_products, of_gradients, sample, first, channel_exists, C, WP
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=LOOSE)
+def measure(
+    dy, x, scale, bias, mask, statistics, parts, products, gradients, steps, groups,
+    begin_at, C: tl.constexpr, D: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
+    BP: tl.constexpr, V: tl.constexpr, J: tl.constexpr, NB: tl.constexpr, FULL: tl.constexpr,
+    GBP: tl.constexpr, FIRST: tl.constexpr,
+    MASK: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """Sum what of each group lies in a tile."""
+    pid = tl.program_id(0) + begin_at
+    sample, first, part, chunk, begin, offsets, exists, channel_exists, counted = tile_of(
+        pid, mask, steps, C, D, W, WP, BP, V, J, NB, FIRST, FULL, MASK
+    )
+    xhat, gradient, _, factor, _, _ = _pulled_back(
+        dy, x, scale, bias, statistics, groups, begin, offsets, exists, counted, first, sample,
+        channel_exists, C, D, WP, FIRST, MASK, SCALE, BIAS, ACTIVATION,
+    )  # fmt: skip
+    of_gradients = over_positions(gradient, FIRST)
+    of_products = over_positions(gradient * xhat, FIRST)
+    chunks = chunks_of(steps, V, BP)
+    row = sample.to(tl.int64) * chunks + chunk
+    _keep_sums(
+        products, gradients, of_products, of_gradients, row, first, channel_exists, C, WP
+    )  # fmt: skip
+    group = sample.to(tl.int64) * (C // D) + group_of(first, D, WP)
+    where = parts + (group * (J * chunks) + part * chunks + chunk) * 2
+    write = leads(D, WP, J) & channel_exists
+    tl.store(where, over_group(of_gradients * factor, D, WP, GBP), mask=write)
+    tl.store(where + 1, over_group(of_products * factor, D, WP, GBP), mask=write)
+
+
+@triton.jit
+def _merged(parts, group, exists, begin, tiles, KP: tl.constexpr):
+    """Sum up to KP parts of groups, (GBP,)."""
+    number = begin + tl.arange(0, KP)
+    there = (number < tiles)[:, None] & exists[None, :]
+    where = parts + (group[None, :] * tiles + number[:, None]) * 2
+    of_gradients = tl.sum(tl.load(where, mask=there, other=0.0), 0)
+    return of_gradients, tl.sum(tl.load(where + 1, mask=there, other=0.0), 0)
+
+
+@triton.jit(do_not_specialize=LOOSE)
+def merge(parts, merged, tiles, begin_at, KP: tl.constexpr):
+    """Sum all parts of a group to one, where they are many."""
+    group = (tl.program_id(0) + begin_at).to(tl.int64) + tl.arange(0, 1)
+    exists = group >= 0
+    of_gradients = tl.zeros([1], tl.float64)
+    of_products = tl.zeros([1], tl.float64)
+    for begin in range(0, tiles, KP):
+        more, more_products = _merged(parts, group, exists, begin, tiles, KP)
+        of_gradients += more.to(tl.float64)
+        of_products += more_products.to(tl.float64)
+    tl.store(merged + group * 2, of_gradients.to(tl.float32))
+    tl.store(merged + group * 2 + 1, of_products.to(tl.float32))
+
+
+@triton.jit(do_not_specialize=LOOSE)
+def apply(
+    dy, x, scale, bias, mask, statistics, parts, dx, steps, groups, tiles, begin_at,
+    KP: tl.constexpr, C: tl.constexpr, D: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
+    BP: tl.constexpr, V: tl.constexpr, J: tl.constexpr, NB: tl.constexpr,
+    FULL: tl.constexpr, GBP: tl.constexpr,
+    FIRST: tl.constexpr, MASK: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """Pull back by parts, KP at most."""
+    # From the end: what was measured last may still be in the cache.
+    pid = tl.num_programs(0) - 1 - tl.program_id(0) + begin_at
+    sample, first, _, _, begin, offsets, exists, channel_exists, counted = tile_of(
+        pid, mask, steps, C, D, W, WP, BP, V, J, NB, FIRST, FULL, MASK
+    )
+    xhat, gradient, constant, factor, rstd, share = _pulled_back(
+        dy, x, scale, bias, statistics, groups, begin, offsets, exists, counted, first, sample,
+        channel_exists, C, D, WP, FIRST, MASK, SCALE, BIAS, ACTIVATION,
+    )  # fmt: skip
+    number = first // D + tl.arange(0, GBP)
+    group = sample.to(tl.int64) * (C // D) + number
+    mean, mean_product = _merged(parts, group, number < C // D, 0, tiles, KP)
+    _write(
+        dx, xhat, gradient, constant, counted, factor, rstd,
+        spread_groups(mean, D, WP, GBP) * share, spread_groups(mean_product, D, WP, GBP) * share,
+        begin, offsets, exists, FIRST, MASK,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=LOOSE)
+def sum_rows(
+    products, gradients, product_sums, gradient_sums, rows, R, C: tl.constexpr, RP: tl.constexpr,
+    BC: tl.constexpr,
+):  # fmt: skip
+    """Sum each R rows, RP at once, in float64, for BC channels."""
+    pieces: tl.constexpr = (C + BC - 1) // BC
+    channel = tl.program_id(0) % pieces * BC + tl.arange(0, BC)
+    channel_exists = channel < C
+    block = (tl.program_id(0) // pieces).to(tl.int64)
+    end = tl.minimum(tl.cast(rows, tl.int64), (block + 1) * R)
+    product_sum = tl.zeros([RP, BC], tl.float64)
+    gradient_sum = tl.zeros([RP, BC], tl.float64)
+    for begin in range(0, R, RP):
+        row = block * R + begin + tl.arange(0, RP)
+        there = (row < end)[:, None] & channel_exists[None, :]
+        where = row[:, None] * C + channel[None, :]
+        product_sum += tl.load(products + where, mask=there, other=0.0).to(tl.float64)
+        gradient_sum += tl.load(gradients + where, mask=there, other=0.0).to(tl.float64)
+    where = block * C + channel
+    tl.store(product_sums + where, tl.sum(product_sum, 0).to(tl.float32), mask=channel_exists)
+    tl.store(gradient_sums + where, tl.sum(gradient_sum, 0).to(tl.float32), mask=channel_exists)

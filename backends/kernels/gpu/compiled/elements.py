@@ -1,0 +1,91 @@
+"""Elements and activations in Triton: everything is read to float32 and written from it."""
+
+import numpy as np
+import triton
+import triton.language as tl
+
+from groupnorm.portable.activations import ERFC_SERIES
+
+__all__ = ["GELU", "RELU", "SILU", "activated", "finite", "pulled_back", "tame"]
+
+# As `frames.ACTIVATIONS` numbers them; 0 is none.
+RELU = tl.constexpr(1)
+SILU = tl.constexpr(2)
+GELU = tl.constexpr(3)
+
+# The first twelve are enough for float32; in powers, since that is a third of the operations.
+(_P0, _P1, _P2, _P3, _P4, _P5, _P6, _P7, _P8, _P9, _P10, _P11) = (
+    tl.constexpr(float(c))
+    for c in np.polynomial.chebyshev.cheb2poly([0.5 * ERFC_SERIES[0], *ERFC_SERIES[1:12]])
+)
+
+
+@triton.jit
+def finite(value):
+    """Whether a number is neither infinite nor NaN."""
+    return tl.abs(value) < float("inf")
+
+
+@triton.jit
+def tame(value):
+    """Bring what is masked out to a finite number, which no product spoils; NaN and inf to 0."""
+    bounded = tl.minimum(tl.maximum(value, -5e33), 5e33)
+    return tl.where(finite(value), bounded, 0.0)
+
+
+@triton.jit
+def _sigmoid(z):
+    return 1.0 / (1.0 + tl.exp(-tl.maximum(z, -87.0)))
+
+
+@triton.jit
+def _normal_cdf(z, bell):
+    """The normal distribution's function; `bell` is exp(-z**2 / 2)."""
+    t = 2.0 / (2.0 + tl.abs(z) * 0.70710678118654752)
+    u = 2.0 * t - 1.0
+    p = u * _P11 + _P10
+    p = p * u + _P9
+    p = p * u + _P8
+    p = p * u + _P7
+    p = p * u + _P6
+    p = p * u + _P5
+    p = p * u + _P4
+    p = p * u + _P3
+    p = p * u + _P2
+    p = p * u + _P1
+    p = p * u + _P0
+    tail = 0.5 * t * tl.exp(p) * bell
+    return tl.where(z > 0, 1.0 - tail, tail)
+
+
+@triton.jit
+def _bell(z):
+    near = tl.minimum(tl.maximum(z, -40.0), 40.0)  # beyond, it is 0, and inf * 0 is none
+    return near, tl.exp(-0.5 * near * near)
+
+
+@triton.jit
+def activated(z, ACTIVATION: tl.constexpr):
+    """Apply an activation."""
+    if ACTIVATION == RELU:
+        z = tl.where(z < 0, 0.0, z)  # NaN stays NaN
+    if ACTIVATION == SILU:
+        z = z * _sigmoid(z)
+    if ACTIVATION == GELU:
+        _, bell = _bell(z)
+        z = z * _normal_cdf(z, bell)
+    return z
+
+
+@triton.jit
+def pulled_back(z, dy, ACTIVATION: tl.constexpr):
+    """Pull dy back through the activation at z."""
+    if ACTIVATION == RELU:
+        dy = tl.where(z > 0, dy, 0.0)
+    if ACTIVATION == SILU:
+        s = _sigmoid(z)
+        dy = dy * (s * (1.0 + z * (1.0 - s)))
+    if ACTIVATION == GELU:
+        near, bell = _bell(z)
+        dy = dy * (_normal_cdf(z, bell) + near * bell * 0.39894228040143268)
+    return dy

@@ -1,0 +1,77 @@
+"""What of a call on a GPU does not depend on values, for every library that launches kernels."""
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from groupnorm.adapter import NotServed
+from groupnorm.arguments import Options
+from groupnorm.backends.kernels.gpu import program as gpu
+from groupnorm.backends.kernels.gpu.tiling import FARTHEST, Form
+from groupnorm.backends.kernels.layout import Kinds, Layout, kinds_of, layout_of
+
+__all__ = ["Work", "planned"]
+
+FEW_POSITIONS, MANY_ELEMENTS = 8, 1 << 24
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+class Work(NamedTuple):
+    """A normalization of arrays that lie in memory in one way, of any values."""
+
+    layout: Layout
+    kinds: Kinds
+    form: Form
+    epsilon: float
+    activation: str | None
+
+    @property
+    def parameter_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes that parameters may have."""
+        return self.layout.feature_shape, (self.form.channels,)
+
+    def forward(self, mask_elements: int, scale: bool, bias: bool, waves: bool) -> gpu.Program:
+        """Return what computes y and the statistics, for a mask of so many elements, or of 0."""
+        return gpu.forward(self.form, self._asked(mask_elements, scale, bias, waves))
+
+    def backward(self, mask_elements: int, scale: bool, bias: bool, waves: bool) -> gpu.Program:
+        """Return what computes dx, dscale and dbias."""
+        return gpu.backward(self.form, self._asked(mask_elements, scale, bias, waves))
+
+    def _asked(self, mask_elements: int, scale: bool, bias: bool, waves: bool) -> gpu.Asked:
+        mask = None
+        if mask_elements:
+            mask = "one" if mask_elements == self.form.positions else "each"
+        return gpu.Asked(self.epsilon, self.activation, mask, scale, bias, waves)
+
+
+@lru_cache(maxsize=4096)
+def planned(
+    adapter: Any, shape: Any, strides: Any, x: Any, scale: Any, bias: Any, options: Options
+) -> Work | NotServed:
+    """Plan for a shape, strides in elements, and dtypes, those of parameters there are not None."""
+    kinds = kinds_of(adapter, x, scale, bias, options)
+    if isinstance(kinds, NotServed):
+        return kinds
+    layout = layout_of(tuple(shape), strides, options)
+    if isinstance(layout, NotServed):
+        return layout
+    kept = [a for a in layout.order or () if a in _kept(layout)]
+    if kept != sorted(kept):
+        # What is saved for backward has the samples in the order of x's axes.
+        return NotServed("the axes of the samples are permuted in memory")
+    if layout.channels > FARTHEST:
+        return NotServed(f"there are {layout.channels} channels")
+    if layout.positions < FEW_POSITIONS and layout.elements > MANY_ELEMENTS:
+        # The gradients of scale and bias would take as much memory again for each sample.
+        return NotServed(f"{layout.positions} positions are too few for so many samples")
+    form = Form(
+        layout.samples, layout.groups, layout.size, layout.positions, layout.first,
+        ITEM_BYTES[kinds.x],
+    )  # fmt: skip
+    return Work(layout, kinds, form, options.epsilon, options.activation)
+
+
+def _kept(layout: Layout) -> set[int]:
+    """Return the axes of x that statistics are separate for."""
+    order = layout.order or tuple(range(len(layout.shape)))
+    return {order[a] for a in layout.plan.kept_axes}

@@ -1,0 +1,218 @@
+"""Which calls kernels serve, by axes and dtypes, and how they see an array in memory.
+
+A call is served if the statistics are those of one array in memory (no replicas), real, and if in
+memory order the axes are those the kernels know: samples, then channels and positions in either
+order. What is not served is left to the portable implementation, with the reason.
+"""
+
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import array_api_compat.numpy as numpy_namespace
+
+from groupnorm.adapter import NotServed
+from groupnorm.arguments import Options
+from groupnorm.backends.kernels.variants import DTYPES
+from groupnorm.plan import Plan, make_plan, product
+from groupnorm.portable.inputs import dtypes_of
+
+__all__ = [
+    "ROLES",
+    "Kinds",
+    "Layout",
+    "flat_mask",
+    "in_memory",
+    "kinds_of",
+    "layout_of",
+    "memory_order",
+    "restored",
+]
+
+# The orders of axes that the kernels know; see `Plan.roles`.
+ROLES = ("C", "CP", "PC", "KC", "KCP", "KPC")
+
+
+class Layout(NamedTuple):
+    """How a call's arrays lie in memory."""
+
+    order: tuple[int, ...] | None  # the axes of x in memory order; None where it is x's own
+    dense: bool  # whether x lies in that order without gaps
+    first: bool  # channels before positions
+    samples: int
+    groups: int
+    size: int
+    positions: int
+    plan: Plan  # of the array in memory order
+    shape: tuple[int, ...]  # of x
+    feature_shape: tuple[int, ...]
+
+    @property
+    def channels(self) -> int:
+        """The number of channels."""
+        return self.groups * self.size
+
+    @property
+    def elements(self) -> int:
+        """The number of elements."""
+        return self.samples * self.channels * self.positions
+
+    @property
+    def inverse(self) -> tuple[int, ...]:
+        """What brings memory order back to x's."""
+        order = self.order or ()
+        return tuple(order.index(a) for a in range(len(order)))
+
+
+class Kinds(NamedTuple):
+    """What a call's arrays hold: names of dtypes the kernels know."""
+
+    x: str
+    result: str
+    dtype: Any  # the result's, in the library's own terms
+
+    @property
+    def float16(self) -> bool:
+        """Whether float16 must be converted."""
+        return "float16" in (self.x, self.result)
+
+
+class _Typed(NamedTuple):
+    """As much of an array as its dtype is asked for."""
+
+    dtype: Any
+
+
+def kinds_of(adapter: Any, x: Any, scale: Any, bias: Any, options: Options) -> Kinds | NotServed:
+    """Say how arrays of these dtypes are computed; None for a parameter there is not."""
+    # A constant from the host has NumPy's, in any byte order.
+    names: list[Any] = [None if d is None else _name(d) for d in (x, scale, bias)]
+    if not all(n is None or n in DTYPES or n.startswith("float8") for n in names):
+        parameters = ", ".join(n for n in names[1:] if n)
+        return NotServed(
+            f"x of {names[0]}{parameters and f' with parameters of {parameters}'}: the kernels are "
+            "for the real floating dtypes float32, float16 and bfloat16"
+        )
+    typed: list[Any] = [None if n is None else _Typed(adapter.dtype(n)) for n in names]
+    work, _, result = dtypes_of(adapter, typed[0], typed[1], typed[2], options)
+    kinds = Kinds(names[0], _name(result), result)
+    if _name(work) != "float32" or kinds.x not in DTYPES or kinds.result not in DTYPES:
+        return NotServed(
+            f"x of {kinds.x} to a result of {kinds.result}, computed in {_name(work)}: the kernels "
+            "are for float32, float16 and bfloat16, computed in float32"
+        )
+    return kinds
+
+
+def _name(dtype: Any) -> str:
+    name: str = getattr(dtype, "name", None) or str(dtype).removeprefix("torch.")
+    return name
+
+
+def memory_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Return the axes from the slowest to the fastest, if the elements lie densely; else None.
+
+    Strides in elements.
+    """
+    own = tuple(range(len(shape)))
+    if _dense(own, shape, strides):
+        return own
+    order = tuple(sorted(own, key=lambda a: -strides[a]))
+    return order if _dense(order, shape, strides) else None
+
+
+def _dense(order: tuple[int, ...], shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    expected = 1
+    for axis in reversed(order):
+        if shape[axis] != 1:
+            if strides[axis] != expected:
+                return False
+            expected *= shape[axis]
+    return True
+
+
+def layout_of(
+    shape: tuple[int, ...], strides: tuple[int, ...], options: Options
+) -> Layout | NotServed:
+    """Say how the kernels see an array of this shape and memory, or why they do not.
+
+    Raises
+    ------
+    ArgumentValueError
+        If the axes do not fit the shape, or the channels the groups.
+    """
+    groups = (options.num_groups, options.group_size)
+    plan = make_plan(
+        shape, options.feature, *groups, options.reduction, options.feature_shape, sampled=False
+    )
+    if 0 in shape:
+        return NotServed("there is nothing to compute")
+    own = tuple(range(len(shape)))
+    order = memory_order(shape, strides) or own
+    features = [
+        order.index(a % len(shape)) for a in sorted(a % len(shape) for a in options.feature)
+    ]
+    if features != sorted(features):  # channels are numbered in x's own order
+        order, features = own, sorted(a % len(shape) for a in options.feature)
+    reduced = tuple(i for i, a in enumerate(order) if a not in plan.kept_axes)
+    there = make_plan(
+        tuple(shape[a] for a in order), tuple(features), *groups, reduced, None, sampled=False
+    )
+    roles = there.roles
+    if there.permutation is not None or roles not in ROLES:
+        letters = ["C" if i in features else "P" if i in reduced else "K" for i in own]
+        found = "".join(letter for letter, _ in groupby(letters))
+        return NotServed(
+            "in memory, channels and positions must each lie together after the kept axes; here "
+            f"the order is {found} (C channels, P positions, K kept axes). Where x's own order is "
+            "one of these, a contiguous copy is served"
+        )
+    sizes = dict(zip(roles, there.merged_shape, strict=True))
+    num_groups, size = there.parameter_shape[there.channel : there.channel + 2]
+    return Layout(
+        order=None if order == own else order,
+        dense=order == memory_order(shape, strides),
+        first=roles.endswith("CP"),
+        samples=sizes.get("K", 1),
+        groups=num_groups,
+        size=size,
+        positions=sizes.get("P", 1),
+        plan=there,
+        shape=shape,
+        feature_shape=plan.feature_shape,
+    )
+
+
+def flat_mask(mask: Any, layout: Layout, xp: Any = numpy_namespace) -> Any:
+    """Bring a boolean mask of the library of `xp` to bytes: (1 or samples) * positions.
+
+    `NotServed` where it tells channels apart, or does not broadcast.
+    """
+    shape = layout.shape
+    full = (1,) * (len(shape) - mask.ndim) + tuple(mask.shape)
+    if len(full) > len(shape) or any(m not in (1, n) for m, n in zip(full, shape, strict=True)):
+        return NotServed("the mask does not broadcast to x")
+    plan = layout.plan
+    mask = xp.reshape(mask, full)
+    if layout.order is not None:
+        mask = xp.permute_dims(mask, layout.order)
+    _, broadcast, work = plan.mask_shapes(tuple(mask.shape))
+    at = slice(plan.channel, plan.channel + (1 if plan.two_stages else 2))
+    if product(work[at]) != 1:
+        return NotServed("the mask tells channels apart")
+    kept = plan.roles.count("K")
+    rest = [*work[: at.start], *work[at.stop :]]
+    samples = rest[0] if kept else 1
+    positions = rest[-1] if len(rest) > kept else 1
+    flat = xp.reshape(xp.broadcast_to(mask, broadcast), (samples, positions))
+    flat = xp.reshape(xp.broadcast_to(flat, (samples, layout.positions)), (-1,))
+    return xp.astype(flat, xp.uint8)  # a copy, and so without gaps
+
+
+def in_memory(a: Any, layout: Layout, library: Any) -> Any:
+    """Return an array of NumPy or CuPy contiguous in the order of x's memory."""
+    return library.ascontiguousarray(a if layout.order is None else a.transpose(layout.order))
+
+
+def restored(a: Any, layout: Layout) -> Any:
+    """Bring the axes of what lies in memory order back to x's."""
+    return a if layout.order is None else a.transpose(layout.inverse)

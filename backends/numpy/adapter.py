@@ -1,0 +1,128 @@
+"""NumPy: plain arrays on the host, and the layer every other library can take over."""
+
+from typing import Any
+
+import array_api_compat.numpy as xp
+import numpy as np
+
+from groupnorm.adapter import Adapter, Kernels
+from groupnorm.distributed.replicas import Replicas
+from groupnorm.dtypes import small_float
+from groupnorm.errors import ArgumentTypeError, ArgumentValueError
+
+__all__ = ["NumpyAdapter", "numpy_adapter"]
+
+
+class NumpyAdapter(Adapter):
+    """NumPy arrays, those with ml_dtypes' small floats included."""
+
+    name = "NumPy"
+    array_name = "NumPy arrays"
+    backend = "numpy"
+    has_autograd = False
+
+    def is_array(self, x: object) -> bool:
+        """Whether x is an ndarray or a NumPy scalar."""
+        return isinstance(x, np.ndarray | np.generic)
+
+    def check_input(self, x: Any, argument: str = "x") -> None:
+        """Refuse the subclasses that would give a wrong answer without a word."""
+        if isinstance(x, np.ma.MaskedArray):
+            raise ArgumentTypeError(
+                f"{argument} is a numpy.ma.MaskedArray of shape {x.shape}: its mask would be "
+                f"ignored. Pass {argument}.data, and mask=~numpy.ma.getmaskarray({argument})."
+            )
+        if isinstance(x, np.matrix):
+            raise ArgumentTypeError(
+                f"{argument} is a numpy.matrix of shape {x.shape}, which always stays "
+                f"two-dimensional: pass numpy.asarray({argument})."
+            )
+        if x.dtype.kind in "OSUMmV" and not self.is_real_floating(x.dtype):
+            raise ArgumentTypeError(
+                f"{argument} has dtype {x.dtype}: numbers are needed. Convert it with "
+                f"{argument}.astype('float32')."
+            )
+
+    def place(self, x: Any, device: Any) -> Any:
+        """Accept the only device there is."""
+        if device not in (None, "cpu"):
+            raise ArgumentValueError(
+                f"device={device!r} is no device of NumPy: it computes on 'cpu' only. Use "
+                "backend='cupy', 'jax' or 'torch' for others."
+            )
+        return x
+
+    def device_of(self, x: Any) -> Any:
+        """Everything is on the host."""
+        return "cpu"
+
+    def from_host(self, value: "np.ndarray[Any, Any]", like: Any = None) -> Any:
+        """Nothing to do."""
+        return value
+
+    def known(self, x: Any) -> bool | None:
+        """Look."""
+        return bool(x)
+
+    def surely_within(self, x: Any, low: float, high: float) -> bool:
+        """Look."""
+        return bool(np.all((x >= low) & (x <= high)))
+
+    def is_complex(self, dtype: Any) -> bool:
+        """Whether dtype is complex."""
+        return bool(np.dtype(dtype).kind == "c")
+
+    def is_real_floating(self, dtype: Any) -> bool:
+        """Whether dtype is real floating; ml_dtypes' floats are of kind "V" or "f"."""
+        dtype = np.dtype(dtype)
+        small = dtype.kind == "V" and dtype.name.startswith(("bfloat", "float"))
+        return bool(dtype.kind == "f" or small)
+
+    def result_type(self, *dtypes: Any) -> Any:
+        """Promote; the small floats NumPy cannot promote among each other meet in float32."""
+        try:
+            return np.result_type(*dtypes)
+        except TypeError:
+            return np.result_type(*(np.result_type(d, np.float32) for d in dtypes))
+
+    def real_dtype(self, dtype: Any) -> Any:
+        """Return the dtype of the parts, longdouble included."""
+        return np.zeros((), dtype).real.dtype
+
+    def complex_from(self, real: Any, imaginary: Any) -> Any:
+        """Put two real arrays together."""
+        return real + 1j * imaginary
+
+    def sum_of_product(self, factors: tuple[Any, ...], axis: int) -> Any:
+        """Use BLAS or einsum: no array of products, and a third of the time of `sum`."""
+        x, shape = factors[0], factors[0].shape
+        kept = (*shape[:axis], 1, *shape[axis + 1 :])
+        if not x.size:  # nothing to multiply, whatever einsum makes of nothing
+            return np.zeros(kept, x.dtype)
+        if len(factors) == 2 and axis == len(shape) - 1 and x.dtype.char in "fd":
+            return np.vecdot(*factors).reshape(kept)
+        axes = list(range(len(shape)))
+        operands = [o for factor in factors for o in (factor, axes)]
+        return np.einsum(*operands, axes[:axis] + axes[axis + 1 :]).reshape(kept)
+
+    def replicas_of(self, communicator: Any) -> Replicas:
+        """Find the ranks of an mpi4py communicator."""
+        from groupnorm.backends.numpy.mpi import replicas_of
+
+        return replicas_of(communicator)
+
+    def dtype(self, name: str) -> Any:
+        """Return NumPy's dtype of a name, or ml_dtypes'."""
+        try:
+            return np.dtype(name)
+        except TypeError:  # NumPy has no such name
+            return small_float(name)
+
+    def load_kernels(self) -> Kernels:
+        """Return the calls of the kernels for CPUs."""
+        from groupnorm.backends.numpy.cpu import NumpyKernels
+
+        return NumpyKernels(self)
+
+
+numpy_adapter = NumpyAdapter(xp)

@@ -1,0 +1,125 @@
+"""NumPy's calls of the kernels for CPUs."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from groupnorm.adapter import Kernels, NotServed
+from groupnorm.arguments import Options
+from groupnorm.backends.kernels.binding import bind
+from groupnorm.backends.kernels.cpu import availability
+from groupnorm.backends.kernels.cpu.launch import Arrays, Saved, Work, address, planned
+from groupnorm.backends.kernels.layout import flat_mask, in_memory, restored
+from groupnorm.errors import ArgumentTypeError
+from groupnorm.portable.inputs import check_cotangent, host_mask
+from groupnorm.typing import Gradients
+
+__all__ = ["NumpyKernels"]
+
+
+class _Call(NamedTuple):
+    """A call bound to a kernel."""
+
+    work: Work
+    x: Any  # contiguous, in memory order
+    scale: Any  # float32, contiguous
+    bias: Any
+    mask: Any  # as `layouts.flat_mask` returns it
+
+    @property
+    def arrays(self) -> Arrays:
+        """The arrays as the kernels take them."""
+        mask, size = (0, 0) if self.mask is None else (address(self.mask), self.mask.size)
+        return Arrays(address(self.x), address(self.scale), address(self.bias), mask, size)
+
+    def forward(self) -> tuple[Any, Saved]:
+        """Return y, which lies in memory as x does, and what backward needs."""
+        layout, kinds = self.work.layout, self.work.kinds
+        y = np.empty(layout.plan.shape, kinds.dtype)
+        saved = self.work.forward(self.arrays, address(y))
+        return restored(y, layout), saved
+
+
+class NumpyKernels(Kernels):
+    """The kernels for CPUs."""
+
+    def __init__(self, adapter: Any) -> None:
+        super().__init__()
+        self._adapter = adapter
+
+    def why_unavailable(self, device: str) -> NotServed | None:
+        """Return why there are none: numba is missing, or cannot compile here."""
+        return availability.unavailable(float16=False)
+
+    def forward(self, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
+        """Return y, or `NotServed`."""
+        call = _call(self._adapter, x, scale, bias, mask, options)
+        return call if isinstance(call, NotServed) else call.forward()[0]
+
+    def vjp(self, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
+        """Return y and its pullback, or `NotServed`."""
+        call = _call(self._adapter, x, scale, bias, mask, options)
+        if isinstance(call, NotServed):
+            return call
+        # The caller may change parameters in place before the pullback is called.
+        call = call._replace(scale=call.scale.copy(), bias=call.bias.copy())
+        y, saved = call.forward()
+        return y, _pullback(self._adapter, call, saved, x, scale, bias)
+
+
+def _pullback(
+    adapter: Any, call: _Call, saved: Saved, x: Any, scale: Any, bias: Any
+) -> Callable[[Any], Gradients]:
+    def pullback(dy: Any) -> Gradients:
+        if not adapter.is_array(dy):
+            raise ArgumentTypeError(
+                f"dy is of type {type(dy).__name__}: a cotangent is a NumPy array, as y is."
+            )
+        check_cotangent(adapter, dy, x)
+        if dy.dtype != x.dtype:  # the kernels are compiled for that, or full precision
+            dy = dy.astype(np.float32)
+        work, layout = call.work, call.work.layout
+        dx, dy = np.empty(layout.plan.shape, x.dtype), in_memory(dy, layout, np)
+        dscale, dbias = np.empty((2, work.channels), np.float32)
+        work.backward(
+            saved, call.arrays, address(dy), dy.dtype.name, address(dx), address(dscale),
+            address(dbias),
+        )  # fmt: skip
+        return Gradients(
+            restored(dx, layout), _as_parameter(dscale, scale), _as_parameter(dbias, bias)
+        )
+
+    return pullback
+
+
+def _as_parameter(gradient: Any, parameter: Any) -> Any:
+    if parameter is None:
+        return None
+    return gradient.astype(parameter.dtype).reshape(parameter.shape)
+
+
+def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
+    if type(x) is not np.ndarray or not x.dtype.isnative:
+        return NotServed(f"x is of type {type(x).__name__}, or not in the machine's byte order")
+    for parameter in (scale, bias):
+        if parameter is not None and type(parameter) is not np.ndarray:
+            return NotServed("a parameter is no plain NumPy array")
+    strides = tuple(s // x.itemsize for s in x.strides)
+    dtypes = (None if p is None else p.dtype for p in (scale, bias))
+    work = planned(adapter, x.shape, strides, x.dtype, *dtypes, options)
+    bound = bind(work, scale, bias, mask, _flat_mask, _flat_parameter)
+    if isinstance(bound, NotServed):
+        return bound
+    x = in_memory(x, bound.work.layout, np)
+    return _Call(bound.work, x, bound.scale, bound.bias, bound.mask)
+
+
+def _flat_mask(mask: Any, work: Work) -> Any:
+    return flat_mask(host_mask(mask), work.layout)
+
+
+def _flat_parameter(parameter: Any, neutral: float, work: Work) -> Any:
+    if parameter is None:
+        return availability.constant(neutral, work.channels)
+    return np.ascontiguousarray(parameter, np.float32)

@@ -1,0 +1,142 @@
+"""PyTorch: tensors, statistics over process groups, and a layer that is an `nn.Module`."""
+
+import sys
+from functools import reduce
+from typing import Any
+
+import array_api_compat.torch as xp
+import numpy as np
+import torch
+
+from groupnorm.adapter import Adapter, Kernels, native
+from groupnorm.arguments import Options
+from groupnorm.backends.torch.internals import is_wrapped
+from groupnorm.backends.torch.native import functional
+from groupnorm.distributed.replicas import Replicas
+from groupnorm.dtypes import small_float
+from groupnorm.errors import ArgumentValueError
+from groupnorm.plan import Plan, make_plan, make_plan_uncached
+
+__all__ = ["TorchAdapter", "torch_adapter"]
+
+
+class TorchAdapter(Adapter):
+    """Tensors, their subclasses and `torch.nn.Parameter`."""
+
+    name = "PyTorch"
+    array_name = "PyTorch tensors"
+    backend = "torch"
+    has_native = True
+
+    def is_array(self, x: object) -> bool:
+        """Whether x is a tensor."""
+        return isinstance(x, torch.Tensor)
+
+    def plan(self, *key: Any, sampled: bool) -> Plan:
+        """Keep sizes open while compiling, and keep away from the cache then."""
+        if torch.compiler.is_compiling() or any(isinstance(n, torch.SymInt) for n in key[0]):
+            # Blocks hold for a range of sizes only, and an exported program is for all of them.
+            blocked = not torch.compiler.is_exporting()
+            return make_plan_uncached(*key, sampled=False, static=False, blocked=blocked)
+        return make_plan(*key, sampled=sampled)
+
+    def place(self, x: Any, device: Any) -> Any:
+        """Move a tensor."""
+        try:
+            return x if device is None else x.to(device)
+        except (RuntimeError, AssertionError, TypeError) as error:
+            raise ArgumentValueError(
+                f"device={device!r} is not one PyTorch can use here "
+                f"({str(error).partition(chr(10))[0]}): choose from "
+                f"{', '.join(self.devices())}, or 'meta'."
+            ) from error
+
+    def detach(self, x: Any) -> Any:
+        """Cut from the graph."""
+        return x.detach()
+
+    def known(self, x: Any) -> bool | None:
+        """Look, but while compiling, inside of torch.func's transforms, and on a device."""
+        if torch.compiler.is_compiling() or x.device.type != "cpu" or is_wrapped(x):
+            return None
+        return bool(x)
+
+    def from_host(self, value: "np.ndarray[Any, Any]", like: Any = None) -> Any:
+        """Copy a NumPy array, bit by bit where NumPy and PyTorch share no dtype."""
+        device = None if like is None else like.device
+        if torch.compiler.is_compiling():  # which cannot trace what is asked of the array below
+            return torch.as_tensor(value, device=device)
+        dtype, value = self.dtype(value.dtype.name), native(value)
+        if value.dtype.kind != "V":
+            return torch.tensor(value, dtype=dtype, device=device)
+        bits = value.view(np.int16 if value.dtype.itemsize == 2 else np.uint8)
+        return torch.tensor(bits, device=device).view(dtype)
+
+    def to_host(self, x: Any) -> "np.ndarray[Any, Any]":
+        """Copy to the host, bit by bit where NumPy and PyTorch share no dtype."""
+        x = x.detach().cpu().resolve_conj().resolve_neg()
+        name = str(x.dtype).removeprefix("torch.")
+        if not name.startswith(("bfloat", "float8")):
+            return np.array(x.numpy())
+        bits = x.contiguous().view(torch.int16 if x.dtype.itemsize == 2 else torch.uint8)
+        return np.array(bits.numpy()).view(small_float(name))
+
+    def default_float(self) -> Any:
+        """Return what `torch.set_default_dtype` says."""
+        return torch.get_default_dtype()
+
+    def result_type(self, *dtypes: Any) -> Any:
+        """Promote, by what the compiler can trace."""
+        return reduce(torch.promote_types, dtypes)
+
+    def erfc(self, x: Any) -> Any:
+        """1 - erf(x)."""
+        return torch.special.erfc(x)
+
+    def complex_from(self, real: Any, imaginary: Any) -> Any:
+        """Put two real tensors together."""
+        return torch.complex(real, imaginary)
+
+    def replicas_of(self, communicator: Any) -> Replicas:
+        """Find the ranks of a process group, or of a mesh that has one."""
+        # Here, since torch.distributed takes a while to import.
+        from groupnorm.backends.torch.process_groups import replicas_of
+
+        return replicas_of(communicator)
+
+    def over_shards(self, x: Any) -> Any:
+        """Compute a DTensor by its local shards."""
+        if type(x) is torch.Tensor:
+            return None
+        # Whoever has one has imported its module; importing it takes a while.
+        module = sys.modules.get("torch.distributed.tensor")
+        if module is None or not isinstance(x, module.DTensor):
+            return None
+        from groupnorm.backends.torch.dtensor import over_shards
+
+        return over_shards
+
+    def load_kernels(self) -> Kernels:
+        """Return the calls of the kernels, eager and compiled."""
+        from groupnorm.backends.torch.kernels import TorchKernels
+
+        return TorchKernels(self)
+
+    def native(self, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
+        """Compute by `torch.nn.functional.group_norm`."""
+        return functional(x, scale, bias, mask, options)
+
+    def hold(self, value: Any, param_type: Any) -> Any:
+        """Make a Parameter, or what is asked for."""
+        return (torch.nn.Parameter if param_type is None else param_type)(value)
+
+    def devices(self) -> tuple[str, ...]:
+        """Name the CPU and the accelerators."""
+        found = ["cpu"]
+        kind = torch.accelerator.current_accelerator(check_available=True)
+        if kind is not None:
+            found += [f"{kind.type}:{i}" for i in range(torch.accelerator.device_count())]
+        return tuple(found)
+
+
+torch_adapter = TorchAdapter(xp)

@@ -1,0 +1,140 @@
+"""PyTorch's calls of the kernels for CPUs, which compute in the tensors' own memory."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from groupnorm.adapter import NotServed
+from groupnorm.arguments import Options
+from groupnorm.backends.kernels.binding import bind
+from groupnorm.backends.kernels.cpu import availability
+from groupnorm.backends.kernels.cpu.huge_pages import want_large_pages
+from groupnorm.backends.kernels.cpu.launch import Arrays, Saved, Team, Work, address, planned
+from groupnorm.backends.kernels.layout import Layout, flat_mask
+from groupnorm.backends.torch.memory import cotangent, in_memory, is_plain, like
+from groupnorm.backends.torch.openmp import run_in_torch_threads, torch_helpers_for
+from groupnorm.portable.inputs import HOST_MASKS, host_mask
+
+__all__ = ["Call", "CpuEngine"]
+
+_TEAM = Team(torch_helpers_for, run_in_torch_threads)
+
+
+class Call(NamedTuple):
+    """A call bound to a kernel."""
+
+    adapter: Any
+    options: Options
+    work: Work
+    mask: Any  # as it was given
+    flat_mask: Any
+    scale: Any  # float32, a tensor or of NumPy
+    bias: Any
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Saved]:
+        """Return y, in x's memory format, and what backward needs."""
+        work = self.work
+        x, y = in_memory(x, work.layout), like(x, work.layout, work.kinds.dtype)
+        return y, work.forward(self._arrays(x), _fresh(y))
+
+    def backward(
+        self, saved: Saved, x: torch.Tensor, dy: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return dx, and the gradients of scale and bias, flat in float32."""
+        work, dy = self.work, cotangent(dy, x, self.work.layout)
+        dx = like(x, work.layout, x.dtype)
+        x = in_memory(x, work.layout)
+        dscale = torch.empty(work.channels, dtype=torch.float32, device="cpu")
+        dbias = torch.empty_like(dscale)
+        dy_dtype = "float32" if dy.dtype is torch.float32 else work.kinds.x
+        work.backward(
+            saved, self._arrays(x), dy.data_ptr(), dy_dtype, _fresh(dx), dscale.data_ptr(),
+            dbias.data_ptr(),
+        )  # fmt: skip
+        return dx, dscale, dbias
+
+    def packed(self, saved: Saved) -> torch.Tensor:
+        """Return what was saved, behind a number that identifies its order in memory."""
+        values = self.work.saved_values(saved)
+        return torch.from_numpy(np.concatenate([[_signature(self.work.layout)], values]))
+
+    def unpacked(self, packed: torch.Tensor) -> Saved | None:
+        """Return what was packed, or None if it was of another order in memory."""
+        if packed[0].item() != _signature(self.work.layout):
+            return None
+        return Saved(packed.data_ptr() + packed.itemsize, packed)
+
+    def _arrays(self, x: torch.Tensor) -> Arrays:
+        mask = self.flat_mask
+        where, size = (0, 0) if mask is None else (address(mask), mask.size)
+        return Arrays(x.data_ptr(), _where(self.scale), _where(self.bias), where, size)
+
+
+class CpuEngine:
+    """The kernels for CPUs, in PyTorch's threads."""
+
+    def why_unavailable(self, device: torch.device, float16: bool = False) -> NotServed | None:
+        """Return why no kernel runs on CPUs here; None if they do."""
+        return availability.unavailable(float16)
+
+    def bind(
+        self, adapter: Any, x: torch.Tensor, scale: Any, bias: Any, mask: Any, options: Options
+    ) -> Call | NotServed:
+        """Return the call; x and parameters that are tensors are plain ones."""
+        for parameter in (scale, bias):
+            if isinstance(parameter, torch.Tensor) and not parameter.is_cpu:
+                return NotServed("a parameter is on another device than x")
+        work = planned(
+            adapter, x.shape, x.stride(), x.dtype, None if scale is None else scale.dtype,
+            None if bias is None else bias.dtype, options, _TEAM,
+        )  # fmt: skip
+        bound = bind(work, scale, bias, mask, _flat_mask, _flat_parameter)
+        if isinstance(bound, NotServed):
+            return bound
+        return Call(adapter, options, bound.work, mask, bound.mask, bound.scale, bound.bias)
+
+    def nothing_saved(self, x: torch.Tensor, groups: int) -> torch.Tensor:
+        """Return a tensor of the size that `Call.packed` returns, which nothing was packed into."""
+        return torch.zeros(1 + 3 * groups, dtype=torch.float64)
+
+
+def _flat_parameter(parameter: Any, neutral: float, work: Work) -> Any:
+    """Return a parameter contiguous in float32: itself if it is so already."""
+    if parameter is None:
+        return availability.constant(neutral, work.channels)
+    if not isinstance(parameter, torch.Tensor):
+        return np.ascontiguousarray(parameter, np.float32)
+    if parameter.dtype is torch.float32 and parameter.is_contiguous():
+        return parameter
+    return parameter.detach().to(torch.float32).contiguous()
+
+
+def _flat_mask(mask: Any, work: Work) -> Any:
+    if isinstance(mask, torch.Tensor):
+        if not is_plain(mask) or not mask.is_cpu or mask.is_complex():
+            return NotServed("the mask is no plain tensor on the CPU, or complex")
+        return flat_mask((mask.detach() != 0).numpy(), work.layout)
+    if not isinstance(mask, HOST_MASKS):
+        return NotServed("the mask is of another library")
+    return flat_mask(host_mask(mask), work.layout)
+
+
+def _signature(layout: Layout) -> float:
+    """Return a number for an order of axes, which is not 0."""
+    ndim = len(layout.shape)
+    order = range(ndim) if layout.order is None else layout.order
+    return float(1 + sum(a * ndim**i for i, a in enumerate(order)))
+
+
+def _where(parameter: Any) -> int:
+    if isinstance(parameter, torch.Tensor):
+        return parameter.data_ptr()
+    return address(parameter)
+
+
+def _fresh(a: torch.Tensor) -> int:
+    """Return the address of a tensor that is about to be written."""
+    where = a.data_ptr()
+    want_large_pages(where, a.nbytes)
+    return where

@@ -1,0 +1,274 @@
+"""The fused kernels as operators, `torch.ops.groupnorm`, for programs that torch.compile makes.
+
+The compiler looks through portable code and rewrites it; through an operator it does not look, so
+that compiled programs run the kernels. `traced` decides, while the program is traced, by what is
+known then. Where memory turns out to be laid out otherwise when it runs, the operators compute by
+the portable implementation themselves: they are right for every input.
+
+Forward returns, beside y, what backward needs in one tensor (`Call.packed`). That is of use to the
+same kernels on the same memory only; otherwise backward measures again.
+"""
+
+from typing import Any
+
+import torch
+
+from groupnorm.adapter import NotServed
+from groupnorm.arguments import Options
+from groupnorm.backends.kernels.layout import ROLES, kinds_of, memory_order
+from groupnorm.backends.torch import kernels
+from groupnorm.backends.torch.autograd import as_parameter
+from groupnorm.backends.torch.internals import assume_constant, in_forward_mode, is_transformed
+from groupnorm.backends.torch.memory import PLAIN
+from groupnorm.dispatch import adapter_named
+from groupnorm.plan import make_plan_uncached, product
+from groupnorm.portable.group_norm import group_norm, group_norm_vjp
+from groupnorm.portable.inputs import check, dtypes_of
+
+__all__ = ["traced"]
+
+# Options, as far as a program that is compiled without replicas can have them.
+_SETTINGS = (
+    "int[] feature, SymInt? num_groups, SymInt? group_size, int[]? reduction, float epsilon, "
+    "str? dtype, bool fast, str? activation"
+)
+_ARRAYS = "Tensor x, Tensor? scale, Tensor? bias, Tensor? mask"
+
+
+# While a program is traced -----------------------------------------------------------------------
+
+
+def traced(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
+    """Return y by the operator, or `NotServed`; the compiler traces this."""
+    if torch.compiler.is_exporting():
+        return NotServed(
+            "exported programs are of portable code, so that they run where this package is not"
+        )
+    for name, a in (("x", x), ("scale", scale), ("bias", bias), ("mask", mask)):
+        if a is None:
+            continue
+        if type(a) not in PLAIN or a.device != x.device or a.layout is not torch.strided:
+            return NotServed(f"{name} is no ordinary tensor on x's device")
+    dtypes = [None if a is None else a.dtype for a in (scale, bias)]
+    why = _why_unavailable(x.device, x.dtype, dtypes[0], dtypes[1], options.dtype)
+    # Read again for the compiler to guard on it: it is known to be False here.
+    if why or in_forward_mode():
+        return NotServed(why or _SEEN_THROUGH)
+    plan = check(adapter, x, scale, bias, mask, options).plan
+    if plan.permutation is not None or plan.roles not in ROLES:
+        return NotServed(f"the order of the axes is {plan.roles}")
+    if mask is not None:
+        before = x.ndim - mask.ndim
+        if any(a % x.ndim >= before and mask.shape[a % x.ndim - before] != 1
+               for a in options.feature):  # fmt: skip
+            return NotServed("the mask tells channels apart")
+        if mask.dtype != torch.bool:
+            mask = mask != 0
+    y, _ = torch.ops.groupnorm.group_norm.default(
+        x, scale, bias, mask, options.feature, options.num_groups, options.group_size,
+        options.reduction, options.epsilon, options.dtype, options.fast, options.activation,
+    )  # fmt: skip
+    return y
+
+
+_SEEN_THROUGH = "forward mode and torch.func's transforms have to see the individual operations"
+
+
+# The compiler calls it and keeps the result: it need not trace how numba is imported. What it
+# depends on besides its arguments - transforms, forward mode - the compiler guards by itself.
+@assume_constant
+def _why_unavailable(device: Any, x: Any, scale: Any, bias: Any, dtype: str | None) -> str:
+    """Return why no kernel computes tensors of these dtypes here and now; "" if one does."""
+    if in_forward_mode() or is_transformed():
+        return _SEEN_THROUGH
+    options = _options((), None, 1, None, 0.0, dtype, True, None)
+    kinds = kinds_of(adapter_named("torch"), x, scale, bias, options)
+    if isinstance(kinds, NotServed):
+        return kinds.reason
+    why = kernels.engine_for(device).why_unavailable(device, kinds.float16)
+    return "" if why is None else why.reason
+
+
+# The operators ------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op(
+    "groupnorm::group_norm",
+    mutates_args=(),
+    schema=f"({_ARRAYS}, {_SETTINGS}) -> (Tensor y, Tensor saved)",
+    device_types=("cpu", "cuda"),
+)
+def _forward(x: Any, scale: Any, bias: Any, mask: Any, *settings: Any) -> Any:
+    x, read, call = _dense_call(x, scale, bias, mask, settings)
+    if isinstance(call, NotServed):
+        y, saved = _portable_forward(x, scale, bias, mask, *settings)
+    else:
+        y, found = call.forward(read)
+        saved = call.packed(found)
+    return _laid_out_as(x, y), saved
+
+
+@torch.library.custom_op(
+    "groupnorm::group_norm_backward",
+    mutates_args=(),
+    schema=f"(Tensor dy, {_ARRAYS}, Tensor saved, {_SETTINGS}) "
+    "-> (Tensor dx, Tensor dscale, Tensor dbias)",
+    device_types=("cpu", "cuda"),
+)
+def _backward(dy: Any, x: Any, scale: Any, bias: Any, mask: Any, saved: Any, *settings: Any) -> Any:
+    x, read, call = _dense_call(x, scale, bias, mask, settings)
+    if isinstance(call, NotServed):
+        dx, *gradients = _portable_backward(dy, x, scale, bias, mask, saved, *settings)
+        return _laid_out_as(x, dx), *gradients
+    found = call.unpacked(saved)
+    dx, dscale, dbias = call.backward(call.forward(read)[1] if found is None else found, read, dy)
+    gradients = [
+        x.new_empty(0) if p is None else as_parameter(gradient, p)
+        for gradient, p in ((dscale, scale), (dbias, bias))
+    ]
+    return _laid_out_as(x, dx), *gradients
+
+
+@_forward.register_fake
+def _(x: Any, scale: Any, bias: Any, mask: Any, *settings: Any) -> Any:
+    result = dtypes_of(adapter_named("torch"), x, scale, bias, _options(*settings))[2]
+    return torch.empty_like(x, dtype=result), _nothing_saved(x, settings)
+
+
+@_backward.register_fake
+def _(dy: Any, x: Any, scale: Any, bias: Any, mask: Any, saved: Any, *settings: Any) -> Any:
+    gradients = (x.new_empty(0) if p is None else p.new_empty(p.shape) for p in (scale, bias))
+    return torch.empty_like(x), *gradients
+
+
+def _options(*settings: Any) -> Options:
+    feature, num_groups, group_size, reduction, epsilon, dtype, fast, activation = settings
+    return Options(
+        feature=tuple(feature), num_groups=num_groups, group_size=group_size,
+        reduction=None if reduction is None else tuple(reduction), epsilon=epsilon, dtype=dtype,
+        axis_name=None, axis_index_groups=None, fast=fast, activation=activation,
+        implementation=None, feature_shape=None,
+    )  # fmt: skip
+
+
+def _dense_call(x: Any, scale: Any, bias: Any, mask: Any, settings: Any) -> tuple[Any, Any, Any]:
+    """Return x without gaps, x as the kernels read it, and their call or `NotServed`."""
+    if x.numel() and memory_order(x.shape, x.stride()) is None:
+        x = x.clone()  # which keeps the order of the axes, as the result's is
+    adapter, options = adapter_named("torch"), _options(*settings)
+    call = kernels.bind_call(adapter, x, scale, bias, mask, options)
+    if not isinstance(call, NotServed) or x.is_contiguous():
+        return x, x, call
+    # Served in the order of the axes, or not at all: `traced` saw to that. So what forward saves
+    # on a GPU, where nobody can look, is always of kernels or never.
+    read = x.contiguous()
+    return x, read, kernels.bind_call(adapter, read, scale, bias, mask, options)
+
+
+def _laid_out_as(x: Any, y: Any) -> Any:
+    if y.stride() == x.stride():
+        return y
+    return torch.empty_like(x, dtype=y.dtype).copy_(y)
+
+
+# What backward needs of forward -------------------------------------------------------------------
+
+
+def _nothing_saved(x: Any, settings: Any) -> Any:
+    """Make room for what calls pack, filled with what they do not pack."""
+    options = _options(*settings)
+    plan = make_plan_uncached(
+        tuple(x.shape), options.feature, options.num_groups, options.group_size, options.reduction,
+        sampled=False, static=False,
+    )  # fmt: skip
+    groups = product(plan.statistics_shape)
+    return kernels.engine_for(x.device).nothing_saved(x, groups)
+
+
+# Derivatives, and torch.func's vmap ---------------------------------------------------------------
+
+
+def _portable_forward(x: Any, scale: Any, bias: Any, mask: Any, *settings: Any) -> Any:
+    y = group_norm(adapter_named("torch"), x, scale, bias, mask, _options(*settings))
+    return y, _nothing_saved(x, settings)
+
+
+def _portable_backward(
+    dy: Any, x: Any, scale: Any, bias: Any, mask: Any, saved: Any, *settings: Any
+) -> Any:
+    adapter = adapter_named("torch")
+    _, pullback = group_norm_vjp(adapter, x, scale, bias, mask, _options(*settings))
+    found = pullback(dy)
+    return tuple(x.new_empty(0) if gradient is None else gradient for gradient in found)
+
+
+def _set_up(ctx: Any, inputs: Any, output: Any) -> None:
+    x, scale, bias, mask, *ctx.settings = inputs
+    ctx.save_for_backward(x, scale, bias, mask, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _pull_back(ctx: Any, dy: Any, _: Any) -> Any:
+    none = (None,) * (1 + len(ctx.settings))
+    if dy is None:
+        return None, None, None, *none
+    x, scale, bias, mask, saved = ctx.saved_tensors
+    found = torch.ops.groupnorm.group_norm_backward.default(
+        dy, x, scale, bias, mask, saved, *ctx.settings
+    )
+    wanted = ctx.needs_input_grad[:3]
+    return *(g if w else None for g, w in zip(found, wanted, strict=True)), *none
+
+
+def _set_up_again(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.settings = inputs[6:]
+    ctx.save_for_backward(*inputs[:5])
+
+
+def _pull_back_again(ctx: Any, *cotangents: Any) -> Any:
+    """Differentiate the gradient, as a function of dy, x, scale and bias, in portable code."""
+    *tensors, mask = ctx.saved_tensors
+    given = [a is not None for a in tensors]
+
+    def function(x: Any, *parameters: Any) -> Any:
+        rest = iter(parameters)
+        scale, bias = (next(rest) if g else None for g in given[2:])
+        return _portable_forward(x, scale, bias, mask, *ctx.settings)[0]
+
+    def gradients(dy: Any, *arguments: Any) -> Any:
+        return torch.func.vjp(function, *arguments)[1](dy)
+
+    arguments = [a for a in tensors if a is not None]
+    wanted = [c for c, g in zip(cotangents, given[1:], strict=True) if g]
+    found = iter(torch.func.vjp(gradients, *arguments)[1](tuple(wanted)))
+    return *(next(found) if g else None for g in given), *(None,) * (2 + len(ctx.settings))
+
+
+_forward.register_autograd(_pull_back, setup_context=_set_up)
+_backward.register_autograd(_pull_back_again, setup_context=_set_up_again)
+
+
+@_forward.register_vmap
+def _(info: Any, in_dims: Any, *arguments: Any) -> Any:
+    return _mapped(torch.ops.groupnorm.group_norm.default, info, in_dims, arguments)
+
+
+@_backward.register_vmap
+def _(info: Any, in_dims: Any, *arguments: Any) -> Any:
+    return _mapped(torch.ops.groupnorm.group_norm_backward.default, info, in_dims, arguments)
+
+
+def _mapped(operator: Any, info: Any, in_dims: Any, arguments: Any) -> Any:
+    """Call an operator for one after the other: each may be all that fits into a cache."""
+    found = [
+        operator(
+            *(
+                a.select(dim, i) if isinstance(a, torch.Tensor) and dim is not None else a
+                for a, dim in zip(arguments, in_dims, strict=True)
+            )
+        )
+        for i in range(info.batch_size)
+    ]
+    stacked = tuple(map(torch.stack, zip(*found, strict=True)))
+    return stacked, (0,) * len(stacked)

@@ -1,0 +1,200 @@
+"""PyTorch's calls of the kernels for GPUs, launched by Triton on the current stream."""
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from groupnorm.adapter import NotServed
+from groupnorm.arguments import Options
+from groupnorm.backends.kernels.binding import bind
+from groupnorm.backends.kernels.gpu import program as gpu
+from groupnorm.backends.kernels.gpu.build import COMPILED, kernel_of
+from groupnorm.backends.kernels.gpu.launch import Work, planned
+from groupnorm.backends.kernels.gpu.probe import Trials, lacking
+from groupnorm.backends.kernels.layout import flat_mask
+from groupnorm.backends.torch.internals import has_modes, is_wrapped
+from groupnorm.backends.torch.memory import PLAIN, cotangent, in_memory, like
+from groupnorm.portable.inputs import HOST_MASKS, host_mask
+
+__all__ = ["Call", "GpuEngine", "run"]
+
+
+class Call(NamedTuple):
+    """A call bound to kernels."""
+
+    adapter: Any
+    options: Options
+    work: Work
+    mask: Any  # as it was given
+    flat_mask: torch.Tensor | None
+    scale: torch.Tensor | None  # contiguous, of any dtype the kernels read
+    bias: torch.Tensor | None
+    engine: "GpuEngine"
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return y, in x's memory format, and the statistics, which backward needs."""
+        layout, form = self.work.layout, self.work.form
+        given, y = in_memory(x, layout), like(x, layout, self.work.kinds.dtype)
+        statistics = x.new_empty(gpu.statistics_shape(form), dtype=torch.float32)
+        run(self.work.forward(*self._there), self._arrays(given, y=y, statistics=statistics))
+        return y, statistics
+
+    def backward(
+        self, statistics: torch.Tensor, x: torch.Tensor, dy: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return dx, and the gradients of scale and bias, flat in float32."""
+        layout = self.work.layout
+        dy, dx = cotangent(dy, x, layout), like(x, layout, x.dtype)
+        dscale = x.new_empty(self.work.form.channels, dtype=torch.float32)
+        dbias = torch.empty_like(dscale)
+        arrays = self._arrays(
+            in_memory(x, layout), dy=dy, dx=dx, statistics=statistics, dscale=dscale, dbias=dbias
+        )
+        run(self.work.backward(*self._there), arrays)
+        return dx, dscale, dbias
+
+    def packed(self, statistics: torch.Tensor) -> torch.Tensor:
+        """Return what an operator saves."""
+        return statistics.view(-1)
+
+    def unpacked(self, packed: torch.Tensor) -> torch.Tensor:
+        """Return what was packed. The order in memory does not matter to it."""
+        return packed
+
+    @property
+    def _there(self) -> tuple[int, bool, bool, bool]:
+        mask = 0 if self.flat_mask is None else self.flat_mask.numel()
+        return mask, self.scale is not None, self.bias is not None, self.engine.captures()
+
+    def _arrays(self, x: torch.Tensor, **others: torch.Tensor) -> dict[str, Any]:
+        return {
+            "x": x, "scale": self.scale, "bias": self.bias, "mask": self.flat_mask, **others
+        }  # fmt: skip
+
+
+class GpuEngine:
+    """The kernels for GPUs."""
+
+    def why_unavailable(self, device: torch.device, float16: bool = False) -> NotServed | None:
+        """Return why no kernels run on a device; None if they do. The first call probes it."""
+        if device.type != "cuda":
+            return NotServed(f"there are no kernels for PyTorch tensors on {device.type}")
+        return _trials.unavailable(device.index or 0)
+
+    def captures(self) -> bool:
+        """Whether launches are recorded in a CUDA graph."""
+        return _captures()
+
+    def bind(
+        self, adapter: Any, x: torch.Tensor, scale: Any, bias: Any, mask: Any, options: Options
+    ) -> Call | NotServed:
+        """Return the call; x and parameters that are tensors are plain ones."""
+        why = self.why_unavailable(x.device)
+        if why is not None:
+            return why
+        for name, a in (("scale", scale), ("bias", bias)):
+            if isinstance(a, torch.Tensor) and a.device != x.device:
+                return NotServed(f"{name} is on {a.device} and x on {x.device}")
+        dtypes = (None if p is None else p.dtype for p in (scale, bias))
+        work = planned(adapter, x.shape, x.stride(), x.dtype, *dtypes, options)
+        bound = bind(
+            work, scale, bias, mask,
+            lambda given, work: _flat_mask(adapter, given, x, work),
+            lambda given, neutral, work: _parameter(adapter, given, x),
+        )  # fmt: skip
+        if isinstance(bound, NotServed):
+            return bound
+        return Call(adapter, options, bound.work, mask, bound.mask, bound.scale, bound.bias, self)
+
+    def nothing_saved(self, x: torch.Tensor, groups: int) -> torch.Tensor:
+        """Return a tensor of the size that `Call.packed` returns, which nothing was packed into.
+
+        Reading it back would wait for the device, so it holds NaN, which shows in the gradients.
+        """
+        return torch.full((4 * groups,), torch.nan, dtype=torch.float32, device=x.device)
+
+
+def _parameter(adapter: Any, parameter: Any, x: torch.Tensor) -> torch.Tensor | None:
+    if parameter is None:
+        return None
+    if isinstance(parameter, np.ndarray):
+        parameter = adapter.from_host(parameter, x)
+    if parameter.dtype.itemsize == 1:  # a float8, which the kernels do not read
+        parameter = parameter.to(torch.float32)
+    found: torch.Tensor = parameter.detach().contiguous()
+    return found
+
+
+def _flat_mask(adapter: Any, mask: Any, x: torch.Tensor, work: Work) -> Any:
+    if isinstance(mask, torch.Tensor):
+        if type(mask) not in PLAIN or is_wrapped(mask) or mask.is_complex():
+            return NotServed("the mask is no ordinary tensor, or complex")
+        if mask.device != x.device or mask.layout is not torch.strided:
+            return NotServed("the mask is on another device than x, or sparse")
+    elif not isinstance(mask, HOST_MASKS):
+        return NotServed("the mask is of another library")
+    else:
+        mask = adapter.from_host(host_mask(mask), x)
+    mask = mask.detach()
+    boolean = mask if mask.dtype is torch.bool else mask != 0
+    return flat_mask(boolean, work.layout, adapter.xp)
+
+
+# Launching ----------------------------------------------------------------------------------------
+
+
+def run(program: gpu.Program, arrays: dict[str, Any]) -> None:
+    """Launch the steps of a program; the arrays are those it names, None for one not there."""
+    x = next(iter(arrays.values()))
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        with torch.cuda.device(x.device):
+            run(program, arrays)
+        return
+    for name, elements in program.shared:
+        arrays[name] = x.new_empty(elements, dtype=torch.float32)
+    for step in program.steps:
+        # A pointer that is not used must be one all the same.
+        pointers = [x if (a := arrays.get(name)) is None else a for name in step.arrays]
+        kernel, keywords = _launch(step)
+        kernel[step.grid](*pointers, **keywords)
+
+
+@lru_cache(maxsize=4096)
+def _launch(step: gpu.Step) -> tuple[Any, dict[str, Any]]:
+    kernel = kernel_of(step.module, step.kernel)
+    return kernel, {
+        **dict(step.scalars),
+        **dict(step.constants),
+        "num_warps": step.warps,
+        **COMPILED,
+    }
+
+
+def _captures() -> bool:
+    """Whether launches are recorded in a CUDA graph."""
+    return torch.cuda.is_current_stream_capturing()
+
+
+def _busy() -> bool:
+    return _captures() or has_modes()
+
+
+def _lacks(index: int) -> NotServed | None:
+    if torch.version.hip or not torch.cuda.is_available():
+        return NotServed(
+            "there are no kernels for PyTorch tensors on cuda here, where there is no NVIDIA GPU"
+        )
+    major, minor = torch.cuda.get_device_capability(index)
+    return lacking(10 * major + minor)
+
+
+def _compute(index: int, array: Any, program: gpu.Program) -> Any:
+    x = torch.from_numpy(array).to(f"cuda:{index}")
+    y, statistics = torch.empty_like(x), torch.empty_like(x)  # of the latter there are fewer
+    run(program, {"x": x, "y": y, "statistics": statistics})
+    return y.cpu().numpy()
+
+
+_trials = Trials("PyTorch", _lacks, _busy, _compute)

@@ -1,0 +1,48 @@
+"""Tensors as kernels read and write them: without gaps, in the order of x's memory."""
+
+from typing import Any
+
+import torch
+
+from groupnorm.backends.kernels.layout import Layout
+from groupnorm.backends.torch.internals import is_wrapped
+
+__all__ = ["PLAIN", "cotangent", "in_memory", "is_plain", "like"]
+
+# Types of tensors that hold their values in memory themselves.
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def is_plain(a: Any) -> bool:
+    """Whether a value is a strided tensor whose memory holds its values."""
+    return type(a) in PLAIN and a.layout is torch.strided and not a.is_neg() and not is_wrapped(a)
+
+
+def in_memory(x: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Return x, or a copy that has no gaps."""
+    return x if layout.dense else _in_order(x, layout)
+
+
+def like(x: torch.Tensor, layout: Layout, dtype: torch.dtype) -> torch.Tensor:
+    """Make room for a result that lies in memory as x does."""
+    if layout.dense:
+        return torch.empty_like(x, dtype=dtype)
+    made = torch.empty(layout.plan.shape, dtype=dtype, device=x.device)
+    return made if layout.order is None else made.permute(layout.inverse)
+
+
+def cotangent(dy: torch.Tensor, x: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Return dy of x's dtype or of float32, as it lies in memory when x does."""
+    dy = dy.resolve_neg()
+    if dy.dtype is not x.dtype and dy.dtype is not torch.float32:
+        dy = dy.to(torch.float32)
+    if not layout.dense or dy.stride() != x.stride():
+        dy = _in_order(dy, layout)
+    return dy
+
+
+def _in_order(a: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Return a tensor contiguous in the order of x's memory."""
+    if layout.order is not None:
+        a = a.permute(layout.order)
+    return a.contiguous()

@@ -1,0 +1,1 @@
+"""What statistics are pooled over: named axes and communicators, and the records of replicas."""

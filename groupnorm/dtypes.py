@@ -1,0 +1,73 @@
+"""Dtypes by name, whichever library's object they are given as."""
+
+from typing import Any
+
+import numpy as np
+
+from groupnorm.errors import ArgumentTypeError, BackendImportError
+
+__all__ = ["dtype_name", "small_float"]
+
+
+def dtype_name(argument: str, dtype: Any, extra: tuple[str, ...] = ()) -> str:
+    """Return the name of a floating or complex dtype, whichever library's object it is.
+
+    Raises
+    ------
+    ArgumentTypeError
+        If it is no such dtype.
+    """
+    if isinstance(dtype, str):
+        name = dtype
+        if name in extra:
+            return name
+    else:
+        name = _name_of(dtype)
+    if name not in ("bfloat16",):
+        try:
+            name = np.dtype(name).name
+        except TypeError:
+            if not name.startswith("float8"):
+                name = "?"
+    if name == "?" and isinstance(dtype, str):
+        raise ArgumentTypeError(
+            f"{argument}={dtype!r} is the name of no dtype: give one such as 'float32' or "
+            f"'bfloat16'{''.join(f', or {e!r}' for e in extra)}."
+        )
+    if not name.startswith(("float", "bfloat", "complex")):
+        raise ArgumentTypeError(
+            f"{argument}={dtype!r} is not a floating dtype: normalized values are no integers. "
+            "Give a name such as 'float32' or 'bfloat16', or a framework's dtype object"
+            f"{''.join(f', or {e!r}' for e in extra)}."
+        )
+    return name
+
+
+def _name_of(dtype: Any) -> str:
+    text = str(dtype)
+    if text.startswith("torch."):
+        return text.removeprefix("torch.")
+    if "array_api_strict" in type(dtype).__module__:
+        return text.rpartition(".")[2]
+    try:
+        return str(np.dtype(dtype).name)
+    except TypeError:
+        return text.rpartition(".")[2]
+
+
+def small_float(name: str) -> "np.dtype[Any]":
+    """Return one of ml_dtypes' dtypes, such as bfloat16."""
+    try:
+        import ml_dtypes
+    except ImportError as error:
+        raise BackendImportError(
+            f"dtype={name!r} is not NumPy's own and needs the package ml_dtypes, which cannot be "
+            "imported: pip install ml_dtypes (it comes with jax)."
+        ) from error
+    if not hasattr(ml_dtypes, name):
+        raise ArgumentTypeError(
+            f"dtype={name!r} is no dtype of NumPy or ml_dtypes: choose one they have, such as "
+            "'float32' or 'bfloat16'."
+        )
+    dtype: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
+    return dtype

@@ -1,0 +1,87 @@
+"""The backward pass, by hand, in the same array API terms: for libraries without autograd."""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from groupnorm.distributed.replicas import IndexGroups, Replicas
+from groupnorm.portable.blocked_sums import total, total_of_products
+from groupnorm.portable.collectives import pool
+from groupnorm.portable.complex_parts import join, real_part, split
+from groupnorm.portable.statistics import Centred, Normalizer
+
+if TYPE_CHECKING:
+    from groupnorm.adapter import Adapter
+    from groupnorm.plan import Plan
+    from groupnorm.typing import Array
+
+__all__ = ["WorkGradients", "pull_back"]
+
+
+class WorkGradients(NamedTuple):
+    """Gradients in the work shape; the parameters' are this replica's share, not pooled."""
+
+    x: "Array"
+    scale: "Array"
+    bias: "Array"
+
+
+def pull_back(
+    dy: "Array",
+    mask: "Array | None",
+    scale: "Array",
+    centred: Centred,
+    normalizer: Normalizer,
+    plan: "Plan",
+    adapter: "Adapter",
+    replicas: Replicas | None,
+    groups: IndexGroups,
+) -> WorkGradients:
+    """Pull a cotangent back through the normalization.
+
+    With ``xhat = (x - mean) * rstd``, ``g = conj(scale) * dy`` and ``m`` the mask,
+    ``dx = rstd * (g - m * (mean(g) + xhat * mean(Re(conj(xhat) * g))))``, where the means run over
+    a group's valid elements on all replicas. Complex gradients are ``dL/dRe + i dL/dIm``.
+    """
+    xp = adapter.xp
+    rstd = normalizer.rstd
+
+    def channels(value: "Array") -> "Array":
+        return xp.reshape(value, plan.ungrouped(value.shape))
+
+    def grouped(value: "Array") -> "Array":
+        return xp.reshape(value, plan.grouped(value.shape))
+
+    ones = xp.ones_like(rstd * real_part(scale, adapter))
+    gain, shift = adapter.settle(normalizer.gain * ones, normalizer.shift * ones)
+    xhat = centred.deviations * channels(gain)
+    xhat -= channels(shift)
+    sum_dy = grouped(total(dy, plan.positions, plan, adapter))
+    sum_dy_xhat = grouped(
+        total_of_products(dy, _conj(xhat, adapter), plan.positions, plan, adapter)
+    )
+    members = (plan.members,)
+    conj_scale = _conj(scale, adapter)
+    p = total(conj_scale * sum_dy, members, plan, adapter)
+    if not adapter.is_complex(xhat.dtype):
+        p = real_part(p, adapter)
+    q = real_part(total(conj_scale * sum_dy_xhat, members, plan, adapter), adapter)
+    if replicas is not None:
+        *p_parts, q = pool((*split(p, adapter), q), adapter, replicas, groups)
+        p = join(p_parts, adapter)
+    # Spread over the channels: an operand that repeats within its rows costs NumPy tenfold.
+    weight = rstd * normalizer.share * ones
+    factor, slope, offset = adapter.settle(conj_scale * rstd, q * weight, p * weight)
+    through_statistics = xhat * channels(slope)
+    through_statistics += channels(offset)
+    if mask is not None:
+        through_statistics = xp.where(mask, through_statistics, 0.0)
+    dx = dy * channels(factor)
+    if not adapter.is_complex(xhat.dtype):
+        dx = real_part(dx, adapter)
+    dx -= through_statistics
+    return WorkGradients(
+        dx, total(sum_dy_xhat, plan.kept, plan, adapter), total(sum_dy, plan.kept, plan, adapter)
+    )
+
+
+def _conj(x: "Array", adapter: "Adapter") -> "Array":
+    return adapter.xp.conj(x) if adapter.is_complex(x.dtype) else x

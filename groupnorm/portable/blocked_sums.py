@@ -1,0 +1,65 @@
+"""Sums whose error does not grow with their length, and whose order is fixed."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from groupnorm.adapter import Adapter
+    from groupnorm.plan import Plan, Shape
+    from groupnorm.typing import Array
+
+__all__ = ["total", "total_of_products"]
+
+# Sums longer than twice this are taken block by block: a running float32 sum of n terms errs by
+# about sqrt(n) roundings, and libraries differ in how they would split it. Fixed, so that the same
+# call gives the same bits on every machine.
+BLOCK = 256
+
+
+def total(x: "Array", axes: "Shape", plan: "Plan", adapter: "Adapter") -> "Array":
+    """Sum over `axes`, kept with length 1, in blocks of fixed size."""
+    for axis in reversed(axes):
+        x = _sum((x,), axis, plan, adapter)
+    return x
+
+
+def total_of_products(
+    a: "Array", b: "Array", axes: "Shape", plan: "Plan", adapter: "Adapter"
+) -> "Array":
+    """Sum a * b over `axes`, kept with length 1, in blocks of fixed size."""
+    if not axes:
+        return a * b
+    return total(_sum((a, b), axes[-1], plan, adapter), axes[:-1], plan, adapter)
+
+
+def _sum(factors: "tuple[Array, ...]", axis: int, plan: "Plan", adapter: "Adapter") -> "Array":
+    """Sum the product of the factors along one axis."""
+    shape = factors[0].shape
+    length = shape[axis]
+    if not plan.blocked or length <= 2 * BLOCK:
+        return adapter.sum_of_product(factors, axis)
+    xp = adapter.xp
+    block = _block(length) if plan.static else BLOCK
+    blocks, rest = divmod(length, block)
+    split = (*shape[:axis], blocks, block, *shape[axis + 1 :])
+    partial_shape = (*shape[:axis], blocks, *shape[axis + 1 :])
+    before = (slice(None),) * axis
+    after = (slice(None),) * (len(shape) - axis - 1)
+    head = tuple(
+        xp.reshape(f[(*before, slice(None, blocks * block), *after)] if rest else f, split)
+        for f in factors
+    )
+    partial = xp.reshape(adapter.sum_of_product(head, axis + 1), partial_shape)
+    result = _sum((partial,), axis, plan, adapter)
+    if rest:
+        tail = tuple(f[(*before, slice(blocks * block, None), *after)] for f in factors)
+        result = result + adapter.sum_of_product(tail, axis)
+    return result
+
+
+def _block(length: int) -> int:
+    """Prefer a divisor of the length: no remainder to slice off and add."""
+    for distance in range(BLOCK // 2):
+        for block in (BLOCK - distance, BLOCK + distance):
+            if length % block == 0:
+                return block
+    return BLOCK

@@ -1,0 +1,204 @@
+"""One call from arguments to result: forward, with its pullback, or its statistics alone."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from groupnorm.arguments import Options
+from groupnorm.distributed.replicas import Replicas
+from groupnorm.errors import ArgumentTypeError
+from groupnorm.portable.activations import activate, slope
+from groupnorm.portable.agreement import agree
+from groupnorm.portable.backward import pull_back
+from groupnorm.portable.inputs import (
+    Prepared,
+    check_cotangent,
+    from_work,
+    prepare,
+    to_work,
+)
+from groupnorm.portable.merge import GroupStatistics, merge_replicas
+from groupnorm.portable.public_statistics import from_value, to_value
+from groupnorm.portable.statistics import (
+    Centred,
+    Normalizer,
+    centre,
+    finish,
+    measure,
+    normalize,
+    recentre,
+)
+from groupnorm.typing import Array, Gradients
+
+if TYPE_CHECKING:
+    from groupnorm.adapter import Adapter
+
+__all__ = ["group_norm", "group_norm_vjp", "group_statistics", "normalize_by"]
+
+
+def group_norm(
+    adapter: "Adapter", x: Array, scale: Array, bias: Array, mask: Any, options: Options
+) -> Array:
+    """Return the normalized x; all arrays are of the adapter's library, or constants of NumPy.
+
+    Raises
+    ------
+    ArgumentTypeError, ArgumentValueError, AxisNameError
+        If the arrays do not fit each other or the options.
+    """
+    ready = prepare(adapter, x, scale, bias, mask, options)
+    replicas = _replicas(adapter, ready, options)
+    y, _, _ = _forward(adapter, ready, options, replicas, keep_deviations=False)
+    y = activate(y, options.activation, adapter)
+    return from_work(y, ready.plan, ready.result_dtype, adapter.xp)
+
+
+def group_norm_vjp(
+    adapter: "Adapter", x: Array, scale: Array, bias: Array, mask: Any, options: Options
+) -> tuple[Array, Callable[[Array], Gradients]]:
+    """Return the normalized x and its pullback; raises as `group_norm`."""
+    xp = adapter.xp
+    _check_local(adapter, x)
+    ready = prepare(adapter, x, scale, bias, mask, options)
+    plan = ready.plan
+    # Found once: when the pullback is called, a name may be bound no more.
+    replicas = _replicas(adapter, ready, options)
+    z, centred, normalizer = _forward(adapter, ready, options, replicas, keep_deviations=True)
+    activation = options.activation
+    y = from_work(activate(z, activation, adapter), plan, ready.result_dtype, xp)
+
+    def pullback(dy: Array) -> Gradients:
+        check_cotangent(adapter, dy, x)
+        dz = to_work(xp.astype(dy, ready.cotangent_dtype, copy=False), plan, xp)
+        if activation is not None:
+            dz = dz * slope(z, activation, adapter)
+        work = pull_back(
+            dz,
+            ready.mask,
+            ready.scale,
+            centred,
+            normalizer,
+            plan,
+            adapter,
+            replicas,
+            options.axis_index_groups,
+        )
+        dx = work.x
+        if ready.counted is not None:
+            dx = xp.where(ready.counted, dx, 0.0)
+        floating = adapter.is_floating(x.dtype)
+        return Gradients(
+            from_work(dx, plan, x.dtype if floating else dx.dtype, xp),
+            _parameter_gradient(adapter, work.scale, scale),
+            _parameter_gradient(adapter, work.bias, bias),
+        )
+
+    return y, pullback
+
+
+def group_statistics(adapter: "Adapter", x: Array, mask: Any, options: Options) -> GroupStatistics:
+    """Measure the groups of x, as values."""
+    _check_local(adapter, x)
+    ready = prepare(adapter, x, None, None, mask, options)
+    statistics, _, _ = _measure(adapter, ready, options, _replicas(adapter, ready, options))
+    return to_value(statistics, ready.plan, adapter)
+
+
+def normalize_by(
+    adapter: "Adapter",
+    x: Array,
+    statistics: GroupStatistics,
+    scale: Array,
+    bias: Array,
+    mask: Any,
+    options: Options,
+) -> Array:
+    """Normalize x by statistics that were taken before."""
+    _check_local(adapter, x)
+    ready = prepare(adapter, x, scale, bias, mask, options)
+    plan = ready.plan
+    there = from_value(statistics, ready.x, plan, adapter, options.epsilon)
+    centred = centre(ready.x, ready.mask, there, plan, adapter)
+    normalizer = finish(there, centred, adapter, options.epsilon, may_be_empty=True)
+    y = normalize(
+        centred,
+        normalizer,
+        ready.scale,
+        ready.bias,
+        plan,
+        adapter,
+        keep_deviations=adapter.has_autograd,
+    )
+    return from_work(y, plan, ready.result_dtype, adapter.xp)
+
+
+def _parameter_gradient(adapter: "Adapter", gradient: Array, parameter: Array) -> Array:
+    if parameter is None:
+        return None
+    xp = adapter.xp
+    # A constant from the host is of NumPy; its gradient is of the array's library all the same.
+    dtype = parameter.dtype if adapter.is_array(parameter) else adapter.dtype(parameter.dtype.name)
+    if adapter.is_complex(gradient.dtype) and not adapter.is_complex(dtype):
+        gradient = xp.real(gradient)
+    if not adapter.is_floating(dtype):
+        dtype = gradient.dtype  # a gradient is no integer, even of an integer
+    # A copy: where nothing was summed up, this is still the caller's own dy.
+    flat = xp.reshape(xp.astype(gradient, dtype, copy=True), (-1,))
+    return xp.reshape(flat, tuple(parameter.shape))
+
+
+def _check_local(adapter: "Adapter", x: Array) -> None:
+    if adapter.is_sharded(x):
+        raise ArgumentTypeError(
+            f"x is a {type(x).__name__} that lies on several devices by its type: only group_norm "
+            "and layers take it whole, and the library's own differentiation. Pass one device's "
+            "part and axis_name: x.to_local() of a DTensor, or what jax.shard_map passes."
+        )
+
+
+def _replicas(adapter: "Adapter", ready: Prepared, options: Options) -> Replicas | None:
+    """Find the replicas to pool over, if any, and make sure that they can be pooled."""
+    if options.axis_name is None:
+        return None
+    replicas = adapter.replicas(options.axis_name)
+    return agree(ready.plan.statistics_shape, ready.x, replicas, options.axis_index_groups)
+
+
+def _forward(
+    adapter: "Adapter",
+    ready: Prepared,
+    options: Options,
+    replicas: Replicas | None,
+    *,
+    keep_deviations: bool,
+) -> tuple[Array, Centred, Normalizer]:
+    statistics, local, centred = _measure(adapter, ready, options, replicas)
+    if replicas is not None and ready.mask is not None:
+        centred = recentre(ready.x, ready.mask, centred, local, statistics, ready.plan, adapter)
+    normalizer = finish(
+        statistics,
+        centred,
+        adapter,
+        options.epsilon,
+        may_be_empty=ready.mask is not None or ready.plan.empty or replicas is not None,
+    )
+    y = normalize(
+        centred,
+        normalizer,
+        ready.scale,
+        ready.bias,
+        ready.plan,
+        adapter,
+        keep_deviations=keep_deviations or adapter.has_autograd,
+    )
+    return y, centred, normalizer
+
+
+def _measure(
+    adapter: "Adapter", ready: Prepared, options: Options, replicas: Replicas | None
+) -> tuple[GroupStatistics, GroupStatistics, Centred]:
+    """Take the statistics of all replicas, and of this one alone."""
+    local, centred = measure(ready.x, ready.mask, ready.plan, adapter, options.epsilon)
+    if replicas is None:
+        return local, local, centred
+    merged = merge_replicas(local, adapter, options.epsilon, replicas, options.axis_index_groups)
+    return merged, local, centred

@@ -1,0 +1,81 @@
+"""Where deviations are measured from, and on what scale: detached, exact for constant data."""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from groupnorm.portable.blocked_sums import total
+from groupnorm.portable.complex_parts import join, split
+
+if TYPE_CHECKING:
+    from groupnorm.adapter import Adapter
+    from groupnorm.plan import Plan
+    from groupnorm.typing import Array
+
+__all__ = ["clip", "clip_real", "pivots", "unit_of"]
+
+
+def pivots(
+    x: "Array", mask: "Array | None", count: "Array | float", plan: "Plan", adapter: "Adapter"
+) -> tuple["Array", "Array", "Array"]:
+    """Return a pivot near the mean of each inner reduction, and each group's lowest and highest.
+
+    All are in the grouped shape. The parts of complex data are taken on their own.
+    """
+    parts = [_real_pivots(part, mask, count, plan, adapter) for part in split(x, adapter)]
+    pivot, lowest, highest = (join(part, adapter) for part in zip(*parts, strict=True))
+    return pivot, lowest, highest
+
+
+def _real_pivots(
+    x: "Array", mask: "Array | None", count: "Array | float", plan: "Plan", adapter: "Adapter"
+) -> tuple["Array", "Array", "Array"]:
+    xp = adapter.xp
+
+    def grouped(value: "Array") -> "Array":
+        return xp.reshape(value, plan.grouped(value.shape))
+
+    if plan.empty:
+        pivot = grouped(xp.sum(x, axis=plan.inner, keepdims=True))
+        edge = xp.sum(pivot, axis=plan.members, keepdims=True)
+        return pivot, edge, edge
+    # Masked-out elements become the identity of min and max.
+    above = x if mask is None else xp.where(mask, x, math.inf)
+    below = x if mask is None else xp.where(mask, x, -math.inf)
+    low = xp.min(above, axis=plan.inner, keepdims=True)
+    high = xp.max(below, axis=plan.inner, keepdims=True)
+    lowest = xp.min(grouped(low), axis=plan.members, keepdims=True)
+    highest = xp.max(grouped(high), axis=plan.members, keepdims=True)
+    if mask is None:
+        pivot = low + total(x - low, plan.inner, plan, adapter) / count
+        # Clipped, so that the pivot of equal elements is exactly their value.
+        return grouped(clip_real(pivot, low, high, xp)), lowest, highest
+    nothing, none_at_all = low > high, lowest > highest
+    low, high = xp.where(nothing, 0.0, low), xp.where(nothing, 0.0, high)
+    deviations = xp.where(mask, x - low, 0.0)
+    pivot = clip_real(low + total(deviations, plan.inner, plan, adapter) / count, low, high, xp)
+    # A channel without a valid element is normalized all the same. A number near its mean keeps
+    # the digits: one of its group. Where the group has none either, the mean is 0.
+    pivot = xp.where(grouped(nothing), xp.where(none_at_all, 0.0, lowest), grouped(pivot))
+    # The spread of nothing is taken as 1.
+    return pivot, xp.where(none_at_all, 0.0, lowest), xp.where(none_at_all, 1.0, highest)
+
+
+def unit_of(spread: "Array", epsilon: float, adapter: "Adapter") -> "Array":
+    """The scale of the deviations: neither their squares nor epsilon's leave the dtype's range."""
+    xp = adapter.xp
+    smallest = 4.0 * adapter.smallest_normal(spread.dtype)
+    least = max(math.sqrt(epsilon), smallest)
+    # A constant group; or, if only the sample was constant, data of which nothing is known.
+    instead = least if epsilon else 1.0
+    return xp.ones_like(spread) / xp.where(spread > least, spread, xp.full_like(spread, instead))
+
+
+def clip(x: "Array", low: "Array", high: "Array", adapter: "Adapter") -> "Array":
+    """Bring x between low and high, each part on its own."""
+    parts = zip(split(x, adapter), split(low, adapter), split(high, adapter), strict=True)
+    return join([clip_real(*bounds, xp=adapter.xp) for bounds in parts], adapter)
+
+
+def clip_real(x: "Array", low: "Array", high: "Array", xp: Any) -> "Array":
+    """Bring x between low and high; NaN stays NaN."""
+    return xp.where(x < low, low, xp.where(x > high, high, x))

@@ -1,0 +1,296 @@
+"""The implementation: measure a group's count, mean and variance, pool them, and normalize.
+
+Written once, in array API terms, for arrays in the work shape of a `Plan`. Arguments were validated
+before; nothing here asks which library computes.
+
+How the digits are kept
+-----------------------
+Sums run over deviations from a *pivot* `k` near the mean, never over raw values, so an offset of
+the data costs nothing. With `u` a scale for the deviations (so that no square overflows or
+vanishes) and `d = (x - k) * u``, per channel::
+
+    c  = sum(d) / n                      what the pivot missed
+    M2 = sum(|d|^2) - n |c|^2            harmless, since c is small
+
+Channels are merged into groups, and groups over replicas, by the formula of Chan, Golub and LeVeque
+relative to a reference near the mean of means. A mean therefore stays a pair, (reference, small
+correction), and so it is applied: rounding it to one number would lose the digits again.
+
+`use_fast_variance` only decides where the pivot comes from: the mean of a strided sample (the data
+is read once), or the mean of all of it (two passes). Under a mask it is always the latter, because
+a sample may hold no valid element at all; so it is without an epsilon, where a constant sample
+would give no scale, and under torch.compile, which leaves sizes open.
+
+Pivots, references and scales carry no gradient. The result does not depend on them, so the gradient
+is exact all the same, at any order.
+
+References
+----------
+.. [1] Y. Wu and K. He, "Group Normalization", ECCV 2018, https://arxiv.org/abs/1803.08494
+.. [2] T. F. Chan, G. H. Golub and R. J. LeVeque, "Algorithms for computing the sample variance",
+   The American Statistician 37 (1983), 242-247.
+"""
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+from groupnorm.plan import product
+from groupnorm.portable.blocked_sums import total, total_of_products
+from groupnorm.portable.complex_parts import abs2, magnitude, split
+from groupnorm.portable.merge import GroupStatistics, at_least_one
+from groupnorm.portable.pivots import clip, pivots, unit_of
+
+if TYPE_CHECKING:
+    from groupnorm.adapter import Adapter
+    from groupnorm.plan import Plan
+    from groupnorm.typing import Array
+
+__all__ = [
+    "Centred",
+    "Normalizer",
+    "centre",
+    "finish",
+    "measure",
+    "normalize",
+    "recentre",
+]
+
+
+# Deviations on a scale within this factor of 1 need no unit of their own: neither their squares nor
+# those of outliers, a million times as large, leave the range of float32.
+ORDINARY = 2.0**20
+
+
+class Centred(NamedTuple):
+    """The data relative to its pivots."""
+
+    deviations: "Array"  # (x - pivot) * unit, in the work shape
+    pivot: "Array"  # per channel (or, in one stage, per group), in the grouped shape
+    unit: "Array"  # the scale of the deviations, shaped as the pivot
+
+
+class Normalizer(NamedTuple):
+    """What turns deviations into normalized values: ``deviations * gain - shift``."""
+
+    gain: "Array"
+    shift: "Array"
+    rstd: "Array"  # 1 / sqrt(var + epsilon), per group
+    share: "Array | float"  # of one valid element in the mean: 1 / n, and 0 where there is none
+
+
+def measure(
+    x: "Array",
+    mask: "Array | None",
+    plan: "Plan",
+    adapter: "Adapter",
+    epsilon: float,
+) -> tuple[GroupStatistics, Centred]:
+    """Measure every group of `x`.
+
+    Parameters
+    ----------
+    x : array
+        In the work shape and in the dtype of the statistics; finite wherever masked out.
+    mask : boolean array or None
+        Valid elements, broadcastable to the work shape.
+
+    Returns
+    -------
+    GroupStatistics
+        In the grouped shape; of this array alone: nothing is pooled over replicas yet.
+    Centred
+        The deviations they were summed from.
+    """
+    xp = adapter.xp
+    counts: Array | float = plan.inner_count
+    enough: Array | float = max(plan.inner_count, 1)
+    if mask is not None:
+        counts = _counts(mask, plan, x, adapter)
+        enough = at_least_one(counts, xp)
+    still, seen = adapter.detach(x), enough
+    if plan.sample is not None:  # and so there is no mask
+        still = still[plan.sample]
+        seen = float(product(still.shape[a] for a in plan.inner))
+    pivot, lowest, highest = pivots(still, mask, seen, plan, adapter)
+    group_unit = unit_of(magnitude(highest - lowest, adapter), epsilon, adapter)
+    scaled = not adapter.surely_within(group_unit, 1 / ORDINARY, ORDINARY)
+    if not scaled:
+        group_unit = xp.ones_like(group_unit)
+    # Of the pivot's full shape, since an operand that repeats within its rows costs NumPy tenfold.
+    unit = group_unit * xp.ones_like(magnitude(pivot, adapter))
+    pivot, unit = adapter.settle(pivot, unit)
+
+    centred = _centre(x, mask, pivot, unit, plan, adapter, scaled=scaled)
+    valid = centred.deviations if mask is None else xp.where(mask, centred.deviations, 0.0)
+    delta = total(valid, plan.inner, plan, adapter) / enough
+    m2 = _total_abs2(valid, plan, adapter) - counts * abs2(delta, adapter)
+    if not plan.two_stages:
+        return GroupStatistics(counts, pivot, m2, delta, unit), centred
+
+    weights = xp.ones_like(m2) * counts
+    weights, delta, m2 = (xp.reshape(a, plan.grouped(a.shape)) for a in (weights, delta, m2))
+    members = (plan.members,)
+    count = total(weights, members, plan, adapter)
+    enough = at_least_one(count, xp)
+    # Clipped: rounding must not push the mean of equal pivots off their common value.
+    reference = clip(
+        total(pivot * weights, members, plan, adapter) / enough, lowest, highest, adapter
+    )
+    means = (pivot - reference) * unit + delta
+    if mask is not None:
+        # A channel without a valid element has no mean, and its pivot may be of any size.
+        means = xp.where(weights > 0, means, 0.0)
+    mean = total(weights * means, members, plan, adapter) / enough
+    m2 = total(m2 + weights * abs2(means - mean, adapter), members, plan, adapter)
+    return GroupStatistics(count, reference, m2, mean, group_unit), centred
+
+
+def _centre(
+    x: "Array",
+    mask: "Array | None",
+    pivot: "Array",
+    unit: "Array",
+    plan: "Plan",
+    adapter: "Adapter",
+    *,
+    scaled: bool = True,
+) -> Centred:
+    xp = adapter.xp
+    deviations = x - xp.reshape(pivot, plan.ungrouped(pivot.shape))
+    unit_of_channel = xp.reshape(unit, plan.ungrouped(unit.shape))
+    if mask is not None:
+        deviations = _saturate(deviations, mask, unit_of_channel, adapter)
+    if scaled:
+        deviations *= unit_of_channel
+    return Centred(deviations, pivot, unit)
+
+
+def centre(
+    x: "Array",
+    mask: "Array | None",
+    statistics: GroupStatistics,
+    plan: "Plan",
+    adapter: "Adapter",
+) -> Centred:
+    """Centre x at means that are known before, one for each group."""
+    # Of full length: loops run along whole channel rows, and the work shape has no group axis.
+    unit = statistics.unit
+    members = adapter.xp.ones(
+        plan.parameter_shape, dtype=unit.dtype, device=adapter.device_of(unit)
+    )
+    pivot = adapter.detach(statistics.mean) * members
+    return _centre(x, mask, pivot, unit * members, plan, adapter)
+
+
+def recentre(
+    x: "Array",
+    mask: "Array",
+    centred: Centred,
+    local: GroupStatistics,
+    merged: GroupStatistics,
+    plan: "Plan",
+    adapter: "Adapter",
+) -> Centred:
+    """Centre groups that have no valid element here, but on other replicas, near their mean."""
+    pivot = adapter.xp.where(local.count > 0, centred.pivot, merged.mean)
+    return _centre(x, mask, pivot, centred.unit, plan, adapter)
+
+
+def _saturate(deviations: "Array", mask: "Array", unit: "Array", adapter: "Adapter") -> "Array":
+    """Bound what is masked out, such as a padding of the dtype's lowest number.
+
+    It would overflow when it is scaled, and then inf times a cotangent of 0 be NaN for a channel.
+    """
+    xp = adapter.xp
+    if adapter.is_complex(deviations.dtype):
+        return deviations
+    limit = 2.0**-16 * adapter.largest(deviations.dtype) / xp.where(unit > 1, unit, 1.0)
+    bounded = xp.where(deviations > 0, limit, -limit)
+    return xp.where(mask | (xp.abs(deviations) <= limit), deviations, bounded)
+
+
+def _counts(mask: "Array", plan: "Plan", x: "Array", adapter: "Adapter") -> "Array":
+    """Count the valid elements; an inner axis along which the mask is constant multiplies."""
+    xp = adapter.xp
+    real = adapter.real_dtype(x.dtype)
+    counts = total(xp.astype(mask, real), plan.inner, plan, adapter)
+    repeats = product(plan.work_shape[a] for a in plan.inner if mask.shape[a] == 1)
+    return counts * (float(repeats) if plan.static else repeats)
+
+
+def _total_abs2(x: "Array", plan: "Plan", adapter: "Adapter") -> "Array":
+    """Sum |x|^2 over the inner axes."""
+    real, *imaginary = split(x, adapter)
+    sums = total_of_products(real, real, plan.inner, plan, adapter)
+    for part in imaginary:
+        sums = sums + total_of_products(part, part, plan.inner, plan, adapter)
+    return sums
+
+
+def finish(
+    statistics: GroupStatistics,
+    centred: Centred,
+    adapter: "Adapter",
+    epsilon: float,
+    *,
+    may_be_empty: bool,
+) -> Normalizer:
+    """Turn statistics into what normalizes deviations.
+
+    Parameters
+    ----------
+    may_be_empty : bool
+        Whether a group may have no valid element; then its mean is 0 and its variance 1.
+    """
+    xp = adapter.xp
+    n, reference, m2, delta, unit = statistics
+    enough = at_least_one(xp.ones_like(m2) * n, xp) if may_be_empty else n
+    counted = xp.ones_like(m2) * n > 0 if may_be_empty else None
+    if counted is not None:
+        # The mean of nothing is 0, whatever it was measured relative to.
+        reference, delta = xp.where(counted, reference, 0.0), xp.where(counted, delta, 0.0)
+    root = math.sqrt(epsilon) * unit
+    # Rounding may leave a tiny negative; this way round, NaN stays NaN.
+    variance = xp.where(m2 < 0, xp.zeros_like(m2), m2) / enough + root * root
+    # Without an epsilon a constant group has nothing to divide by: any finite number will do.
+    variance = xp.where(variance == 0, xp.ones_like(variance), variance)
+    # A square beyond the sample's scale overflowed: say so, instead of dividing everything away.
+    variance = xp.where(variance == math.inf, xp.full_like(variance, math.nan), variance)
+    rstd = unit / xp.sqrt(variance)
+    share: Array | float = 1.0 / enough
+    if counted is not None:
+        rstd = xp.where(counted, rstd, xp.full_like(rstd, 1.0 / math.sqrt(1.0 + epsilon)))
+        share = xp.where(counted, share, xp.zeros_like(m2))
+    shift = ((reference - centred.pivot) + delta / unit) * rstd
+    return Normalizer(rstd / centred.unit, shift, rstd, share)
+
+
+def normalize(
+    centred: Centred,
+    normalizer: Normalizer,
+    scale: "Array",
+    bias: "Array",
+    plan: "Plan",
+    adapter: "Adapter",
+    *,
+    keep_deviations: bool,
+) -> "Array":
+    """Apply: one multiply and one add for each element, everything else is per channel.
+
+    Parameters
+    ----------
+    keep_deviations : bool
+        Whether someone needs the deviations afterwards; else the result may take their place.
+    """
+    factor, term = adapter.settle(normalizer.gain * scale, bias - normalizer.shift * scale)
+    factor = adapter.xp.reshape(factor, plan.ungrouped(factor.shape))
+    y = centred.deviations
+    if keep_deviations or factor.dtype != y.dtype:
+        y = y * factor
+    else:
+        y *= factor
+    term = adapter.xp.reshape(term, plan.ungrouped(term.shape))
+    if adapter.has_autograd:
+        return y + term  # not in place: y may be less batched than the bias, under torch.vmap
+    y += term
+    return y

@@ -1,0 +1,190 @@
+"""Normalization of data that comes in parts: measure each, merge, and normalize each."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from groupnorm.arguments import make_options
+from groupnorm.dispatch import adapter_of
+from groupnorm.errors import ArgumentValueError
+from groupnorm.portable import group_norm as portable
+from groupnorm.portable.merge import GroupStatistics
+from groupnorm.portable.public_statistics import check_statistics, merge_values
+from groupnorm.typing import ArrayT, AxisIndexGroups, DTypeLike, MaskLike
+
+__all__ = ["group_statistics", "merge_statistics", "normalize"]
+
+
+def group_statistics(
+    x: Any,
+    *,
+    num_groups: int | None = 32,
+    group_size: int | None = None,
+    feature_axis: int | Sequence[int] = -1,
+    reduction_axes: int | Sequence[int] | None = None,
+    mask: MaskLike = None,
+    axis_name: Any = None,
+    axis_index_groups: AxisIndexGroups | None = None,
+) -> GroupStatistics:
+    """Measure count, mean and variance of every group, to be merged with those of other parts.
+
+    With `merge_statistics` and `normalize` it normalizes what does not fit into memory: go over the
+    tiles of an image once to measure and once to normalize, and the result is that of the whole.
+    They are the pieces `group_norm` itself is made of, and as accurate.
+
+    Parameters
+    ----------
+    x : array of shape (N, ..., C)
+        One part of the data. It may be empty.
+    num_groups, group_size, feature_axis, reduction_axes, mask
+        As of `group_norm`.
+    axis_name, axis_index_groups
+        As of `group_norm`: the statistics are those of all replicas.
+
+    Returns
+    -------
+    GroupStatistics
+        Its arrays have the shape of the axes of x that are not reduced, and then the groups: by
+        default (N, num_groups), whatever the layout. They are in at least float32.
+
+    Raises
+    ------
+    groupnorm.errors.ArgumentValueError, groupnorm.errors.ArgumentTypeError
+        Naming the argument, its value, the rule and the fix.
+    groupnorm.errors.AxisNameError
+        If `axis_name` is not bound where this is called.
+
+    References
+    ----------
+    .. [1] T. F. Chan, G. H. Golub and R. J. LeVeque, "Algorithms for computing the sample
+       variance", The American Statistician 37 (1983), 242-247.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from groupnorm import group_norm, group_statistics, merge_statistics, normalize
+    >>> image = np.random.default_rng(0).normal(1e4, 1, size=(1, 50, 40, 8)).astype(np.float32)
+    >>> tiles = [image[:, :30], image[:, 30:]]
+    >>> whole = merge_statistics(*(group_statistics(tile, num_groups=2) for tile in tiles))
+    >>> whole.count
+    array([[8000., 8000.]], dtype=float32)
+    >>> y = np.concatenate([normalize(tile, whole, num_groups=2) for tile in tiles], axis=1)
+    >>> bool(abs(y - group_norm(image, num_groups=2)).max() < 5e-6)
+    True
+    """
+    options = make_options(
+        feature_axis=feature_axis,
+        num_groups=num_groups,
+        group_size=group_size,
+        reduction_axes=reduction_axes,
+        # What will be added to the variance is not known yet: take it as nothing.
+        epsilon=0.0,
+        dtype=None,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        use_fast_variance=False,
+    )
+    return portable.group_statistics(adapter_of(x), x, mask, options)
+
+
+def merge_statistics(*statistics: GroupStatistics) -> GroupStatistics:
+    """Merge the statistics of several parts into those of the whole.
+
+    Parameters
+    ----------
+    *statistics : GroupStatistics
+        At least one, of the same groups. The order does not matter beyond the last rounding. Those
+        of an empty part change nothing.
+
+    Returns
+    -------
+    GroupStatistics
+
+    Raises
+    ------
+    groupnorm.errors.ArgumentValueError, groupnorm.errors.ArgumentTypeError
+        If there are none, or if they are of different groups or libraries.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from groupnorm import group_statistics, merge_statistics
+    >>> a = group_statistics(np.array([[1.0, 1.0]]), num_groups=1)
+    >>> b = group_statistics(np.array([[4.0, 4.0]]), num_groups=1)
+    >>> merge_statistics(a, b).mean, merge_statistics(a, b).variance
+    (array([[2.5]]), array([[2.25]]))
+    """
+    if not statistics:
+        raise ArgumentValueError(
+            "merge_statistics() is given nothing to merge: pass at least one GroupStatistics, as "
+            "in merge_statistics(*parts)."
+        )
+    for i, part in enumerate(statistics):
+        check_statistics(f"statistics[{i}]", part)
+    return merge_values(adapter_of(statistics[0].mean, "statistics[0].mean"), statistics)
+
+
+def normalize(
+    x: ArrayT,
+    statistics: GroupStatistics,
+    scale: Any = None,
+    bias: Any = None,
+    *,
+    num_groups: int | None = 32,
+    group_size: int | None = None,
+    feature_axis: int | Sequence[int] = -1,
+    reduction_axes: int | Sequence[int] | None = None,
+    epsilon: float = 1e-6,
+    dtype: DTypeLike = None,
+    mask: MaskLike = None,
+) -> ArrayT:
+    r"""Normalize an array by statistics that were taken before, of it and of other parts.
+
+    .. math:: y = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} \cdot scale + bias
+
+    Parameters
+    ----------
+    x : array of shape (N, ..., C)
+        One part of the data.
+    statistics : GroupStatistics
+        Of all of it, from `merge_statistics`; or made by hand, of count, mean and m2.
+    scale, bias, num_groups, group_size, feature_axis, reduction_axes, epsilon, dtype
+        As of `group_norm`.
+    mask : array broadcastable to x, optional
+        As it was given to `group_statistics`: non-finite values that did not count are taken as 0.
+
+    Returns
+    -------
+    array of x's shape
+        Of the same library, on the same device. Differentiable, in JAX and PyTorch, also through
+        the statistics.
+
+    Raises
+    ------
+    groupnorm.errors.ArgumentValueError, groupnorm.errors.ArgumentTypeError
+        If the statistics are of other groups than x has, and as `group_norm`.
+
+    References
+    ----------
+    .. [1] Y. Wu and K. He, "Group Normalization", ECCV 2018, https://arxiv.org/abs/1803.08494
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from groupnorm import GroupStatistics, normalize
+    >>> known = GroupStatistics(count=4, mean=np.array([[10.0]]), m2=np.array([[16.0]]))
+    >>> normalize(np.array([[10.0, 14.0]]), known, num_groups=1, epsilon=0)
+    array([[0., 2.]])
+    """
+    options = make_options(
+        feature_axis=feature_axis,
+        num_groups=num_groups,
+        group_size=group_size,
+        reduction_axes=reduction_axes,
+        epsilon=epsilon,
+        dtype=dtype,
+        axis_name=None,
+        axis_index_groups=None,
+        use_fast_variance=False,
+    )
+    y: ArrayT = portable.normalize_by(adapter_of(x), x, statistics, scale, bias, mask, options)
+    return y

@@ -4,9 +4,8 @@ from typing import Any
 
 import array_api_compat
 
-from groupnorm.adapter import Adapter
+from groupnorm.adapter import Adapter, Planning
 from groupnorm.errors import ArgumentValueError
-from groupnorm.plan import Plan, make_plan
 
 __all__ = ["GenericAdapter", "generic_adapter_of"]
 
@@ -14,12 +13,10 @@ __all__ = ["GenericAdapter", "generic_adapter_of"]
 class GenericAdapter(Adapter):
     """The portable implementation on a library this package does not know."""
 
-    name = "generic"
-
     def __init__(self, xp: Any) -> None:
         super().__init__(xp)
         library = xp.__name__.removeprefix("array_api_compat.").split(".")[0]
-        self.name = library
+        self.label = library
         self.array_name = f"{library} arrays"
 
     def is_array(self, x: object) -> bool:
@@ -28,25 +25,22 @@ class GenericAdapter(Adapter):
             array_api_compat.is_array_api_obj(x) and array_api_compat.array_namespace(x) is self.xp
         )
 
-    def check_input(self, x: Any, argument: str = "x") -> None:
-        """Refuse sizes that are not known yet."""
+    def admit(self, x: Any, argument: str = "x") -> Any:
+        """Refuse sizes that are not known yet; drop Dask's empty chunks."""
         if any(not isinstance(size, int) for size in x.shape):
             raise ArgumentValueError(
                 f"{argument} has shape {x.shape} with unknown sizes: statistics need the number of "
                 f"elements. For Dask call {argument}.compute_chunk_sizes() first."
             )
-
-    def arrange(self, x: Any) -> Any:
-        """Drop Dask's empty chunks, in which its own max and min fail (2026.8)."""
         chunks = getattr(x, "chunks", ())
         if all(size for sizes in chunks for size in sizes):
             return x
+        # Dask's own max and min fail in empty chunks (2026.8).
         return x.rechunk(tuple(tuple(filter(None, sizes)) or (0,) for sizes in chunks))
 
-    def plan(self, *key: Any, sampled: bool) -> Plan:
-        """Leave blocks to the library: it may split an array along any axis."""
-        dask = array_api_compat.is_dask_namespace(self.xp)
-        return make_plan(*key, sampled=sampled and not dask, blocked=not dask)
+    def planning(self, shape: tuple[int, ...]) -> Planning:
+        """Leave blocks to Dask: it may split an array along any axis."""
+        return Planning(blocked_sums=not array_api_compat.is_dask_namespace(self.xp))
 
 
 _adapters: dict[str, GenericAdapter] = {}

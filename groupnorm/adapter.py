@@ -12,20 +12,27 @@ import array_api_compat
 import numpy as np
 
 from groupnorm.distributed.axis_names import bound
-from groupnorm.distributed.replicas import Replicas, over_all
+from groupnorm.distributed.replicas import Replicas
 from groupnorm.errors import ArgumentTypeError, AxisNameError
-from groupnorm.plan import Plan, make_plan
 
 if TYPE_CHECKING:
     from groupnorm.arguments import Options
     from groupnorm.typing import Array
 
-__all__ = ["Adapter", "Kernels", "NotServed", "library_of", "native", "not_an_array"]
+__all__ = [
+    "Adapter",
+    "Kernels",
+    "Planning",
+    "Unsupported",
+    "as_native_contiguous",
+    "library_of",
+    "not_an_array",
+]
 
 _log = logging.getLogger("groupnorm")
 
 
-class NotServed(NamedTuple):
+class Unsupported(NamedTuple):
     """Returned in place of a result: why an implementation does not compute a call."""
 
     reason: str
@@ -43,31 +50,42 @@ class Kernels:
     def __init__(self, why_none: str = "") -> None:
         self._why_none = why_none
 
-    def why_unavailable(self, device: str) -> NotServed | None:
+    def why_unavailable(self, device: str) -> Unsupported | None:
         """Return why no kernel runs on a device, one of `Adapter.devices`; None if they do.
 
         If installing something would change that, the reason names it. The answer is about ordinary
         float32 calls and costs an import at most: nothing is compiled for it.
         """
-        return NotServed(self._why_none)
+        return Unsupported(self._why_none)
 
     def forward(
         self, x: "Array", scale: "Array", bias: "Array", mask: Any, options: "Options"
     ) -> Any:
         """Return the result of a kernel, within the accuracy contract.
 
-        `NotServed` with the reason for every call that no kernel computes, wrong arguments
+        `Unsupported` with the reason for every call that no kernel computes, wrong arguments
         included, which the portable implementation names.
         """
-        return NotServed(self._why_none)
+        return Unsupported(self._why_none)
 
     def vjp(self, x: "Array", scale: "Array", bias: "Array", mask: Any, options: "Options") -> Any:
-        """Return the result and its pullback, or `NotServed`."""
-        return NotServed(self._why_none)
+        """Return the result and its pullback, or `Unsupported`."""
+        return Unsupported(self._why_none)
+
+
+class Planning(NamedTuple):
+    """What a plan for arrays of a library depends on besides their shape."""
+
+    #: False while a compiler traces with sizes it may change later.
+    static: bool = True
+    #: Whether neighbouring axes of one kind become one.
+    merge_axes: bool = True
+    #: Whether sums are taken in blocks of fixed size.
+    blocked_sums: bool = True
 
 
 class Adapter:
-    """What the implementation asks of an array library.
+    """What the implementation needs from an array library.
 
     Parameters
     ----------
@@ -75,15 +93,16 @@ class Adapter:
         The library's array API namespace.
     """
 
-    name: str
+    #: The library's name in messages, such as "PyTorch".
+    label: str
     #: What messages call its arrays.
     array_name: str
-    #: The word to pass to `to_backend`; empty where there is no layer of this library.
-    backend: ClassVar[str] = ""
+    #: What `backend=` and `to_backend` take; empty if there is no layer of this library.
+    name: ClassVar[str] = ""
     #: Whether the library may need intermediate arrays again after the call.
     has_autograd: ClassVar[bool] = True
-    #: Whether `native` computes anything.
-    has_native: ClassVar[bool] = False
+    #: Whether values can be read at no cost, and the computation may depend on them.
+    reads_values: ClassVar[bool] = False
     _kernels: Kernels | None = None
 
     def __init__(self, xp: Any) -> None:
@@ -95,50 +114,58 @@ class Adapter:
         """Whether x is this library's own (not merely convertible)."""
         raise NotImplementedError
 
-    def check_input(self, x: "Array", argument: str = "x") -> None:
-        """Refuse the kinds of array that would be computed wrongly."""
+    def admit(self, x: "Array", argument: str = "x") -> "Array":
+        """Return an input as the library can compute it, nearly always as it is.
 
-    def arrange(self, x: "Array") -> "Array":
-        """Return an input as the library can compute it: nearly always as it is."""
+        Raises
+        ------
+        ArgumentTypeError, ArgumentValueError
+            For the kinds of array that would be computed wrongly.
+        """
         return x
 
-    def plan(self, *key: Any, sampled: bool) -> Plan:
-        """Make or look up a plan."""
-        return make_plan(*key, sampled=sampled)
+    def planning(self, shape: tuple[int, ...]) -> Planning:
+        """Return what a plan for arrays of this shape depends on."""
+        return Planning()
 
     def device_of(self, x: "Array") -> Any:
         """Return the array's device; None while tracing."""
         return getattr(x, "device", None)
 
     def place(self, x: "Array", device: Any) -> "Array":
-        """Move an array, because the user said so."""
+        """Move an array to a device that the user named; None leaves it where it is."""
         return x if device is None else self.xp.asarray(x, device=device)
 
     def detach(self, x: "Array") -> "Array":
         """Return a value no gradient flows through."""
         return x
 
-    def known(self, x: "Array") -> bool | None:
-        """Return the value of a boolean scalar, where looking at it costs nothing; else None."""
+    def value_if_ready(self, x: "Array") -> bool | None:
+        """Return a boolean scalar's value if it is available without synchronization, else None."""
         return None
 
-    def surely_within(self, x: "Array", low: float, high: float) -> bool:
-        """Whether all values are known to lie in a range, so that a program may depend on it."""
-        return False
-
-    def settle(self, *values: "Array") -> "tuple[Array, ...]":
-        """Mark small arrays a compiler shall compute once, not in each element that uses them."""
+    def materialize(self, *values: "Array") -> "tuple[Array, ...]":
+        """Materialize small arrays: a compiler must not recompute them for every element."""
         return values
 
     def from_host(self, value: "np.ndarray[Any, Any]", like: "Array | None" = None) -> "Array":
         """Bring a NumPy array here with exactly its values, to the device of `like`."""
         device = None if like is None else self.device_of(like)
         dtype = self.dtype(value.dtype.name)
-        return self.xp.asarray(native(value), dtype=dtype, device=device)
+        return self.xp.asarray(as_native_contiguous(value), dtype=dtype, device=device)
 
     def to_host(self, x: "Array") -> "np.ndarray[Any, Any]":
         """Return the values as a NumPy array."""
         return np.asarray(x)
+
+    def sum_of_product(self, factors: "tuple[Array, ...]", axis: int) -> "Array":
+        """Sum one array, or the product of two, along an axis, which stays with length 1."""
+        x = factors[0] if len(factors) == 1 else factors[0] * factors[1]
+        return self.xp.sum(x, axis=axis, keepdims=True)
+
+    def erfc(self, x: "Array") -> "Array | None":
+        """Return 1 - erf(x), which is no part of the array API; None if the library has none."""
+        return None
 
     # Dtypes -----------------------------------------------------------------------------------
 
@@ -150,16 +177,12 @@ class Adapter:
         """Whether dtype is real floating, the small ones included."""
         return bool(self.xp.isdtype(dtype, "real floating"))
 
-    def is_floating(self, dtype: Any) -> bool:
-        """Whether dtype is real floating or complex, not integer or boolean."""
-        return self.is_real_floating(dtype) or self.is_complex(dtype)
-
     def dtype(self, name: str) -> Any:
         """Return this library's dtype of a name."""
         found = getattr(self.xp, name, None)
         if found is None:
             raise ArgumentTypeError(
-                f"dtype={name!r} is no dtype of {self.name}: choose one it has, such as 'float32'."
+                f"dtype={name!r} is no dtype of {self.label}: choose one it has, such as 'float32'."
             )
         return found
 
@@ -177,71 +200,54 @@ class Adapter:
             return dtype
         return self.xp.float32 if dtype == self.xp.complex64 else self.xp.float64
 
-    def smallest_normal(self, dtype: Any) -> float:
-        """Return the smallest number of full precision."""
-        return float(self.xp.finfo(dtype).smallest_normal)
-
-    def largest(self, dtype: Any) -> float:
-        """Return the largest finite number."""
-        return float(self.xp.finfo(dtype).max)
-
     def complex_from(self, real: "Array", imaginary: "Array") -> "Array":
-        """Put two real arrays together."""
+        """Combine real and imaginary parts."""
         xp = self.xp
         dtype = xp.complex64 if real.dtype == xp.float32 else xp.complex128
         return xp.astype(real, dtype) + xp.astype(imaginary, dtype) * 1j
 
-    # Sums -------------------------------------------------------------------------------------
-
-    def sum_of_product(self, factors: "tuple[Array, ...]", axis: int) -> "Array":
-        """Sum one array, or the product of two, along an axis, which stays with length 1."""
-        x = factors[0] if len(factors) == 1 else factors[0] * factors[1]
-        return self.xp.sum(x, axis=axis, keepdims=True)
-
-    def erfc(self, x: "Array") -> "Array | None":
-        """Return 1 - erf(x), which is no part of the array API; None where there is none."""
-        return None
-
     # Replicas ---------------------------------------------------------------------------------
 
     def replicas(self, axis_name: Any) -> Replicas:
-        """Find the replicas a name, a communicator or a tuple of them stands for, here."""
-        return over_all([self.replicas_of(communicator) for communicator in bound(axis_name)])
+        """Return the replicas a name, a communicator or a tuple of them stands for, here.
 
-    def replicas_of(self, communicator: Any) -> Replicas:
-        """Find the replicas of a communicator."""
+        Raises
+        ------
+        AxisNameError
+            If it stands for none.
+        """
         raise AxisNameError(
-            f"axis_name={communicator!r} cannot be used with {self.array_name}: {self.name} has no "
-            "replicas to pool statistics over, and statistics of this array alone would be wrong. "
-            "Use JAX, PyTorch, NumPy or CuPy arrays, or leave axis_name out."
+            f"axis_name={bound(axis_name)[0]!r} cannot be used with {self.array_name}: "
+            f"{self.label} has no replicas to pool statistics over, and statistics of this array "
+            "alone would be wrong. Use JAX, PyTorch, NumPy or CuPy arrays, or leave axis_name out."
         )
 
-    def over_shards(self, x: "Array") -> Any:
-        """Return what computes an array that says itself how it lies on several devices.
+    def sharded_call(self, x: "Array") -> Any:
+        """Return what computes an array whose type says how it lies on several devices.
 
-        None for all others: a function of `groupnorm.dispatch.compute` and its arguments.
+        None for all others; else a function of `groupnorm.dispatch.compute` and its arguments.
         """
         return None
 
     def is_sharded(self, x: "Array") -> bool:
-        """Whether x says itself that its parts lie on several devices."""
-        return self.over_shards(x) is not None
+        """Whether x's type says that its parts lie on several devices."""
+        return self.sharded_call(x) is not None
 
-    # Layers -----------------------------------------------------------------------------------
+    # Parameters, and where they live ----------------------------------------------------------
 
-    def hold(self, value: "Array", param_type: Any) -> Any:
+    def wrap_parameter(self, value: "Array", param_type: Any) -> Any:
         """Turn an array into a stored parameter."""
         return value if param_type is None else param_type(value)
 
-    def read(self, stored: Any) -> "Array":
+    def unwrap_parameter(self, stored: Any) -> "Array":
         """Turn a stored parameter into an array."""
         return stored if self.is_array(stored) else getattr(stored, "value", stored)
 
     def devices(self) -> tuple[str, ...]:
-        """Name the devices this library can compute on here."""
+        """Return the names of the devices this library can compute on here."""
         return ("cpu",)
 
-    # Other implementations --------------------------------------------------------------------
+    # Faster implementations, where there are any ----------------------------------------------
 
     @property
     def kernels(self) -> Kernels:
@@ -275,13 +281,13 @@ class Adapter:
     ) -> Any:
         """Return what the library's own group normalization computes, of its own accuracy.
 
-        `NotServed` with the reason for all others.
+        `Unsupported` with the reason for all others.
         """
-        return NotServed(f"{self.name} has no group normalization of its own")
+        return Unsupported(f"{self.label} has no group normalization of its own")
 
 
-def native(value: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
-    """Lay an array out as every library can read it: in order, in the machine's bytes."""
+def as_native_contiguous(value: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+    """Return the array C-contiguous and in native byte order, as every library can read it."""
     return np.ascontiguousarray(value, dtype=value.dtype.newbyteorder("="))
 
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from groupnorm.adapter import Adapter, NotServed, not_an_array
+from groupnorm.adapter import Adapter, Unsupported, not_an_array
 from groupnorm.errors import ArgumentValueError, BackendImportError
 from groupnorm.portable.group_norm import group_norm, group_norm_vjp
 from groupnorm.portable.inputs import check
@@ -179,9 +179,9 @@ def compute(
     ArgumentTypeError, ArgumentValueError
         If the arguments are wrong, or if the implementation asked for cannot compute the call.
     """
-    over_shards = adapter.over_shards(x)
-    if over_shards is not None:
-        return over_shards(compute, adapter, x, scale, bias, mask, options)
+    sharded_call = adapter.sharded_call(x)
+    if sharded_call is not None:
+        return sharded_call(compute, adapter, x, scale, bias, mask, options)
     wanted = options.implementation
     if wanted == "portable":
         return group_norm(adapter, x, scale, bias, mask, options)
@@ -191,7 +191,7 @@ def compute(
         found = _REPLICAS
     else:
         found = adapter.kernels.forward(x, scale, bias, mask, options)
-    if not isinstance(found, NotServed):
+    if not isinstance(found, Unsupported):
         return found
     if wanted is not None:
         _refuse(found, adapter, x, scale, bias, mask, options)
@@ -207,23 +207,23 @@ def compute_with_pullback(
         return group_norm_vjp(adapter, x, scale, bias, mask, options)
     found: Any
     if wanted == "native":
-        found = NotServed("the library's own comes without a pullback")
+        found = Unsupported("the library's own comes without a pullback")
     elif options.axis_name is not None:
         found = _REPLICAS
     else:
         found = adapter.kernels.vjp(x, scale, bias, mask, options)
-    if not isinstance(found, NotServed):
+    if not isinstance(found, Unsupported):
         return found  # type: ignore[no-any-return]
     if wanted is not None:
         _refuse(found, adapter, x, scale, bias, mask, options)
     return group_norm_vjp(adapter, x, scale, bias, mask, options)
 
 
-_REPLICAS = NotServed("statistics of replicas are pooled by the portable implementation")
+_REPLICAS = Unsupported("statistics of replicas are pooled by the portable implementation")
 
 
 def _refuse(
-    why: NotServed, adapter: Adapter, x: "Array", scale: "Array", bias: "Array", mask: Any,
+    why: Unsupported, adapter: Adapter, x: "Array", scale: "Array", bias: "Array", mask: Any,
     options: "Options",
 ) -> None:  # fmt: skip
     """Refuse to compute by another implementation than the one that was asked for."""
@@ -240,5 +240,5 @@ def implementations_on(adapter: Adapter, device: str) -> tuple[str, ...]:
     The library's own comes last: it computes only where it is asked for.
     """
     fused = ("fused",) if adapter.kernels.why_unavailable(device) is None else ()
-    native = ("native",) if adapter.has_native else ()
+    native = ("native",) if type(adapter).native is not Adapter.native else ()
     return (*fused, "portable", *native)

@@ -173,7 +173,7 @@ class Layer(Described):
         """Find who computes x: the array decides, and only a NumPy layer serves them all."""
         own, found = self._adapter, adapter_of(x)
         if found is not own and self._adapter_name != "numpy":
-            target = f"layer.to_backend({found.backend or 'numpy'!r})"
+            target = f"layer.to_backend({found.name or 'numpy'!r})"
             raise ArgumentTypeError(
                 f"x is of {found.array_name} and this layer's parameters are of {own.array_name}: "
                 f"nothing is moved between libraries unasked. Use {target}, or convert x."
@@ -395,9 +395,9 @@ class PlainGroupNorm(GroupNorm):
 
     def _setup(self, settings: Settings, scale: Array | None, bias: Array | None) -> None:
         self._settings = settings
-        hold = self._adapter.hold
-        self._scale = None if scale is None else hold(scale, settings.param_type)
-        self._bias = None if bias is None else hold(bias, settings.param_type)
+        wrap = self._adapter.wrap_parameter
+        self._scale = None if scale is None else wrap(scale, settings.param_type)
+        self._bias = None if bias is None else wrap(bias, settings.param_type)
 
     @property
     def scale(self) -> Array | None:
@@ -420,7 +420,7 @@ class PlainGroupNorm(GroupNorm):
     def _read(self, stored: Any) -> Array | None:
         # Without a param_type what is stored is meant, even a placeholder some tree has put there.
         plain = stored is None or self._settings.param_type is None
-        return stored if plain else self._adapter.read(stored)
+        return stored if plain else self._adapter.unwrap_parameter(stored)
 
     def _replacement(self, name: str, value: Array, used: bool) -> Any:
         if not used:
@@ -439,4 +439,4 @@ class PlainGroupNorm(GroupNorm):
                 f"{name} has shape {tuple(value.shape)}: this layer's parameters have "
                 f"shape {shape}. Reshape it."
             )
-        return adapter.hold(value, self._settings.param_type)
+        return adapter.wrap_parameter(value, self._settings.param_type)

@@ -240,7 +240,7 @@ def test_ranks_that_exchange_other_statistics(looked_at, monkeypatch):
         return gather_alike((np.zeros((2, 4), np.float32),), adapter, replicas, None)[0]
 
     if not looked_at:
-        monkeypatch.setattr(adapter, "known", lambda x: None)
+        monkeypatch.setattr(adapter, "value_if_ready", lambda x: None)
         assert np.isnan(exchange(mine)[1]).all()
     else:
         with pytest.raises(ArgumentValueError, match="on rank 0, and rank 1 exchanges others"):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from groupnorm import group_norm, group_norm_vjp
-from groupnorm.adapter import NotServed
+from groupnorm.adapter import Unsupported
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
 from tests import oracle
 from tests.backends import (
@@ -52,7 +52,7 @@ def serving(call):
 
     def checked(adapter, x, scale, bias, mask, options):
         found = call(adapter, x, scale, bias, mask, options)
-        if isinstance(found, NotServed) and options.implementation is None:
+        if isinstance(found, Unsupported) and options.implementation is None:
             raise AssertionError(f"not served: {found.reason}")
         return found
 
@@ -68,7 +68,7 @@ def jax(way, monkeypatch):
     monkeypatch.setattr(module, "device_count", lambda: 1)
     if way == "passes":
         kernels = importlib.import_module("groupnorm.backends.jax.primitives")
-        monkeypatch.setattr(kernels, "unavailable", lambda *_: NotServed("not now"))
+        monkeypatch.setattr(kernels, "unavailable", lambda *_: Unsupported("not now"))
         # They have no name: what is not asked for must be computed by them, or fail.
         monkeypatch.setitem(ASKED, "implementation", None)
         forms = importlib.import_module("groupnorm.backends.jax.fused")

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from groupnorm import available_backends, group_norm, group_norm_vjp
-from groupnorm.adapter import NotServed
+from groupnorm.adapter import Unsupported
 from groupnorm.backends.kernels.gpu import program as gpu
 from tests import oracle
 from tests.backends import CONTRACT, GRADIENT, Backend, assert_close, assert_gradient
@@ -114,7 +114,7 @@ def test_what_fails_is_told(jax, jax_gpu, monkeypatch, caplog):
     jax_gpu._launcher.cache_clear()
     if Backend.JAX_GPU.gpu_present():
         pytest.skip("there is a GPU: nothing fails")
-    assert isinstance(found, NotServed)
+    assert isinstance(found, Unsupported)
     assert "XLA's PTX call: " in found.reason
     assert "jax-triton: " in found.reason
     assert "cannot be launched" in caplog.text

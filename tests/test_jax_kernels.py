@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from groupnorm import group_norm, group_norm_vjp
-from groupnorm.adapter import NotServed
+from groupnorm.adapter import Unsupported
 from tests.backends import GRADIENT, assert_gradient
 
 pytestmark = pytest.mark.needs("jax")
@@ -289,7 +289,7 @@ def test_another_version_of_the_interface_is_left_alone(jax, monkeypatch, rng):
     try:
         monkeypatch.setattr(kernels, "_version", lambda: (1, 0))
         why = kernels.unavailable("float32", "float32", "float32")
-        assert isinstance(why, NotServed)
+        assert isinstance(why, Unsupported)
         assert "version (1, 0)" in why.reason
         text = jax.jit(lambda x: group_norm(x, scale, bias, **keywords)).lower(x).as_text()
         assert TARGET not in text

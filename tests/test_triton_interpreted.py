@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from groupnorm import group_norm, group_norm_vjp
-from groupnorm.adapter import NotServed
+from groupnorm.adapter import Unsupported
 from groupnorm.arguments import make_options
 from groupnorm.backends.kernels.gpu import program as gpu
 from groupnorm.backends.kernels.gpu import tiling as gpu_tiles
@@ -339,7 +339,7 @@ def test_what_is_of_another_library_is_not_for_cupy(cupy_on_the_host, rng):
         found = cupy_on_the_host.CupyKernels(numpy_as_cupy()).forward(
             x, scale, None, mask, options({"num_groups": 2})
         )
-        assert isinstance(found, NotServed)
+        assert isinstance(found, Unsupported)
 
 
 def numpy_as_cupy():

@@ -7,7 +7,9 @@ import cupy
 import numpy as np
 
 from groupnorm.adapter import Adapter, Kernels
-from groupnorm.distributed.replicas import Replicas
+from groupnorm.backends.cupy.nccl import replicas_of
+from groupnorm.distributed.axis_names import bound
+from groupnorm.distributed.replicas import Replicas, over_all
 from groupnorm.errors import ArgumentValueError, BackendImportError
 
 __all__ = ["CupyAdapter", "cupy_adapter"]
@@ -16,9 +18,9 @@ __all__ = ["CupyAdapter", "cupy_adapter"]
 class CupyAdapter(Adapter):
     """`cupy.ndarray` on any device."""
 
-    name = "CuPy"
+    label = "CuPy"
     array_name = "CuPy arrays"
-    backend = "cupy"
+    name = "cupy"
     has_autograd = False
 
     def is_array(self, x: object) -> bool:
@@ -46,11 +48,9 @@ class CupyAdapter(Adapter):
         """Put two real arrays together."""
         return real + 1j * imaginary
 
-    def replicas_of(self, communicator: Any) -> Replicas:
-        """Find the ranks of a communicator of NCCL, bare or cupyx.distributed's."""
-        from groupnorm.backends.cupy.nccl import replicas_of
-
-        return replicas_of(communicator)
+    def replicas(self, axis_name: Any) -> Replicas:
+        """Return the ranks of one or several communicators of NCCL."""
+        return over_all([replicas_of(communicator) for communicator in bound(axis_name)])
 
     def load_kernels(self) -> Kernels:
         """Return the calls of the kernels for GPUs."""

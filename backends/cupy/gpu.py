@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import cupy
 import numpy as np
 
-from groupnorm.adapter import Kernels, NotServed
+from groupnorm.adapter import Kernels, Unsupported
 from groupnorm.arguments import Options
 from groupnorm.backends.kernels.binding import bind
 from groupnorm.backends.kernels.gpu import program as gpu
@@ -60,22 +60,22 @@ class CupyKernels(Kernels):
         super().__init__()
         self._adapter = adapter
 
-    def why_unavailable(self, device: str) -> NotServed | None:
+    def why_unavailable(self, device: str) -> Unsupported | None:
         """Return why there are none: Triton is missing, or a first kernel failed."""
         return unavailable(int(device.partition(":")[2] or 0))
 
     def forward(self, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
-        """Return y, or `NotServed`."""
+        """Return y, or `Unsupported`."""
         call = _call(self._adapter, x, scale, bias, mask, options)
-        if isinstance(call, NotServed):
+        if isinstance(call, Unsupported):
             return call
         with x.device:
             return call.forward()[0]
 
     def vjp(self, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
-        """Return y and its pullback, or `NotServed`."""
+        """Return y and its pullback, or `Unsupported`."""
         call = _call(self._adapter, x, scale, bias, mask, options)
-        if isinstance(call, NotServed):
+        if isinstance(call, Unsupported):
             return call
         with x.device:
             # The caller may change parameters in place before the pullback is called.
@@ -109,14 +109,14 @@ def _pullback(
 
 def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
     if type(x) is not cupy.ndarray:
-        return NotServed(f"x is of type {type(x).__name__}")
+        return Unsupported(f"x is of type {type(x).__name__}")
     for name, a in (("scale", scale), ("bias", bias)):
         if a is not None and type(a) not in (cupy.ndarray, np.ndarray):
-            return NotServed(f"{name} is of type {type(a).__name__}")
+            return Unsupported(f"{name} is of type {type(a).__name__}")
     others: dict[str, Any] = {"scale": scale, "bias": bias, "mask": mask}
     for name, a in others.items():
         if isinstance(a, cupy.ndarray) and a.device != x.device:
-            return NotServed(f"{name} is on {a.device} and x on {x.device}")
+            return Unsupported(f"{name} is on {a.device} and x on {x.device}")
     why = unavailable(x.device.id)
     if why is not None:
         return why
@@ -129,7 +129,7 @@ def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Optio
             lambda given, work: _flat_mask(adapter, given, work),
             lambda given, neutral, work: _parameter(given),
         )  # fmt: skip
-        if isinstance(bound, NotServed):
+        if isinstance(bound, Unsupported):
             return bound
         arrays = {
             "x": in_memory(x, bound.work.layout, cupy), "scale": bound.scale, "bias": bound.bias,
@@ -144,10 +144,10 @@ def _parameter(parameter: Any) -> Any:
 
 def _flat_mask(adapter: Any, mask: Any, work: Work) -> Any:
     if not isinstance(mask, (cupy.ndarray, *HOST_MASKS)):
-        return NotServed("the mask is of another library")
+        return Unsupported("the mask is of another library")
     given = mask if isinstance(mask, cupy.ndarray) else cupy.asarray(host_mask(mask))
     if given.dtype.kind == "c":
-        return NotServed("the mask is complex")
+        return Unsupported("the mask is complex")
     return flat_mask(given != 0, work.layout, adapter.xp)
 
 
@@ -205,6 +205,6 @@ def _compute(device: int, array: Any, program: gpu.Program) -> Any:
 _trials = Trials("CuPy", lambda device: lacking(_capability(device)), captures, _compute)
 
 
-def unavailable(device: int) -> NotServed | None:
+def unavailable(device: int) -> Unsupported | None:
     """Say why no kernels run on a device, if so. The first time one is tried out."""
     return _trials.unavailable(device)

@@ -7,11 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from groupnorm.adapter import Adapter, Kernels, native
+from groupnorm.adapter import Adapter, Kernels, Planning, as_native_contiguous
 from groupnorm.backends.jax.sharding import explicit_axes, over_shards
 from groupnorm.distributed.replicas import Replicas
 from groupnorm.errors import ArgumentValueError, AxisNameError
-from groupnorm.plan import Plan, make_plan
 
 __all__ = ["JaxAdapter", "jax_adapter"]
 
@@ -19,9 +18,9 @@ __all__ = ["JaxAdapter", "jax_adapter"]
 class JaxAdapter(Adapter):
     """`jax.numpy` is an array API namespace itself; tracers are arrays."""
 
-    name = "JAX"
+    label = "JAX"
     array_name = "JAX arrays"
-    backend = "jax"
+    name = "jax"
 
     def is_array(self, x: object) -> bool:
         """Whether x is an array or a tracer."""
@@ -31,11 +30,11 @@ class JaxAdapter(Adapter):
         """Leave placement to JAX: tracers have no device, and JAX itself refuses to mix them."""
         return None
 
-    def plan(self, *key: Any, sampled: bool) -> Plan:
-        """Keep axes apart where one of them may lie on several devices, which jit does not tell."""
-        return make_plan(*key, sampled=sampled, merging=jax.device_count() == 1)
+    def planning(self, shape: tuple[int, ...]) -> Planning:
+        """Keep axes apart if one may lie on several devices, which tracers do not state."""
+        return Planning(merge_axes=jax.device_count() == 1)
 
-    def over_shards(self, x: Any) -> Any:
+    def sharded_call(self, x: Any) -> Any:
         """Leave it to the compiler, where shardings are parts of types."""
         # Not only axes that x's own sharding names: those a vmap has taken away lie somewhere too.
         return over_shards if explicit_axes(x) else None
@@ -54,7 +53,7 @@ class JaxAdapter(Adapter):
         """Stop gradients."""
         return lax.stop_gradient(x)
 
-    def settle(self, *values: Any) -> tuple[Any, ...]:
+    def materialize(self, *values: Any) -> tuple[Any, ...]:
         """End in a reduction, which XLA does not fuse into the loops over all elements.
 
         Fused, the whole chain of small operations before it is computed again for every element,
@@ -81,7 +80,7 @@ class JaxAdapter(Adapter):
                 "jax.config.update('jax_enable_x64', True) first, or use "
                 "32-bit parameters."
             )
-        return jnp.asarray(native(value))
+        return jnp.asarray(as_native_contiguous(value))
 
     def dtype(self, name: str) -> Any:
         """Return the dtype, 32 bits wide where JAX is set up so."""
@@ -120,12 +119,12 @@ class JaxAdapter(Adapter):
             ) from error
         return Replicas(index, size, lambda x: lax.psum(x, axis_name))
 
-    def read(self, stored: Any) -> Any:
+    def unwrap_parameter(self, stored: Any) -> Any:
         """Unwrap; nnx is about to drop `.value`, brainstate has nothing else."""
         if self.is_array(stored):
             return stored
         get_value = getattr(stored, "get_value", None)
-        return super().read(stored) if get_value is None else get_value()
+        return super().unwrap_parameter(stored) if get_value is None else get_value()
 
     def devices(self) -> tuple[str, ...]:
         """Name JAX's devices."""

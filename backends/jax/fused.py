@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from groupnorm.adapter import Kernels, NotServed
+from groupnorm.adapter import Kernels, Unsupported
 from groupnorm.arguments import Options
 from groupnorm.backends.jax import primitives as jax_kernels
 from groupnorm.backends.jax.xla_passes import Spec, normalize
@@ -23,12 +23,14 @@ from groupnorm.typing import Gradients
 __all__ = ["JaxKernels", "unavailable"]
 
 
-def unavailable() -> NotServed | None:
+def unavailable() -> Unsupported | None:
     """Say why nothing is computed here, by kernels or passes, if so."""
     if jax.default_backend() not in ("cpu", "gpu"):
-        return NotServed("this form is for JAX's CPU and GPU backends; the default is another here")
+        return Unsupported(
+            "this form is for JAX's CPU and GPU backends; the default is another here"
+        )
     if jax.device_count() > 1:
-        return NotServed(
+        return Unsupported(
             f"JAX has {jax.device_count()} devices, and kernels are for arrays on one: let it see "
             "one (CUDA_VISIBLE_DEVICES=0; on a CPU, no xla_force_host_platform_device_count)"
         )
@@ -42,20 +44,20 @@ class JaxKernels(Kernels):
         super().__init__()
         self._adapter = adapter
 
-    def why_unavailable(self, device: str) -> NotServed | None:
+    def why_unavailable(self, device: str) -> Unsupported | None:
         """Return why there are none on JAX's default devices, whichever device is named."""
         why = unavailable()
         return jax_kernels.missing() if why is None else why
 
     def forward(self, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
-        """Return y, or `NotServed`."""
+        """Return y, or `Unsupported`."""
         call = _call(self._adapter, x, scale, bias, mask, options)
-        return call if isinstance(call, NotServed) else normalized(call[0], *call[1])
+        return call if isinstance(call, Unsupported) else normalized(call[0], *call[1])
 
     def vjp(self, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
-        """Return y and its pullback, or `NotServed`."""
+        """Return y and its pullback, or `Unsupported`."""
         call = _call(self._adapter, x, scale, bias, mask, options)
-        if isinstance(call, NotServed):
+        if isinstance(call, Unsupported):
             return call
         spec, arrays = call
         if spec.kernels:
@@ -131,36 +133,36 @@ def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Optio
     why = unavailable()
     if why is not None:
         return why
-    if adapter.over_shards(x) is not None:
-        return NotServed("x has a sharding by its type")
+    if adapter.sharded_call(x) is not None:
+        return Unsupported("x has a sharding by its type")
     if not x.size:
-        return NotServed("there is nothing to compute")
+        return Unsupported("there is nothing to compute")
     checked = check(adapter, x, scale, bias, mask, options)
     scale, bias, mask, plan = checked.scale, checked.bias, checked.mask, checked.plan
     for a in (x, scale, bias):
         if a is not None and not adapter.is_real_floating(a.dtype):
-            return NotServed(
+            return Unsupported(
                 f"x or a parameter is of {a.dtype}: the kernels are for the real floating dtypes "
                 "float32, float16 and bfloat16"
             )
     if any(_varies(a) for a in (x, scale, bias, mask)):
-        return NotServed("a shard_map checks over which of its axes values vary")
+        return Unsupported("a shard_map checks over which of its axes values vary")
     kinds, dtypes = plan.roles, (x.dtype, checked.work_dtype, checked.result_dtype)
     if kinds not in layouts.ROLES:
-        return NotServed(f"the axes' order is {kinds} (kept, positions, channels)")
+        return Unsupported(f"the axes' order is {kinds} (kept, positions, channels)")
     positions = plan.merged_shape[kinds.index("P")] if "P" in kinds else 1
     no_kernels = jax_kernels.unavailable(*dtypes)
     if no_kernels is not None and jax.default_backend() == "gpu":
         return no_kernels  # the passes are made for CPUs
     if no_kernels is not None and positions < FEW_POSITIONS:
-        return NotServed(
+        return Unsupported(
             f"{positions} positions are too few for passes, and kernels there are none: "
             f"{no_kernels.reason}"
         )
     if mask is not None:
         channel_axes = mask.shape[plan.channel : len(mask.shape) - len(kinds) + plan.channel + 1]
         if math.prod(channel_axes) > 1:
-            return NotServed("the mask tells channels apart")
+            return Unsupported("the mask tells channels apart")
         sizes = [mask.shape[0] if "K" in kinds else 1, mask.size]
         mask = mask.reshape(sizes[0], sizes[1] // sizes[0])
     if no_kernels is not None and options.implementation == "fused":

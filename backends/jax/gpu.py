@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from groupnorm.adapter import NotServed
+from groupnorm.adapter import Unsupported
 from groupnorm.backends.jax.xla_passes import Spec
 from groupnorm.backends.kernels.gpu import program as gpu
 from groupnorm.backends.kernels.gpu.build import POINTERS, build, kernel_of
@@ -34,13 +34,13 @@ _NOTHING = jax.ShapeDtypeStruct((16,), np.uint8)
 _log = logging.getLogger("groupnorm")
 
 
-def missing() -> NotServed | None:
+def missing() -> Unsupported | None:
     """Say what the kernels lack on this machine, if anything."""
     why = no_triton()
     if why is not None:
         return why
     found = _launcher()
-    return found if isinstance(found, NotServed) else None
+    return found if isinstance(found, Unsupported) else None
 
 
 # The computation ----------------------------------------------------------------------------------
@@ -148,10 +148,10 @@ def _capability() -> int:
 
 
 @lru_cache(maxsize=1)
-def _launcher() -> Launcher | NotServed:
+def _launcher() -> Launcher | Unsupported:
     """Return what launches kernels here: the first that computes the right numbers."""
     if jax.default_backend() != "gpu":
-        return NotServed("these kernels are for GPUs, and JAX's default device is none")
+        return Unsupported("these kernels are for GPUs, and JAX's default device is none")
     why = lacking(_capability())
     if why is not None:
         return why
@@ -165,7 +165,7 @@ def _launcher() -> Launcher | NotServed:
             return launcher
     told = "; ".join(failures)
     _log.warning("groupnorm's kernels cannot be launched by JAX here: %s", told)
-    return NotServed(f"JAX cannot launch the kernels here ({told})")
+    return Unsupported(f"JAX cannot launch the kernels here ({told})")
 
 
 def _try(launcher: Launcher) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 
 from groupnorm.layer import PlainGroupNorm
+from groupnorm.layer_config import Settings
 
 __all__ = ["JaxGroupNorm"]
 
@@ -16,6 +17,14 @@ class JaxGroupNorm(PlainGroupNorm):
     """
 
     _adapter_name = "jax"
+
+    def _setup(self, settings: Settings, scale: Any, bias: Any) -> None:
+        if getattr(settings.param_type, "__module__", "").startswith("flax."):
+            from flax import nnx
+
+            # An nnx module takes a pytree of Params as data only if it knows its class.
+            nnx.register_data_type(JaxGroupNorm)
+        super()._setup(settings, scale, bias)
 
     def _flatten(self) -> tuple[tuple[Any, ...], Any]:
         return (self._scale, self._bias), self._settings

@@ -20,7 +20,7 @@ from jax import lax
 from jax.core import ShapedArray
 from jax.interpreters import ad, batching, mlir
 
-from groupnorm.adapter import NotServed
+from groupnorm.adapter import Unsupported
 from groupnorm.backends.jax import gpu as jax_gpu
 from groupnorm.backends.jax import xla_passes as jax_passes
 from groupnorm.backends.jax.xla_passes import Spec
@@ -36,11 +36,11 @@ __all__ = ["missing", "normalize", "normalize_keeping", "pull_back", "unavailabl
 _TARGET = "groupnorm_cpu_kernel"
 
 
-def unavailable(x_dtype: Any, work_dtype: Any, result_dtype: Any) -> NotServed | None:
+def unavailable(x_dtype: Any, work_dtype: Any, result_dtype: Any) -> Unsupported | None:
     """Say why the kernels do not compute this, if so."""
     names = [jnp.dtype(dtype).name for dtype in (x_dtype, result_dtype)]
     if jnp.dtype(work_dtype) != jnp.float32 or not set(names) <= set(DTYPES):
-        return NotServed(
+        return Unsupported(
             f"x of {names[0]} to a result of {names[1]}, computed in {jnp.dtype(work_dtype).name}: "
             "the kernels are for float32, float16 and bfloat16, computed in float32"
         )
@@ -50,7 +50,7 @@ def unavailable(x_dtype: Any, work_dtype: Any, result_dtype: Any) -> NotServed |
     return _interface() if why is None else why
 
 
-def missing() -> NotServed | None:
+def missing() -> Unsupported | None:
     """Say what the kernels lack on this machine, if anything.
 
     On a GPU a first kernel is tried out for that.
@@ -58,18 +58,18 @@ def missing() -> NotServed | None:
     return jax_gpu.missing() if jax.default_backend() == "gpu" else _missing_on_cpu()
 
 
-def _missing_on_cpu() -> NotServed | None:
+def _missing_on_cpu() -> Unsupported | None:
     why = cpu.unavailable(float16=False)
     if why is not None:
         return why
     found = _version()
     if found != cpu.kernels("xla_handler").API:
-        return NotServed(f"XLA's foreign function interface has version {found} here")
+        return Unsupported(f"XLA's foreign function interface has version {found} here")
     return None
 
 
 @lru_cache(maxsize=1)
-def _interface() -> NotServed | None:
+def _interface() -> Unsupported | None:
     """Register the CPU's handler, if XLA's interface is the one it was written for."""
     why = _missing_on_cpu()
     if why is None:

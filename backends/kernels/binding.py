@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from groupnorm.adapter import NotServed
+from groupnorm.adapter import Unsupported
 from groupnorm.errors import GroupNormError
 
 __all__ = ["Bound", "bind"]
@@ -25,32 +25,32 @@ def bind(
     mask: Any,
     to_mask: Callable[[Any, Any], Any],
     to_parameter: Callable[[Any, float, Any], Any],
-) -> Bound | NotServed:
+) -> Bound | Unsupported:
     """Check a call's arrays against its planned work, and make them what kernels read.
 
     Parameters
     ----------
-    work : Work or NotServed
+    work : Work or Unsupported
         What `planned` returned for x.
     scale, bias, mask : array or None
         As given.
     to_mask : callable
-        Takes a mask and the work, returns `layout.flat_mask` of it or `NotServed`.
+        Takes a mask and the work, returns `layout.flat_mask` of it or `Unsupported`.
     to_parameter : callable
         Takes a parameter or None, its neutral value and the work.
     """
-    if isinstance(work, NotServed):
+    if isinstance(work, Unsupported):
         return work
     shapes = work.parameter_shapes
     if (scale is not None and scale.shape not in shapes) or (
         bias is not None and bias.shape not in shapes
     ):
-        return NotServed("a parameter does not have the shape of the feature axes")
+        return Unsupported("a parameter does not have the shape of the feature axes")
     if mask is not None:
         try:
             mask = to_mask(mask, work)
         except GroupNormError as error:  # which the portable implementation raises as well
-            return NotServed(str(error))
-        if isinstance(mask, NotServed):
+            return Unsupported(str(error))
+        if isinstance(mask, Unsupported):
             return mask
     return Bound(work, to_parameter(scale, 1.0, work), to_parameter(bias, 0.0, work), mask)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import array_api_compat.numpy as numpy_namespace
 
-from groupnorm.adapter import NotServed
+from groupnorm.adapter import Unsupported
 from groupnorm.arguments import Options
 from groupnorm.backends.kernels.variants import DTYPES
 from groupnorm.plan import Plan, make_plan, product
@@ -82,13 +82,13 @@ class _Typed(NamedTuple):
     dtype: Any
 
 
-def kinds_of(adapter: Any, x: Any, scale: Any, bias: Any, options: Options) -> Kinds | NotServed:
+def kinds_of(adapter: Any, x: Any, scale: Any, bias: Any, options: Options) -> Kinds | Unsupported:
     """Say how arrays of these dtypes are computed; None for a parameter there is not."""
     # A constant from the host has NumPy's, in any byte order.
     names: list[Any] = [None if d is None else _name(d) for d in (x, scale, bias)]
     if not all(n is None or n in DTYPES or n.startswith("float8") for n in names):
         parameters = ", ".join(n for n in names[1:] if n)
-        return NotServed(
+        return Unsupported(
             f"x of {names[0]}{parameters and f' with parameters of {parameters}'}: the kernels are "
             "for the real floating dtypes float32, float16 and bfloat16"
         )
@@ -96,7 +96,7 @@ def kinds_of(adapter: Any, x: Any, scale: Any, bias: Any, options: Options) -> K
     work, _, result = dtypes_of(adapter, typed[0], typed[1], typed[2], options)
     kinds = Kinds(names[0], _name(result), result)
     if _name(work) != "float32" or kinds.x not in DTYPES or kinds.result not in DTYPES:
-        return NotServed(
+        return Unsupported(
             f"x of {kinds.x} to a result of {kinds.result}, computed in {_name(work)}: the kernels "
             "are for float32, float16 and bfloat16, computed in float32"
         )
@@ -132,7 +132,7 @@ def _dense(order: tuple[int, ...], shape: tuple[int, ...], strides: tuple[int, .
 
 def layout_of(
     shape: tuple[int, ...], strides: tuple[int, ...], options: Options
-) -> Layout | NotServed:
+) -> Layout | Unsupported:
     """Say how the kernels see an array of this shape and memory, or why they do not.
 
     Raises
@@ -145,7 +145,7 @@ def layout_of(
         shape, options.feature, *groups, options.reduction, options.feature_shape, sampled=False
     )
     if 0 in shape:
-        return NotServed("there is nothing to compute")
+        return Unsupported("there is nothing to compute")
     own = tuple(range(len(shape)))
     order = memory_order(shape, strides) or own
     features = [
@@ -161,7 +161,7 @@ def layout_of(
     if there.permutation is not None or roles not in ROLES:
         letters = ["C" if i in features else "P" if i in reduced else "K" for i in own]
         found = "".join(letter for letter, _ in groupby(letters))
-        return NotServed(
+        return Unsupported(
             "in memory, channels and positions must each lie together after the kept axes; here "
             f"the order is {found} (C channels, P positions, K kept axes). Where x's own order is "
             "one of these, a contiguous copy is served"
@@ -185,12 +185,12 @@ def layout_of(
 def flat_mask(mask: Any, layout: Layout, xp: Any = numpy_namespace) -> Any:
     """Bring a boolean mask of the library of `xp` to bytes: (1 or samples) * positions.
 
-    `NotServed` where it tells channels apart, or does not broadcast.
+    `Unsupported` where it tells channels apart, or does not broadcast.
     """
     shape = layout.shape
     full = (1,) * (len(shape) - mask.ndim) + tuple(mask.shape)
     if len(full) > len(shape) or any(m not in (1, n) for m, n in zip(full, shape, strict=True)):
-        return NotServed("the mask does not broadcast to x")
+        return Unsupported("the mask does not broadcast to x")
     plan = layout.plan
     mask = xp.reshape(mask, full)
     if layout.order is not None:
@@ -198,7 +198,7 @@ def flat_mask(mask: Any, layout: Layout, xp: Any = numpy_namespace) -> Any:
     _, broadcast, work = plan.mask_shapes(tuple(mask.shape))
     at = slice(plan.channel, plan.channel + (1 if plan.two_stages else 2))
     if product(work[at]) != 1:
-        return NotServed("the mask tells channels apart")
+        return Unsupported("the mask tells channels apart")
     kept = plan.roles.count("K")
     rest = [*work[: at.start], *work[at.stop :]]
     samples = rest[0] if kept else 1

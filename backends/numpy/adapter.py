@@ -6,7 +6,9 @@ import array_api_compat.numpy as xp
 import numpy as np
 
 from groupnorm.adapter import Adapter, Kernels
-from groupnorm.distributed.replicas import Replicas
+from groupnorm.backends.numpy.mpi import replicas_of
+from groupnorm.distributed.axis_names import bound
+from groupnorm.distributed.replicas import Replicas, over_all
 from groupnorm.dtypes import small_float
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
 
@@ -16,16 +18,17 @@ __all__ = ["NumpyAdapter", "numpy_adapter"]
 class NumpyAdapter(Adapter):
     """NumPy arrays, those with ml_dtypes' small floats included."""
 
-    name = "NumPy"
+    label = "NumPy"
     array_name = "NumPy arrays"
-    backend = "numpy"
+    name = "numpy"
     has_autograd = False
+    reads_values = True
 
     def is_array(self, x: object) -> bool:
         """Whether x is an ndarray or a NumPy scalar."""
         return isinstance(x, np.ndarray | np.generic)
 
-    def check_input(self, x: Any, argument: str = "x") -> None:
+    def admit(self, x: Any, argument: str = "x") -> Any:
         """Refuse the subclasses that would give a wrong answer without a word."""
         if isinstance(x, np.ma.MaskedArray):
             raise ArgumentTypeError(
@@ -42,6 +45,7 @@ class NumpyAdapter(Adapter):
                 f"{argument} has dtype {x.dtype}: numbers are needed. Convert it with "
                 f"{argument}.astype('float32')."
             )
+        return x
 
     def place(self, x: Any, device: Any) -> Any:
         """Accept the only device there is."""
@@ -60,13 +64,9 @@ class NumpyAdapter(Adapter):
         """Nothing to do."""
         return value
 
-    def known(self, x: Any) -> bool | None:
-        """Look."""
+    def value_if_ready(self, x: Any) -> bool | None:
+        """Return the value; NumPy is eager."""
         return bool(x)
-
-    def surely_within(self, x: Any, low: float, high: float) -> bool:
-        """Look."""
-        return bool(np.all((x >= low) & (x <= high)))
 
     def is_complex(self, dtype: Any) -> bool:
         """Whether dtype is complex."""
@@ -105,11 +105,9 @@ class NumpyAdapter(Adapter):
         operands = [o for factor in factors for o in (factor, axes)]
         return np.einsum(*operands, axes[:axis] + axes[axis + 1 :]).reshape(kept)
 
-    def replicas_of(self, communicator: Any) -> Replicas:
-        """Find the ranks of an mpi4py communicator."""
-        from groupnorm.backends.numpy.mpi import replicas_of
-
-        return replicas_of(communicator)
+    def replicas(self, axis_name: Any) -> Replicas:
+        """Return the ranks of one or several mpi4py communicators."""
+        return over_all([replicas_of(communicator) for communicator in bound(axis_name)])
 
     def dtype(self, name: str) -> Any:
         """Return NumPy's dtype of a name, or ml_dtypes'."""

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from groupnorm.adapter import Kernels, NotServed
+from groupnorm.adapter import Kernels, Unsupported
 from groupnorm.arguments import Options
 from groupnorm.backends.kernels.binding import bind
 from groupnorm.backends.kernels.cpu import availability
@@ -48,19 +48,19 @@ class NumpyKernels(Kernels):
         super().__init__()
         self._adapter = adapter
 
-    def why_unavailable(self, device: str) -> NotServed | None:
+    def why_unavailable(self, device: str) -> Unsupported | None:
         """Return why there are none: numba is missing, or cannot compile here."""
         return availability.unavailable(float16=False)
 
     def forward(self, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
-        """Return y, or `NotServed`."""
+        """Return y, or `Unsupported`."""
         call = _call(self._adapter, x, scale, bias, mask, options)
-        return call if isinstance(call, NotServed) else call.forward()[0]
+        return call if isinstance(call, Unsupported) else call.forward()[0]
 
     def vjp(self, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
-        """Return y and its pullback, or `NotServed`."""
+        """Return y and its pullback, or `Unsupported`."""
         call = _call(self._adapter, x, scale, bias, mask, options)
-        if isinstance(call, NotServed):
+        if isinstance(call, Unsupported):
             return call
         # The caller may change parameters in place before the pullback is called.
         call = call._replace(scale=call.scale.copy(), bias=call.bias.copy())
@@ -101,15 +101,15 @@ def _as_parameter(gradient: Any, parameter: Any) -> Any:
 
 def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
     if type(x) is not np.ndarray or not x.dtype.isnative:
-        return NotServed(f"x is of type {type(x).__name__}, or not in the machine's byte order")
+        return Unsupported(f"x is of type {type(x).__name__}, or not in the machine's byte order")
     for parameter in (scale, bias):
         if parameter is not None and type(parameter) is not np.ndarray:
-            return NotServed("a parameter is no plain NumPy array")
+            return Unsupported("a parameter is no plain NumPy array")
     strides = tuple(s // x.itemsize for s in x.strides)
     dtypes = (None if p is None else p.dtype for p in (scale, bias))
     work = planned(adapter, x.shape, strides, x.dtype, *dtypes, options)
     bound = bind(work, scale, bias, mask, _flat_mask, _flat_parameter)
-    if isinstance(bound, NotServed):
+    if isinstance(bound, Unsupported):
         return bound
     x = in_memory(x, bound.work.layout, np)
     return _Call(bound.work, x, bound.scale, bound.bias, bound.mask)

@@ -8,14 +8,15 @@ import array_api_compat.torch as xp
 import numpy as np
 import torch
 
-from groupnorm.adapter import Adapter, Kernels, native
+from groupnorm.adapter import Adapter, Kernels, Planning, as_native_contiguous
 from groupnorm.arguments import Options
 from groupnorm.backends.torch.internals import is_wrapped
 from groupnorm.backends.torch.native import functional
-from groupnorm.distributed.replicas import Replicas
+from groupnorm.backends.torch.process_groups import replicas_of
+from groupnorm.distributed.axis_names import bound
+from groupnorm.distributed.replicas import Replicas, over_all
 from groupnorm.dtypes import small_float
 from groupnorm.errors import ArgumentValueError
-from groupnorm.plan import Plan, make_plan, make_plan_uncached
 
 __all__ = ["TorchAdapter", "torch_adapter"]
 
@@ -23,22 +24,20 @@ __all__ = ["TorchAdapter", "torch_adapter"]
 class TorchAdapter(Adapter):
     """Tensors, their subclasses and `torch.nn.Parameter`."""
 
-    name = "PyTorch"
+    label = "PyTorch"
     array_name = "PyTorch tensors"
-    backend = "torch"
-    has_native = True
+    name = "torch"
 
     def is_array(self, x: object) -> bool:
         """Whether x is a tensor."""
         return isinstance(x, torch.Tensor)
 
-    def plan(self, *key: Any, sampled: bool) -> Plan:
-        """Keep sizes open while compiling, and keep away from the cache then."""
-        if torch.compiler.is_compiling() or any(isinstance(n, torch.SymInt) for n in key[0]):
+    def planning(self, shape: tuple[int, ...]) -> Planning:
+        """Keep sizes open while compiling."""
+        if torch.compiler.is_compiling() or any(isinstance(n, torch.SymInt) for n in shape):
             # Blocks hold for a range of sizes only, and an exported program is for all of them.
-            blocked = not torch.compiler.is_exporting()
-            return make_plan_uncached(*key, sampled=False, static=False, blocked=blocked)
-        return make_plan(*key, sampled=sampled)
+            return Planning(static=False, blocked_sums=not torch.compiler.is_exporting())
+        return Planning()
 
     def place(self, x: Any, device: Any) -> Any:
         """Move a tensor."""
@@ -55,8 +54,8 @@ class TorchAdapter(Adapter):
         """Cut from the graph."""
         return x.detach()
 
-    def known(self, x: Any) -> bool | None:
-        """Look, but while compiling, inside of torch.func's transforms, and on a device."""
+    def value_if_ready(self, x: Any) -> bool | None:
+        """Return the value, or None while compiling, under torch.func, or on an accelerator."""
         if torch.compiler.is_compiling() or x.device.type != "cpu" or is_wrapped(x):
             return None
         return bool(x)
@@ -66,7 +65,7 @@ class TorchAdapter(Adapter):
         device = None if like is None else like.device
         if torch.compiler.is_compiling():  # which cannot trace what is asked of the array below
             return torch.as_tensor(value, device=device)
-        dtype, value = self.dtype(value.dtype.name), native(value)
+        dtype, value = self.dtype(value.dtype.name), as_native_contiguous(value)
         if value.dtype.kind != "V":
             return torch.tensor(value, dtype=dtype, device=device)
         bits = value.view(np.int16 if value.dtype.itemsize == 2 else np.uint8)
@@ -97,14 +96,11 @@ class TorchAdapter(Adapter):
         """Put two real tensors together."""
         return torch.complex(real, imaginary)
 
-    def replicas_of(self, communicator: Any) -> Replicas:
-        """Find the ranks of a process group, or of a mesh that has one."""
-        # Here, since torch.distributed takes a while to import.
-        from groupnorm.backends.torch.process_groups import replicas_of
+    def replicas(self, axis_name: Any) -> Replicas:
+        """Return the ranks of one or several process groups, or meshes that have one."""
+        return over_all([replicas_of(communicator) for communicator in bound(axis_name)])
 
-        return replicas_of(communicator)
-
-    def over_shards(self, x: Any) -> Any:
+    def sharded_call(self, x: Any) -> Any:
         """Compute a DTensor by its local shards."""
         if type(x) is torch.Tensor:
             return None
@@ -126,7 +122,7 @@ class TorchAdapter(Adapter):
         """Compute by `torch.nn.functional.group_norm`."""
         return functional(x, scale, bias, mask, options)
 
-    def hold(self, value: Any, param_type: Any) -> Any:
+    def wrap_parameter(self, value: Any, param_type: Any) -> Any:
         """Make a Parameter, or what is asked for."""
         return (torch.nn.Parameter if param_type is None else param_type)(value)
 

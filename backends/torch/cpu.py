@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from groupnorm.adapter import NotServed
+from groupnorm.adapter import Unsupported
 from groupnorm.arguments import Options
 from groupnorm.backends.kernels.binding import bind
 from groupnorm.backends.kernels.cpu import availability
@@ -74,23 +74,23 @@ class Call(NamedTuple):
 class CpuEngine:
     """The kernels for CPUs, in PyTorch's threads."""
 
-    def why_unavailable(self, device: torch.device, float16: bool = False) -> NotServed | None:
+    def why_unavailable(self, device: torch.device, float16: bool = False) -> Unsupported | None:
         """Return why no kernel runs on CPUs here; None if they do."""
         return availability.unavailable(float16)
 
     def bind(
         self, adapter: Any, x: torch.Tensor, scale: Any, bias: Any, mask: Any, options: Options
-    ) -> Call | NotServed:
+    ) -> Call | Unsupported:
         """Return the call; x and parameters that are tensors are plain ones."""
         for parameter in (scale, bias):
             if isinstance(parameter, torch.Tensor) and not parameter.is_cpu:
-                return NotServed("a parameter is on another device than x")
+                return Unsupported("a parameter is on another device than x")
         work = planned(
             adapter, x.shape, x.stride(), x.dtype, None if scale is None else scale.dtype,
             None if bias is None else bias.dtype, options, _TEAM,
         )  # fmt: skip
         bound = bind(work, scale, bias, mask, _flat_mask, _flat_parameter)
-        if isinstance(bound, NotServed):
+        if isinstance(bound, Unsupported):
             return bound
         return Call(adapter, options, bound.work, mask, bound.mask, bound.scale, bound.bias)
 
@@ -113,10 +113,10 @@ def _flat_parameter(parameter: Any, neutral: float, work: Work) -> Any:
 def _flat_mask(mask: Any, work: Work) -> Any:
     if isinstance(mask, torch.Tensor):
         if not is_plain(mask) or not mask.is_cpu or mask.is_complex():
-            return NotServed("the mask is no plain tensor on the CPU, or complex")
+            return Unsupported("the mask is no plain tensor on the CPU, or complex")
         return flat_mask((mask.detach() != 0).numpy(), work.layout)
     if not isinstance(mask, HOST_MASKS):
-        return NotServed("the mask is of another library")
+        return Unsupported("the mask is of another library")
     return flat_mask(host_mask(mask), work.layout)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from groupnorm.adapter import NotServed
+from groupnorm.adapter import Unsupported
 from groupnorm.arguments import Options
 from groupnorm.backends.kernels.layout import ROLES, kinds_of, memory_order
 from groupnorm.backends.torch import kernels
@@ -39,29 +39,29 @@ _ARRAYS = "Tensor x, Tensor? scale, Tensor? bias, Tensor? mask"
 
 
 def traced(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
-    """Return y by the operator, or `NotServed`; the compiler traces this."""
+    """Return y by the operator, or `Unsupported`; the compiler traces this."""
     if torch.compiler.is_exporting():
-        return NotServed(
+        return Unsupported(
             "exported programs are of portable code, so that they run where this package is not"
         )
     for name, a in (("x", x), ("scale", scale), ("bias", bias), ("mask", mask)):
         if a is None:
             continue
         if type(a) not in PLAIN or a.device != x.device or a.layout is not torch.strided:
-            return NotServed(f"{name} is no ordinary tensor on x's device")
+            return Unsupported(f"{name} is no ordinary tensor on x's device")
     dtypes = [None if a is None else a.dtype for a in (scale, bias)]
     why = _why_unavailable(x.device, x.dtype, dtypes[0], dtypes[1], options.dtype)
     # Read again for the compiler to guard on it: it is known to be False here.
     if why or in_forward_mode():
-        return NotServed(why or _SEEN_THROUGH)
+        return Unsupported(why or _SEEN_THROUGH)
     plan = check(adapter, x, scale, bias, mask, options).plan
     if plan.permutation is not None or plan.roles not in ROLES:
-        return NotServed(f"the order of the axes is {plan.roles}")
+        return Unsupported(f"the order of the axes is {plan.roles}")
     if mask is not None:
         before = x.ndim - mask.ndim
         if any(a % x.ndim >= before and mask.shape[a % x.ndim - before] != 1
                for a in options.feature):  # fmt: skip
-            return NotServed("the mask tells channels apart")
+            return Unsupported("the mask tells channels apart")
         if mask.dtype != torch.bool:
             mask = mask != 0
     y, _ = torch.ops.groupnorm.group_norm.default(
@@ -83,7 +83,7 @@ def _why_unavailable(device: Any, x: Any, scale: Any, bias: Any, dtype: str | No
         return _SEEN_THROUGH
     options = _options((), None, 1, None, 0.0, dtype, True, None)
     kinds = kinds_of(adapter_named("torch"), x, scale, bias, options)
-    if isinstance(kinds, NotServed):
+    if isinstance(kinds, Unsupported):
         return kinds.reason
     why = kernels.engine_for(device).why_unavailable(device, kinds.float16)
     return "" if why is None else why.reason
@@ -100,7 +100,7 @@ def _why_unavailable(device: Any, x: Any, scale: Any, bias: Any, dtype: str | No
 )
 def _forward(x: Any, scale: Any, bias: Any, mask: Any, *settings: Any) -> Any:
     x, read, call = _dense_call(x, scale, bias, mask, settings)
-    if isinstance(call, NotServed):
+    if isinstance(call, Unsupported):
         y, saved = _portable_forward(x, scale, bias, mask, *settings)
     else:
         y, found = call.forward(read)
@@ -117,7 +117,7 @@ def _forward(x: Any, scale: Any, bias: Any, mask: Any, *settings: Any) -> Any:
 )
 def _backward(dy: Any, x: Any, scale: Any, bias: Any, mask: Any, saved: Any, *settings: Any) -> Any:
     x, read, call = _dense_call(x, scale, bias, mask, settings)
-    if isinstance(call, NotServed):
+    if isinstance(call, Unsupported):
         dx, *gradients = _portable_backward(dy, x, scale, bias, mask, saved, *settings)
         return _laid_out_as(x, dx), *gradients
     found = call.unpacked(saved)
@@ -152,12 +152,12 @@ def _options(*settings: Any) -> Options:
 
 
 def _dense_call(x: Any, scale: Any, bias: Any, mask: Any, settings: Any) -> tuple[Any, Any, Any]:
-    """Return x without gaps, x as the kernels read it, and their call or `NotServed`."""
+    """Return x without gaps, x as the kernels read it, and their call or `Unsupported`."""
     if x.numel() and memory_order(x.shape, x.stride()) is None:
         x = x.clone()  # which keeps the order of the axes, as the result's is
     adapter, options = adapter_named("torch"), _options(*settings)
     call = kernels.bind_call(adapter, x, scale, bias, mask, options)
-    if not isinstance(call, NotServed) or x.is_contiguous():
+    if not isinstance(call, Unsupported) or x.is_contiguous():
         return x, x, call
     # Served in the order of the axes, or not at all: `traced` saw to that. So what forward saves
     # on a GPU, where nobody can look, is always of kernels or never.

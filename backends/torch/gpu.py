@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from groupnorm.adapter import NotServed
+from groupnorm.adapter import Unsupported
 from groupnorm.arguments import Options
 from groupnorm.backends.kernels.binding import bind
 from groupnorm.backends.kernels.gpu import program as gpu
@@ -77,10 +77,10 @@ class Call(NamedTuple):
 class GpuEngine:
     """The kernels for GPUs."""
 
-    def why_unavailable(self, device: torch.device, float16: bool = False) -> NotServed | None:
+    def why_unavailable(self, device: torch.device, float16: bool = False) -> Unsupported | None:
         """Return why no kernels run on a device; None if they do. The first call probes it."""
         if device.type != "cuda":
-            return NotServed(f"there are no kernels for PyTorch tensors on {device.type}")
+            return Unsupported(f"there are no kernels for PyTorch tensors on {device.type}")
         return _trials.unavailable(device.index or 0)
 
     def captures(self) -> bool:
@@ -89,14 +89,14 @@ class GpuEngine:
 
     def bind(
         self, adapter: Any, x: torch.Tensor, scale: Any, bias: Any, mask: Any, options: Options
-    ) -> Call | NotServed:
+    ) -> Call | Unsupported:
         """Return the call; x and parameters that are tensors are plain ones."""
         why = self.why_unavailable(x.device)
         if why is not None:
             return why
         for name, a in (("scale", scale), ("bias", bias)):
             if isinstance(a, torch.Tensor) and a.device != x.device:
-                return NotServed(f"{name} is on {a.device} and x on {x.device}")
+                return Unsupported(f"{name} is on {a.device} and x on {x.device}")
         dtypes = (None if p is None else p.dtype for p in (scale, bias))
         work = planned(adapter, x.shape, x.stride(), x.dtype, *dtypes, options)
         bound = bind(
@@ -104,7 +104,7 @@ class GpuEngine:
             lambda given, work: _flat_mask(adapter, given, x, work),
             lambda given, neutral, work: _parameter(adapter, given, x),
         )  # fmt: skip
-        if isinstance(bound, NotServed):
+        if isinstance(bound, Unsupported):
             return bound
         return Call(adapter, options, bound.work, mask, bound.mask, bound.scale, bound.bias, self)
 
@@ -130,11 +130,11 @@ def _parameter(adapter: Any, parameter: Any, x: torch.Tensor) -> torch.Tensor | 
 def _flat_mask(adapter: Any, mask: Any, x: torch.Tensor, work: Work) -> Any:
     if isinstance(mask, torch.Tensor):
         if type(mask) not in PLAIN or is_wrapped(mask) or mask.is_complex():
-            return NotServed("the mask is no ordinary tensor, or complex")
+            return Unsupported("the mask is no ordinary tensor, or complex")
         if mask.device != x.device or mask.layout is not torch.strided:
-            return NotServed("the mask is on another device than x, or sparse")
+            return Unsupported("the mask is on another device than x, or sparse")
     elif not isinstance(mask, HOST_MASKS):
-        return NotServed("the mask is of another library")
+        return Unsupported("the mask is of another library")
     else:
         mask = adapter.from_host(host_mask(mask), x)
     mask = mask.detach()
@@ -181,9 +181,9 @@ def _busy() -> bool:
     return _captures() or has_modes()
 
 
-def _lacks(index: int) -> NotServed | None:
+def _lacks(index: int) -> Unsupported | None:
     if torch.version.hip or not torch.cuda.is_available():
-        return NotServed(
+        return Unsupported(
             "there are no kernels for PyTorch tensors on cuda here, where there is no NVIDIA GPU"
         )
     major, minor = torch.cuda.get_device_capability(index)

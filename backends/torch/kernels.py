@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from groupnorm.adapter import Kernels, NotServed
+from groupnorm.adapter import Kernels, Unsupported
 from groupnorm.arguments import Options
 from groupnorm.backends.torch.autograd import differentiable, with_pullback
 from groupnorm.backends.torch.cpu import CpuEngine
@@ -31,40 +31,40 @@ class TorchKernels(Kernels):
         super().__init__()
         self._adapter = adapter
 
-    def why_unavailable(self, device: str) -> NotServed | None:
+    def why_unavailable(self, device: str) -> Unsupported | None:
         """Return why there are none: numba is missing on a CPU, or Triton on an NVIDIA GPU."""
         where = torch.device(device)
         return engine_for(where).why_unavailable(where)
 
     def forward(self, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
-        """Return y, or `NotServed`."""
+        """Return y, or `Unsupported`."""
         if torch.compiler.is_compiling():
             # Here, since registering operators takes a while.
             from groupnorm.backends.torch.custom_op import traced
 
             return traced(self._adapter, x, scale, bias, mask, options)
         call = bind_call(self._adapter, x, scale, bias, mask, options)
-        return call if isinstance(call, NotServed) else differentiable(call, x, scale, bias)
+        return call if isinstance(call, Unsupported) else differentiable(call, x, scale, bias)
 
     def vjp(self, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
-        """Return y and its pullback, or `NotServed`."""
+        """Return y and its pullback, or `Unsupported`."""
         if torch.compiler.is_compiling():
-            return NotServed("torch.compile traces this")
+            return Unsupported("torch.compile traces this")
         call = bind_call(self._adapter, x, scale, bias, mask, options)
-        if isinstance(call, NotServed):
+        if isinstance(call, Unsupported):
             return call
         return with_pullback(self._adapter, call, x, scale, bias, mask, options)
 
 
 def bind_call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
-    """Return the call that a kernel computes, or `NotServed`."""
+    """Return the call that a kernel computes, or `Unsupported`."""
     if is_seen_through():
-        return NotServed("PyTorch has to see the individual operations of this computation")
+        return Unsupported("PyTorch has to see the individual operations of this computation")
     # Written out, and cheap checks first: this is much of the time of a small call.
     for name, a in (("x", x), ("scale", scale), ("bias", bias)):
         if type(a) in PLAIN:
             if a.layout is not torch.strided or a.is_neg() or is_wrapped(a):
-                return NotServed(f"{name} is no plain tensor")
+                return Unsupported(f"{name} is no plain tensor")
         elif a is not None and (a is x or type(a) is not np.ndarray):
-            return NotServed(f"{name} is of type {type(a).__name__}")
+            return Unsupported(f"{name} is of type {type(a).__name__}")
     return engine_for(x.device).bind(adapter, x, scale, bias, mask, options)

@@ -40,12 +40,12 @@ class TorchGroupNorm(GroupNorm, torch.nn.Module):
         if settings.as_torch_native:
             self.__class__ = TorchNativeGroupNorm  # pyright: ignore[reportAttributeAccessIssue]
         self._settings = settings
-        hold = self._adapter.hold
+        wrap = self._adapter.wrap_parameter
         for name, value in (("weight", scale), ("bias", bias)):
             if value is None:
                 self.register_parameter(name, None)
             else:
-                setattr(self, name, hold(value.reshape(-1), settings.param_type))
+                setattr(self, name, wrap(value.reshape(-1), settings.param_type))
         # nn.GroupNorm's names, which tools read.
         self.num_channels = settings.num_groups * settings.group_size
         self.eps = settings.options.epsilon

@@ -4,14 +4,14 @@ from typing import Any
 
 import torch
 
-from groupnorm.adapter import NotServed
+from groupnorm.adapter import Unsupported
 from groupnorm.arguments import Options
 
 __all__ = ["functional"]
 
 
 def functional(x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
-    """Return what `torch.nn.functional.group_norm` computes, or `NotServed`."""
+    """Return what `torch.nn.functional.group_norm` computes, or `Unsupported`."""
     channels = x.shape[1] if x.ndim > 1 else 0
     own = (
         mask is None
@@ -21,15 +21,15 @@ def functional(x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> An
         and channels > 0
     )
     if not own:
-        return NotServed(
+        return Unsupported(
             "torch.nn.functional.group_norm has its channels on axis 1 and takes neither a mask, "
             "reduction_axes nor axis_name"
         )
     if options.dtype not in (None, "input"):
-        return NotServed("torch.nn.functional.group_norm keeps x's dtype")
+        return Unsupported("torch.nn.functional.group_norm keeps x's dtype")
     groups = options.num_groups or channels // (options.group_size or 1)
     try:
         y = torch.nn.functional.group_norm(x, groups, scale, bias, options.epsilon)
     except (RuntimeError, TypeError, ValueError) as error:
-        return NotServed(f"torch.nn.functional.group_norm says: {error}")
+        return Unsupported(f"torch.nn.functional.group_norm says: {error}")
     return y if options.activation is None else getattr(torch.nn.functional, options.activation)(y)

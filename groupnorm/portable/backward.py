@@ -51,7 +51,7 @@ def pull_back(
         return xp.reshape(value, plan.grouped(value.shape))
 
     ones = xp.ones_like(rstd * real_part(scale, adapter))
-    gain, shift = adapter.settle(normalizer.gain * ones, normalizer.shift * ones)
+    gain, shift = adapter.materialize(normalizer.gain * ones, normalizer.shift * ones)
     xhat = centred.deviations * channels(gain)
     xhat -= channels(shift)
     sum_dy = grouped(total(dy, plan.positions, plan, adapter))
@@ -69,7 +69,7 @@ def pull_back(
         p = join(p_parts, adapter)
     # Spread over the channels: an operand that repeats within its rows costs NumPy tenfold.
     weight = rstd * normalizer.share * ones
-    factor, slope, offset = adapter.settle(conj_scale * rstd, q * weight, p * weight)
+    factor, slope, offset = adapter.materialize(conj_scale * rstd, q * weight, p * weight)
     through_statistics = xhat * channels(slope)
     through_statistics += channels(offset)
     if mask is not None:

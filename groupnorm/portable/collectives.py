@@ -91,7 +91,7 @@ def gather_alike(
     mine = xp.full_like(values[0], signature.code)
     *gathered, codes = gather((*values, mine), adapter, replicas, groups)
     other = (codes != 0) & (codes != mine)  # 0 is outside of this one's set
-    if adapter.known(xp.any(other)):
+    if adapter.value_if_ready(xp.any(other)):
         rank = int(xp.argmax(xp.astype(xp.reshape(other, (replicas.size, -1))[:, 0], xp.uint8)))
         raise ArgumentValueError(
             f"x has statistics of shape {signature.statistics_shape} (the axes that are not "

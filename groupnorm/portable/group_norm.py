@@ -13,6 +13,7 @@ from groupnorm.portable.inputs import (
     Prepared,
     check_cotangent,
     from_work,
+    is_floating,
     prepare,
     to_work,
 )
@@ -85,7 +86,7 @@ def group_norm_vjp(
         dx = work.x
         if ready.counted is not None:
             dx = xp.where(ready.counted, dx, 0.0)
-        floating = adapter.is_floating(x.dtype)
+        floating = is_floating(x.dtype, adapter)
         return Gradients(
             from_work(dx, plan, x.dtype if floating else dx.dtype, xp),
             _parameter_gradient(adapter, work.scale, scale),
@@ -139,7 +140,7 @@ def _parameter_gradient(adapter: "Adapter", gradient: Array, parameter: Array) -
     dtype = parameter.dtype if adapter.is_array(parameter) else adapter.dtype(parameter.dtype.name)
     if adapter.is_complex(gradient.dtype) and not adapter.is_complex(dtype):
         gradient = xp.real(gradient)
-    if not adapter.is_floating(dtype):
+    if not is_floating(dtype, adapter):
         dtype = gradient.dtype  # a gradient is no integer, even of an integer
     # A copy: where nothing was summed up, this is still the caller's own dy.
     flat = xp.reshape(xp.astype(gradient, dtype, copy=True), (-1,))

@@ -7,7 +7,7 @@ import numpy as np
 from groupnorm.adapter import library_of, not_an_array
 from groupnorm.arguments import Options
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
-from groupnorm.plan import same_shape
+from groupnorm.plan import make_plan, make_plan_uncached, same_shape
 from groupnorm.typing import Array
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ __all__ = [
     "dtypes_of",
     "from_work",
     "host_mask",
+    "is_floating",
     "prepare",
     "to_work",
 ]
@@ -49,6 +50,7 @@ class Prepared(NamedTuple):
 class Checked(NamedTuple):
     """Arguments that fit each other, and what they are computed in."""
 
+    x: Array
     scale: Array | None  # as given
     bias: Array | None
     mask: Array | None  # boolean, broadcastable to the work shape
@@ -68,27 +70,43 @@ def check(
     ArgumentTypeError, ArgumentValueError
         Naming the argument, its value, the rule and the fix.
     """
-    adapter.check_input(x)
+    x = adapter.admit(x)
     if not x.shape:
         raise ArgumentValueError(
             "x is a scalar of shape (): no axis holds its channels. Give it one, as in x[None]."
         )
-    plan = adapter.plan(
-        tuple(x.shape),
-        options.feature,
-        options.num_groups,
-        options.group_size,
-        options.reduction,
-        options.feature_shape,
-        # Without epsilon, data that is constant where sampled has no scale to go by.
-        sampled=options.fast and mask is None and options.epsilon > 0,
-    )
+    plan = _plan_of(adapter, tuple(x.shape), mask is not None, options)
     scale = _parameter(adapter, "scale", scale, x, plan)
     bias = _parameter(adapter, "bias", bias, x, plan)
     work_dtype, parameter_dtype, result_dtype = dtypes_of(adapter, x, scale, bias, options)
     if mask is not None:
         mask = _mask_to_work(adapter, mask, x, plan)
-    return Checked(scale, bias, mask, plan, work_dtype, parameter_dtype, result_dtype)
+    return Checked(x, scale, bias, mask, plan, work_dtype, parameter_dtype, result_dtype)
+
+
+def _plan_of(adapter: "Adapter", shape: tuple[int, ...], masked: bool, options: Options) -> "Plan":
+    planning = adapter.planning(shape)
+    # A compiler that traces Python ignores the cache, with a warning: it must not meet it.
+    make = make_plan if planning.static else make_plan_uncached
+    # Without epsilon, data that is constant where sampled has no scale to go by.
+    sampled = options.fast and not masked and options.epsilon > 0
+    return make(
+        shape,
+        options.feature,
+        options.num_groups,
+        options.group_size,
+        options.reduction,
+        options.feature_shape,
+        sampled=sampled and planning.static and planning.blocked_sums,
+        static=planning.static,
+        blocked=planning.blocked_sums,
+        merging=planning.merge_axes,
+    )
+
+
+def is_floating(dtype: Any, adapter: "Adapter") -> bool:
+    """Whether dtype is real floating or complex, not integer or boolean."""
+    return adapter.is_real_floating(dtype) or adapter.is_complex(dtype)
 
 
 def prepare(
@@ -96,10 +114,10 @@ def prepare(
 ) -> Prepared:
     """Check the arrays against each other and the options, and bring them to the work shape."""
     xp = adapter.xp
-    scale, bias, mask, plan, work_dtype, parameter_dtype, result_dtype = check(
+    x, scale, bias, mask, plan, work_dtype, parameter_dtype, result_dtype = check(
         adapter, x, scale, bias, mask, options
     )
-    x_work = to_work(xp.astype(adapter.arrange(x), work_dtype, copy=False), plan, xp)
+    x_work = to_work(xp.astype(x, work_dtype, copy=False), plan, xp)
     scale = _parameter_to_work(adapter, scale, 1.0, x_work, parameter_dtype, plan)
     bias = _parameter_to_work(adapter, bias, 0.0, x_work, parameter_dtype, plan)
     counted = None
@@ -140,9 +158,9 @@ def check_same_library(adapter: "Adapter", value: Any, argument: str, x: Array) 
         raise ArgumentTypeError(
             f"x is of {adapter.array_name} and {argument} of {other} arrays: nothing is moved "
             "between libraries unasked. Convert one of them; for a layer, "
-            f"layer.to_backend({adapter.backend or 'numpy'!r})."
+            f"layer.to_backend({adapter.name or 'numpy'!r})."
         )
-    adapter.check_input(value, argument)
+    adapter.admit(value, argument)
     here, there = adapter.device_of(x), adapter.device_of(value)
     if here is not None and there is not None and here != there:
         raise ArgumentValueError(
@@ -190,11 +208,11 @@ def dtypes_of(
 ) -> tuple[Any, Any, Any]:
     """Return the dtypes of the statistics, of parameters among them, and of the result."""
     xp, wanted = adapter.xp, options.dtype
-    x_dtype = x.dtype if adapter.is_floating(x.dtype) else adapter.default_float()
+    x_dtype = x.dtype if is_floating(x.dtype, adapter) else adapter.default_float()
     result = x_dtype
     for parameter in (scale, bias):
         if parameter is not None:
-            floating = adapter.is_floating(parameter.dtype)
+            floating = is_floating(parameter.dtype, adapter)
             result = adapter.result_type(
                 result, parameter.dtype if floating else adapter.default_float()
             )

@@ -63,7 +63,7 @@ def _real_pivots(
 def unit_of(spread: "Array", epsilon: float, adapter: "Adapter") -> "Array":
     """The scale of the deviations: neither their squares nor epsilon's leave the dtype's range."""
     xp = adapter.xp
-    smallest = 4.0 * adapter.smallest_normal(spread.dtype)
+    smallest = 4.0 * float(xp.finfo(spread.dtype).smallest_normal)
     least = max(math.sqrt(epsilon), smallest)
     # A constant group; or, if only the sample was constant, data of which nothing is known.
     instead = least if epsilon else 1.0

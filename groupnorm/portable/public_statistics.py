@@ -9,7 +9,7 @@ import numpy as np
 from groupnorm.adapter import library_of, not_an_array
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
 from groupnorm.plan import same_shape
-from groupnorm.portable.inputs import check_same_library
+from groupnorm.portable.inputs import check_same_library, is_floating
 from groupnorm.portable.merge import GroupStatistics, merge
 from groupnorm.typing import Array
 
@@ -74,7 +74,7 @@ def from_value(
     def field_of(name: str, value: Any) -> Array:
         a = _array(adapter, f"statistics.{name}", value, x, plan)
         a = a if at == ndim - 1 else xp.permute_dims(a, groups_back)
-        a = a if adapter.is_floating(a.dtype) else xp.astype(a, real)
+        a = a if is_floating(a.dtype, adapter) else xp.astype(a, real)
         return xp.reshape(a, plan.grouped_statistics_shape)
 
     given, lost_on_host = _rounded_on_host(statistics.mean, x)
@@ -93,7 +93,7 @@ def from_value(
     m2, unit = (xp.astype(value, real, copy=False) for value in (m2, unit))
     unit = adapter.detach(unit)
     # Of a wider mean the rest is kept as well.
-    if wide.dtype != x.dtype and adapter.is_floating(wide.dtype):
+    if wide.dtype != x.dtype and is_floating(wide.dtype, adapter):
         lost = wide - xp.astype(mean, wide.dtype)
         residual = residual + xp.astype(lost, x.dtype) * unit
     if lost_on_host is not None:
@@ -135,7 +135,7 @@ def merge_values(adapter: "Adapter", statistics: Sequence[GroupStatistics]) -> G
                 "be merged. Take them with the same num_groups and axes."
             )
     given = [part.mean.dtype for part in statistics]
-    floating = [d if adapter.is_floating(d) else adapter.default_float() for d in given]
+    floating = [d if is_floating(d, adapter) else adapter.default_float() for d in given]
     mean_dtype = adapter.result_type(*floating, xp.float32)
     dtypes = {"mean": mean_dtype, "residual": mean_dtype}  # the others are always real
 

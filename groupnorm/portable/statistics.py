@@ -32,7 +32,7 @@ References
 """
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from groupnorm.plan import product
 from groupnorm.portable.blocked_sums import total, total_of_products
@@ -113,12 +113,12 @@ def measure(
         seen = float(product(still.shape[a] for a in plan.inner))
     pivot, lowest, highest = pivots(still, mask, seen, plan, adapter)
     group_unit = unit_of(magnitude(highest - lowest, adapter), epsilon, adapter)
-    scaled = not adapter.surely_within(group_unit, 1 / ORDINARY, ORDINARY)
+    scaled = not (adapter.reads_values and _is_ordinary(group_unit, xp))
     if not scaled:
         group_unit = xp.ones_like(group_unit)
     # Of the pivot's full shape, since an operand that repeats within its rows costs NumPy tenfold.
     unit = group_unit * xp.ones_like(magnitude(pivot, adapter))
-    pivot, unit = adapter.settle(pivot, unit)
+    pivot, unit = adapter.materialize(pivot, unit)
 
     centred = _centre(x, mask, pivot, unit, plan, adapter, scaled=scaled)
     valid = centred.deviations if mask is None else xp.where(mask, centred.deviations, 0.0)
@@ -143,6 +143,11 @@ def measure(
     mean = total(weights * means, members, plan, adapter) / enough
     m2 = total(m2 + weights * abs2(means - mean, adapter), members, plan, adapter)
     return GroupStatistics(count, reference, m2, mean, group_unit), centred
+
+
+def _is_ordinary(unit: "Array", xp: Any) -> bool:
+    """Whether deviations need no unit of their own, in any group."""
+    return bool(xp.all((unit >= 1 / ORDINARY) & (unit <= ORDINARY)))
 
 
 def _centre(
@@ -204,7 +209,7 @@ def _saturate(deviations: "Array", mask: "Array", unit: "Array", adapter: "Adapt
     xp = adapter.xp
     if adapter.is_complex(deviations.dtype):
         return deviations
-    limit = 2.0**-16 * adapter.largest(deviations.dtype) / xp.where(unit > 1, unit, 1.0)
+    limit = 2.0**-16 * float(xp.finfo(deviations.dtype).max) / xp.where(unit > 1, unit, 1.0)
     bounded = xp.where(deviations > 0, limit, -limit)
     return xp.where(mask | (xp.abs(deviations) <= limit), deviations, bounded)
 
@@ -282,7 +287,7 @@ def normalize(
     keep_deviations : bool
         Whether someone needs the deviations afterwards; else the result may take their place.
     """
-    factor, term = adapter.settle(normalizer.gain * scale, bias - normalizer.shift * scale)
+    factor, term = adapter.materialize(normalizer.gain * scale, bias - normalizer.shift * scale)
     factor = adapter.xp.reshape(factor, plan.ungrouped(factor.shape))
     y = centred.deviations
     if keep_deviations or factor.dtype != y.dtype:

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from groupnorm.adapter import NotServed
+from groupnorm.adapter import Unsupported
 
 __all__ = ["constant", "kernels", "unavailable"]
 
 
 @lru_cache(maxsize=2)
-def unavailable(float16: bool) -> NotServed | None:
+def unavailable(float16: bool) -> Unsupported | None:
     """Say why there are no kernels here, or none for float16, if there are none.
 
     This imports numba; until it is asked, nothing does.
@@ -21,17 +21,17 @@ def unavailable(float16: bool) -> NotServed | None:
         numbers = kernels("elements")
         kernels("entry_points")
     except ImportError as error:
-        return NotServed(
+        return Unsupported(
             f"the kernels for CPUs need numba, which cannot be imported ({error}); "
             'pip install "groupnorm[cpu]" brings it'
         )
     except RuntimeError as error:  # numba finds nowhere to keep what it compiles
-        return NotServed(
+        return Unsupported(
             f"numba cannot compile the kernels for CPUs here ({error}); where that is for want of "
             "a directory to keep them in, NUMBA_CACHE_DIR names one"
         )
     if float16 and not numbers.has_float16():
-        return NotServed("this CPU has no instructions for float16")
+        return Unsupported("this CPU has no instructions for float16")
     return None
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from groupnorm.adapter import NotServed
+from groupnorm.adapter import Unsupported
 from groupnorm.arguments import Options
 from groupnorm.backends.kernels.cpu import call_frame as frames
 from groupnorm.backends.kernels.cpu.availability import kernels, unavailable
@@ -155,14 +155,14 @@ class Work:
 def planned(
     adapter: Any, shape: Any, strides: Any, x: Any, scale: Any, bias: Any, options: Options,
     team: Team = OWN,
-) -> Work | NotServed:  # fmt: skip
+) -> Work | Unsupported:  # fmt: skip
     """Return all of a call that does not depend on values: of shape, strides and dtypes."""
     kinds = kinds_of(adapter, x, scale, bias, options)
-    if isinstance(kinds, NotServed):
+    if isinstance(kinds, Unsupported):
         return kinds
     why = unavailable(kinds.float16)
     layout = layout_of(tuple(shape), strides, options) if why is None else why
-    if isinstance(layout, NotServed):
+    if isinstance(layout, Unsupported):
         return layout
     return Work(layout, kinds, options.epsilon, options.activation, team)
 

@@ -10,7 +10,7 @@ import re
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from groupnorm.adapter import NotServed
+from groupnorm.adapter import Unsupported
 from groupnorm.backends.kernels.gpu.program import Step
 
 __all__ = ["ALIGNMENT", "COMPILED", "POINTERS", "Built", "build", "kernel_of", "unavailable"]
@@ -50,17 +50,17 @@ class Signature(NamedTuple):
 
 
 @lru_cache(maxsize=1)
-def unavailable() -> NotServed | None:
+def unavailable() -> Unsupported | None:
     """Say why there are no kernels for GPUs here, if so. This imports Triton."""
     try:
         importlib.import_module(f"{_KERNELS}.forward")
     except ImportError as error:
-        return NotServed(
+        return Unsupported(
             f"the kernels for GPUs need triton, which cannot be imported ({error}); "
             'pip install "groupnorm[gpu]" brings it, on Linux'
         )
     except Exception as error:
-        return NotServed(f"Triton does not work here: {type(error).__name__}: {error}")
+        return Unsupported(f"Triton does not work here: {type(error).__name__}: {error}")
     return None
 
 

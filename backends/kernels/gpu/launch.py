@@ -3,7 +3,7 @@
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from groupnorm.adapter import NotServed
+from groupnorm.adapter import Unsupported
 from groupnorm.arguments import Options
 from groupnorm.backends.kernels.gpu import program as gpu
 from groupnorm.backends.kernels.gpu.tiling import FARTHEST, Form
@@ -47,23 +47,23 @@ class Work(NamedTuple):
 @lru_cache(maxsize=4096)
 def planned(
     adapter: Any, shape: Any, strides: Any, x: Any, scale: Any, bias: Any, options: Options
-) -> Work | NotServed:
+) -> Work | Unsupported:
     """Plan for a shape, strides in elements, and dtypes, those of parameters there are not None."""
     kinds = kinds_of(adapter, x, scale, bias, options)
-    if isinstance(kinds, NotServed):
+    if isinstance(kinds, Unsupported):
         return kinds
     layout = layout_of(tuple(shape), strides, options)
-    if isinstance(layout, NotServed):
+    if isinstance(layout, Unsupported):
         return layout
     kept = [a for a in layout.order or () if a in _kept(layout)]
     if kept != sorted(kept):
         # What is saved for backward has the samples in the order of x's axes.
-        return NotServed("the axes of the samples are permuted in memory")
+        return Unsupported("the axes of the samples are permuted in memory")
     if layout.channels > FARTHEST:
-        return NotServed(f"there are {layout.channels} channels")
+        return Unsupported(f"there are {layout.channels} channels")
     if layout.positions < FEW_POSITIONS and layout.elements > MANY_ELEMENTS:
         # The gradients of scale and bias would take as much memory again for each sample.
-        return NotServed(f"{layout.positions} positions are too few for so many samples")
+        return Unsupported(f"{layout.positions} positions are too few for so many samples")
     form = Form(
         layout.samples, layout.groups, layout.size, layout.positions, layout.first,
         ITEM_BYTES[kinds.x],

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from groupnorm.adapter import NotServed
+from groupnorm.adapter import Unsupported
 from groupnorm.backends.kernels.gpu import build
 from groupnorm.backends.kernels.gpu import program as gpu
 from groupnorm.backends.kernels.gpu.tiling import Form
@@ -36,11 +36,11 @@ def trial() -> tuple[Any, gpu.Program, Callable[[Any], bool]]:
     return x, program, passed
 
 
-def lacking(capability: int) -> NotServed | None:
+def lacking(capability: int) -> Unsupported | None:
     """Say why the kernels are not for a GPU of this compute capability, such as 90."""
     if capability >= LEAST_CAPABILITY:
         return None
-    return NotServed(
+    return Unsupported(
         f"the kernels need a GPU of compute capability {LEAST_CAPABILITY / 10}, and this one has "
         f"{capability / 10}"
     )
@@ -62,13 +62,13 @@ class Trials:
     """
 
     def __init__(
-        self, library: str, lacks: Callable[[int], NotServed | None], busy: Callable[[], bool],
+        self, library: str, lacks: Callable[[int], Unsupported | None], busy: Callable[[], bool],
         compute: Callable[[int, Any, gpu.Program], Any],
     ) -> None:  # fmt: skip
         self._library, self._lacks, self._busy, self._compute = library, lacks, busy, compute
-        self._found: dict[int, NotServed | None] = {}
+        self._found: dict[int, Unsupported | None] = {}
 
-    def unavailable(self, device: int) -> NotServed | None:
+    def unavailable(self, device: int) -> Unsupported | None:
         """Say why no kernels run on a device, if so."""
         if device not in self._found:
             why = build.unavailable() or self._lacks(device)
@@ -77,7 +77,7 @@ class Trials:
             self._found[device] = self._try(device) if why is None else why
         return self._found[device]
 
-    def _try(self, device: int) -> NotServed | None:
+    def _try(self, device: int) -> Unsupported | None:
         array, program, passed = trial()
         try:
             if not passed(self._compute(device, array, program)):
@@ -88,5 +88,5 @@ class Trials:
                 "groupnorm computes portably on cuda:%d in %s: Triton's kernels failed there: %s",
                 device, self._library, why,
             )  # fmt: skip
-            return NotServed(f"Triton's kernels do not work on cuda:{device}: {why}")
+            return Unsupported(f"Triton's kernels do not work on cuda:{device}: {why}")
         return None

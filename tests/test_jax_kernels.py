@@ -283,12 +283,12 @@ def test_many_threads_at_once(jax, rng):
 
 
 def test_another_version_of_the_interface_is_left_alone(jax, monkeypatch, rng):
-    kernels = importlib.import_module("groupnorm.backends.jax.primitives")
+    kernels = importlib.import_module("groupnorm.backends.jax.cpu")
     x, _, scale, bias, keywords = draw("last", rng)
     kernels._interface.cache_clear()
     try:
         monkeypatch.setattr(kernels, "_version", lambda: (1, 0))
-        why = kernels.unavailable("float32", "float32", "float32")
+        why = kernels.unavailable(float16=False)
         assert isinstance(why, Unsupported)
         assert "version (1, 0)" in why.reason
         text = jax.jit(lambda x: group_norm(x, scale, bias, **keywords)).lower(x).as_text()

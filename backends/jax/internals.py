@@ -94,5 +94,6 @@ def is_plain(x: Any) -> bool:
 
 def is_exporting(context: Any) -> bool:
     """Whether a lowering is for `jax.export`; True by default."""
-    parameters = getattr(context.module_context, "lowering_parameters", None)
+    module = getattr(context, "module_context", None)
+    parameters = getattr(module, "lowering_parameters", None)
     return bool(getattr(parameters, "for_export", True))

@@ -108,19 +108,19 @@ def kernels(case: Case) -> dict[str, Any]:
     """Which plan our kernels take forward and backward, and how many launches that is."""
     try:
         from groupnorm.backends.kernels.gpu import program as gpu
-        from groupnorm.backends.kernels.gpu.tiling import Form
+        from groupnorm.backends.kernels.layout import GroupedShape
 
         samples, channels, *space = case.dims
-        form = Form(
+        form = GroupedShape(
             samples, GROUPS, channels // GROUPS, math.prod(space), case.first, ITEM
         )  # fmt: skip
         waves = case.library != JAX
-        asked = gpu.Asked(EPSILON, ACTIVATION, None, True, True, waves)
+        asked = gpu.KernelOptions(EPSILON, ACTIVATION, None, True, True, waves)
         programs = {"forward": gpu.forward(form, asked), "backward": gpu.backward(form, asked)}
     except Exception as error:  # of another version of the library: then floors are of two reads
         why = f"{type(error).__name__}: {error}"
         return {"plan": {"forward": None, "backward": None}, "planned_launches": None, "why": why}
-    steps = {name: [step.kernel for step in program.steps] for name, program in programs.items()}
+    steps = {name: [step.kernel for step in program.launches] for name, program in programs.items()}
     counted = steps if case.both else {"forward": steps["forward"]}
     return {
         "plan": {name: plan_of(names) for name, names in steps.items()},

@@ -16,7 +16,7 @@ from groupnorm.distributed.replicas import Replicas
 from groupnorm.errors import ArgumentTypeError, AxisNameError
 
 if TYPE_CHECKING:
-    from groupnorm.arguments import Options
+    from groupnorm.arguments import CallOptions
     from groupnorm.typing import Array
 
 __all__ = [
@@ -59,7 +59,7 @@ class Kernels:
         return Unsupported(self._why_none)
 
     def forward(
-        self, x: "Array", scale: "Array", bias: "Array", mask: Any, options: "Options"
+        self, x: "Array", scale: "Array", bias: "Array", mask: Any, options: "CallOptions"
     ) -> Any:
         """Return the result of a kernel, within the accuracy contract.
 
@@ -68,7 +68,9 @@ class Kernels:
         """
         return Unsupported(self._why_none)
 
-    def vjp(self, x: "Array", scale: "Array", bias: "Array", mask: Any, options: "Options") -> Any:
+    def vjp(
+        self, x: "Array", scale: "Array", bias: "Array", mask: Any, options: "CallOptions"
+    ) -> Any:
         """Return the result and its pullback, or `Unsupported`."""
         return Unsupported(self._why_none)
 
@@ -277,7 +279,7 @@ class Adapter:
         return Kernels(f"there are no kernels for {self.array_name}")
 
     def native(
-        self, x: "Array", scale: "Array", bias: "Array", mask: Any, options: "Options"
+        self, x: "Array", scale: "Array", bias: "Array", mask: Any, options: "CallOptions"
     ) -> Any:
         """Return what the library's own group normalization computes, of its own accuracy.
 

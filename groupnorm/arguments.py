@@ -15,18 +15,18 @@ from groupnorm.errors import ArgumentTypeError, ArgumentValueError
 __all__ = [
     "ACTIVATIONS",
     "IMPLEMENTATIONS",
+    "CallOptions",
     "InSize",
-    "Options",
     "check_in_size",
     "flag",
-    "make_options",
+    "validate",
 ]
 
 ACTIVATIONS = ("relu", "silu", "gelu")
 IMPLEMENTATIONS = ("portable", "fused", "native")
 
 
-class Options(NamedTuple):
+class CallOptions(NamedTuple):
     """Everything but arrays. Axes are as the user gave them: negative ones count from the end."""
 
     feature: tuple[int, ...]
@@ -43,7 +43,7 @@ class Options(NamedTuple):
     feature_shape: tuple[int, ...] | None  # what a layer was made for; None takes any
 
 
-def make_options(
+def validate(
     *,
     feature_axis: int | Sequence[int],
     num_groups: int | None,
@@ -57,7 +57,7 @@ def make_options(
     activation: str | None = None,
     implementation: str | None = None,
     feature_shape: tuple[int, ...] | None = None,
-) -> Options:
+) -> CallOptions:
     """Check the arguments the layer and the function share.
 
     Raises
@@ -72,7 +72,7 @@ def make_options(
             f"feature_axis={feature_axis!r} names no axis: groups are groups of channels, so give "
             "at least one feature axis, such as -1."
         )
-    return Options(
+    return CallOptions(
         feature=features,
         num_groups=num_groups,
         group_size=group_size,

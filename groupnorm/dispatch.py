@@ -15,7 +15,7 @@ from groupnorm.portable.group_norm import group_norm, group_norm_vjp
 from groupnorm.portable.inputs import check
 
 if TYPE_CHECKING:
-    from groupnorm.arguments import Options
+    from groupnorm.arguments import CallOptions
     from groupnorm.layer import GroupNorm
     from groupnorm.typing import Array, Gradients
 
@@ -170,7 +170,7 @@ def adapter_of(x: Any, argument: str = "x") -> Adapter:
 
 
 def compute(
-    adapter: Adapter, x: "Array", scale: "Array", bias: "Array", mask: Any, options: "Options"
+    adapter: Adapter, x: "Array", scale: "Array", bias: "Array", mask: Any, options: "CallOptions"
 ) -> "Array":
     """Normalize by the fastest implementation, or by the one that was asked for.
 
@@ -199,7 +199,7 @@ def compute(
 
 
 def compute_with_pullback(
-    adapter: Adapter, x: "Array", scale: "Array", bias: "Array", mask: Any, options: "Options"
+    adapter: Adapter, x: "Array", scale: "Array", bias: "Array", mask: Any, options: "CallOptions"
 ) -> "tuple[Array, Callable[[Array], Gradients]]":
     """Normalize as `compute` does, and return the pullback as well."""
     wanted = options.implementation
@@ -224,7 +224,7 @@ _REPLICAS = Unsupported("statistics of replicas are pooled by the portable imple
 
 def _refuse(
     why: Unsupported, adapter: Adapter, x: "Array", scale: "Array", bias: "Array", mask: Any,
-    options: "Options",
+    options: "CallOptions",
 ) -> None:  # fmt: skip
     """Refuse to compute by another implementation than the one that was asked for."""
     check(adapter, x, scale, bias, mask, options)  # a wrong argument is the better reason

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from groupnorm.arguments import make_options
+from groupnorm.arguments import validate
 from groupnorm.dispatch import adapter_of, compute, compute_with_pullback
 from groupnorm.typing import ArrayT, AxisIndexGroups, DTypeLike, Gradients, MaskLike
 
@@ -107,7 +107,7 @@ def group_norm(
     >>> group_norm(x, num_groups=2).round(3)
     array([[-1.,  1.,  0.,  0.]], dtype=float32)
     """
-    options = make_options(
+    options = validate(
         feature_axis=feature_axis,
         num_groups=num_groups,
         group_size=group_size,
@@ -181,7 +181,7 @@ def group_norm_vjp(
     >>> pullback(np.array([[0.0, 1.0]])).x
     array([[-0.1875,  0.1875]])
     """
-    options = make_options(
+    options = validate(
         feature_axis=feature_axis,
         num_groups=num_groups,
         group_size=group_size,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import numpy as np
 
-from groupnorm.arguments import check_in_size, flag, make_options
+from groupnorm.arguments import check_in_size, flag, validate
 from groupnorm.dispatch import (
     adapter_named,
     adapter_of,
@@ -17,7 +17,7 @@ from groupnorm.dispatch import (
 from groupnorm.dtypes import dtype_name
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
 from groupnorm.initializers import initial_value, ones, zeros
-from groupnorm.layer_config import Described, Settings
+from groupnorm.layer_config import ConfigProperties, LayerConfig
 from groupnorm.plan import resolve_groups
 from groupnorm.typing import (
     Array,
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["GroupNorm", "PlainGroupNorm"]
 
 
-class Layer(Described):
+class Layer(ConfigProperties):
     """What layers of every backend have in common; use `GroupNorm`."""
 
     scale: Any
@@ -70,7 +70,7 @@ class Layer(Described):
         implementation: str | None = None,
     ) -> None:
         size = check_in_size(in_size, feature_axis)
-        options = make_options(
+        options = validate(
             feature_axis=size.feature,
             num_groups=num_groups,
             group_size=group_size,
@@ -86,7 +86,7 @@ class Layer(Described):
         )
         channels = int(np.prod(size.feature_shape))
         groups = resolve_groups(channels, options.num_groups, options.group_size)
-        settings = Settings(
+        config = LayerConfig(
             in_size=size.in_size,
             feature_axis=size.feature_axis,
             num_groups=groups,
@@ -101,11 +101,11 @@ class Layer(Described):
                 "param_dtype", "float32" if param_dtype is None else param_dtype
             ),
         )
-        self._setup(settings, *self._initial(settings, device))
+        self._setup(config, *self._initial(config, device))
 
     # What a backend's layer provides -----------------------------------------------------------
 
-    def _setup(self, settings: Settings, scale: Array | None, bias: Array | None) -> None:
+    def _setup(self, config: LayerConfig, scale: Array | None, bias: Array | None) -> None:
         """Store what the layer is; every layer, however it comes about, goes through here."""
         raise NotImplementedError
 
@@ -146,7 +146,7 @@ class Layer(Described):
         return y
 
     def _normalize(self, x: Any, mask: Any) -> Any:
-        return compute(self._serving(x), x, self.scale, self.bias, mask, self._settings.options)
+        return compute(self._serving(x), x, self.scale, self.bias, mask, self._config.options)
 
     def vjp(self, x: ArrayT, mask: MaskLike = None) -> tuple[ArrayT, Callable[[ArrayT], Gradients]]:
         """Normalize x, and return what pulls a cotangent back; see `groupnorm.group_norm_vjp`.
@@ -166,7 +166,7 @@ class Layer(Described):
         array([3., 3., 3., 3.], dtype=float32)
         """
         return compute_with_pullback(
-            self._serving(x), x, self.scale, self.bias, mask, self._settings.options
+            self._serving(x), x, self.scale, self.bias, mask, self._config.options
         )
 
     def _serving(self, x: Any) -> "Adapter":
@@ -231,35 +231,35 @@ class Layer(Described):
         2
         """
         target = adapter_named(backend)
-        settings = self._settings._replace(param_type=_check_param_type(param_type))
+        config = self._config._replace(param_type=_check_param_type(param_type))
         values: list[Array | None] = []
         for stored in (self.scale, self.bias):
             if stored is None:
                 values.append(None)
                 continue
-            host = np.array(self._adapter.to_host(stored)).reshape(settings.feature_shape)
+            host = np.array(self._adapter.to_host(stored)).reshape(config.feature_shape)
             values.append(target.place(target.from_host(host), device))
-        return layer_class_named(backend)._of(settings, *values)
+        return layer_class_named(backend)._of(config, *values)
 
     @classmethod
-    def _of(cls, settings: Settings, scale: Array | None, bias: Array | None) -> Self:
+    def _of(cls, config: LayerConfig, scale: Array | None, bias: Array | None) -> Self:
         layer = cls.__new__(cls)
-        layer._setup(settings, scale, bias)
+        layer._setup(config, scale, bias)
         return layer
 
-    def _initial(self, settings: Settings, device: Any) -> tuple[Array | None, Array | None]:
+    def _initial(self, config: LayerConfig, device: Any) -> tuple[Array | None, Array | None]:
         return (
-            self._initial_parameter("scale", settings, device) if settings.use_scale else None,
-            self._initial_parameter("bias", settings, device) if settings.use_bias else None,
+            self._initial_parameter("scale", config, device) if config.use_scale else None,
+            self._initial_parameter("bias", config, device) if config.use_bias else None,
         )
 
-    def _initial_parameter(self, name: str, settings: Settings, device: Any) -> Array:
+    def _initial_parameter(self, name: str, config: LayerConfig, device: Any) -> Array:
         adapter = self._adapter
-        init = settings.scale_init if name == "scale" else settings.bias_init
-        dtype = settings.param_dtype
+        init = config.scale_init if name == "scale" else config.bias_init
+        dtype = config.param_dtype
         # Small floats are not NumPy's own: start from float32.
         host_dtype = np.dtype("float32" if dtype.startswith(("bfloat", "float8")) else dtype)
-        value = initial_value(f"{name}_init", init, settings.feature_shape, host_dtype)
+        value = initial_value(f"{name}_init", init, config.feature_shape, host_dtype)
         if not adapter.is_array(value):
             value = adapter.from_host(np.asarray(value, dtype=host_dtype))
         return adapter.place(adapter.xp.astype(value, adapter.dtype(dtype), copy=True), device)
@@ -393,11 +393,11 @@ class PlainGroupNorm(GroupNorm):
     _scale: Any
     _bias: Any
 
-    def _setup(self, settings: Settings, scale: Array | None, bias: Array | None) -> None:
-        self._settings = settings
+    def _setup(self, config: LayerConfig, scale: Array | None, bias: Array | None) -> None:
+        self._config = config
         wrap = self._adapter.wrap_parameter
-        self._scale = None if scale is None else wrap(scale, settings.param_type)
-        self._bias = None if bias is None else wrap(bias, settings.param_type)
+        self._scale = None if scale is None else wrap(scale, config.param_type)
+        self._bias = None if bias is None else wrap(bias, config.param_type)
 
     @property
     def scale(self) -> Array | None:
@@ -406,7 +406,7 @@ class PlainGroupNorm(GroupNorm):
 
     @scale.setter
     def scale(self, value: Array) -> None:
-        self._scale = self._replacement("scale", value, self._settings.use_scale)
+        self._scale = self._replacement("scale", value, self._config.use_scale)
 
     @property
     def bias(self) -> Array | None:
@@ -415,11 +415,11 @@ class PlainGroupNorm(GroupNorm):
 
     @bias.setter
     def bias(self, value: Array) -> None:
-        self._bias = self._replacement("bias", value, self._settings.use_bias)
+        self._bias = self._replacement("bias", value, self._config.use_bias)
 
     def _read(self, stored: Any) -> Array | None:
         # Without a param_type what is stored is meant, even a placeholder some tree has put there.
-        plain = stored is None or self._settings.param_type is None
+        plain = stored is None or self._config.param_type is None
         return stored if plain else self._adapter.unwrap_parameter(stored)
 
     def _replacement(self, name: str, value: Array, used: bool) -> Any:
@@ -428,7 +428,7 @@ class PlainGroupNorm(GroupNorm):
                 f"{name} cannot be set: the layer was made with use_{name}=False. Make one with "
                 f"use_{name}=True."
             )
-        adapter, shape = self._adapter, self._settings.feature_shape
+        adapter, shape = self._adapter, self._config.feature_shape
         if not adapter.is_array(value):
             raise ArgumentTypeError(
                 f"{name} is of type {type(value).__name__}: this layer's parameters are of "
@@ -439,4 +439,4 @@ class PlainGroupNorm(GroupNorm):
                 f"{name} has shape {tuple(value.shape)}: this layer's parameters have "
                 f"shape {shape}. Reshape it."
             )
-        return adapter.wrap_parameter(value, self._settings.param_type)
+        return adapter.wrap_parameter(value, self._config.param_type)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from groupnorm.arguments import make_options
+from groupnorm.arguments import validate
 from groupnorm.dispatch import adapter_of
 from groupnorm.errors import ArgumentValueError
 from groupnorm.portable import group_norm as portable
@@ -71,7 +71,7 @@ def group_statistics(
     >>> bool(abs(y - group_norm(image, num_groups=2)).max() < 5e-6)
     True
     """
-    options = make_options(
+    options = validate(
         feature_axis=feature_axis,
         num_groups=num_groups,
         group_size=group_size,
@@ -175,7 +175,7 @@ def normalize(
     >>> normalize(np.array([[10.0, 14.0]]), known, num_groups=1, epsilon=0)
     array([[0., 2.]])
     """
-    options = make_options(
+    options = validate(
         feature_axis=feature_axis,
         num_groups=num_groups,
         group_size=group_size,

@@ -19,7 +19,7 @@ from groupnorm import GroupNorm, bind_axis, group_norm, group_norm_vjp, group_st
 from groupnorm.dispatch import adapter_named
 from groupnorm.distributed.replicas import Replicas, Signature
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError, AxisNameError
-from groupnorm.portable.collectives import gather_alike
+from groupnorm.portable.collectives import gather_checked
 from tests import oracle
 from tests.backends import CONTRACT, GRADIENT, assert_close, assert_gradient
 
@@ -237,7 +237,7 @@ def test_ranks_that_exchange_other_statistics(looked_at, monkeypatch):
 
     def exchange(signature):
         replicas = Replicas(0, 2, add, signature=signature)
-        return gather_alike((np.zeros((2, 4), np.float32),), adapter, replicas, None)[0]
+        return gather_checked((np.zeros((2, 4), np.float32),), adapter, replicas, None)[0]
 
     if not looked_at:
         monkeypatch.setattr(adapter, "value_if_ready", lambda x: None)

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from groupnorm.backends.kernels.gpu import build as triton_build
-from groupnorm.backends.kernels.gpu.probe import Trials, lacking
+from groupnorm.backends.kernels.gpu.probe import DeviceProbe, why_too_old
 from tests import oracle
 
 
 @pytest.fixture(autouse=True)
 def triton_is_there(monkeypatch):
-    monkeypatch.setattr(triton_build, "unavailable", lambda: None)
+    monkeypatch.setattr(triton_build, "why_unavailable", lambda: None)
 
 
 class Device:
@@ -20,7 +20,9 @@ class Device:
 
     def __init__(self, factor=1.0, error=None, busy=False, capability=90):
         self.factor, self.error, self.busy, self.count = factor, error, busy, 0
-        self.trials = Trials("PyTorch", lambda i: lacking(capability), self.is_busy, self.compute)
+        self.trials = DeviceProbe(
+            "PyTorch", lambda i: why_too_old(capability), self.is_busy, self.compute
+        )
 
     def is_busy(self):
         return self.busy
@@ -29,13 +31,13 @@ class Device:
         self.count += 1
         if self.error is not None:
             raise self.error
-        assert [step.kernel for step in program.steps] == ["whole"]
+        assert [step.kernel for step in program.launches] == ["whole"]
         return self.factor * oracle.group_norm(x, num_groups=2, feature_axis=1, epsilon=0.0)
 
 
 def test_what_computes_rightly_is_tried_once():
     device = Device()
-    assert [device.trials.unavailable(0) for _ in range(3)] == [None] * 3
+    assert [device.trials.why_unavailable(0) for _ in range(3)] == [None] * 3
     assert device.count == 1
 
 
@@ -43,28 +45,28 @@ def test_what_computes_rightly_is_tried_once():
 def test_wrong_numbers_are_not_served(factor, caplog):
     device = Device(factor)
     for _ in range(2):
-        assert "computed something else" in device.trials.unavailable(1).reason
+        assert "computed something else" in device.trials.why_unavailable(1).reason
     assert device.count == 1
     assert caplog.text.count("computes portably on cuda:1 in PyTorch") == 1
 
 
 def test_what_raises_is_not_served(caplog):
-    why = Device(error=RuntimeError("no C compiler")).trials.unavailable(0)
+    why = Device(error=RuntimeError("no C compiler")).trials.why_unavailable(0)
     assert "RuntimeError: no C compiler" in why.reason
     assert "no C compiler" in caplog.text
 
 
 def test_while_a_stream_captures_nothing_is_tried_and_what_is_known_holds():
     device = Device(factor=2.0, busy=True)
-    assert device.trials.unavailable(0) is None
+    assert device.trials.why_unavailable(0) is None
     assert device.count == 0
     device.busy = False
-    assert device.trials.unavailable(0) is not None
+    assert device.trials.why_unavailable(0) is not None
     device.busy = True
-    assert device.trials.unavailable(0) is not None
+    assert device.trials.why_unavailable(0) is not None
 
 
 def test_older_gpus_are_not_tried():
     device = Device(capability=75)
-    assert "capability 8.0, and this one has 7.5" in device.trials.unavailable(0).reason
+    assert "capability 8.0, and this one has 7.5" in device.trials.why_unavailable(0).reason
     assert device.count == 0

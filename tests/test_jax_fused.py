@@ -68,7 +68,7 @@ def jax(way, monkeypatch):
     monkeypatch.setattr(module, "device_count", lambda: 1)
     if way == "passes":
         kernels = importlib.import_module("groupnorm.backends.jax.primitives")
-        monkeypatch.setattr(kernels, "unavailable", lambda *_: Unsupported("not now"))
+        monkeypatch.setattr(kernels, "why_unavailable", lambda *_: Unsupported("not now"))
         # They have no name: what is not asked for must be computed by them, or fail.
         monkeypatch.setitem(ASKED, "implementation", None)
         forms = importlib.import_module("groupnorm.backends.jax.fused")

@@ -66,9 +66,9 @@ def drawn(jax, name):
 def steps(name):
     """Return the steps of the program that JAX is to make, forward and backward."""
     samples, *positions, channels = SHAPES[name]
-    form = gpu.Form(samples, 8, channels // 8, int(np.prod(positions)), False, 2)
-    asked = gpu.Asked(1e-6, "silu", None, True, True)
-    return gpu.forward(form, asked).steps, gpu.backward(form, asked).steps
+    form = gpu.GroupedShape(samples, 8, channels // 8, int(np.prod(positions)), False, 2)
+    asked = gpu.KernelOptions(1e-6, "silu", None, True, True)
+    return gpu.forward(form, asked).launches, gpu.backward(form, asked).launches
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -75,11 +75,11 @@ def test_without_triton_the_extra_is_named(monkeypatch):
     def refuse(name):
         raise ImportError("No module named 'triton'")
 
-    triton_build.unavailable.cache_clear()
+    triton_build.why_unavailable.cache_clear()
     monkeypatch.setattr(triton_build.importlib, "import_module", refuse)
-    why = triton_build.unavailable()
+    why = triton_build.why_unavailable()
     monkeypatch.undo()
-    triton_build.unavailable.cache_clear()
+    triton_build.why_unavailable.cache_clear()
     assert "groupnorm[gpu]" in why.reason
 
 

@@ -238,7 +238,9 @@ def test_errors_are_those_of_eager_calls(rng):
 
 
 def test_without_numba_programs_are_portable(rng, monkeypatch):
-    monkeypatch.setattr(availability, "unavailable", lambda float16: torch_op.Unsupported("none"))
+    monkeypatch.setattr(
+        availability, "why_unavailable", lambda float16: torch_op.Unsupported("none")
+    )
     function, graphs = compiled(native(rng))
     function(tensor(rng, 2, CHANNELS, 5))
     assert graphs.operators == 0

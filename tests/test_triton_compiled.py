@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from groupnorm.backends.kernels.gpu import program as gpu
-from groupnorm.backends.kernels.gpu.tiling import Form
+from groupnorm.backends.kernels.layout import GroupedShape
 
 triton = pytest.importorskip("triton", reason="the kernels for GPUs need triton")
 SPILLS = pytest.mark.skipif(
@@ -34,16 +34,16 @@ FORMS = {
     "few channels": (256, 32, 2, 12544),
     "one group": (4, 1, 1280, 1024),
 }
-FULL = gpu.Asked(1e-6, "silu", None, True, True)
+FULL = gpu.KernelOptions(1e-6, "silu", None, True, True)
 
 
-def steps(form: Form, asked: gpu.Asked = FULL) -> list[gpu.Step]:
+def steps(form: GroupedShape, asked: gpu.KernelOptions = FULL) -> list[gpu.Launch]:
     """Return one step of each kernel."""
-    every = (*gpu.forward(form, asked).steps, *gpu.backward(form, asked).steps)
+    every = (*gpu.forward(form, asked).launches, *gpu.backward(form, asked).launches)
     return list({(step.module, step.kernel): step for step in every}.values())
 
 
-def dtypes(step: gpu.Step, dtype: str, parameter: str = "float32") -> tuple[str, ...]:
+def dtypes(step: gpu.Launch, dtype: str, parameter: str = "float32") -> tuple[str, ...]:
     given = dict.fromkeys(("x", "y", "dy", "dx", ""), dtype) | {"mask": "uint8"}
     given |= dict.fromkeys(("scale", "bias"), parameter)
     return tuple(given.get(name, "float32") for name in step.arrays)
@@ -70,7 +70,7 @@ def widths(ptx: str, kind: str) -> set[int]:
 @pytest.mark.parametrize("first", [False, True], ids=["last", "first"])
 @pytest.mark.parametrize("name", FORMS)
 def test_nothing_spills_and_words_are_wide(name, first, capability):
-    form = Form(*FORMS[name], first, 2)
+    form = GroupedShape(*FORMS[name], first, 2)
     for step in steps(form):
         built = compiled(step, "bfloat16", capability)
         used = resources(built)
@@ -94,9 +94,9 @@ def test_nothing_spills_and_words_are_wide(name, first, capability):
 @pytest.mark.parametrize("mask", [None, "each"])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_the_largest_groups_stay_in_the_registers(dtype, mask, activation, positions):
-    asked = gpu.Asked(0.0, activation, mask, True, True)
+    asked = gpu.KernelOptions(0.0, activation, mask, True, True)
     for first in (False, True):
-        form = Form(16, 32, 16, positions, first, 4 if dtype == "float32" else 2)
+        form = GroupedShape(16, 32, 16, positions, first, 4 if dtype == "float32" else 2)
         for step in steps(form, asked):
             if step.kernel == "whole":
                 used = resources(compiled(step, dtype, 90))
@@ -104,20 +104,20 @@ def test_the_largest_groups_stay_in_the_registers(dtype, mask, activation, posit
 
 
 def test_an_address_that_is_not_aligned_is_not_taken_to_be():
-    form = Form(16, 32, 8, 256, False, 2)
+    form = GroupedShape(16, 32, 8, 256, False, 2)
     for step in steps(form):
         if "x" in step.arrays:
             assert max(widths(compiled(step, "bfloat16", 90, aligned=False).ptx, "ld")) <= 8
 
 
 def test_odd_numbers_of_positions_compile():
-    for step in steps(Form(2, 32, 10, 49, True, 2)):
+    for step in steps(GroupedShape(2, 32, 10, 49, True, 2)):
         used = resources(compiled(step, "bfloat16", 90, parameter="bfloat16"))
         assert used["STACK"] == used["LOCAL"] == 0, (step.kernel, used)
 
 
 def test_scalars_are_arguments_or_constants():
-    [step, *_] = steps(Form(2, 32, 10, 4096, True, 2))
+    [step, *_] = steps(GroupedShape(2, 32, 10, 4096, True, 2))
     types = dtypes(step, "bfloat16")
     aligned = (True,) * len(types)
     (free, scalars), (fixed, none) = (build(step, types, aligned, 90, f) for f in (False, True))
@@ -131,7 +131,7 @@ def test_waves_and_batch_sizes_are_of_one_kernel():
     asked = FULL._replace(waves=True)
     found = set()
     for samples in (8, 24):
-        for step in gpu.forward(Form(samples, 32, 16, 1 << 14, False, 2), asked).steps:
+        for step in gpu.forward(GroupedShape(samples, 32, 16, 1 << 14, False, 2), asked).launches:
             if step.kernel == "measure":
                 found.add(compiled(step, "bfloat16", 90).cubin_path)
     assert len(found) == 1
@@ -139,10 +139,11 @@ def test_waves_and_batch_sizes_are_of_one_kernel():
 
 def test_the_program_does_not_depend_on_the_size_of_the_machine():
     """The same steps for every GPU: no count of its processors is asked for."""
-    form = Form(16, 32, 10, 4096, False, 2)
+    form = GroupedShape(16, 32, 10, 4096, False, 2)
     assert gpu.forward(form, FULL) == gpu.forward.__wrapped__(form, FULL)
-    for module in ("gpu", "gpu_tiles", "gpu_launch"):
-        source = Path(gpu.__file__).with_name(f"{module}.py").read_text()
+    sources = list(Path(gpu.__file__).parent.glob("*.py"))
+    assert {"program.py", "tiling.py", "launch.py"} <= {path.name for path in sources}
+    for source in (path.read_text() for path in sources):
         assert "multi_processor" not in source
         assert "get_device_properties" not in source
 
@@ -150,5 +151,5 @@ def test_the_program_does_not_depend_on_the_size_of_the_machine():
 def test_compiles_where_triton_s_cache_was_emptied(monkeypatch):
     """As importing jax-triton does, for the whole process."""
     monkeypatch.setenv("TRITON_CACHE_DIR", "")
-    [step, *_] = steps(Form(3, 5, 7, 11, True, 4))
+    [step, *_] = steps(GroupedShape(3, 5, 7, 11, True, 4))
     assert compiled(step, "float32", 90).threads == 32

@@ -15,7 +15,7 @@ import pytest
 
 from groupnorm import group_norm, group_norm_vjp
 from groupnorm.adapter import Unsupported
-from groupnorm.arguments import make_options
+from groupnorm.arguments import validate
 from groupnorm.backends.kernels.gpu import program as gpu
 from groupnorm.backends.kernels.gpu import tiling as gpu_tiles
 from groupnorm.dispatch import adapter_named
@@ -282,7 +282,7 @@ def cupy_on_the_host(monkeypatch):
     """Return the module of CuPy's calls, which are computed by the interpreter."""
     module = importlib.import_module("groupnorm.backends.cupy.gpu")
     monkeypatch.setattr(module, "cupy", HostArrays)
-    monkeypatch.setattr(module, "unavailable", lambda device: None)
+    monkeypatch.setattr(module, "why_unavailable", lambda device: None)
     monkeypatch.setattr(module, "captures", lambda: True)
     monkeypatch.setattr(module, "launch", interpreter.run)
     return module
@@ -294,7 +294,7 @@ def options(keywords, **others):
         "epsilon": 1e-6, "dtype": None, "axis_name": None, "axis_index_groups": None,
         "use_fast_variance": True, "implementation": "fused",
     }  # fmt: skip
-    return make_options(**{**settings, **keywords, **others})
+    return validate(**{**settings, **keywords, **others})
 
 
 def drawn(name, rng):

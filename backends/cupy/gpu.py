@@ -8,17 +8,17 @@ import cupy
 import numpy as np
 
 from groupnorm.adapter import Kernels, Unsupported
-from groupnorm.arguments import Options
+from groupnorm.arguments import CallOptions
 from groupnorm.backends.kernels.binding import bind
 from groupnorm.backends.kernels.gpu import program as gpu
 from groupnorm.backends.kernels.gpu.build import ALIGNMENT, build
 from groupnorm.backends.kernels.gpu.launch import Work, planned
-from groupnorm.backends.kernels.gpu.probe import Trials, lacking
+from groupnorm.backends.kernels.gpu.probe import DeviceProbe, why_too_old
 from groupnorm.backends.kernels.layout import flat_mask, in_memory, restored
 from groupnorm.portable.inputs import HOST_MASKS, check_cotangent, host_mask
 from groupnorm.typing import Gradients
 
-__all__ = ["CupyKernels", "unavailable"]
+__all__ = ["CupyKernels", "why_unavailable"]
 
 
 class _Call(NamedTuple):
@@ -30,8 +30,8 @@ class _Call(NamedTuple):
     def forward(self) -> tuple[Any, Any]:
         """Return y, which lies in memory as x does, and the statistics."""
         layout = self.work.layout
-        y = cupy.empty(layout.plan.shape, self.work.kinds.dtype)
-        statistics = cupy.empty(gpu.statistics_shape(self.work.form), np.float32)
+        y = cupy.empty(layout.plan.shape, self.work.dtypes.result_dtype)
+        statistics = cupy.empty(gpu.statistics_shape(self.work.shape), np.float32)
         program = self.work.forward(*self._there)
         run(program, {**self.arrays, "y": y, "statistics": statistics})
         return restored(y, layout), statistics
@@ -40,7 +40,7 @@ class _Call(NamedTuple):
         """Return dx, and the gradients of scale and bias, flat in float32."""
         layout, x = self.work.layout, self.arrays["x"]
         dx = cupy.empty(layout.plan.shape, x.dtype)
-        dscale, dbias = (cupy.empty(self.work.form.channels, np.float32) for _ in range(2))
+        dscale, dbias = (cupy.empty(self.work.shape.channels, np.float32) for _ in range(2))
         results = {"dx": dx, "dscale": dscale, "dbias": dbias}
         given = {"dy": in_memory(dy, layout, cupy), "statistics": statistics}
         run(self.work.backward(*self._there), {**self.arrays, **given, **results})
@@ -62,9 +62,9 @@ class CupyKernels(Kernels):
 
     def why_unavailable(self, device: str) -> Unsupported | None:
         """Return why there are none: Triton is missing, or a first kernel failed."""
-        return unavailable(int(device.partition(":")[2] or 0))
+        return why_unavailable(int(device.partition(":")[2] or 0))
 
-    def forward(self, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
+    def forward(self, x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -> Any:
         """Return y, or `Unsupported`."""
         call = _call(self._adapter, x, scale, bias, mask, options)
         if isinstance(call, Unsupported):
@@ -72,7 +72,7 @@ class CupyKernels(Kernels):
         with x.device:
             return call.forward()[0]
 
-    def vjp(self, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
+    def vjp(self, x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -> Any:
         """Return y and its pullback, or `Unsupported`."""
         call = _call(self._adapter, x, scale, bias, mask, options)
         if isinstance(call, Unsupported):
@@ -107,7 +107,7 @@ def _pullback(
     return pullback
 
 
-def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
+def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -> Any:
     if type(x) is not cupy.ndarray:
         return Unsupported(f"x is of type {type(x).__name__}")
     for name, a in (("scale", scale), ("bias", bias)):
@@ -117,7 +117,7 @@ def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Optio
     for name, a in others.items():
         if isinstance(a, cupy.ndarray) and a.device != x.device:
             return Unsupported(f"{name} is on {a.device} and x on {x.device}")
-    why = unavailable(x.device.id)
+    why = why_unavailable(x.device.id)
     if why is not None:
         return why
     strides = tuple(s // x.itemsize for s in x.strides)
@@ -154,18 +154,18 @@ def _flat_mask(adapter: Any, mask: Any, work: Work) -> Any:
 # Launching ----------------------------------------------------------------------------------------
 
 
-def run(program: gpu.Program, arrays: dict[str, Any]) -> None:
+def run(program: gpu.LaunchSequence, arrays: dict[str, Any]) -> None:
     """Launch the steps of a program on the current device and stream."""
     x = arrays["x"]
     for name, elements in program.shared:
         arrays[name] = cupy.empty(elements, np.float32)
-    for step in program.steps:
+    for step in program.launches:
         # A pointer that is not used must be one all the same.
         pointers = [x if (a := arrays.get(name)) is None else a for name in step.arrays]
         launch(step, pointers)
 
 
-def launch(step: gpu.Step, pointers: list[Any]) -> None:
+def launch(step: gpu.Launch, pointers: list[Any]) -> None:
     """Launch one step."""
     dtypes = tuple(a.dtype.name for a in pointers)
     aligned = tuple(a.data.ptr % ALIGNMENT == 0 for a in pointers)
@@ -194,7 +194,7 @@ def captures() -> bool:
     return bool(cupy.cuda.get_current_stream().is_capturing())
 
 
-def _compute(device: int, array: Any, program: gpu.Program) -> Any:
+def _compute(device: int, array: Any, program: gpu.LaunchSequence) -> Any:
     with cupy.cuda.Device(device):
         x = cupy.asarray(array)
         y, statistics = cupy.empty_like(x), cupy.empty_like(x)  # of the latter there are fewer
@@ -202,9 +202,9 @@ def _compute(device: int, array: Any, program: gpu.Program) -> Any:
         return cupy.asnumpy(y)
 
 
-_trials = Trials("CuPy", lambda device: lacking(_capability(device)), captures, _compute)
+_probe = DeviceProbe("CuPy", lambda device: why_too_old(_capability(device)), captures, _compute)
 
 
-def unavailable(device: int) -> Unsupported | None:
+def why_unavailable(device: int) -> Unsupported | None:
     """Say why no kernels run on a device, if so. The first time one is tried out."""
-    return _trials.unavailable(device)
+    return _probe.why_unavailable(device)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from groupnorm.adapter import Kernels, Unsupported
-from groupnorm.arguments import Options
+from groupnorm.arguments import CallOptions
 from groupnorm.backends.jax import primitives as jax_kernels
 from groupnorm.backends.jax.xla_passes import Spec, normalize
 from groupnorm.backends.kernels import layout as layouts
@@ -20,10 +20,10 @@ from groupnorm.plan import FEW_POSITIONS
 from groupnorm.portable.inputs import check, check_cotangent, from_work, to_work
 from groupnorm.typing import Gradients
 
-__all__ = ["JaxKernels", "unavailable"]
+__all__ = ["JaxKernels", "why_unavailable"]
 
 
-def unavailable() -> Unsupported | None:
+def why_unavailable() -> Unsupported | None:
     """Say why nothing is computed here, by kernels or passes, if so."""
     if jax.default_backend() not in ("cpu", "gpu"):
         return Unsupported(
@@ -46,15 +46,15 @@ class JaxKernels(Kernels):
 
     def why_unavailable(self, device: str) -> Unsupported | None:
         """Return why there are none on JAX's default devices, whichever device is named."""
-        why = unavailable()
+        why = why_unavailable()
         return jax_kernels.missing() if why is None else why
 
-    def forward(self, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
+    def forward(self, x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -> Any:
         """Return y, or `Unsupported`."""
         call = _call(self._adapter, x, scale, bias, mask, options)
         return call if isinstance(call, Unsupported) else normalized(call[0], *call[1])
 
-    def vjp(self, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
+    def vjp(self, x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -> Any:
         """Return y and its pullback, or `Unsupported`."""
         call = _call(self._adapter, x, scale, bias, mask, options)
         if isinstance(call, Unsupported):
@@ -129,8 +129,8 @@ def _to_work(spec: Spec, x: Any, scale: Any, bias: Any, mask: Any) -> tuple[Any,
 # What is computed here ----------------------------------------------------------------------------
 
 
-def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
-    why = unavailable()
+def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -> Any:
+    why = why_unavailable()
     if why is not None:
         return why
     if adapter.sharded_call(x) is not None:
@@ -151,7 +151,7 @@ def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Optio
     if kinds not in layouts.ROLES:
         return Unsupported(f"the axes' order is {kinds} (kept, positions, channels)")
     positions = plan.merged_shape[kinds.index("P")] if "P" in kinds else 1
-    no_kernels = jax_kernels.unavailable(*dtypes)
+    no_kernels = jax_kernels.why_unavailable(*dtypes)
     if no_kernels is not None and jax.default_backend() == "gpu":
         return no_kernels  # the passes are made for CPUs
     if no_kernels is not None and positions < FEW_POSITIONS:

@@ -21,9 +21,9 @@ from groupnorm.adapter import Unsupported
 from groupnorm.backends.jax.xla_passes import Spec
 from groupnorm.backends.kernels.gpu import program as gpu
 from groupnorm.backends.kernels.gpu.build import POINTERS, build, kernel_of
-from groupnorm.backends.kernels.gpu.build import unavailable as no_triton
-from groupnorm.backends.kernels.gpu.probe import lacking, trial
-from groupnorm.backends.kernels.gpu.tiling import Form
+from groupnorm.backends.kernels.gpu.build import why_unavailable as why_no_triton
+from groupnorm.backends.kernels.gpu.probe import probe_case, why_too_old
+from groupnorm.backends.kernels.layout import GroupedShape
 
 __all__ = ["missing", "normalize", "pull_back"]
 
@@ -36,7 +36,7 @@ _log = logging.getLogger("groupnorm")
 
 def missing() -> Unsupported | None:
     """Say what the kernels lack on this machine, if anything."""
-    why = no_triton()
+    why = why_no_triton()
     if why is not None:
         return why
     found = _launcher()
@@ -50,7 +50,7 @@ def normalize(spec: Spec, saved: Any, x: Any, scale: Any, bias: Any, *mask: Any)
     """Return y and what `pull_back` needs, of the shape and dtype of `saved`."""
     arrays = {"x": x, "scale": scale, "bias": bias, "mask": mask[0] if mask else None}
     results = {"y": jax.ShapeDtypeStruct(x.shape, spec.result), "statistics": saved}
-    _run(gpu.forward(_form(spec, x), _asked(spec, mask)), arrays, results)
+    _run(gpu.forward(_grouped(spec, x), _asked(spec, mask)), arrays, results)
     return arrays["y"], arrays["statistics"]
 
 
@@ -64,31 +64,31 @@ def pull_back(
     parameter = jax.ShapeDtypeStruct((batches, spec.channels), np.dtype(np.float32))
     results = {"dx": jax.ShapeDtypeStruct(x.shape, x.dtype), "dscale": parameter}
     results["dbias"] = parameter
-    _run(gpu.backward(_form(spec, x), _asked(spec, mask), batches), arrays, results)
+    _run(gpu.backward(_grouped(spec, x), _asked(spec, mask), batches), arrays, results)
     return arrays["dx"], arrays["dscale"], arrays["dbias"]
 
 
-def _form(spec: Spec, x: Any) -> Form:
-    return Form(
+def _grouped(spec: Spec, x: Any) -> GroupedShape:
+    return GroupedShape(
         spec.samples, spec.groups, spec.members, spec.positions, spec.channels_first,
         x.dtype.itemsize,
     )  # fmt: skip
 
 
-def _asked(spec: Spec, mask: Any) -> gpu.Asked:
+def _asked(spec: Spec, mask: Any) -> gpu.KernelOptions:
     kind = None
     if mask:
         kind = "one" if mask[0].shape[0] == 1 else "each"
     # Without waves: XLA allocates each result for the one call that writes it.
-    return gpu.Asked(spec.epsilon, spec.activation, kind, True, True)
+    return gpu.KernelOptions(spec.epsilon, spec.activation, kind, True, True)
 
 
-def _run(program: gpu.Program, arrays: dict[str, Any], results: dict[str, Any]) -> None:
+def _run(program: gpu.LaunchSequence, arrays: dict[str, Any], results: dict[str, Any]) -> None:
     """Emit the steps' calls, and put what they write into the arrays."""
     for name, elements in program.shared:
         results[name] = jax.ShapeDtypeStruct((elements,), np.dtype(np.float32))
     launch: Any = _launcher()
-    for step in program.steps:
+    for step in program.launches:
         read, written = step.arrays[: -step.written], step.arrays[-step.written :]
         # A pointer that is not used must be one all the same.
         operands = [arrays["x"] if arrays.get(n) is None else arrays[n] for n in read]
@@ -98,10 +98,10 @@ def _run(program: gpu.Program, arrays: dict[str, Any], results: dict[str, Any]) 
 
 # Launchers ----------------------------------------------------------------------------------------
 
-Launcher = Callable[[gpu.Step, list[Any], list[Any]], Any]
+Launcher = Callable[[gpu.Launch, list[Any], list[Any]], Any]
 
 
-def _by_ptx(step: gpu.Step, operands: list[Any], results: list[Any]) -> Any:
+def _by_ptx(step: gpu.Launch, operands: list[Any], results: list[Any]) -> Any:
     dtypes = tuple(_name(a.dtype) for a in (*operands, *results))
     built, _ = build(step, dtypes, (True,) * len(dtypes), _capability(), True)
     x, y, z = (*step.grid, 1, 1)[:3]
@@ -115,7 +115,7 @@ def _by_ptx(step: gpu.Step, operands: list[Any], results: list[Any]) -> Any:
     return found[: len(results)]
 
 
-def _by_jax_triton(step: gpu.Step, operands: list[Any], results: list[Any]) -> Any:
+def _by_jax_triton(step: gpu.Launch, operands: list[Any], results: list[Any]) -> Any:
     jax_triton: Any = importlib.import_module("jax_triton")
     # It has no name for bytes that are not numbers of its own, and what is saved is of them.
     shown = [jax.ShapeDtypeStruct(r.shape, _plain(r.dtype)) for r in results]
@@ -152,7 +152,7 @@ def _launcher() -> Launcher | Unsupported:
     """Return what launches kernels here: the first that computes the right numbers."""
     if jax.default_backend() != "gpu":
         return Unsupported("these kernels are for GPUs, and JAX's default device is none")
-    why = lacking(_capability())
+    why = why_too_old(_capability())
     if why is not None:
         return why
     failures = []
@@ -170,11 +170,11 @@ def _launcher() -> Launcher | Unsupported:
 
 def _try(launcher: Launcher) -> None:
     """Compute a small array, and look at the result; also while something else is traced."""
-    x, program, passed = trial()
+    x, program, passed = probe_case()
 
     def function(x: Any) -> Any:
         arrays = {"x": x, "scale": None, "bias": None, "mask": None}
-        (step,) = program.steps
+        (step,) = program.launches
         results = [jax.ShapeDtypeStruct(x.shape, x.dtype)]
         results.append(jax.ShapeDtypeStruct(x.shape, x.dtype))  # for statistics, which are fewer
         operands = [x if arrays.get(n) is None else arrays[n] for n in step.arrays[:-2]]

@@ -29,14 +29,15 @@ from groupnorm.backends.kernels.cpu import call_frame as frames
 from groupnorm.backends.kernels.cpu import launch as cpu_launch
 from groupnorm.backends.kernels.cpu.huge_pages import are_worth_it
 from groupnorm.backends.kernels.cpu.threads import helpers_for
+from groupnorm.backends.kernels.layout import GroupedShape
 from groupnorm.backends.kernels.variants import DTYPES
 
-__all__ = ["missing", "normalize", "normalize_keeping", "pull_back", "unavailable"]
+__all__ = ["missing", "normalize", "normalize_keeping", "pull_back", "why_unavailable"]
 
 _TARGET = "groupnorm_cpu_kernel"
 
 
-def unavailable(x_dtype: Any, work_dtype: Any, result_dtype: Any) -> Unsupported | None:
+def why_unavailable(x_dtype: Any, work_dtype: Any, result_dtype: Any) -> Unsupported | None:
     """Say why the kernels do not compute this, if so."""
     names = [jnp.dtype(dtype).name for dtype in (x_dtype, result_dtype)]
     if jnp.dtype(work_dtype) != jnp.float32 or not set(names) <= set(DTYPES):
@@ -46,7 +47,7 @@ def unavailable(x_dtype: Any, work_dtype: Any, result_dtype: Any) -> Unsupported
         )
     if jax.default_backend() == "gpu":
         return jax_gpu.missing()
-    why = cpu.unavailable("float16" in names)
+    why = cpu.why_unavailable("float16" in names)
     return _interface() if why is None else why
 
 
@@ -59,7 +60,7 @@ def missing() -> Unsupported | None:
 
 
 def _missing_on_cpu() -> Unsupported | None:
-    why = cpu.unavailable(float16=False)
+    why = cpu.why_unavailable(float16=False)
     if why is not None:
         return why
     found = _version()
@@ -333,12 +334,15 @@ def _call(
     """Have the handler called; slots say where operands are, from 1, and results, from 101."""
     x, activation = context.avals_in[slots[frames.X] - 1].dtype.name, spec.activation
     y, masked = result.dtype.name, frames.MASK in slots
-    name = f"{'first' if spec.channels_first else 'last'}_{kernel}"
+    name = f"{'channels_first' if spec.channels_first else 'channels_last'}_{kernel}"
     mask = context.avals_in[slots[frames.MASK] - 1].size if masked else 0
     template = frames.template(
-        name, spec.samples, spec.groups, spec.members, spec.positions, mask, spec.epsilon,
+        name,
+        GroupedShape(spec.samples, spec.groups, spec.members, spec.positions, spec.channels_first),
+        mask,
+        spec.epsilon,
         helpers_for(result.size),
-    )  # fmt: skip
+    )
     number = frames.number(name, x, y, dy, masked, activation)
     entry = cpu_launch.entry(name, x, y, dy, masked, activation)
     where = ctypes.cast(entry, ctypes.c_void_p).value
@@ -359,7 +363,7 @@ def _exports(context: Any) -> bool:
 def _without_cpu_kernels(context: Any) -> bool:
     """Whether to lower to passes: to run anywhere, or where a GPU is the default and numba not."""
     halves = any(a.dtype == np.float16 for a in (*context.avals_in, *context.avals_out))
-    return _exports(context) or cpu.unavailable(halves) is not None or _interface() is not None
+    return _exports(context) or cpu.why_unavailable(halves) is not None or _interface() is not None
 
 
 def _lower_normalize(context: Any, *operands: Any, spec: Spec) -> Any:

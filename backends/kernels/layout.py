@@ -11,18 +11,19 @@ from typing import Any, NamedTuple
 import array_api_compat.numpy as numpy_namespace
 
 from groupnorm.adapter import Unsupported
-from groupnorm.arguments import Options
+from groupnorm.arguments import CallOptions
 from groupnorm.backends.kernels.variants import DTYPES
 from groupnorm.plan import Plan, make_plan, product
 from groupnorm.portable.inputs import dtypes_of
 
 __all__ = [
     "ROLES",
-    "Kinds",
-    "Layout",
+    "GroupedShape",
+    "KernelDtypes",
+    "MemoryLayout",
     "flat_mask",
     "in_memory",
-    "kinds_of",
+    "kernel_dtypes",
     "layout_of",
     "memory_order",
     "restored",
@@ -32,29 +33,36 @@ __all__ = [
 ROLES = ("C", "CP", "PC", "KC", "KCP", "KPC")
 
 
-class Layout(NamedTuple):
-    """How a call's arrays lie in memory."""
+class GroupedShape(NamedTuple):
+    """An array as kernels see it: samples, then channels and positions in either order."""
 
-    order: tuple[int, ...] | None  # the axes of x in memory order; None where it is x's own
-    dense: bool  # whether x lies in that order without gaps
-    first: bool  # channels before positions
     samples: int
     groups: int
-    size: int
+    group_size: int  # channels of a group
     positions: int
-    plan: Plan  # of the array in memory order
-    shape: tuple[int, ...]  # of x
-    feature_shape: tuple[int, ...]
+    channels_first: bool  # whether channels come before positions
+    item_bytes: int = 4  # of an element of x, which the tiling on GPUs depends on
 
     @property
     def channels(self) -> int:
         """The number of channels."""
-        return self.groups * self.size
+        return self.groups * self.group_size
 
     @property
     def elements(self) -> int:
         """The number of elements."""
         return self.samples * self.channels * self.positions
+
+
+class MemoryLayout(NamedTuple):
+    """How a call's arrays lie in memory."""
+
+    order: tuple[int, ...] | None  # the axes of x in memory order; None where it is x's own
+    dense: bool  # whether x lies in that order without gaps
+    grouped: GroupedShape
+    plan: Plan  # of the array in memory order
+    shape: tuple[int, ...]  # of x
+    feature_shape: tuple[int, ...]
 
     @property
     def inverse(self) -> tuple[int, ...]:
@@ -63,12 +71,12 @@ class Layout(NamedTuple):
         return tuple(order.index(a) for a in range(len(order)))
 
 
-class Kinds(NamedTuple):
+class KernelDtypes(NamedTuple):
     """What a call's arrays hold: names of dtypes the kernels know."""
 
     x: str
     result: str
-    dtype: Any  # the result's, in the library's own terms
+    result_dtype: Any  # the result's, in the library's own terms
 
     @property
     def float16(self) -> bool:
@@ -82,7 +90,9 @@ class _Typed(NamedTuple):
     dtype: Any
 
 
-def kinds_of(adapter: Any, x: Any, scale: Any, bias: Any, options: Options) -> Kinds | Unsupported:
+def kernel_dtypes(
+    adapter: Any, x: Any, scale: Any, bias: Any, options: CallOptions
+) -> KernelDtypes | Unsupported:
     """Say how arrays of these dtypes are computed; None for a parameter there is not."""
     # A constant from the host has NumPy's, in any byte order.
     names: list[Any] = [None if d is None else _name(d) for d in (x, scale, bias)]
@@ -94,13 +104,13 @@ def kinds_of(adapter: Any, x: Any, scale: Any, bias: Any, options: Options) -> K
         )
     typed: list[Any] = [None if n is None else _Typed(adapter.dtype(n)) for n in names]
     work, _, result = dtypes_of(adapter, typed[0], typed[1], typed[2], options)
-    kinds = Kinds(names[0], _name(result), result)
-    if _name(work) != "float32" or kinds.x not in DTYPES or kinds.result not in DTYPES:
+    dtypes = KernelDtypes(names[0], _name(result), result)
+    if _name(work) != "float32" or dtypes.x not in DTYPES or dtypes.result not in DTYPES:
         return Unsupported(
-            f"x of {kinds.x} to a result of {kinds.result}, computed in {_name(work)}: the kernels "
-            "are for float32, float16 and bfloat16, computed in float32"
+            f"x of {dtypes.x} to a result of {dtypes.result}, computed in {_name(work)}: "
+            "the kernels are for float32, float16 and bfloat16, computed in float32"
         )
-    return kinds
+    return dtypes
 
 
 def _name(dtype: Any) -> str:
@@ -131,8 +141,8 @@ def _dense(order: tuple[int, ...], shape: tuple[int, ...], strides: tuple[int, .
 
 
 def layout_of(
-    shape: tuple[int, ...], strides: tuple[int, ...], options: Options
-) -> Layout | Unsupported:
+    shape: tuple[int, ...], strides: tuple[int, ...], options: CallOptions
+) -> MemoryLayout | Unsupported:
     """Say how the kernels see an array of this shape and memory, or why they do not.
 
     Raises
@@ -167,22 +177,24 @@ def layout_of(
             "one of these, a contiguous copy is served"
         )
     sizes = dict(zip(roles, there.merged_shape, strict=True))
-    num_groups, size = there.parameter_shape[there.channel : there.channel + 2]
-    return Layout(
+    num_groups, group_size = there.parameter_shape[there.channel : there.channel + 2]
+    return MemoryLayout(
         order=None if order == own else order,
         dense=order == memory_order(shape, strides),
-        first=roles.endswith("CP"),
-        samples=sizes.get("K", 1),
-        groups=num_groups,
-        size=size,
-        positions=sizes.get("P", 1),
+        grouped=GroupedShape(
+            samples=sizes.get("K", 1),
+            groups=num_groups,
+            group_size=group_size,
+            positions=sizes.get("P", 1),
+            channels_first=roles.endswith("CP"),
+        ),
         plan=there,
         shape=shape,
         feature_shape=plan.feature_shape,
     )
 
 
-def flat_mask(mask: Any, layout: Layout, xp: Any = numpy_namespace) -> Any:
+def flat_mask(mask: Any, layout: MemoryLayout, xp: Any = numpy_namespace) -> Any:
     """Bring a boolean mask of the library of `xp` to bytes: (1 or samples) * positions.
 
     `Unsupported` where it tells channels apart, or does not broadcast.
@@ -204,15 +216,15 @@ def flat_mask(mask: Any, layout: Layout, xp: Any = numpy_namespace) -> Any:
     samples = rest[0] if kept else 1
     positions = rest[-1] if len(rest) > kept else 1
     flat = xp.reshape(xp.broadcast_to(mask, broadcast), (samples, positions))
-    flat = xp.reshape(xp.broadcast_to(flat, (samples, layout.positions)), (-1,))
+    flat = xp.reshape(xp.broadcast_to(flat, (samples, layout.grouped.positions)), (-1,))
     return xp.astype(flat, xp.uint8)  # a copy, and so without gaps
 
 
-def in_memory(a: Any, layout: Layout, library: Any) -> Any:
+def in_memory(a: Any, layout: MemoryLayout, library: Any) -> Any:
     """Return an array of NumPy or CuPy contiguous in the order of x's memory."""
     return library.ascontiguousarray(a if layout.order is None else a.transpose(layout.order))
 
 
-def restored(a: Any, layout: Layout) -> Any:
+def restored(a: Any, layout: MemoryLayout) -> Any:
     """Bring the axes of what lies in memory order back to x's."""
     return a if layout.order is None else a.transpose(layout.inverse)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from groupnorm.adapter import Kernels, Unsupported
-from groupnorm.arguments import Options
+from groupnorm.arguments import CallOptions
 from groupnorm.backends.kernels.binding import bind
 from groupnorm.backends.kernels.cpu import availability
 from groupnorm.backends.kernels.cpu.launch import Arrays, Saved, Work, address, planned
@@ -35,8 +35,8 @@ class _Call(NamedTuple):
 
     def forward(self) -> tuple[Any, Saved]:
         """Return y, which lies in memory as x does, and what backward needs."""
-        layout, kinds = self.work.layout, self.work.kinds
-        y = np.empty(layout.plan.shape, kinds.dtype)
+        layout, dtypes = self.work.layout, self.work.dtypes
+        y = np.empty(layout.plan.shape, dtypes.result_dtype)
         saved = self.work.forward(self.arrays, address(y))
         return restored(y, layout), saved
 
@@ -50,14 +50,14 @@ class NumpyKernels(Kernels):
 
     def why_unavailable(self, device: str) -> Unsupported | None:
         """Return why there are none: numba is missing, or cannot compile here."""
-        return availability.unavailable(float16=False)
+        return availability.why_unavailable(float16=False)
 
-    def forward(self, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
+    def forward(self, x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -> Any:
         """Return y, or `Unsupported`."""
         call = _call(self._adapter, x, scale, bias, mask, options)
         return call if isinstance(call, Unsupported) else call.forward()[0]
 
-    def vjp(self, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
+    def vjp(self, x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -> Any:
         """Return y and its pullback, or `Unsupported`."""
         call = _call(self._adapter, x, scale, bias, mask, options)
         if isinstance(call, Unsupported):
@@ -99,7 +99,7 @@ def _as_parameter(gradient: Any, parameter: Any) -> Any:
     return gradient.astype(parameter.dtype).reshape(parameter.shape)
 
 
-def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
+def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -> Any:
     if type(x) is not np.ndarray or not x.dtype.isnative:
         return Unsupported(f"x is of type {type(x).__name__}, or not in the machine's byte order")
     for parameter in (scale, bias):

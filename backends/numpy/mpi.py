@@ -18,7 +18,7 @@ def replicas_of(communicator: Any) -> Replicas:
     AxisNameError
         If it is none, or this rank is no member.
     """
-    # Asked for by its methods: whoever has one has imported mpi4py.
+    # KernelOptions for by its methods: whoever has one has imported mpi4py.
     known = hasattr(communicator, "Allreduce")
     if known and not communicator:
         raise AxisNameError(

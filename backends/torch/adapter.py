@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from groupnorm.adapter import Adapter, Kernels, Planning, as_native_contiguous
-from groupnorm.arguments import Options
+from groupnorm.arguments import CallOptions
 from groupnorm.backends.torch.internals import is_wrapped
 from groupnorm.backends.torch.native import functional
 from groupnorm.backends.torch.process_groups import replicas_of
@@ -118,7 +118,7 @@ class TorchAdapter(Adapter):
 
         return TorchKernels(self)
 
-    def native(self, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
+    def native(self, x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -> Any:
         """Compute by `torch.nn.functional.group_norm`."""
         return functional(x, scale, bias, mask, options)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from groupnorm.arguments import Options
+from groupnorm.arguments import CallOptions
 from groupnorm.backends.torch.internals import apply_without_transforms, is_wrapped
 from groupnorm.portable.group_norm import group_norm, group_norm_vjp
 from groupnorm.portable.inputs import check_cotangent
@@ -74,7 +74,7 @@ def _requires_grad(a: Any) -> bool:
 
 
 def with_pullback(
-    adapter: Any, call: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Options
+    adapter: Any, call: Any, x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions
 ) -> Any:
     """Return y of a bound call, and its pullback."""
     y, saved = call.forward(x)

@@ -6,26 +6,26 @@ import numpy as np
 import torch
 
 from groupnorm.adapter import Unsupported
-from groupnorm.arguments import Options
+from groupnorm.arguments import CallOptions
 from groupnorm.backends.kernels.binding import bind
 from groupnorm.backends.kernels.cpu import availability
 from groupnorm.backends.kernels.cpu.huge_pages import want_large_pages
-from groupnorm.backends.kernels.cpu.launch import Arrays, Saved, Team, Work, address, planned
-from groupnorm.backends.kernels.layout import Layout, flat_mask
+from groupnorm.backends.kernels.cpu.launch import Arrays, Saved, ThreadTeam, Work, address, planned
+from groupnorm.backends.kernels.layout import MemoryLayout, flat_mask
 from groupnorm.backends.torch.memory import cotangent, in_memory, is_plain, like
 from groupnorm.backends.torch.openmp import run_in_torch_threads, torch_helpers_for
 from groupnorm.portable.inputs import HOST_MASKS, host_mask
 
 __all__ = ["Call", "CpuEngine"]
 
-_TEAM = Team(torch_helpers_for, run_in_torch_threads)
+_TEAM = ThreadTeam(torch_helpers_for, run_in_torch_threads)
 
 
 class Call(NamedTuple):
     """A call bound to a kernel."""
 
     adapter: Any
-    options: Options
+    options: CallOptions
     work: Work
     mask: Any  # as it was given
     flat_mask: Any
@@ -35,7 +35,7 @@ class Call(NamedTuple):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Saved]:
         """Return y, in x's memory format, and what backward needs."""
         work = self.work
-        x, y = in_memory(x, work.layout), like(x, work.layout, work.kinds.dtype)
+        x, y = in_memory(x, work.layout), like(x, work.layout, work.dtypes.result_dtype)
         return y, work.forward(self._arrays(x), _fresh(y))
 
     def backward(
@@ -47,7 +47,7 @@ class Call(NamedTuple):
         x = in_memory(x, work.layout)
         dscale = torch.empty(work.channels, dtype=torch.float32, device="cpu")
         dbias = torch.empty_like(dscale)
-        dy_dtype = "float32" if dy.dtype is torch.float32 else work.kinds.x
+        dy_dtype = "float32" if dy.dtype is torch.float32 else work.dtypes.x
         work.backward(
             saved, self._arrays(x), dy.data_ptr(), dy_dtype, _fresh(dx), dscale.data_ptr(),
             dbias.data_ptr(),
@@ -76,10 +76,10 @@ class CpuEngine:
 
     def why_unavailable(self, device: torch.device, float16: bool = False) -> Unsupported | None:
         """Return why no kernel runs on CPUs here; None if they do."""
-        return availability.unavailable(float16)
+        return availability.why_unavailable(float16)
 
     def bind(
-        self, adapter: Any, x: torch.Tensor, scale: Any, bias: Any, mask: Any, options: Options
+        self, adapter: Any, x: torch.Tensor, scale: Any, bias: Any, mask: Any, options: CallOptions
     ) -> Call | Unsupported:
         """Return the call; x and parameters that are tensors are plain ones."""
         for parameter in (scale, bias):
@@ -120,7 +120,7 @@ def _flat_mask(mask: Any, work: Work) -> Any:
     return flat_mask(host_mask(mask), work.layout)
 
 
-def _signature(layout: Layout) -> float:
+def _signature(layout: MemoryLayout) -> float:
     """Return a number for an order of axes, which is not 0."""
     ndim = len(layout.shape)
     order = range(ndim) if layout.order is None else layout.order

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from groupnorm.adapter import Unsupported
-from groupnorm.arguments import Options
-from groupnorm.backends.kernels.layout import ROLES, kinds_of, memory_order
+from groupnorm.arguments import CallOptions
+from groupnorm.backends.kernels.layout import ROLES, kernel_dtypes, memory_order
 from groupnorm.backends.torch import kernels
 from groupnorm.backends.torch.autograd import as_parameter
 from groupnorm.backends.torch.internals import assume_constant, in_forward_mode, is_transformed
@@ -27,7 +27,7 @@ from groupnorm.portable.inputs import check, dtypes_of
 
 __all__ = ["traced"]
 
-# Options, as far as a program that is compiled without replicas can have them.
+# CallOptions, as far as a program that is compiled without replicas can have them.
 _SETTINGS = (
     "int[] feature, SymInt? num_groups, SymInt? group_size, int[]? reduction, float epsilon, "
     "str? dtype, bool fast, str? activation"
@@ -38,7 +38,7 @@ _ARRAYS = "Tensor x, Tensor? scale, Tensor? bias, Tensor? mask"
 # While a program is traced -----------------------------------------------------------------------
 
 
-def traced(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
+def traced(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -> Any:
     """Return y by the operator, or `Unsupported`; the compiler traces this."""
     if torch.compiler.is_exporting():
         return Unsupported(
@@ -82,10 +82,10 @@ def _why_unavailable(device: Any, x: Any, scale: Any, bias: Any, dtype: str | No
     if in_forward_mode() or is_transformed():
         return _SEEN_THROUGH
     options = _options((), None, 1, None, 0.0, dtype, True, None)
-    kinds = kinds_of(adapter_named("torch"), x, scale, bias, options)
-    if isinstance(kinds, Unsupported):
-        return kinds.reason
-    why = kernels.engine_for(device).why_unavailable(device, kinds.float16)
+    found = kernel_dtypes(adapter_named("torch"), x, scale, bias, options)
+    if isinstance(found, Unsupported):
+        return found.reason
+    why = kernels.engine_for(device).why_unavailable(device, found.float16)
     return "" if why is None else why.reason
 
 
@@ -141,9 +141,9 @@ def _(dy: Any, x: Any, scale: Any, bias: Any, mask: Any, saved: Any, *settings: 
     return torch.empty_like(x), *gradients
 
 
-def _options(*settings: Any) -> Options:
+def _options(*settings: Any) -> CallOptions:
     feature, num_groups, group_size, reduction, epsilon, dtype, fast, activation = settings
-    return Options(
+    return CallOptions(
         feature=tuple(feature), num_groups=num_groups, group_size=group_size,
         reduction=None if reduction is None else tuple(reduction), epsilon=epsilon, dtype=dtype,
         axis_name=None, axis_index_groups=None, fast=fast, activation=activation,

@@ -29,10 +29,10 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
-from groupnorm.arguments import Options
+from groupnorm.arguments import CallOptions
 from groupnorm.errors import ArgumentValueError
 from groupnorm.plan import Plan, product
-from groupnorm.portable.inputs import Prepared, prepare
+from groupnorm.portable.inputs import WorkInputs, prepare
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -52,7 +52,7 @@ class _ChannelShards(NamedTuple):
     index_groups: IndexGroups
 
 
-class _Layout(NamedTuple):
+class _ShardPlan(NamedTuple):
     """What is computed where."""
 
     mesh: "DeviceMesh"
@@ -84,7 +84,7 @@ def over_shards(
     scale: Any,
     bias: Any,
     mask: Any,
-    options: Options,
+    options: CallOptions,
 ) -> Any:
     """Normalize a DTensor by computing on its shards.
 
@@ -100,7 +100,7 @@ def over_shards(
         Whole, but for DTensors.
     mask : DTensor, tensor, NumPy array, nested list or None
         Broadcasts to the whole x.
-    options : Options
+    options : CallOptions
         For the whole x; `axis_name` is not among them.
 
     Returns
@@ -169,7 +169,7 @@ def _dense_stride(x: Any) -> tuple[int, ...]:
 # What is computed where ---------------------------------------------------------------------------
 
 
-def _layout(x: Any, plan: Plan, options: Options) -> _Layout:
+def _layout(x: Any, plan: Plan, options: CallOptions) -> _ShardPlan:
     mesh, shape = x.device_mesh, tuple(x.shape)
     features = tuple(sorted(axis % len(shape) for axis in options.feature))
     kept = plan.kept_axes
@@ -197,7 +197,9 @@ def _layout(x: Any, plan: Plan, options: Options) -> _Layout:
         placements.append(placement)
     if channel is not None and channel_shards is not None and channel_shards.pooled:
         pooled.append(channel)
-    return _Layout(mesh, tuple(placements), tuple(pooled), channel, channel_shards, shape, features)
+    return _ShardPlan(
+        mesh, tuple(placements), tuple(pooled), channel, channel_shards, shape, features
+    )
 
 
 def _channel_shards(
@@ -243,7 +245,7 @@ def _range(length: int, ranks: int, rank: int) -> tuple[int, int]:
     return min(rank * size, length), min((rank + 1) * size, length)
 
 
-def _local_options(options: Options, whole: Prepared, layout: _Layout) -> Options:
+def _local_options(options: CallOptions, whole: WorkInputs, layout: _ShardPlan) -> CallOptions:
     # Parameters were widened, so what the result's dtype comes to must be said.
     options = options._replace(dtype=str(whole.result_dtype).removeprefix("torch."))
     if layout.pooled:
@@ -268,7 +270,7 @@ def _slice(a: Any, axis: int, ranks: int, rank: int) -> Any:
 
 
 def _local_parameters(
-    adapter: "Adapter", parameters: Sequence[Any], x: torch.Tensor, layout: _Layout
+    adapter: "Adapter", parameters: Sequence[Any], x: torch.Tensor, layout: _ShardPlan
 ) -> list[Any]:
     """Return every parameter as this rank's channels need it."""
     results: list[Any] = []
@@ -302,7 +304,7 @@ def _local_parameters(
     ]
 
 
-def _is_cut_as_x(value: Any, layout: _Layout) -> bool:
+def _is_cut_as_x(value: Any, layout: _ShardPlan) -> bool:
     """Whether this rank's part of a parameter is that of its channels."""
     return (
         isinstance(value, DTensor)
@@ -313,7 +315,7 @@ def _is_cut_as_x(value: Any, layout: _Layout) -> bool:
     )
 
 
-def _own_channels(value: Any, layout: _Layout) -> Any:
+def _own_channels(value: Any, layout: _ShardPlan) -> Any:
     if layout.channel is None:
         return value
     placement = layout.placements[layout.channel]
@@ -364,7 +366,7 @@ class _Collect(torch.autograd.Function):
 # Masks --------------------------------------------------------------------------------------------
 
 
-def _local_mask(mask: Any, layout: _Layout) -> Any:
+def _local_mask(mask: Any, layout: _ShardPlan) -> Any:
     """Return the part of a mask that belongs to this rank's x."""
     if mask is None:
         return None

@@ -7,12 +7,12 @@ import numpy as np
 import torch
 
 from groupnorm.adapter import Unsupported
-from groupnorm.arguments import Options
+from groupnorm.arguments import CallOptions
 from groupnorm.backends.kernels.binding import bind
 from groupnorm.backends.kernels.gpu import program as gpu
 from groupnorm.backends.kernels.gpu.build import COMPILED, kernel_of
 from groupnorm.backends.kernels.gpu.launch import Work, planned
-from groupnorm.backends.kernels.gpu.probe import Trials, lacking
+from groupnorm.backends.kernels.gpu.probe import DeviceProbe, why_too_old
 from groupnorm.backends.kernels.layout import flat_mask
 from groupnorm.backends.torch.internals import has_modes, is_wrapped
 from groupnorm.backends.torch.memory import PLAIN, cotangent, in_memory, like
@@ -25,7 +25,7 @@ class Call(NamedTuple):
     """A call bound to kernels."""
 
     adapter: Any
-    options: Options
+    options: CallOptions
     work: Work
     mask: Any  # as it was given
     flat_mask: torch.Tensor | None
@@ -35,9 +35,9 @@ class Call(NamedTuple):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return y, in x's memory format, and the statistics, which backward needs."""
-        layout, form = self.work.layout, self.work.form
-        given, y = in_memory(x, layout), like(x, layout, self.work.kinds.dtype)
-        statistics = x.new_empty(gpu.statistics_shape(form), dtype=torch.float32)
+        layout, shape = self.work.layout, self.work.shape
+        given, y = in_memory(x, layout), like(x, layout, self.work.dtypes.result_dtype)
+        statistics = x.new_empty(gpu.statistics_shape(shape), dtype=torch.float32)
         run(self.work.forward(*self._there), self._arrays(given, y=y, statistics=statistics))
         return y, statistics
 
@@ -47,7 +47,7 @@ class Call(NamedTuple):
         """Return dx, and the gradients of scale and bias, flat in float32."""
         layout = self.work.layout
         dy, dx = cotangent(dy, x, layout), like(x, layout, x.dtype)
-        dscale = x.new_empty(self.work.form.channels, dtype=torch.float32)
+        dscale = x.new_empty(self.work.shape.channels, dtype=torch.float32)
         dbias = torch.empty_like(dscale)
         arrays = self._arrays(
             in_memory(x, layout), dy=dy, dx=dx, statistics=statistics, dscale=dscale, dbias=dbias
@@ -81,14 +81,14 @@ class GpuEngine:
         """Return why no kernels run on a device; None if they do. The first call probes it."""
         if device.type != "cuda":
             return Unsupported(f"there are no kernels for PyTorch tensors on {device.type}")
-        return _trials.unavailable(device.index or 0)
+        return _probe.why_unavailable(device.index or 0)
 
     def captures(self) -> bool:
         """Whether launches are recorded in a CUDA graph."""
         return _captures()
 
     def bind(
-        self, adapter: Any, x: torch.Tensor, scale: Any, bias: Any, mask: Any, options: Options
+        self, adapter: Any, x: torch.Tensor, scale: Any, bias: Any, mask: Any, options: CallOptions
     ) -> Call | Unsupported:
         """Return the call; x and parameters that are tensors are plain ones."""
         why = self.why_unavailable(x.device)
@@ -145,7 +145,7 @@ def _flat_mask(adapter: Any, mask: Any, x: torch.Tensor, work: Work) -> Any:
 # Launching ----------------------------------------------------------------------------------------
 
 
-def run(program: gpu.Program, arrays: dict[str, Any]) -> None:
+def run(program: gpu.LaunchSequence, arrays: dict[str, Any]) -> None:
     """Launch the steps of a program; the arrays are those it names, None for one not there."""
     x = next(iter(arrays.values()))
     if x.is_cuda and x.device.index != torch.cuda.current_device():
@@ -154,7 +154,7 @@ def run(program: gpu.Program, arrays: dict[str, Any]) -> None:
         return
     for name, elements in program.shared:
         arrays[name] = x.new_empty(elements, dtype=torch.float32)
-    for step in program.steps:
+    for step in program.launches:
         # A pointer that is not used must be one all the same.
         pointers = [x if (a := arrays.get(name)) is None else a for name in step.arrays]
         kernel, keywords = _launch(step)
@@ -162,7 +162,7 @@ def run(program: gpu.Program, arrays: dict[str, Any]) -> None:
 
 
 @lru_cache(maxsize=4096)
-def _launch(step: gpu.Step) -> tuple[Any, dict[str, Any]]:
+def _launch(step: gpu.Launch) -> tuple[Any, dict[str, Any]]:
     kernel = kernel_of(step.module, step.kernel)
     return kernel, {
         **dict(step.scalars),
@@ -181,20 +181,20 @@ def _busy() -> bool:
     return _captures() or has_modes()
 
 
-def _lacks(index: int) -> Unsupported | None:
+def _why_unsupported(index: int) -> Unsupported | None:
     if torch.version.hip or not torch.cuda.is_available():
         return Unsupported(
             "there are no kernels for PyTorch tensors on cuda here, where there is no NVIDIA GPU"
         )
     major, minor = torch.cuda.get_device_capability(index)
-    return lacking(10 * major + minor)
+    return why_too_old(10 * major + minor)
 
 
-def _compute(index: int, array: Any, program: gpu.Program) -> Any:
+def _compute(index: int, array: Any, program: gpu.LaunchSequence) -> Any:
     x = torch.from_numpy(array).to(f"cuda:{index}")
     y, statistics = torch.empty_like(x), torch.empty_like(x)  # of the latter there are fewer
     run(program, {"x": x, "y": y, "statistics": statistics})
     return y.cpu().numpy()
 
 
-_trials = Trials("PyTorch", _lacks, _busy, _compute)
+_probe = DeviceProbe("PyTorch", _why_unsupported, _busy, _compute)

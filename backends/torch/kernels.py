@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from groupnorm.adapter import Kernels, Unsupported
-from groupnorm.arguments import Options
+from groupnorm.arguments import CallOptions
 from groupnorm.backends.torch.autograd import differentiable, with_pullback
 from groupnorm.backends.torch.cpu import CpuEngine
 from groupnorm.backends.torch.gpu import GpuEngine
@@ -36,7 +36,7 @@ class TorchKernels(Kernels):
         where = torch.device(device)
         return engine_for(where).why_unavailable(where)
 
-    def forward(self, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
+    def forward(self, x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -> Any:
         """Return y, or `Unsupported`."""
         if torch.compiler.is_compiling():
             # Here, since registering operators takes a while.
@@ -46,7 +46,7 @@ class TorchKernels(Kernels):
         call = bind_call(self._adapter, x, scale, bias, mask, options)
         return call if isinstance(call, Unsupported) else differentiable(call, x, scale, bias)
 
-    def vjp(self, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
+    def vjp(self, x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -> Any:
         """Return y and its pullback, or `Unsupported`."""
         if torch.compiler.is_compiling():
             return Unsupported("torch.compile traces this")
@@ -56,7 +56,7 @@ class TorchKernels(Kernels):
         return with_pullback(self._adapter, call, x, scale, bias, mask, options)
 
 
-def bind_call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
+def bind_call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -> Any:
     """Return the call that a kernel computes, or `Unsupported`."""
     if is_seen_through():
         return Unsupported("PyTorch has to see the individual operations of this computation")

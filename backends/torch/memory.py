@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from groupnorm.backends.kernels.layout import Layout
+from groupnorm.backends.kernels.layout import MemoryLayout
 from groupnorm.backends.torch.internals import is_wrapped
 
 __all__ = ["PLAIN", "cotangent", "in_memory", "is_plain", "like"]
@@ -18,12 +18,12 @@ def is_plain(a: Any) -> bool:
     return type(a) in PLAIN and a.layout is torch.strided and not a.is_neg() and not is_wrapped(a)
 
 
-def in_memory(x: torch.Tensor, layout: Layout) -> torch.Tensor:
+def in_memory(x: torch.Tensor, layout: MemoryLayout) -> torch.Tensor:
     """Return x, or a copy that has no gaps."""
     return x if layout.dense else _in_order(x, layout)
 
 
-def like(x: torch.Tensor, layout: Layout, dtype: torch.dtype) -> torch.Tensor:
+def like(x: torch.Tensor, layout: MemoryLayout, dtype: torch.dtype) -> torch.Tensor:
     """Make room for a result that lies in memory as x does."""
     if layout.dense:
         return torch.empty_like(x, dtype=dtype)
@@ -31,7 +31,7 @@ def like(x: torch.Tensor, layout: Layout, dtype: torch.dtype) -> torch.Tensor:
     return made if layout.order is None else made.permute(layout.inverse)
 
 
-def cotangent(dy: torch.Tensor, x: torch.Tensor, layout: Layout) -> torch.Tensor:
+def cotangent(dy: torch.Tensor, x: torch.Tensor, layout: MemoryLayout) -> torch.Tensor:
     """Return dy of x's dtype or of float32, as it lies in memory when x does."""
     dy = dy.resolve_neg()
     if dy.dtype is not x.dtype and dy.dtype is not torch.float32:
@@ -41,7 +41,7 @@ def cotangent(dy: torch.Tensor, x: torch.Tensor, layout: Layout) -> torch.Tensor
     return dy
 
 
-def _in_order(a: torch.Tensor, layout: Layout) -> torch.Tensor:
+def _in_order(a: torch.Tensor, layout: MemoryLayout) -> torch.Tensor:
     """Return a tensor contiguous in the order of x's memory."""
     if layout.order is not None:
         a = a.permute(layout.order)

@@ -5,12 +5,12 @@ from typing import Any
 import torch
 
 from groupnorm.adapter import Unsupported
-from groupnorm.arguments import Options
+from groupnorm.arguments import CallOptions
 
 __all__ = ["functional"]
 
 
-def functional(x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
+def functional(x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -> Any:
     """Return what `torch.nn.functional.group_norm` computes, or `Unsupported`."""
     channels = x.shape[1] if x.ndim > 1 else 0
     own = (

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from groupnorm.adapter import Adapter
     from groupnorm.typing import Array
 
-__all__ = ["gather", "gather_alike", "pool"]
+__all__ = ["gather", "gather_checked", "pool"]
 
 
 def pool(
@@ -70,7 +70,7 @@ def _group_of(groups: tuple[tuple[int, ...], ...], size: int) -> list[int]:
     return [next(g for g, group in enumerate(groups) if i in group) for i in range(size)]
 
 
-def gather_alike(
+def gather_checked(
     values: "tuple[Array, ...]", adapter: "Adapter", replicas: Replicas, groups: IndexGroups
 ) -> "tuple[Array, ...]":
     """`gather` values, of ranks that all take part with the same kind of statistics.

@@ -3,14 +3,14 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from groupnorm.arguments import Options
+from groupnorm.arguments import CallOptions
 from groupnorm.distributed.replicas import Replicas
 from groupnorm.errors import ArgumentTypeError
 from groupnorm.portable.activations import activate, slope
 from groupnorm.portable.agreement import agree
 from groupnorm.portable.backward import pull_back
 from groupnorm.portable.inputs import (
-    Prepared,
+    WorkInputs,
     check_cotangent,
     from_work,
     is_floating,
@@ -20,8 +20,8 @@ from groupnorm.portable.inputs import (
 from groupnorm.portable.merge import GroupStatistics, merge_replicas
 from groupnorm.portable.public_statistics import from_value, to_value
 from groupnorm.portable.statistics import (
-    Centred,
-    Normalizer,
+    Coefficients,
+    Deviations,
     centre,
     finish,
     measure,
@@ -37,7 +37,7 @@ __all__ = ["group_norm", "group_norm_vjp", "group_statistics", "normalize_by"]
 
 
 def group_norm(
-    adapter: "Adapter", x: Array, scale: Array, bias: Array, mask: Any, options: Options
+    adapter: "Adapter", x: Array, scale: Array, bias: Array, mask: Any, options: CallOptions
 ) -> Array:
     """Return the normalized x; all arrays are of the adapter's library, or constants of NumPy.
 
@@ -54,7 +54,7 @@ def group_norm(
 
 
 def group_norm_vjp(
-    adapter: "Adapter", x: Array, scale: Array, bias: Array, mask: Any, options: Options
+    adapter: "Adapter", x: Array, scale: Array, bias: Array, mask: Any, options: CallOptions
 ) -> tuple[Array, Callable[[Array], Gradients]]:
     """Return the normalized x and its pullback; raises as `group_norm`."""
     xp = adapter.xp
@@ -63,7 +63,7 @@ def group_norm_vjp(
     plan = ready.plan
     # Found once: when the pullback is called, a name may be bound no more.
     replicas = _replicas(adapter, ready, options)
-    z, centred, normalizer = _forward(adapter, ready, options, replicas, keep_deviations=True)
+    z, deviations, coefficients = _forward(adapter, ready, options, replicas, keep_deviations=True)
     activation = options.activation
     y = from_work(activate(z, activation, adapter), plan, ready.result_dtype, xp)
 
@@ -76,8 +76,8 @@ def group_norm_vjp(
             dz,
             ready.mask,
             ready.scale,
-            centred,
-            normalizer,
+            deviations,
+            coefficients,
             plan,
             adapter,
             replicas,
@@ -96,7 +96,9 @@ def group_norm_vjp(
     return y, pullback
 
 
-def group_statistics(adapter: "Adapter", x: Array, mask: Any, options: Options) -> GroupStatistics:
+def group_statistics(
+    adapter: "Adapter", x: Array, mask: Any, options: CallOptions
+) -> GroupStatistics:
     """Measure the groups of x, as values."""
     _check_local(adapter, x)
     ready = prepare(adapter, x, None, None, mask, options)
@@ -111,18 +113,18 @@ def normalize_by(
     scale: Array,
     bias: Array,
     mask: Any,
-    options: Options,
+    options: CallOptions,
 ) -> Array:
     """Normalize x by statistics that were taken before."""
     _check_local(adapter, x)
     ready = prepare(adapter, x, scale, bias, mask, options)
     plan = ready.plan
     there = from_value(statistics, ready.x, plan, adapter, options.epsilon)
-    centred = centre(ready.x, ready.mask, there, plan, adapter)
-    normalizer = finish(there, centred, adapter, options.epsilon, may_be_empty=True)
+    deviations = centre(ready.x, ready.mask, there, plan, adapter)
+    coefficients = finish(there, deviations, adapter, options.epsilon, may_be_empty=True)
     y = normalize(
-        centred,
-        normalizer,
+        deviations,
+        coefficients,
         ready.scale,
         ready.bias,
         plan,
@@ -156,7 +158,7 @@ def _check_local(adapter: "Adapter", x: Array) -> None:
         )
 
 
-def _replicas(adapter: "Adapter", ready: Prepared, options: Options) -> Replicas | None:
+def _replicas(adapter: "Adapter", ready: WorkInputs, options: CallOptions) -> Replicas | None:
     """Find the replicas to pool over, if any, and make sure that they can be pooled."""
     if options.axis_name is None:
         return None
@@ -166,40 +168,42 @@ def _replicas(adapter: "Adapter", ready: Prepared, options: Options) -> Replicas
 
 def _forward(
     adapter: "Adapter",
-    ready: Prepared,
-    options: Options,
+    ready: WorkInputs,
+    options: CallOptions,
     replicas: Replicas | None,
     *,
     keep_deviations: bool,
-) -> tuple[Array, Centred, Normalizer]:
-    statistics, local, centred = _measure(adapter, ready, options, replicas)
+) -> tuple[Array, Deviations, Coefficients]:
+    statistics, local, deviations = _measure(adapter, ready, options, replicas)
     if replicas is not None and ready.mask is not None:
-        centred = recentre(ready.x, ready.mask, centred, local, statistics, ready.plan, adapter)
-    normalizer = finish(
+        deviations = recentre(
+            ready.x, ready.mask, deviations, local, statistics, ready.plan, adapter
+        )
+    coefficients = finish(
         statistics,
-        centred,
+        deviations,
         adapter,
         options.epsilon,
         may_be_empty=ready.mask is not None or ready.plan.empty or replicas is not None,
     )
     y = normalize(
-        centred,
-        normalizer,
+        deviations,
+        coefficients,
         ready.scale,
         ready.bias,
         ready.plan,
         adapter,
         keep_deviations=keep_deviations or adapter.has_autograd,
     )
-    return y, centred, normalizer
+    return y, deviations, coefficients
 
 
 def _measure(
-    adapter: "Adapter", ready: Prepared, options: Options, replicas: Replicas | None
-) -> tuple[GroupStatistics, GroupStatistics, Centred]:
+    adapter: "Adapter", ready: WorkInputs, options: CallOptions, replicas: Replicas | None
+) -> tuple[GroupStatistics, GroupStatistics, Deviations]:
     """Take the statistics of all replicas, and of this one alone."""
-    local, centred = measure(ready.x, ready.mask, ready.plan, adapter, options.epsilon)
+    local, deviations = measure(ready.x, ready.mask, ready.plan, adapter, options.epsilon)
     if replicas is None:
-        return local, local, centred
+        return local, local, deviations
     merged = merge_replicas(local, adapter, options.epsilon, replicas, options.axis_index_groups)
-    return merged, local, centred
+    return merged, local, deviations

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from groupnorm.adapter import library_of, not_an_array
-from groupnorm.arguments import Options
+from groupnorm.arguments import CallOptions
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
 from groupnorm.plan import make_plan, make_plan_uncached, same_shape
 from groupnorm.typing import Array
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "HOST_MASKS",
-    "Checked",
-    "Prepared",
+    "CheckedInputs",
+    "WorkInputs",
     "check",
     "check_cotangent",
     "check_same_library",
@@ -34,7 +34,7 @@ __all__ = [
 HOST_MASKS = (bool, int, float, list, tuple, np.ndarray, np.generic)
 
 
-class Prepared(NamedTuple):
+class WorkInputs(NamedTuple):
     """Arguments in the work shape; x, scale and bias in the precision of the statistics."""
 
     x: Array
@@ -47,7 +47,7 @@ class Prepared(NamedTuple):
     cotangent_dtype: Any
 
 
-class Checked(NamedTuple):
+class CheckedInputs(NamedTuple):
     """Arguments that fit each other, and what they are computed in."""
 
     x: Array
@@ -61,8 +61,8 @@ class Checked(NamedTuple):
 
 
 def check(
-    adapter: "Adapter", x: Array, scale: Array, bias: Array, mask: Any, options: Options
-) -> Checked:
+    adapter: "Adapter", x: Array, scale: Array, bias: Array, mask: Any, options: CallOptions
+) -> CheckedInputs:
     """Check the arrays against each other and the options.
 
     Raises
@@ -81,10 +81,12 @@ def check(
     work_dtype, parameter_dtype, result_dtype = dtypes_of(adapter, x, scale, bias, options)
     if mask is not None:
         mask = _mask_to_work(adapter, mask, x, plan)
-    return Checked(x, scale, bias, mask, plan, work_dtype, parameter_dtype, result_dtype)
+    return CheckedInputs(x, scale, bias, mask, plan, work_dtype, parameter_dtype, result_dtype)
 
 
-def _plan_of(adapter: "Adapter", shape: tuple[int, ...], masked: bool, options: Options) -> "Plan":
+def _plan_of(
+    adapter: "Adapter", shape: tuple[int, ...], masked: bool, options: CallOptions
+) -> "Plan":
     planning = adapter.planning(shape)
     # A compiler that traces Python ignores the cache, with a warning: it must not meet it.
     make = make_plan if planning.static else make_plan_uncached
@@ -110,8 +112,8 @@ def is_floating(dtype: Any, adapter: "Adapter") -> bool:
 
 
 def prepare(
-    adapter: "Adapter", x: Array, scale: Array, bias: Array, mask: Any, options: Options
-) -> Prepared:
+    adapter: "Adapter", x: Array, scale: Array, bias: Array, mask: Any, options: CallOptions
+) -> WorkInputs:
     """Check the arrays against each other and the options, and bring them to the work shape."""
     xp = adapter.xp
     x, scale, bias, mask, plan, work_dtype, parameter_dtype, result_dtype = check(
@@ -124,7 +126,7 @@ def prepare(
     if mask is not None:
         counted = mask | xp.isfinite(x_work)
         x_work = xp.where(counted, x_work, 0.0)
-    return Prepared(x_work, scale, bias, mask, counted, plan, result_dtype, parameter_dtype)
+    return WorkInputs(x_work, scale, bias, mask, counted, plan, result_dtype, parameter_dtype)
 
 
 def to_work(x: Array, plan: "Plan", xp: Any) -> Array:
@@ -204,7 +206,7 @@ def _parameter(
 
 
 def dtypes_of(
-    adapter: "Adapter", x: Array, scale: Array | None, bias: Array | None, options: Options
+    adapter: "Adapter", x: Array, scale: Array | None, bias: Array | None, options: CallOptions
 ) -> tuple[Any, Any, Any]:
     """Return the dtypes of the statistics, of parameters among them, and of the result."""
     xp, wanted = adapter.xp, options.dtype

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from array_api_compat import array_namespace
 
 from groupnorm.distributed.replicas import IndexGroups, Replicas
-from groupnorm.portable.collectives import gather_alike
+from groupnorm.portable.collectives import gather_checked
 from groupnorm.portable.complex_parts import join, split
 from groupnorm.portable.pivots import clip_real, unit_of
 from groupnorm.typing import Array
@@ -95,7 +95,7 @@ def merge_replicas(
     count = adapter.xp.ones_like(m2) * count
     means, residuals = split(mean, adapter), split(residual, adapter)
     values = (m2, count, unit, *means, *residuals)
-    m2, count, unit, *parts = gather_alike(values, adapter, replicas, groups)
+    m2, count, unit, *parts = gather_checked(values, adapter, replicas, groups)
     stacked = GroupStatistics(
         count,
         join(parts[: len(means)], adapter),

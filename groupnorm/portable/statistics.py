@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from groupnorm.typing import Array
 
 __all__ = [
-    "Centred",
-    "Normalizer",
+    "Coefficients",
+    "Deviations",
     "centre",
     "finish",
     "measure",
@@ -61,21 +61,21 @@ __all__ = [
 ORDINARY = 2.0**20
 
 
-class Centred(NamedTuple):
+class Deviations(NamedTuple):
     """The data relative to its pivots."""
 
-    deviations: "Array"  # (x - pivot) * unit, in the work shape
+    values: "Array"  # (x - pivot) * unit, in the work shape
     pivot: "Array"  # per channel (or, in one stage, per group), in the grouped shape
     unit: "Array"  # the scale of the deviations, shaped as the pivot
 
 
-class Normalizer(NamedTuple):
+class Coefficients(NamedTuple):
     """What turns deviations into normalized values: ``deviations * gain - shift``."""
 
     gain: "Array"
     shift: "Array"
     rstd: "Array"  # 1 / sqrt(var + epsilon), per group
-    share: "Array | float"  # of one valid element in the mean: 1 / n, and 0 where there is none
+    inv_count: "Array | float"  # 1 / n, and 0 for groups without a valid element
 
 
 def measure(
@@ -84,7 +84,7 @@ def measure(
     plan: "Plan",
     adapter: "Adapter",
     epsilon: float,
-) -> tuple[GroupStatistics, Centred]:
+) -> tuple[GroupStatistics, Deviations]:
     """Measure every group of `x`.
 
     Parameters
@@ -98,7 +98,7 @@ def measure(
     -------
     GroupStatistics
         In the grouped shape; of this array alone: nothing is pooled over replicas yet.
-    Centred
+    Deviations
         The deviations they were summed from.
     """
     xp = adapter.xp
@@ -121,7 +121,7 @@ def measure(
     pivot, unit = adapter.materialize(pivot, unit)
 
     centred = _centre(x, mask, pivot, unit, plan, adapter, scaled=scaled)
-    valid = centred.deviations if mask is None else xp.where(mask, centred.deviations, 0.0)
+    valid = centred.values if mask is None else xp.where(mask, centred.values, 0.0)
     delta = total(valid, plan.inner, plan, adapter) / enough
     m2 = _total_abs2(valid, plan, adapter) - counts * abs2(delta, adapter)
     if not plan.two_stages:
@@ -159,7 +159,7 @@ def _centre(
     adapter: "Adapter",
     *,
     scaled: bool = True,
-) -> Centred:
+) -> Deviations:
     xp = adapter.xp
     deviations = x - xp.reshape(pivot, plan.ungrouped(pivot.shape))
     unit_of_channel = xp.reshape(unit, plan.ungrouped(unit.shape))
@@ -167,7 +167,7 @@ def _centre(
         deviations = _saturate(deviations, mask, unit_of_channel, adapter)
     if scaled:
         deviations *= unit_of_channel
-    return Centred(deviations, pivot, unit)
+    return Deviations(deviations, pivot, unit)
 
 
 def centre(
@@ -176,7 +176,7 @@ def centre(
     statistics: GroupStatistics,
     plan: "Plan",
     adapter: "Adapter",
-) -> Centred:
+) -> Deviations:
     """Centre x at means that are known before, one for each group."""
     # Of full length: loops run along whole channel rows, and the work shape has no group axis.
     unit = statistics.unit
@@ -190,12 +190,12 @@ def centre(
 def recentre(
     x: "Array",
     mask: "Array",
-    centred: Centred,
+    centred: Deviations,
     local: GroupStatistics,
     merged: GroupStatistics,
     plan: "Plan",
     adapter: "Adapter",
-) -> Centred:
+) -> Deviations:
     """Centre groups that have no valid element here, but on other replicas, near their mean."""
     pivot = adapter.xp.where(local.count > 0, centred.pivot, merged.mean)
     return _centre(x, mask, pivot, centred.unit, plan, adapter)
@@ -234,12 +234,12 @@ def _total_abs2(x: "Array", plan: "Plan", adapter: "Adapter") -> "Array":
 
 def finish(
     statistics: GroupStatistics,
-    centred: Centred,
+    centred: Deviations,
     adapter: "Adapter",
     epsilon: float,
     *,
     may_be_empty: bool,
-) -> Normalizer:
+) -> Coefficients:
     """Turn statistics into what normalizes deviations.
 
     Parameters
@@ -262,17 +262,17 @@ def finish(
     # A square beyond the sample's scale overflowed: say so, instead of dividing everything away.
     variance = xp.where(variance == math.inf, xp.full_like(variance, math.nan), variance)
     rstd = unit / xp.sqrt(variance)
-    share: Array | float = 1.0 / enough
+    inv_count: Array | float = 1.0 / enough
     if counted is not None:
         rstd = xp.where(counted, rstd, xp.full_like(rstd, 1.0 / math.sqrt(1.0 + epsilon)))
-        share = xp.where(counted, share, xp.zeros_like(m2))
+        inv_count = xp.where(counted, inv_count, xp.zeros_like(m2))
     shift = ((reference - centred.pivot) + delta / unit) * rstd
-    return Normalizer(rstd / centred.unit, shift, rstd, share)
+    return Coefficients(rstd / centred.unit, shift, rstd, inv_count)
 
 
 def normalize(
-    centred: Centred,
-    normalizer: Normalizer,
+    centred: Deviations,
+    coefficients: Coefficients,
     scale: "Array",
     bias: "Array",
     plan: "Plan",
@@ -287,9 +287,9 @@ def normalize(
     keep_deviations : bool
         Whether someone needs the deviations afterwards; else the result may take their place.
     """
-    factor, term = adapter.materialize(normalizer.gain * scale, bias - normalizer.shift * scale)
+    factor, term = adapter.materialize(coefficients.gain * scale, bias - coefficients.shift * scale)
     factor = adapter.xp.reshape(factor, plan.ungrouped(factor.shape))
-    y = centred.deviations
+    y = centred.values
     if keep_deviations or factor.dtype != y.dtype:
         y = y * factor
     else:

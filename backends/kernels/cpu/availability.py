@@ -8,11 +8,11 @@ import numpy as np
 
 from groupnorm.adapter import Unsupported
 
-__all__ = ["constant", "kernels", "unavailable"]
+__all__ = ["constant", "kernels", "why_unavailable"]
 
 
 @lru_cache(maxsize=2)
-def unavailable(float16: bool) -> Unsupported | None:
+def why_unavailable(float16: bool) -> Unsupported | None:
     """Say why there are no kernels here, or none for float16, if there are none.
 
     This imports numba; until it is asked, nothing does.
@@ -37,7 +37,7 @@ def unavailable(float16: bool) -> Unsupported | None:
 
 @lru_cache(maxsize=4)
 def kernels(name: str) -> Any:
-    """Import a module of kernels, where `unavailable` says nothing."""
+    """Import a module of kernels, where `why_unavailable` says nothing."""
     return importlib.import_module(f"groupnorm.backends.kernels.cpu.compiled.{name}")
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from groupnorm.backends.kernels.layout import GroupedShape
 from groupnorm.backends.kernels.variants import ACTIVATIONS, DTYPES
 
 __all__ = [
@@ -53,7 +54,12 @@ HEAD = 40
 LINE = 8
 
 
-KERNELS = ("first_forward", "first_backward", "last_forward", "last_backward")
+KERNELS = (
+    "channels_first_forward",
+    "channels_first_backward",
+    "channels_last_forward",
+    "channels_last_backward",
+)
 NUMBERS = len(KERNELS) * len(DTYPES) ** 3 * 2 * len(ACTIVATIONS)
 
 
@@ -81,13 +87,12 @@ def _is_apart(samples: int, elements: int, helpers: int) -> bool:
 
 @lru_cache(maxsize=4096)
 def template(
-    kernel: str, samples: int, groups: int, size: int, positions: int, mask_elements: int,
-    epsilon: float, helpers: int,
-) -> Template:  # fmt: skip
+    kernel: str, shape: GroupedShape, mask_elements: int, epsilon: float, helpers: int
+) -> Template:
     """Return the frame of one of `KERNELS` for this shape; so many threads may help."""
-    first, backward = kernel.startswith("first"), kernel.endswith("backward")
-    channels, parts = groups * size, helpers + 1
-    elements = samples * channels * positions
+    first, backward = kernel.startswith("channels_first"), kernel.endswith("backward")
+    samples, groups, positions = shape.samples, shape.groups, shape.positions
+    channels, elements, parts = shape.channels, shape.elements, helpers + 1
     apart = _is_apart(samples, elements, helpers)
     rows = width = room = pulls = starts = tables = 0
     if not first:
@@ -104,7 +109,12 @@ def template(
     counters = 2 + parts if first or apart else 2 + samples * (2 * parts + 1)
     words = np.zeros(HEAD + counters * LINE, np.int64)
     words[ELEMENTS], words[MASK_ELEMENTS] = elements, mask_elements
-    words[SAMPLES], words[GROUPS], words[SIZE], words[POSITIONS] = samples, groups, size, positions
+    words[SAMPLES], words[GROUPS], words[SIZE], words[POSITIONS] = (
+        samples,
+        groups,
+        shape.group_size,
+        positions,
+    )
     words[ROWS], words[WIDTH], words[APARTNESS], words[PARTS] = rows, width, apart, parts
     words[COUNTERS], words[EPSILON] = counters, np.float64(epsilon).view(np.int64)
     words[ROOM], words[PULLS], words[STARTS], words[TABLES] = room, pulls, starts, tables

@@ -10,33 +10,33 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from groupnorm.adapter import Unsupported
-from groupnorm.arguments import Options
+from groupnorm.arguments import CallOptions
 from groupnorm.backends.kernels.cpu import call_frame as frames
-from groupnorm.backends.kernels.cpu.availability import kernels, unavailable
+from groupnorm.backends.kernels.cpu.availability import kernels, why_unavailable
 from groupnorm.backends.kernels.cpu.threads import helpers_for, run_together
-from groupnorm.backends.kernels.layout import Kinds, Layout, kinds_of, layout_of
+from groupnorm.backends.kernels.layout import KernelDtypes, MemoryLayout, kernel_dtypes, layout_of
 from groupnorm.backends.kernels.variants import ACTIVATIONS
 
-__all__ = ["Arrays", "Saved", "Team", "Work", "address", "entry", "planned"]
+__all__ = ["Arrays", "Saved", "ThreadTeam", "Work", "address", "entry", "planned"]
 
 _log = logging.getLogger("groupnorm")
 
 
-class Team(NamedTuple):
+class ThreadTeam(NamedTuple):
     """The threads of a library."""
 
     helpers_for: Callable[[int], int]
     run: Callable[[int, Any, int, Any], None]  # helpers, an entry, a frame's address, what it needs
 
 
-OWN = Team(helpers_for, run_together)
+OWN = ThreadTeam(helpers_for, run_together)
 
 
 class Arrays(NamedTuple):
     """What kernels read, by address.
 
-    x is flat in the order the `Layout` says; scale and bias are in float32, (channels,); the mask
-    is what `flat_mask` returns, with as many elements as are said, or 0 and 0.
+    x is flat in the order of the `MemoryLayout`; scale and bias are in float32, (channels,); the
+    mask is what `flat_mask` returns, with as many elements as are said, or 0 and 0.
     """
 
     x: int
@@ -69,23 +69,28 @@ class Work:
 
     Parameters
     ----------
-    layout : Layout
-    kinds : Kinds
+    layout : MemoryLayout
+    dtypes : KernelDtypes
     epsilon : float
     activation : str or None
-    team : Team
+    team : ThreadTeam
         Whose threads help.
     """
 
     def __init__(
-        self, layout: Layout, kinds: Kinds, epsilon: float, activation: str | None, team: Team
+        self,
+        layout: MemoryLayout,
+        dtypes: KernelDtypes,
+        epsilon: float,
+        activation: str | None,
+        team: ThreadTeam,
     ) -> None:
-        self.layout, self.kinds, self.team = layout, kinds, team
-        self.channels = layout.channels
+        self.layout, self.dtypes, self.team = layout, dtypes, team
+        self.channels = layout.grouped.channels
         # That parameters may have.
         self.parameter_shapes = (layout.feature_shape, (self.channels,))
         self._epsilon, self._activation = epsilon, activation
-        self._elements = layout.elements
+        self._elements = layout.grouped.elements
         self._programs: dict[Any, _Program] = {}
 
     def forward(self, arrays: Arrays, y: int) -> Saved:
@@ -111,7 +116,8 @@ class Work:
 
     def saved_values(self, saved: Saved) -> Any:
         """Return a copy of what was saved, as an array."""
-        size = 8 * 3 * self.layout.samples * self.layout.groups
+        shape = self.layout.grouped
+        size = 8 * 3 * shape.samples * shape.groups
         return np.frombuffer(ctypes.string_at(saved.address, size))
 
     def _run(self, program: _Program, block: Any, arrays: Arrays, y: int, saved: int) -> None:
@@ -132,18 +138,15 @@ class Work:
         return found
 
     def _new(self, direction: str, mask_elements: int, dy: str, helpers: int) -> _Program:
-        layout, backward = self.layout, direction == "backward"
-        kernel = f"{'first' if layout.first else 'last'}_{direction}"
-        template = frames.template(
-            kernel, layout.samples, layout.groups, layout.size, layout.positions, mask_elements,
-            self._epsilon, helpers,
-        )  # fmt: skip
+        shape, backward = self.layout.grouped, direction == "backward"
+        kernel = f"{'channels_first' if shape.channels_first else 'channels_last'}_{direction}"
+        template = frames.template(kernel, shape, mask_elements, self._epsilon, helpers)
         # Behind a frame comes what forward saves, or the sums of backward.
-        each = 2 * layout.channels if backward else 3 * layout.groups
-        image = template.words.tobytes() + bytes(8 * layout.samples * each)
+        each = 2 * shape.channels if backward else 3 * shape.groups
+        image = template.words.tobytes() + bytes(8 * shape.samples * each)
         return _Program(
             entry(
-                kernel, self.kinds.x, self.kinds.x if backward else self.kinds.result, dy,
+                kernel, self.dtypes.x, self.dtypes.x if backward else self.dtypes.result, dy,
                 mask_elements > 0, self._activation,
             ),
             helpers, ctypes.c_int64 * (len(image) // 8), image, template.words.nbytes,
@@ -153,18 +156,18 @@ class Work:
 
 @lru_cache(maxsize=4096)
 def planned(
-    adapter: Any, shape: Any, strides: Any, x: Any, scale: Any, bias: Any, options: Options,
-    team: Team = OWN,
+    adapter: Any, shape: Any, strides: Any, x: Any, scale: Any, bias: Any, options: CallOptions,
+    team: ThreadTeam = OWN,
 ) -> Work | Unsupported:  # fmt: skip
     """Return all of a call that does not depend on values: of shape, strides and dtypes."""
-    kinds = kinds_of(adapter, x, scale, bias, options)
-    if isinstance(kinds, Unsupported):
-        return kinds
-    why = unavailable(kinds.float16)
+    dtypes = kernel_dtypes(adapter, x, scale, bias, options)
+    if isinstance(dtypes, Unsupported):
+        return dtypes
+    why = why_unavailable(dtypes.float16)
     layout = layout_of(tuple(shape), strides, options) if why is None else why
     if isinstance(layout, Unsupported):
         return layout
-    return Work(layout, kinds, options.epsilon, options.activation, team)
+    return Work(layout, dtypes, options.epsilon, options.activation, team)
 
 
 def address(a: Any) -> int:

@@ -11,9 +11,9 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from groupnorm.adapter import Unsupported
-from groupnorm.backends.kernels.gpu.program import Step
+from groupnorm.backends.kernels.gpu.program import Launch
 
-__all__ = ["ALIGNMENT", "COMPILED", "POINTERS", "Built", "build", "kernel_of", "unavailable"]
+__all__ = ["ALIGNMENT", "COMPILED", "POINTERS", "Built", "build", "kernel_of", "why_unavailable"]
 
 _KERNELS = "groupnorm.backends.kernels.gpu.compiled"
 # What the kernels read and write, and what Triton calls it.
@@ -50,7 +50,7 @@ class Signature(NamedTuple):
 
 
 @lru_cache(maxsize=1)
-def unavailable() -> Unsupported | None:
+def why_unavailable() -> Unsupported | None:
     """Say why there are no kernels for GPUs here, if so. This imports Triton."""
     try:
         importlib.import_module(f"{_KERNELS}.forward")
@@ -66,18 +66,18 @@ def unavailable() -> Unsupported | None:
 
 @lru_cache(maxsize=64)
 def kernel_of(module: str, name: str) -> Any:
-    """Return a kernel as Triton has it, where `unavailable` says nothing."""
+    """Return a kernel as Triton has it, where `why_unavailable` says nothing."""
     return getattr(importlib.import_module(f"{_KERNELS}.{module}"), name)
 
 
 def build(
-    step: Step, dtypes: tuple[str, ...], aligned: tuple[bool, ...], capability: int, fixed: bool
+    launch: Launch, dtypes: tuple[str, ...], aligned: tuple[bool, ...], capability: int, fixed: bool
 ) -> tuple[Built, tuple[tuple[str, int], ...]]:
-    """Compile the kernel of a step, and return it and its scalars: types and values.
+    """Compile the kernel of a launch, and return it and its scalars: types and values.
 
     Parameters
     ----------
-    step : Step
+    launch : Launch
         Its arrays are the kernel's first arguments, and these scalars come behind them.
     dtypes, aligned : tuple
         For each array its dtype, and whether its address is a multiple of 16 bytes.
@@ -86,21 +86,21 @@ def build(
     fixed : bool
         Whether the scalars become constants: then the arrays are the only arguments.
     """
-    signature, arguments = _signature(step, dtypes, aligned, fixed)
-    return _compiled(step.module, step.kernel, signature, step.warps, capability), arguments
+    signature, arguments = _signature(launch, dtypes, aligned, fixed)
+    return _compiled(launch.module, launch.kernel, signature, launch.warps, capability), arguments
 
 
 @lru_cache(maxsize=4096)
 def _signature(
-    step: Step, dtypes: tuple[str, ...], aligned: tuple[bool, ...], fixed: bool
+    launch: Launch, dtypes: tuple[str, ...], aligned: tuple[bool, ...], fixed: bool
 ) -> tuple[Signature, tuple[tuple[str, int], ...]]:
-    loose: tuple[str, ...] = importlib.import_module(f"{_KERNELS}.tiles").LOOSE
-    constants, scalars = dict(step.constants), dict(step.scalars)
+    loose: tuple[str, ...] = importlib.import_module(f"{_KERNELS}.tiles").UNSPECIALIZED
+    constants, scalars = dict(launch.constants), dict(launch.scalars)
     types: dict[str, str] = {}
     divisible = []
     arguments = []
     arrays = iter(zip(dtypes, aligned, strict=True))
-    for place, name in enumerate(kernel_of(step.module, step.kernel).arg_names):
+    for place, name in enumerate(kernel_of(launch.module, launch.kernel).arg_names):
         if name in scalars and (fixed or (scalars[name] == 1 and name not in loose)):
             constants[name] = scalars[name]  # Triton's own launcher makes constants of ones as well
         if name in constants:

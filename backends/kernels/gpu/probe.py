@@ -9,9 +9,9 @@ import numpy as np
 from groupnorm.adapter import Unsupported
 from groupnorm.backends.kernels.gpu import build
 from groupnorm.backends.kernels.gpu import program as gpu
-from groupnorm.backends.kernels.gpu.tiling import Form
+from groupnorm.backends.kernels.layout import GroupedShape
 
-__all__ = ["Trials", "lacking", "trial"]
+__all__ = ["DeviceProbe", "probe_case", "why_too_old"]
 
 # What the kernels need: bfloat16, and copies of 16 bytes.
 LEAST_CAPABILITY = 80
@@ -19,14 +19,16 @@ LEAST_CAPABILITY = 80
 _log = logging.getLogger("groupnorm")
 
 
-def trial() -> tuple[Any, gpu.Program, Callable[[Any], bool]]:
+def probe_case() -> tuple[Any, gpu.LaunchSequence, Callable[[Any], bool]]:
     """Return an array of NumPy, what normalizes it, and what says whether a result is right.
 
     For a first call on a device, where what launches kernels may not work. The program is of one
     step, without parameters and mask.
     """
     x = np.arange(256, dtype=np.float32).reshape(2, 8, 16)
-    program = gpu.forward(Form(2, 2, 4, 16, True, 4), gpu.Asked(0.0, None, None, False, False))
+    program = gpu.forward(
+        GroupedShape(2, 2, 4, 16, True, 4), gpu.KernelOptions(0.0, None, None, False, False)
+    )
 
     def passed(y: Any) -> bool:
         groups = np.asarray(y, np.float64).reshape(4, 64)
@@ -36,7 +38,7 @@ def trial() -> tuple[Any, gpu.Program, Callable[[Any], bool]]:
     return x, program, passed
 
 
-def lacking(capability: int) -> Unsupported | None:
+def why_too_old(capability: int) -> Unsupported | None:
     """Say why the kernels are not for a GPU of this compute capability, such as 90."""
     if capability >= LEAST_CAPABILITY:
         return None
@@ -46,14 +48,14 @@ def lacking(capability: int) -> Unsupported | None:
     )
 
 
-class Trials:
+class DeviceProbe:
     """Which devices a library's launches work on, each tried out once.
 
     Parameters
     ----------
     library : str
         What messages call it.
-    lacks : callable
+    why_unsupported : callable
         Says why there are no kernels for a device, by its index, or returns None.
     busy : callable
         Whether nothing can be tried out now; then launches are taken to work.
@@ -62,23 +64,31 @@ class Trials:
     """
 
     def __init__(
-        self, library: str, lacks: Callable[[int], Unsupported | None], busy: Callable[[], bool],
-        compute: Callable[[int, Any, gpu.Program], Any],
-    ) -> None:  # fmt: skip
-        self._library, self._lacks, self._busy, self._compute = library, lacks, busy, compute
+        self,
+        library: str,
+        why_unsupported: Callable[[int], Unsupported | None],
+        busy: Callable[[], bool],
+        compute: Callable[[int, Any, gpu.LaunchSequence], Any],
+    ) -> None:
+        self._library, self._why_unsupported, self._busy, self._compute = (
+            library,
+            why_unsupported,
+            busy,
+            compute,
+        )
         self._found: dict[int, Unsupported | None] = {}
 
-    def unavailable(self, device: int) -> Unsupported | None:
+    def why_unavailable(self, device: int) -> Unsupported | None:
         """Say why no kernels run on a device, if so."""
         if device not in self._found:
-            why = build.unavailable() or self._lacks(device)
+            why = build.why_unavailable() or self._why_unsupported(device)
             if why is None and self._busy():
                 return None
             self._found[device] = self._try(device) if why is None else why
         return self._found[device]
 
     def _try(self, device: int) -> Unsupported | None:
-        array, program, passed = trial()
+        array, program, passed = probe_case()
         try:
             if not passed(self._compute(device, array, program)):
                 raise ArithmeticError("a first kernel computed something else")

@@ -7,7 +7,16 @@ from functools import lru_cache
 from math import gcd
 from typing import NamedTuple
 
-__all__ = ["FARTHEST", "Form", "Tiles", "chunked", "power_of_two", "warps_for", "whole"]
+from groupnorm.backends.kernels.layout import GroupedShape
+
+__all__ = [
+    "FARTHEST",
+    "Tiles",
+    "power_of_two",
+    "tile_parts",
+    "tile_whole_groups",
+    "warps_for",
+]
 
 # Elements of a tile. One that is a group or more is read once and must stay in the registers: as
 # many of these, of 2 and of 4 bytes each, do; half of them with a mask, and with a long activation.
@@ -26,22 +35,6 @@ ELEMENTS_OF_A_THREAD = 32
 FARTHEST = 2**31 - 1
 
 
-class Form(NamedTuple):
-    """The shape the kernels see."""
-
-    samples: int
-    groups: int
-    size: int  # channels of a group
-    positions: int
-    first: bool  # channels before positions
-    item: int  # bytes of an element of x
-
-    @property
-    def channels(self) -> int:
-        """The number of channels."""
-        return self.groups * self.size
-
-
 class Tiles(NamedTuple):
     """How it is cut; see `kernels.triton_tiles`."""
 
@@ -49,32 +42,32 @@ class Tiles(NamedTuple):
     length: int  # BP
     parts: int  # J
 
-    def blocks(self, form: Form) -> int:
+    def blocks(self, shape: GroupedShape) -> int:
         """Tiles side by side for all channels."""
         if self.parts > 1:
-            return form.groups * self.parts
-        return -(-form.channels // self.width)
+            return shape.groups * self.parts
+        return -(-shape.channels // self.width)
 
-    def chunks(self, form: Form) -> int:
+    def chunks(self, shape: GroupedShape) -> int:
         """Tiles one behind the other for all positions."""
-        return -(-form.positions // self.length)
+        return -(-shape.positions // self.length)
 
     def elements(self) -> int:
         """Elements of a tile, with those that are there for the power of two alone."""
         return power_of_two(self.width) * self.length
 
-    def full(self, form: Form) -> bool:
+    def full(self, shape: GroupedShape) -> bool:
         """Whether no tile has elements that are not there."""
-        channels = form.size if self.parts > 1 else form.channels
+        channels = shape.group_size if self.parts > 1 else shape.channels
         return (
             self.width == power_of_two(self.width)
             and channels % self.width == 0
-            and form.positions % self.length == 0
+            and shape.positions % self.length == 0
         )
 
-    def groups(self, form: Form) -> int:
+    def groups(self, shape: GroupedShape) -> int:
         """Groups of a tile."""
-        return 1 if self.parts > 1 else max(self.width // form.size, 1)
+        return 1 if self.parts > 1 else max(self.width // shape.group_size, 1)
 
 
 def power_of_two(number: int) -> int:
@@ -88,49 +81,51 @@ def warps_for(elements: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def whole(form: Form, limit: int) -> Tiles | None:
+def tile_whole_groups(shape: GroupedShape, limit: int) -> Tiles | None:
     """Cut into whole groups, or return None where a group is more than `limit` elements."""
-    length = power_of_two(form.positions)
-    too_far = not form.first and length * form.channels > FARTHEST
-    if power_of_two(form.size) * length > limit or too_far:
+    length = power_of_two(shape.positions)
+    too_far = not shape.channels_first and length * shape.channels > FARTHEST
+    if power_of_two(shape.group_size) * length > limit or too_far:
         return None
-    found = Tiles(form.size, length, 1)
-    for width in _widths(form, length, limit):
+    found = Tiles(shape.group_size, length, 1)
+    for width in _widths(shape, length, limit):
         tiles = Tiles(width, length, 1)
-        many = form.samples * tiles.blocks(form) >= ENOUGH
-        if not (_wasteful(form, found.width) or (many and tiles.elements() <= SMALL)):
+        many = shape.samples * tiles.blocks(shape) >= ENOUGH
+        if not (_wasteful(shape, found.width) or (many and tiles.elements() <= SMALL)):
             break
         found = tiles
     # Half of what is fetched would be for others, once more for each of them.
-    narrow = not form.first and found.width < form.channels
-    return None if narrow and found.width * form.item < SECTOR_BYTES else found
+    narrow = not shape.channels_first and found.width < shape.channels
+    return None if narrow and found.width * shape.item_bytes < SECTOR_BYTES else found
 
 
 @lru_cache(maxsize=4096)
-def chunked(form: Form, limit: int) -> Tiles:
+def tile_parts(shape: GroupedShape, limit: int) -> Tiles:
     """Cut into parts of groups, `limit` elements at most."""
-    if form.first:
-        length = min(power_of_two(form.positions), limit)
-        width = min(limit // length, form.size)
+    if shape.channels_first:
+        length = min(power_of_two(shape.positions), limit)
+        width = min(limit // length, shape.group_size)
     else:
-        width = min(form.size, WIDEST)
-        if form.size > WIDEST:  # prefer parts of equal width
-            width = next((w for w in (256, 192, 128, 96) if form.size % w == 0), WIDEST)
-        for wider in _widths(form, 1, WIDEST):
-            if width >= form.size and _wasteful(form, width):
+        width = min(shape.group_size, WIDEST)
+        if shape.group_size > WIDEST:  # prefer parts of equal width
+            width = next((w for w in (256, 192, 128, 96) if shape.group_size % w == 0), WIDEST)
+        for wider in _widths(shape, 1, WIDEST):
+            if width >= shape.group_size and _wasteful(shape, width):
                 width = wider
-        length = min(power_of_two(form.positions), max(limit // power_of_two(width), 1))
-        while length * form.channels > FARTHEST:
+        length = min(power_of_two(shape.positions), max(limit // power_of_two(width), 1))
+        while length * shape.channels > FARTHEST:
             length //= 2
-    return Tiles(width, length, -(-form.size // width) if width < form.size else 1)
+    return Tiles(width, length, -(-shape.group_size // width) if width < shape.group_size else 1)
 
 
-def _widths(form: Form, length: int, limit: int) -> list[int]:
+def _widths(shape: GroupedShape, length: int, limit: int) -> list[int]:
     """Return widths of several whole groups that are worth it, the narrow ones first."""
-    together = 1 if form.first else 8 // gcd(form.size, 8)  # groups until rows are aligned
+    together = (
+        1 if shape.channels_first else 8 // gcd(shape.group_size, 8)
+    )  # groups until rows are aligned
     found = []
-    for groups in range(together, form.groups + 1, together):
-        width = groups * form.size
+    for groups in range(together, shape.groups + 1, together):
+        width = groups * shape.group_size
         padded = power_of_two(width)
         if padded * length > limit or padded * power_of_two(groups) > TABLE:
             break
@@ -139,8 +134,8 @@ def _widths(form: Form, length: int, limit: int) -> list[int]:
     return found
 
 
-def _wasteful(form: Form, width: int) -> bool:
+def _wasteful(shape: GroupedShape, width: int) -> bool:
     """Whether rows this wide fetch memory for others, or cannot be read by whole words."""
-    if form.first or width == form.channels:
+    if shape.channels_first or width == shape.channels:
         return False
-    return width * form.item < ROW_BYTES or (width % 8 > 0 and form.channels % 8 == 0)
+    return width * shape.item_bytes < ROW_BYTES or (width % 8 > 0 and shape.channels % 8 == 0)

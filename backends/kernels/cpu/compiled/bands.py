@@ -14,12 +14,12 @@ import numpy as np
 from groupnorm.backends.kernels.cpu.compiled.elements import (
     MAPS,
     activated,
-    get,
+    clamp_masked,
     jit,
+    load,
     pulled_back,
-    put,
-    put_gradient,
-    tame,
+    store,
+    store_gradient,
 )
 
 __all__ = [
@@ -30,11 +30,11 @@ __all__ = [
     "add_products_of_four",
     "apply",
     "apply_to_two",
-    "fold",
     "pull_back",
     "pull_back_invalid",
     "pull_back_two",
-    "spread",
+    "repeat_rows",
+    "sum_rows",
 ]
 
 F, U = np.float32, np.uint64
@@ -45,7 +45,7 @@ def add(x, a, n, base, total):
     """Add x - base to the total."""
     a = U(a)
     for i in range(n):
-        total[i] += get(x, a + U(i)) - base[i]
+        total[i] += load(x, a + U(i)) - base[i]
 
 
 @jit(MAPS)
@@ -53,7 +53,7 @@ def add_moments(x, a, n, centre, total, squares):
     """Add x - centre and its square to the totals."""
     a = U(a)
     for i in range(n):
-        e = get(x, a + U(i)) - centre[i]
+        e = load(x, a + U(i)) - centre[i]
         total[i] += e
         squares[i] += e * e
 
@@ -64,7 +64,7 @@ def add_moments_of_four(x, a, b, c, d, centre, total, squares):
     a, b, c, d = U(a), U(b), U(c), U(d)
     for i in range(total.size):
         k, j = centre[i], U(i)
-        e, f, g, h = get(x, a + j) - k, get(x, b + j) - k, get(x, c + j) - k, get(x, d + j) - k
+        e, f, g, h = load(x, a + j) - k, load(x, b + j) - k, load(x, c + j) - k, load(x, d + j) - k
         total[i] += (e + f) + (g + h)
         squares[i] += (e * e + f * f) + (g * g + h * h)
 
@@ -74,9 +74,9 @@ def add_products(x, dy, a, n, valid, centre, factor, term, activation, total, we
     """Add dy, pulled back through the activation, and its product with x - centre."""
     a = U(a)
     for i in range(n):
-        value = get(x, a + U(i))
-        d = (value if valid else tame(value)) - centre[i]
-        g = pulled_back(d * factor[i] + term[i], get(dy, a + U(i)), activation)
+        value = load(x, a + U(i))
+        d = (value if valid else clamp_masked(value)) - centre[i]
+        g = pulled_back(d * factor[i] + term[i], load(dy, a + U(i)), activation)
         total[i] += g
         weighted[i] += g * d
 
@@ -89,25 +89,25 @@ def add_products_of_four(
     a, b, c, d = U(a), U(b), U(c), U(d)
     for i in range(total.size):
         mean, f, t, j = centre[i], factor[i], term[i], U(i)
-        p, q = get(x, a + j) - mean, get(x, b + j) - mean
-        r, s = get(x, c + j) - mean, get(x, d + j) - mean
-        k = pulled_back(p * f + t, get(dy, a + j), activation)
-        m = pulled_back(q * f + t, get(dy, b + j), activation)
-        n = pulled_back(r * f + t, get(dy, c + j), activation)
-        o = pulled_back(s * f + t, get(dy, d + j), activation)
+        p, q = load(x, a + j) - mean, load(x, b + j) - mean
+        r, s = load(x, c + j) - mean, load(x, d + j) - mean
+        k = pulled_back(p * f + t, load(dy, a + j), activation)
+        m = pulled_back(q * f + t, load(dy, b + j), activation)
+        n = pulled_back(r * f + t, load(dy, c + j), activation)
+        o = pulled_back(s * f + t, load(dy, d + j), activation)
         total[i] += (k + m) + (n + o)
         weighted[i] += (k * p + m * q) + (n * r + o * s)
 
 
 @jit(MAPS)
 def apply(x, y, a, n, valid, centre, factor, term, activation):
-    """Let y be (x - centre) * factor + term, activated; of a tame x where it is masked out."""
+    """Y = (x - centre) * factor + term, activated; masked-out x is clamped."""
     a = U(a)
     for i in range(n):
         k = a + U(i)
-        value = get(x, k)
-        value = value if valid else tame(value)
-        put(y, k, activated((value - centre[i]) * factor[i] + term[i], activation))
+        value = load(x, k)
+        value = value if valid else clamp_masked(value)
+        store(y, k, activated((value - centre[i]) * factor[i] + term[i], activation))
 
 
 @jit(MAPS)
@@ -116,8 +116,8 @@ def apply_to_two(x, y, a, b, centre, factor, term, activation):
     a, b = U(a), U(b)
     for i in range(centre.size):
         m, f, t, j, k = centre[i], factor[i], term[i], a + U(i), b + U(i)
-        put(y, j, activated((get(x, j) - m) * f + t, activation))
-        put(y, k, activated((get(x, k) - m) * f + t, activation))
+        store(y, j, activated((load(x, j) - m) * f + t, activation))
+        store(y, k, activated((load(x, k) - m) * f + t, activation))
 
 
 @jit(MAPS)
@@ -126,9 +126,9 @@ def pull_back(x, dy, dx, a, n, centre, factor, term, rstd, slope, offset, activa
     a = U(a)
     for i in range(n):
         k = a + U(i)
-        d = get(x, k) - centre[i]
-        g = pulled_back(d * factor[i] + term[i], get(dy, k), activation)
-        put_gradient(dx, k, g * factor[i] - (d * rstd[i] * slope[i] + offset[i]))
+        d = load(x, k) - centre[i]
+        g = pulled_back(d * factor[i] + term[i], load(dy, k), activation)
+        store_gradient(dx, k, g * factor[i] - (d * rstd[i] * slope[i] + offset[i]))
 
 
 @jit(MAPS)
@@ -138,11 +138,11 @@ def pull_back_two(x, dy, dx, a, b, centre, factor, term, rstd, slope, offset, ac
     for i in range(centre.size):
         m, f, t, j, k = centre[i], factor[i], term[i], a + U(i), b + U(i)
         r, s, o = rstd[i], slope[i], offset[i]
-        d, e = get(x, j) - m, get(x, k) - m
-        g = pulled_back(d * f + t, get(dy, j), activation)
-        h = pulled_back(e * f + t, get(dy, k), activation)
-        put_gradient(dx, j, g * f - (d * r * s + o))
-        put_gradient(dx, k, h * f - (e * r * s + o))
+        d, e = load(x, j) - m, load(x, k) - m
+        g = pulled_back(d * f + t, load(dy, j), activation)
+        h = pulled_back(e * f + t, load(dy, k), activation)
+        store_gradient(dx, j, g * f - (d * r * s + o))
+        store_gradient(dx, k, h * f - (e * r * s + o))
 
 
 @jit(MAPS)
@@ -151,18 +151,18 @@ def pull_back_invalid(x, dy, dx, a, n, centre, factor, term, activation):
     a = U(a)
     for i in range(n):
         k = a + U(i)
-        value = get(x, k)
-        z = (tame(value) - centre[i]) * factor[i] + term[i]
-        g = pulled_back(z, get(dy, k), activation) * factor[i]
+        value = load(x, k)
+        z = (clamp_masked(value) - centre[i]) * factor[i] + term[i]
+        g = pulled_back(z, load(dy, k), activation) * factor[i]
         # What was taken as 0 has no gradient.
-        put_gradient(dx, k, g if value - value == 0 else F(0))
+        store_gradient(dx, k, g if value - value == 0 else F(0))
 
 
 # Tables -------------------------------------------------------------------------------------------
 
 
 @jit()
-def fold(sums, channels, out):
+def sum_rows(sums, channels, out):
     """Add up in float64 what the rows of a band have for each channel."""
     for c in range(channels):
         out[c] = np.float64(sums[c])
@@ -172,7 +172,7 @@ def fold(sums, channels, out):
 
 
 @jit()
-def spread(values, channels):
+def repeat_rows(values, channels):
     """Repeat what the first row of a band has."""
     for at in range(channels, values.size, channels):
         for c in range(channels):

@@ -6,8 +6,8 @@ all samples are the tasks that threads share, see `numba_team`.
 
 A stretch is read once for its statistics, in blocks of `BLOCK` elements. A block is measured
 around the mean of the one before it; only where that turns out to be far from its own mean
-(`is_off`), again around its own. Blocks are merged in float64 by the formula of Chan, Golub and
-LeVeque. So no data can mislead a pivot, and all depends on the shape alone.
+(`centre_is_poor`), again around its own. Blocks are merged in float64 by the formula of Chan, Golub
+and LeVeque. So no data can mislead a pivot, and all depends on the shape alone.
 
 `mean`, `rstd` and `share` (1 / count) of each group are kept in float64; what is applied to the
 elements is the pair (mean rounded to float32, the rest of it).
@@ -23,27 +23,32 @@ from groupnorm.backends.kernels.cpu.compiled.elements import (
     MAPS,
     SUMS,
     activated,
-    get,
+    clamp_masked,
     jit,
+    load,
     pulled_back,
-    put,
-    put_gradient,
-    tame,
+    store,
+    store_gradient,
 )
 from groupnorm.backends.kernels.cpu.compiled.moments import (
     LEAST,
     MOST,
-    bounded,
+    centre_is_poor,
+    finite_float32,
+    in_float64,
     inverse_deviation,
-    is_off,
     mask_begins,
     merged,
     sum_samples,
-    wide,
 )
-from groupnorm.backends.kernels.cpu.compiled.work_sharing import finish, take_seat, take_task, wait
+from groupnorm.backends.kernels.cpu.compiled.work_sharing import (
+    claim_part,
+    claim_task,
+    finish,
+    wait,
+)
 
-__all__ = ["first_backward", "first_forward"]
+__all__ = ["channels_first_backward", "channels_first_forward"]
 
 F, U = np.float32, np.uint64
 
@@ -62,7 +67,7 @@ def _sum(x, at, n, base):
     """Sum of x - base."""
     at, total = U(at), F(0)
     for i in range(n):
-        total += get(x, at + U(i)) - base
+        total += load(x, at + U(i)) - base
     return total
 
 
@@ -71,7 +76,7 @@ def _moments(x, at, n, centre):
     """Sums of x - centre and of its square."""
     at, total, squares = U(at), F(0), F(0)
     for i in range(n):
-        d = get(x, at + U(i)) - centre
+        d = load(x, at + U(i)) - centre
         total += d
         squares += d * d
     return total, squares
@@ -84,7 +89,7 @@ def _masked_moments(x, at, n, mask, mask_at, centre):
     total, squares, count = F(0), F(0), F(0)
     for i in range(n):
         valid = mask[mask_at + U(i)] != 0
-        d = get(x, at + U(i)) - centre if valid else F(0)
+        d = load(x, at + U(i)) - centre if valid else F(0)
         total += d
         squares += d * d
         count += F(1) if valid else F(0)
@@ -96,7 +101,7 @@ def _apply(x, y, at, n, centre, factor, term, activation):
     at = U(at)
     for i in range(n):
         k = at + U(i)
-        put(y, k, activated((get(x, k) - centre) * factor + term, activation))
+        store(y, k, activated((load(x, k) - centre) * factor + term, activation))
 
 
 @jit(MAPS)
@@ -104,9 +109,9 @@ def _masked_apply(x, y, at, n, mask, mask_at, centre, factor, term, activation):
     at, mask_at = U(at), U(mask_at)
     for i in range(n):
         k = at + U(i)
-        value = get(x, k)
-        value = value if mask[mask_at + U(i)] else tame(value)
-        put(y, k, activated((value - centre) * factor + term, activation))
+        value = load(x, k)
+        value = value if mask[mask_at + U(i)] else clamp_masked(value)
+        store(y, k, activated((value - centre) * factor + term, activation))
 
 
 @jit(SUMS)
@@ -114,8 +119,8 @@ def _products(x, dy, at, n, centre, factor, term, activation):
     """Sums of dy, pulled back through the activation, and of its product with x - centre."""
     at, total, weighted = U(at), F(0), F(0)
     for i in range(n):
-        d = get(x, at + U(i)) - centre
-        g = pulled_back(d * factor + term, get(dy, at + U(i)), activation)
+        d = load(x, at + U(i)) - centre
+        g = pulled_back(d * factor + term, load(dy, at + U(i)), activation)
         total += g
         weighted += g * d
     return total, weighted
@@ -125,9 +130,9 @@ def _products(x, dy, at, n, centre, factor, term, activation):
 def _masked_products(x, dy, at, n, mask, mask_at, centre, factor, term, activation):
     at, mask_at, total, weighted = U(at), U(mask_at), F(0), F(0)
     for i in range(n):
-        value = get(x, at + U(i))
-        d = (value if mask[mask_at + U(i)] else tame(value)) - centre
-        g = pulled_back(d * factor + term, get(dy, at + U(i)), activation)
+        value = load(x, at + U(i))
+        d = (value if mask[mask_at + U(i)] else clamp_masked(value)) - centre
+        g = pulled_back(d * factor + term, load(dy, at + U(i)), activation)
         total += g
         weighted += g * d
     return total, weighted
@@ -139,9 +144,9 @@ def _pull_back(x, dy, dx, at, n, centre, factor, term, rstd, slope, offset, acti
     at = U(at)
     for i in range(n):
         k = at + U(i)
-        d = get(x, k) - centre
-        g = pulled_back(d * factor + term, get(dy, k), activation)
-        put_gradient(dx, k, g * factor - (d * rstd * slope + offset))
+        d = load(x, k) - centre
+        g = pulled_back(d * factor + term, load(dy, k), activation)
+        store_gradient(dx, k, g * factor - (d * rstd * slope + offset))
 
 
 @jit(MAPS)
@@ -152,13 +157,13 @@ def _masked_pull_back(
     at, mask_at = U(at), U(mask_at)
     for i in range(n):
         k = at + U(i)
-        value = get(x, k)
+        value = load(x, k)
         valid = mask[mask_at + U(i)] != 0
-        d = (value if valid else tame(value)) - centre
-        g = pulled_back(d * factor + term, get(dy, k), activation)
+        d = (value if valid else clamp_masked(value)) - centre
+        g = pulled_back(d * factor + term, load(dy, k), activation)
         through = d * rstd * slope + offset if valid else F(0)
         # What was taken as 0 has no gradient.
-        put_gradient(dx, k, g * factor - through if valid or value - value == 0 else F(0))
+        store_gradient(dx, k, g * factor - through if valid or value - value == 0 else F(0))
 
 
 # Statistics ---------------------------------------------------------------------------------------
@@ -168,7 +173,7 @@ def _masked_pull_back(
 def _block(x, at, n, pivot):
     """Return a centre near the mean of a block, and the moments about it."""
     total, squares = _moments(x, at, n, pivot)
-    if is_off(total, total / F(n), squares):
+    if centre_is_poor(total, total / F(n), squares):
         # From the pivot: so the mean of equal numbers is that number, to the last digit.
         pivot += _sum(x, at, n, pivot) / F(n)
         total, squares = _moments(x, at, n, pivot)
@@ -179,7 +184,7 @@ def _block(x, at, n, pivot):
 def _measure(x, start, stop):
     """Return count, mean and variance of a contiguous stretch."""
     count, mean, m2 = 0.0, 0.0, 0.0
-    first = get(x, U(start))
+    first = load(x, U(start))
     pivot = first + _sum(x, start, min(SAMPLE, stop - start), first) / F(min(SAMPLE, stop - start))
     for at in range(start, stop, BLOCK):
         n = min(BLOCK, stop - at)
@@ -190,7 +195,7 @@ def _measure(x, start, stop):
         pivot += total / F(n)
     variance = m2 / count
     if not LEAST <= variance <= MOST:
-        return wide(x, start, 1, 0, stop - start, None, 0, False)
+        return in_float64(x, start, 1, 0, stop - start, None, 0, False)
     return count, mean, variance
 
 
@@ -206,7 +211,7 @@ def _measure_masked(x, start, size, positions, mask, mask_at):
             total, squares, valid = _masked_moments(x, at, n, mask, valid_at, pivot)
             if valid == 0:
                 continue
-            if is_off(total, total / valid, squares) or count == 0 or total - total != 0:
+            if centre_is_poor(total, total / valid, squares) or count == 0 or total - total != 0:
                 # Again about a valid element, and then about the mean.
                 pivot = _first_valid(x, at, n, mask, valid_at)
                 pivot += _masked_moments(x, at, n, mask, valid_at, pivot)[0] / valid
@@ -220,7 +225,7 @@ def _measure_masked(x, start, size, positions, mask, mask_at):
         return 0.0, 0.0, 1.0
     variance = m2 / count
     if not LEAST <= variance <= MOST:
-        return wide(x, start, size, positions, positions, mask, mask_at, False)
+        return in_float64(x, start, size, positions, positions, mask, mask_at, False)
     return count, mean, variance
 
 
@@ -228,7 +233,7 @@ def _measure_masked(x, start, size, positions, mask, mask_at):
 def _first_valid(x, at, n, mask, mask_at):
     for i in range(n):
         if mask[mask_at + i]:
-            return get(x, U(at + i))
+            return load(x, U(at + i))
     return F(0)
 
 
@@ -243,28 +248,28 @@ def _statistics(x, start, size, positions, mask, mask_at):
 
 
 @jit(apart=True)
-def first_forward(
-    x, y, scale, bias, mask, groups, size, positions, epsilon, activation, mean, rstd, share,
+def channels_first_forward(
+    x, y, scale, bias, mask, groups, size, positions, epsilon, activation, mean, rstd, inv_count,
     parts, team,
 ):  # fmt: skip
     """Measure and normalize the groups of all samples."""
     stretch, tasks = size * positions, mean.size
     grain = max(1, GRAIN // stretch)
-    claims, seat = (tasks + grain - 1) // grain, take_seat(team, 0, parts)
+    claims, seat = (tasks + grain - 1) // grain, claim_part(team, 0, parts)
     while True:
-        claim = take_task(team, 2, parts, claims, seat)
+        claim = claim_task(team, 2, parts, claims, seat)
         if claim < 0:
             break
         for task in range(claim * grain, min((claim + 1) * grain, tasks)):
             start, mask_at = task * stretch, mask_begins(mask, task // groups, positions)
             count, m, variance = _statistics(x, start, size, positions, mask, mask_at)
             r = inverse_deviation(variance, epsilon)
-            mean[task], rstd[task], share[task] = m, r, 1.0 / count if count > 0 else 0.0
+            mean[task], rstd[task], inv_count[task] = m, r, 1.0 / count if count > 0 else 0.0
             centre = F(m)
             rest = m - np.float64(centre)
             for channel in range(size):
                 c = task % groups * size + channel
-                factor = bounded(r * scale[c])
+                factor = finite_float32(r * scale[c])
                 term = F(bias[c] - rest * r * scale[c])
                 at = start + channel * positions
                 if mask is None:
@@ -297,8 +302,8 @@ def _sums(
 
 
 @jit(apart=True)
-def first_backward(
-    x, dx, scale, bias, mask, groups, size, positions, activation, mean, rstd, share, dy, sums,
+def channels_first_backward(
+    x, dx, scale, bias, mask, groups, size, positions, activation, mean, rstd, inv_count, dy, sums,
     batches, dscale, dbias, parts, team,
 ):  # fmt: skip
     """Pull dy back through the groups of all samples.
@@ -309,9 +314,9 @@ def first_backward(
     stretch, tasks = size * positions, mean.size
     sum_dy, sum_dy_xhat = sums[: tasks * size], sums[tasks * size :]
     grain = max(1, GRAIN // stretch)
-    claims, seat = (tasks + grain - 1) // grain, take_seat(team, 0, parts)
+    claims, seat = (tasks + grain - 1) // grain, claim_part(team, 0, parts)
     while True:
-        claim = take_task(team, 2, parts, claims, seat)
+        claim = claim_task(team, 2, parts, claims, seat)
         if claim < 0:
             break
         for task in range(claim * grain, min((claim + 1) * grain, tasks)):
@@ -324,17 +329,21 @@ def first_backward(
                 c, k = task % groups * size + channel, task * size + channel
                 total, weighted = _sums(
                     x, dy, start + channel * positions, positions, mask, mask_at, centre,
-                    bounded(r * scale[c]), F(bias[c] - rest * r * scale[c]), activation,
+                    finite_float32(r * scale[c]), F(bias[c] - rest * r * scale[c]), activation,
                 )  # fmt: skip
                 sum_dy[k] = total
                 sum_dy_xhat[k] = (weighted - rest * total) * r
-                p += scale[c] * sum_dy[k] * share[task]
-                q += scale[c] * sum_dy_xhat[k] * share[task]
+                p += scale[c] * sum_dy[k] * inv_count[task]
+                q += scale[c] * sum_dy_xhat[k] * inv_count[task]
             # (p + xhat * q) * rstd with xhat = (x - centre - rest) * rstd
-            rounded, slope, offset = bounded(r), bounded(r * q), bounded(r * (p - rest * r * q))
+            rounded, slope, offset = (
+                finite_float32(r),
+                finite_float32(r * q),
+                finite_float32(r * (p - rest * r * q)),
+            )
             for channel in range(size):
                 c, at = task % groups * size + channel, start + channel * positions
-                factor, term = bounded(r * scale[c]), F(bias[c] - rest * r * scale[c])
+                factor, term = finite_float32(r * scale[c]), F(bias[c] - rest * r * scale[c])
                 if mask is None:
                     _pull_back(
                         x, dy, dx, at, positions, centre, factor, term, rounded, slope, offset,

@@ -5,8 +5,8 @@ chunk of rows at a time; chunks are merged in float64, channels into groups, by 
 Golub and LeVeque, and then all rows are normalized.
 
 A chunk is read once for its statistics: its channels are measured around the means of its first
-rows. Only where one of those turns out to be far from the chunk's own mean (`is_off`) is the chunk
-measured again. So no data can mislead a pivot, and all depends on the shape alone.
+rows. Only where one of those turns out to be far from the chunk's own mean (`centre_is_poor`) is
+the chunk measured again. So no data can mislead a pivot, and all depends on the shape alone.
 
 Few channels make short rows, so loops run over a *band* of several rows at once, beside tables in
 which each channel's number is repeated as often; their length is the `width`. Loops are functions
@@ -26,26 +26,31 @@ from groupnorm.backends.kernels.cpu.compiled.bands import (
     add_products_of_four,
     apply,
     apply_to_two,
-    fold,
     pull_back,
     pull_back_invalid,
     pull_back_two,
-    spread,
+    repeat_rows,
+    sum_rows,
 )
-from groupnorm.backends.kernels.cpu.compiled.elements import get, jit
+from groupnorm.backends.kernels.cpu.compiled.elements import jit, load
 from groupnorm.backends.kernels.cpu.compiled.moments import (
     LEAST,
     MOST,
-    bounded,
+    centre_is_poor,
+    finite_float32,
+    in_float64,
     inverse_deviation,
-    is_off,
     mask_begins,
     sum_samples,
-    wide,
 )
-from groupnorm.backends.kernels.cpu.compiled.work_sharing import finish, take_seat, take_task, wait
+from groupnorm.backends.kernels.cpu.compiled.work_sharing import (
+    claim_part,
+    claim_task,
+    finish,
+    wait,
+)
 
-__all__ = ["last_backward", "last_forward"]
+__all__ = ["channels_last_backward", "channels_last_forward"]
 
 F, U = np.float32, np.uint64
 
@@ -81,16 +86,16 @@ def _sample_mean(x, begin, starts, bands, left, channels, base, total, folded):
     """Let base be the mean of the first bands of a chunk, or of what is left without any."""
     n = base.size if bands > 0 else left
     for c in range(channels):
-        base[c] = get(x, U(begin + starts[0] + c))
-    spread(base, channels)
+        base[c] = load(x, U(begin + starts[0] + c))
+    repeat_rows(base, channels)
     total[:] = 0
     taken = min(max(bands, 1), max(SAMPLE_BANDS, SAMPLE_ROWS * channels // base.size))
     for i in range(taken):
         add(x, begin + starts[i], n, base, total)
-    fold(total, channels, folded)
+    sum_rows(total, channels, folded)
     for c in range(channels):
         base[c] += F(folded[c] / (taken * n // channels))
-    spread(base, channels)
+    repeat_rows(base, channels)
 
 
 @jit(apart=True)
@@ -125,16 +130,16 @@ def _measure(
     _sample_mean(x, begin, starts, bands, left, channels, base, total, mean)
     for attempt in range(2):
         _take_moments(x, begin, starts, bands, left, base, total, squares)
-        fold(total, channels, mean)
-        fold(squares, channels, m2)
-        off, share = False, 1.0 / n
+        sum_rows(total, channels, mean)
+        sum_rows(squares, channels, m2)
+        off, inv_count = False, 1.0 / n
         for c in range(channels):
-            off |= is_off(mean[c], mean[c] * share, m2[c])
+            off |= centre_is_poor(mean[c], mean[c] * inv_count, m2[c])
         if not off or attempt == 1:
             break
         for c in range(channels):
             base[c] += F(mean[c] / n)
-        spread(base, channels)
+        repeat_rows(base, channels)
     for c in range(channels):
         shift = mean[c] / n
         rest = m2[c] - mean[c] * shift
@@ -157,7 +162,7 @@ def _merge_chunk(n, count, means, m2s, at, mean, m2):
 @jit(apart=True)
 def _merge(
     x, mask, mask_at, sample, groups, size, positions, epsilon, counts, means, m2s, mean, rstd,
-    share,
+    inv_count,
 ):  # fmt: skip
     """Merge the chunks of a sample into the numbers of its groups."""
     channels = groups * size
@@ -181,12 +186,12 @@ def _merge(
             variance = group_m2 / (count * size)
             if not LEAST <= variance <= MOST:
                 begin = sample * positions * channels + a
-                _, group_mean, variance = wide(
+                _, group_mean, variance = in_float64(
                     x, begin, positions, channels, size, mask, mask_at, True
                 )
         k = sample * groups + group
         mean[k], rstd[k] = group_mean, inverse_deviation(variance, epsilon)
-        share[k] = 1.0 / (count * size) if count > 0 else 0.0
+        inv_count[k] = 1.0 / (count * size) if count > 0 else 0.0
 
 
 @jit(apart=True)
@@ -198,11 +203,11 @@ def _set_tables(sample, groups, size, scale, bias, mean, rstd, centre, factor, t
         rest = m - np.float64(rounded)
         for c in range(group * size, (group + 1) * size):
             centre[c] = rounded
-            factor[c] = bounded(r * scale[c])
+            factor[c] = finite_float32(r * scale[c])
             term[c] = F(bias[c] - rest * r * scale[c])
-    spread(centre, groups * size)
-    spread(factor, groups * size)
-    spread(term, groups * size)
+    repeat_rows(centre, groups * size)
+    repeat_rows(factor, groups * size)
+    repeat_rows(term, groups * size)
 
 
 # Kernels ------------------------------------------------------------------------------------------
@@ -242,9 +247,9 @@ def _part(room, number, length):
 
 
 @jit(apart=True)
-def last_forward(
+def channels_last_forward(
     x, y, scale, bias, mask, groups, size, positions, samples, rows, width, apart, epsilon,
-    activation, mean, rstd, share, room, starts, tables, parts, team,
+    activation, mean, rstd, inv_count, room, starts, tables, parts, team,
 ):  # fmt: skip
     """Measure and normalize all samples.
 
@@ -254,7 +259,7 @@ def last_forward(
     """
     channels = groups * size
     chunks = (positions + rows - 1) // rows
-    seat = take_seat(team, 0, parts)
+    seat = claim_part(team, 0, parts)
     # First of sums, then of what is applied.
     one, two, three = (
         _part(tables, 3 * seat, width), _part(tables, 3 * seat + 1, width),
@@ -265,13 +270,13 @@ def last_forward(
     counts, moments = ground[:chunks], ground[chunks:]
     means, m2s = _part(moments, 0, chunks * channels), _part(moments, 1, chunks * channels)
     for turn in range(samples):
-        sample = take_task(team, 2, parts, samples, seat) if apart else turn
+        sample = claim_task(team, 2, parts, samples, seat) if apart else turn
         if sample < 0:
             break
         counter = 2 + turn * (2 * parts + 1)
         mask_at, begin = mask_begins(mask, sample, positions), sample * positions * channels
         for task in range(chunks):
-            chunk = task if apart else take_task(team, counter, parts, chunks, seat)
+            chunk = task if apart else claim_task(team, counter, parts, chunks, seat)
             if chunk < 0:
                 break
             first = chunk * rows
@@ -283,7 +288,7 @@ def last_forward(
             if _is_last(team, counter + parts, task, chunks, apart):
                 _merge(
                     x, mask, mask_at, sample, groups, size, positions, epsilon, counts, means, m2s,
-                    mean, rstd, share,
+                    mean, rstd, inv_count,
                 )  # fmt: skip
                 if not apart:
                     finish(team, counter + parts, 1)
@@ -291,7 +296,7 @@ def last_forward(
             wait(team, counter + parts, chunks + 1)
         ready = False
         for task in range(chunks):
-            chunk = task if apart else take_task(team, counter + parts + 1, parts, chunks, seat)
+            chunk = task if apart else claim_task(team, counter + parts + 1, parts, chunks, seat)
             if chunk < 0:
                 break
             if not ready:  # not before: who comes too late may find only its own memory
@@ -329,13 +334,13 @@ def _sum_products(
         add_products(
             x, dy, a, min(width, end - a), valid, centre, factor, term, activation, total, weighted
         )
-    fold(total, channels, sums)
-    fold(weighted, channels, weighted_sums)
+    sum_rows(total, channels, sums)
+    sum_rows(weighted, channels, weighted_sums)
 
 
 @jit(apart=True)
 def _merge_backward(
-    scale, sample, groups, size, chunks, mean, rstd, share, sums, weighted_sums, sum_dy,
+    scale, sample, groups, size, chunks, mean, rstd, inv_count, sums, weighted_sums, sum_dy,
     sum_dy_xhat, pulls,
 ):  # fmt: skip
     """Merge the chunks of a sample into its sums, and the means of two of them by groups."""
@@ -353,8 +358,8 @@ def _merge_backward(
         p, q = 0.0, 0.0
         for c in range(group * size, (group + 1) * size):
             sum_dy_xhat[c] = (sum_dy_xhat[c] - rest * sum_dy[c]) * rstd[k]
-            p += scale[c] * sum_dy[c] * share[k]
-            q += scale[c] * sum_dy_xhat[c] * share[k]
+            p += scale[c] * sum_dy[c] * inv_count[k]
+            q += scale[c] * sum_dy_xhat[c] * inv_count[k]
         pulls[2 * group], pulls[2 * group + 1] = p, q
 
 
@@ -368,12 +373,12 @@ def _set_pulling_tables(sample, groups, size, mean, rstd, pulls, rstds, slope, o
         m, r = mean[sample * groups + group], rstd[sample * groups + group]
         rest, p, q = m - np.float64(F(m)), pulls[2 * group], pulls[2 * group + 1]
         for c in range(group * size, (group + 1) * size):
-            rstds[c] = bounded(r)
-            slope[c] = bounded(r * q)
-            offset[c] = bounded(r * (p - rest * r * q))
-    spread(rstds, groups * size)
-    spread(slope, groups * size)
-    spread(offset, groups * size)
+            rstds[c] = finite_float32(r)
+            slope[c] = finite_float32(r * q)
+            offset[c] = finite_float32(r * (p - rest * r * q))
+    repeat_rows(rstds, groups * size)
+    repeat_rows(slope, groups * size)
+    repeat_rows(offset, groups * size)
 
 
 @jit(apart=True)
@@ -398,20 +403,20 @@ def _pull_back_chunk(
 
 
 @jit(apart=True)
-def last_backward(
+def channels_last_backward(
     x, dx, scale, bias, mask, groups, size, positions, samples, rows, width, apart, activation,
-    mean, rstd, share, dy, sums, batches, dscale, dbias, room, pulls, tables, parts, team,
+    mean, rstd, inv_count, dy, sums, batches, dscale, dbias, room, pulls, tables, parts, team,
 ):  # fmt: skip
     """Pull dy back through all samples.
 
     sums (2, N, channels) gets those over positions of dy and of dy * xhat, in float64; dscale and
     dbias (batches, channels) get what they sum up to. pulls is (N, groups, 2). Every thread has
     tables, (parts, 6, width), of its own; of room (1, 2 * chunks * channels) they have a part each
-    if `apart`, as in `last_forward`.
+    if `apart`, as in `channels_last_forward`.
     """
     channels = groups * size
     chunks = (positions + rows - 1) // rows
-    seat = take_seat(team, 0, parts)
+    seat = claim_part(team, 0, parts)
     own = _part(tables, seat, 6 * width)
     centre, factor, term = _part(own, 0, width), _part(own, 1, width), _part(own, 2, width)
     # First of sums, then of what is applied.
@@ -419,14 +424,14 @@ def last_backward(
     ground = _part(room, seat if apart else 0, 2 * chunks * channels)
     products, weighted = _part(ground, 0, chunks * channels), _part(ground, 1, chunks * channels)
     for turn in range(samples):
-        sample = take_task(team, 2, parts, samples, seat) if apart else turn
+        sample = claim_task(team, 2, parts, samples, seat) if apart else turn
         if sample < 0:
             break
         counter = 2 + turn * (2 * parts + 1)
         mask_at, begin = mask_begins(mask, sample, positions), sample * positions * channels
         ready = False
         for task in range(chunks):
-            chunk = task if apart else take_task(team, counter, parts, chunks, seat)
+            chunk = task if apart else claim_task(team, counter, parts, chunks, seat)
             if chunk < 0:
                 break
             if not ready:
@@ -440,7 +445,7 @@ def last_backward(
             )  # fmt: skip
             if _is_last(team, counter + parts, task, chunks, apart):
                 _merge_backward(
-                    scale, sample, groups, size, chunks, mean, rstd, share, products, weighted,
+                    scale, sample, groups, size, chunks, mean, rstd, inv_count, products, weighted,
                     _part(sums, sample, channels), _part(sums, samples + sample, channels),
                     _part(pulls, sample, 2 * groups),
                 )  # fmt: skip
@@ -450,7 +455,7 @@ def last_backward(
             wait(team, counter + parts, chunks + 1)
         pulling = False
         for task in range(chunks):
-            chunk = task if apart else take_task(team, counter + parts + 1, parts, chunks, seat)
+            chunk = task if apart else claim_task(team, counter + parts + 1, parts, chunks, seat)
             if chunk < 0:
                 break
             if not ready:

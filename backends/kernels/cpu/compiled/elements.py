@@ -1,8 +1,8 @@
 """Numbers as the kernels for CPUs read, compute and write them, compiled by numba.
 
 Elements are float32, or halves by their bits, of which the dtype says what they are: float16 comes
-as uint16, bfloat16 as int16. `get` and `put` convert in the registers, so no row is ever widened in
-memory; all between them is float32, in code that LLVM turns into vectors.
+as uint16, bfloat16 as int16. `load` and `store` convert in the registers, so no row is ever
+widened in memory; all between them is float32, in code that LLVM turns into vectors.
 """
 
 import platform
@@ -19,13 +19,13 @@ __all__ = [
     "MAPS",
     "SUMS",
     "activated",
-    "get",
+    "clamp_masked",
     "has_float16",
     "jit",
+    "load",
     "pulled_back",
-    "put",
-    "put_gradient",
-    "tame",
+    "store",
+    "store_gradient",
 ]
 
 # What LLVM may assume of a loop that sums: any order, so that sums can be vectors; it depends on
@@ -148,7 +148,7 @@ def _get_overload(x, i):
 
 
 @register_jitable
-def get(x, i):
+def load(x, i):
     """Return an element in float32."""
     return _get(x, i)
 
@@ -182,14 +182,14 @@ overload(_put_gradient)(_putting(_to_bfloat16_by_instruction if _has_bfloat16() 
 
 
 @register_jitable
-def put(y, i, value):
+def store(y, i, value):
     """Write float32 as an element."""
     _put(y, i, value)
 
 
 @register_jitable
-def put_gradient(y, i, value):
-    """As `put`, for loops that do more.
+def store_gradient(y, i, value):
+    """As `store`, for loops that do more.
 
     In them LLVM makes good vectors of the instruction for bfloat16, which saves a quarter of the
     time; in short ones vectors of four, which cost as much.
@@ -198,7 +198,7 @@ def put_gradient(y, i, value):
 
 
 @jit()
-def tame(value):
+def clamp_masked(value):
     """Bring what is masked out to a finite number, which no product spoils; NaN and inf to 0."""
     # Of a NaN no comparison holds; inf - inf is one.
     bounded = min(max(value, F(-5e33)), F(5e33))

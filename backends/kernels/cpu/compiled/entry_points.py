@@ -16,8 +16,14 @@ from numba.extending import intrinsic, models, overload, register_model
 
 from groupnorm.backends.kernels.cpu import call_frame as frames
 from groupnorm.backends.kernels.cpu import huge_pages as pages
-from groupnorm.backends.kernels.cpu.compiled.channels_first import first_backward, first_forward
-from groupnorm.backends.kernels.cpu.compiled.channels_last import last_backward, last_forward
+from groupnorm.backends.kernels.cpu.compiled.channels_first import (
+    channels_first_backward,
+    channels_first_forward,
+)
+from groupnorm.backends.kernels.cpu.compiled.channels_last import (
+    channels_last_backward,
+    channels_last_forward,
+)
 from groupnorm.backends.kernels.cpu.compiled.elements import jit
 from groupnorm.portable import activations
 
@@ -202,35 +208,35 @@ def _scratch(call, at):
     )
 
 
-def _first_forward(call):
+def _channels_first_forward(call):
     at = address_of(call)
-    first_forward(
+    channels_first_forward(
         *_operands(call, at), _float(word(at, frames.EPSILON)), _activation(call),
         *_numbers(call, at), *_team(call, at),
     )  # fmt: skip
 
 
-def _first_backward(call):
+def _channels_first_backward(call):
     at = address_of(call)
-    first_backward(
+    channels_first_backward(
         *_operands(call, at), _activation(call), *_numbers(call, at), *_gradients(call, at),
         *_team(call, at),
     )  # fmt: skip
 
 
-def _last_forward(call):
+def _channels_last_forward(call):
     at = address_of(call)
     room, _, starts, tables = _scratch(call, at)
-    last_forward(
+    channels_last_forward(
         *_operands(call, at), *_ways(at), _float(word(at, frames.EPSILON)), _activation(call),
         *_numbers(call, at), room, starts, tables, *_team(call, at),
     )  # fmt: skip
 
 
-def _last_backward(call):
+def _channels_last_backward(call):
     at = address_of(call)
     room, pulls, _, tables = _scratch(call, at)
-    last_backward(
+    channels_last_backward(
         *_operands(call, at), *_ways(at), _activation(call), *_numbers(call, at),
         *_gradients(call, at), room, pulls, tables, *_team(call, at),
     )  # fmt: skip
@@ -242,7 +248,12 @@ def _run(call):
 
 @overload(_run)
 def _run_overload(call):
-    bodies = (_first_forward, _first_backward, _last_forward, _last_backward)
+    bodies = (
+        _channels_first_forward,
+        _channels_first_backward,
+        _channels_last_forward,
+        _channels_last_backward,
+    )
     return dict(zip(frames.KERNELS, bodies, strict=True))[call.kernel]
 
 

@@ -4,18 +4,18 @@ import math
 
 import numpy as np
 
-from groupnorm.backends.kernels.cpu.compiled.elements import get, jit
+from groupnorm.backends.kernels.cpu.compiled.elements import jit, load
 
 __all__ = [
     "LEAST",
     "MOST",
-    "bounded",
+    "centre_is_poor",
+    "finite_float32",
+    "in_float64",
     "inverse_deviation",
-    "is_off",
     "mask_begins",
     "merged",
     "sum_samples",
-    "wide",
 ]
 
 # A variance outside of these may have come of squares that left float32's range.
@@ -29,7 +29,7 @@ def mask_begins(mask, sample, positions):
 
 
 @jit()
-def is_off(total, mean, squares):
+def centre_is_poor(total, mean, squares):
     """Whether the centre of moments lies more than two deviations from the mean.
 
     Of the deviations from that centre these are the sum, the mean, and the sum of squares.
@@ -53,7 +53,7 @@ def merged(count, mean, m2, n, centre, total, squares):
 
 
 @jit(apart=True)
-def wide(x, start, rows, stride, length, mask, mask_at, mask_is_of_rows):
+def in_float64(x, start, rows, stride, length, mask, mask_at, mask_is_of_rows):
     """Return count, mean and variance, in float64: for squares that leave float32's range.
 
     Of `rows` rows of `length` elements, the first of which lie `stride` apart; the mask is of the
@@ -65,7 +65,7 @@ def wide(x, start, rows, stride, length, mask, mask_at, mask_is_of_rows):
         for row in range(rows):
             for i in range(length):
                 if mask is None or mask[mask_at + (row if mask_is_of_rows else i)]:
-                    value = np.float64(get(x, np.uint64(start + row * stride + i)))
+                    value = np.float64(load(x, np.uint64(start + row * stride + i)))
                     if round_ == 0 and count == 0:
                         base = value
                     d = value - (base if round_ == 0 else mean)
@@ -86,7 +86,7 @@ def inverse_deviation(variance, epsilon):
 
 
 @jit()
-def bounded(value):
+def finite_float32(value):
     """Round to float32 a factor that shall stay finite: inf * 0 would make a NaN of a constant."""
     if abs(value) > 3e38:
         return np.float32(math.copysign(3e38, value))

@@ -22,7 +22,7 @@ from numba.extending import intrinsic, register_jitable
 from groupnorm.backends.kernels.cpu.call_frame import LINE
 from groupnorm.backends.kernels.cpu.compiled.elements import jit
 
-__all__ = ["finish", "take_seat", "take_task", "wait"]
+__all__ = ["claim_part", "claim_task", "finish", "wait"]
 
 
 def _pointer(context, builder, signature, arguments):
@@ -66,13 +66,13 @@ else:
 
 
 @jit()
-def take_seat(team, counter, parts):
+def claim_part(team, counter, parts):
     """Return the part of the tasks this thread is to begin with."""
     return _add(team, counter * LINE, 1) % parts
 
 
 @jit()
-def take_task(team, counter, parts, tasks, seat):
+def claim_task(team, counter, parts, tasks, seat):
     """Return a task that is this thread's from now on; -1 where there is none left.
 
     Each part has its own counter, from `counter` on.

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from groupnorm.backends.kernels.gpu.compiled.elements import finite, pulled_back, tame
 from groupnorm.backends.kernels.gpu.compiled.tiles import (
-    LOOSE,
+    UNSPECIALIZED,
     chunks_of,
     group_of,
     leads,
@@ -86,7 +86,7 @@ def _keep_sums(
     tl.store(gradients + where, of_gradients, mask=channel_exists)
 
 
-@triton.jit(do_not_specialize=LOOSE)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def whole(
     dy, x, scale, bias, mask, statistics, dx, products, gradients, steps, groups, begin_at,
     C: tl.constexpr, D: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, BP: tl.constexpr,
@@ -116,7 +116,7 @@ def whole(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=LOOSE)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def measure(
     dy, x, scale, bias, mask, statistics, parts, products, gradients, steps, groups,
     begin_at, C: tl.constexpr, D: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
@@ -157,7 +157,7 @@ def _merged(parts, group, exists, begin, tiles, KP: tl.constexpr):
     return of_gradients, tl.sum(tl.load(where + 1, mask=there, other=0.0), 0)
 
 
-@triton.jit(do_not_specialize=LOOSE)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def merge(parts, merged, tiles, begin_at, KP: tl.constexpr):
     """Sum all parts of a group to one, where they are many."""
     group = (tl.program_id(0) + begin_at).to(tl.int64) + tl.arange(0, 1)
@@ -172,7 +172,7 @@ def merge(parts, merged, tiles, begin_at, KP: tl.constexpr):
     tl.store(merged + group * 2 + 1, of_products.to(tl.float32))
 
 
-@triton.jit(do_not_specialize=LOOSE)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def apply(
     dy, x, scale, bias, mask, statistics, parts, dx, steps, groups, tiles, begin_at,
     KP: tl.constexpr, C: tl.constexpr, D: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
@@ -201,7 +201,7 @@ def apply(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=LOOSE)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def sum_rows(
     products, gradients, product_sums, gradient_sums, rows, R, C: tl.constexpr, RP: tl.constexpr,
     BC: tl.constexpr,

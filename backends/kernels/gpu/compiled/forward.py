@@ -13,7 +13,7 @@ import triton.language as tl
 
 from groupnorm.backends.kernels.gpu.compiled.elements import activated, tame
 from groupnorm.backends.kernels.gpu.compiled.tiles import (
-    LOOSE,
+    UNSPECIALIZED,
     chunks_of,
     group_of,
     leads,
@@ -102,7 +102,7 @@ def _keep(statistics, group, groups, mean, missed, rstd, share, write):
     tl.store(where + 1, share, mask=write)
 
 
-@triton.jit(do_not_specialize=LOOSE)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def whole(
     x, scale, bias, mask, y, statistics, steps, groups, begin_at, EPSILON: tl.constexpr,
     LARGEST_UNIT: tl.constexpr, C: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
@@ -141,7 +141,7 @@ def whole(
     _keep(statistics, group, groups, mean, missed, rstd, share, write)
 
 
-@triton.jit(do_not_specialize=LOOSE)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def measure(
     x, mask, parts, steps, begin_at, LARGEST_UNIT: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
     W: tl.constexpr, WP: tl.constexpr, BP: tl.constexpr, V: tl.constexpr, J: tl.constexpr,
@@ -212,7 +212,7 @@ def _finished(total, mean, squares, EPSILON: tl.constexpr):
     return high, low, rstd, share
 
 
-@triton.jit(do_not_specialize=LOOSE)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def merge(parts, statistics, tiles, begin_at, groups, EPSILON: tl.constexpr, KP: tl.constexpr):
     """Merge all tiles of a group, where they are many."""
     group = (tl.program_id(0) + begin_at).to(tl.int64) + tl.arange(0, 1)
@@ -229,7 +229,7 @@ def merge(parts, statistics, tiles, begin_at, groups, EPSILON: tl.constexpr, KP:
     _keep(statistics, group, groups, high, low, rstd, share, exists)
 
 
-@triton.jit(do_not_specialize=LOOSE)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def apply(
     x, scale, bias, mask, parts, y, statistics, steps, groups, begin_at, EPSILON: tl.constexpr,
     KP: tl.constexpr, C: tl.constexpr, D: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 __all__ = [
-    "LOOSE",
+    "UNSPECIALIZED",
     "chunks_of",
     "group_of",
     "leads",
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 # Arguments that Triton compiles nothing anew for, whether they are 1, or multiples of 16, or not.
-LOOSE = ("begin_at", "groups", "tiles", "rows", "R")
+UNSPECIALIZED = ("begin_at", "groups", "tiles", "rows", "R")
 
 
 @triton.jit

@@ -153,10 +153,11 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style and formatting with ruff; `-- --fix` repairs what can be repaired."""
+    """Check style and formatting with ruff, and what imports what; `-- --fix` repairs style."""
     session.install(*group("lint"))
     session.run("ruff", "check", *session.posargs)
     session.run("ruff", "format", *(() if "--fix" in session.posargs else ("--check", "--diff")))
+    session.run("lint-imports", "--no-cache")
 
 
 @nox.session

@@ -157,7 +157,11 @@ def test_waves_are_of_whole_groups_and_fit_the_cache(form, direction):
         assert one.grid == other.grid
         assert dict(one.scalars)["begin_at"] == dict(other.scalars)["begin_at"] == begin
         begin += one.grid[0]
-        elements = one.grid[0] * dict(one.constants)["W"] * dict(one.constants)["BP"]
+        elements = (
+            one.grid[0]
+            * dict(one.constants)["TILE_CHANNELS"]
+            * dict(one.constants)["TILE_POSITIONS"]
+        )
         item = form.item_bytes * (2 if direction is gpu.backward else 1)
         assert elements * item <= 1.3 * gpu.WAVE  # more than exist: tiles are padded
     tiles = (CHUNK_FORWARD, CHUNK_BACKWARD)[direction is gpu.backward]

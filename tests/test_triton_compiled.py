@@ -80,7 +80,11 @@ def test_nothing_spills_and_words_are_wide(name, first, capability):
         assert built.shared <= 48 * 1024  # more would have to be asked for
         if "x" in step.arrays:
             constants = dict(step.constants)
-            elements = constants["WP"] * constants["BP"] * (2 if "dy" in step.arrays else 1)
+            elements = (
+                constants["TILE_CHANNELS_P2"]
+                * constants["TILE_POSITIONS"]
+                * (2 if "dy" in step.arrays else 1)
+            )
             assert built.ptx.count("ld.global.v4.b32") * 8 * built.threads >= elements
             # Of elements there are few alone: of each group the first, where deviations start.
             assert built.ptx.count("ld.global.b16") <= 16

@@ -51,7 +51,7 @@ _apply: Any = apply_without_transforms(_ByKernels)
 def _portable_gradients(call: Any, inputs: Any, wanted: Any, dy: Any) -> list[Any]:
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        y = group_norm(call.adapter, *inputs, call.mask, call.options)
+        y = group_norm(call.adapter, inputs[0], inputs[1], inputs[2], call.mask, call.options)
     chosen = [a for a, w in zip(inputs, wanted, strict=False) if w]
     found = iter(torch.autograd.grad(y, chosen, dy, create_graph=create_graph))
     return [next(found) if w else None for _, w in zip(inputs, wanted, strict=False)]

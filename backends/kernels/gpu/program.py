@@ -93,7 +93,7 @@ def forward(shape: GroupedShape, options: KernelOptions) -> LaunchSequence:
     tiles = tile_parts(shape, CHUNK_FORWARD)
     count = tiles.parts * tiles.chunks(shape)
     few = count <= FEW_PARTS
-    merged = ("KP", power_of_two(count) if few else 0)
+    merged = ("MERGE_P2", power_of_two(count) if few else 0)
     used = (*arrays, "parts", "y", "statistics") if few else (*arrays, "statistics", "y", "")
     launches = []
     for wave in _waves(shape, tiles, shape.item_bytes, options.waves):
@@ -125,7 +125,7 @@ def backward(shape: GroupedShape, options: KernelOptions, batches: int = 1) -> L
         shared["parts"] = shape.samples * shape.groups * count * 2
         if not few:
             shared["merged"] = shape.samples * shape.groups * 2
-        merged = ("KP", power_of_two(count) if few else 1)
+        merged = ("MERGE_P2", power_of_two(count) if few else 1)
         used = (*arrays, "parts" if few else "merged", "dx")
         scalars = (_groups(shape), ("tiles", count if few else 1))
         launches = []
@@ -193,10 +193,11 @@ def _launch(
         module, kernel, (wave.tiles,), arrays, written,
         (("steps", shape.positions // divisor), *scalars, ("begin_at", wave.begin)),
         (
-            *constants, ("C", shape.channels), ("D", shape.group_size), ("W", tiles.width),
-            ("WP", padded), ("BP", tiles.length), ("V", divisor), ("J", tiles.parts),
-            ("NB", tiles.blocks(shape)), ("GBP", power_of_two(tiles.groups(shape))),
-            ("FIRST", int(shape.channels_first)), ("FULL", int(tiles.full(shape))),
+            *constants, ("CHANNELS", shape.channels), ("GROUP_SIZE", shape.group_size),
+            ("TILE_CHANNELS", tiles.width), ("TILE_CHANNELS_P2", padded),
+            ("TILE_POSITIONS", tiles.length), ("DIVISOR", divisor), ("PARTS", tiles.parts),
+            ("BLOCKS", tiles.blocks(shape)), ("GROUPS_P2", power_of_two(tiles.groups(shape))),
+            ("CHANNELS_FIRST", int(shape.channels_first)), ("FULL", int(tiles.full(shape))),
         ),
         # Backward a thread holds two arrays.
         warps_for(tiles.elements() * (2 if "dy" in arrays else 1)),
@@ -212,7 +213,7 @@ def _merge(
         scalars = (*scalars, _groups(shape))
     return Launch(
         module, "merge", (wave.groups,), ("parts", result), 1, scalars,
-        (*constants, ("KP", at_once)), warps_for(8 * at_once),
+        (*constants, ("MERGE_P2", at_once)), warps_for(8 * at_once),
     )  # fmt: skip
 
 
@@ -230,8 +231,10 @@ def _sum_rows(channels: int, rows: int, batches: int, shared: dict[str, int]) ->
 def _rows_launch(channels: int, rows: int, block: int, arrays: tuple[str, ...]) -> Launch:
     programs = -(-channels // CHANNELS_AT_ONCE) * -(-rows // block)
     return Launch(
-        "backward", "sum_rows", (programs,), arrays, 2, (("rows", rows), ("R", block)),
-        (("C", channels), ("RP", ROWS_AT_ONCE), ("BC", CHANNELS_AT_ONCE)), 4,
+        "backward", "sum_rows", (programs,), arrays, 2,
+        (("rows", rows), ("ROWS_PER_BLOCK", block)),
+        (("CHANNELS", channels), ("ROWS_P2", ROWS_AT_ONCE), ("BLOCK_CHANNELS", CHANNELS_AT_ONCE)),
+        4,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from llvmlite import binding, ir
 from numba import types
 from numba.extending import intrinsic, overload, register_jitable
 
-from groupnorm.portable.activations import ERFC_SERIES
+from groupnorm.backends.kernels.erfc import ERFC_POWERS
 
 __all__ = [
     "MAPS",
@@ -249,12 +249,7 @@ def _sigmoid(x):
     return F(1) / (F(1) + _exp(-x))
 
 
-# The first twelve are enough for float32; in powers, since that is a third of the operations.
-_P = tuple(
-    np.float32(c)
-    for c in np.polynomial.chebyshev.cheb2poly([0.5 * ERFC_SERIES[0], *ERFC_SERIES[1:12]])
-)
-_P0, _P1, _P2, _P3, _P4, _P5, _P6, _P7, _P8, _P9, _P10, _P11 = _P
+_P0, _P1, _P2, _P3, _P4, _P5, _P6, _P7, _P8, _P9, _P10, _P11 = map(np.float32, ERFC_POWERS)
 
 
 @jit()

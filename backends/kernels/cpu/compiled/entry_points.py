@@ -14,6 +14,7 @@ from numba.core import cgutils
 from numba.core.caching import FunctionCache
 from numba.extending import intrinsic, models, overload, register_model
 
+from groupnorm.backends.kernels import erfc
 from groupnorm.backends.kernels.cpu import call_frame as frames
 from groupnorm.backends.kernels.cpu import huge_pages as pages
 from groupnorm.backends.kernels.cpu.compiled.channels_first import (
@@ -35,7 +36,7 @@ _ELEMENTS = {"float32": types.float32, "float16": types.uint16, "bfloat16": type
 def _digest() -> str:
     """Return what changes when any of the kernels does: what was compiled before is void then."""
     sources = sorted(Path(__file__).parent.glob("*.py"))
-    sources += [Path(m.__file__) for m in (frames, pages, activations)]
+    sources += [Path(m.__file__) for m in (frames, pages, erfc, activations)]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
 
 

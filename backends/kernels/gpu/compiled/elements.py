@@ -1,23 +1,18 @@
 """Elements and activations in Triton: everything is read to float32 and written from it."""
 
-import numpy as np
 import triton
 import triton.language as tl
 
-from groupnorm.portable.activations import ERFC_SERIES
+from groupnorm.backends.kernels.erfc import ERFC_POWERS
 
-__all__ = ["GELU", "RELU", "SILU", "activated", "finite", "pulled_back", "tame"]
+__all__ = ["GELU", "RELU", "SILU", "activated", "clamp_masked", "finite", "pulled_back"]
 
-# As `frames.ACTIVATIONS` numbers them; 0 is none.
+# As `variants.ACTIVATIONS` numbers them; 0 is none.
 RELU = tl.constexpr(1)
 SILU = tl.constexpr(2)
 GELU = tl.constexpr(3)
 
-# The first twelve are enough for float32; in powers, since that is a third of the operations.
-(_P0, _P1, _P2, _P3, _P4, _P5, _P6, _P7, _P8, _P9, _P10, _P11) = (
-    tl.constexpr(float(c))
-    for c in np.polynomial.chebyshev.cheb2poly([0.5 * ERFC_SERIES[0], *ERFC_SERIES[1:12]])
-)
+(_P0, _P1, _P2, _P3, _P4, _P5, _P6, _P7, _P8, _P9, _P10, _P11) = map(tl.constexpr, ERFC_POWERS)
 
 
 @triton.jit
@@ -27,7 +22,7 @@ def finite(value):
 
 
 @triton.jit
-def tame(value):
+def clamp_masked(value):
     """Bring what is masked out to a finite number, which no product spoils; NaN and inf to 0."""
     bounded = tl.minimum(tl.maximum(value, -5e33), 5e33)
     return tl.where(finite(value), bounded, 0.0)

@@ -11,7 +11,7 @@ share of one element in the mean. Parts are ``(samples * groups, tiles of a grou
 import triton
 import triton.language as tl
 
-from groupnorm.backends.kernels.gpu.compiled.elements import activated, tame
+from groupnorm.backends.kernels.gpu.compiled.elements import activated, clamp_masked
 from groupnorm.backends.kernels.gpu.compiled.tiles import (
     UNSPECIALIZED,
     chunks_of,
@@ -34,39 +34,59 @@ SHRINK = tl.constexpr(2.0**-24)
 
 @triton.jit
 def _measured(
-    value, counted, elements, x, begin, first, steps, C: tl.constexpr, D: tl.constexpr,
-    WP: tl.constexpr, V: tl.constexpr, J: tl.constexpr, GBP: tl.constexpr, MASK: tl.constexpr,
-    FIRST: tl.constexpr, LARGEST_UNIT: tl.constexpr,
+    value, counted, elements, x, begin, first, steps, CHANNELS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr, TILE_CHANNELS_P2: tl.constexpr, DIVISOR: tl.constexpr,
+    PARTS: tl.constexpr, GROUPS_P2: tl.constexpr, MASK: tl.constexpr, CHANNELS_FIRST: tl.constexpr,
+    LARGEST_UNIT: tl.constexpr,
 ):  # fmt: skip
     """Return each lane's count, mean, what it missed, sum of squares, and the unit of these two."""
     if MASK == 0:
-        count = tl.zeros([WP], tl.float32) + elements
+        count = tl.zeros([TILE_CHANNELS_P2], tl.float32) + elements
         # The first element of the group, or of the tile where it is a part of one.
-        if J == 1:
-            lane = tl.arange(0, WP)
-            there = tl.minimum(lane // D * D, C - 1 - first)
-            if FIRST:
-                there = there * (tl.cast(steps, tl.int64) * V)
+        if PARTS == 1:
+            lane = tl.arange(0, TILE_CHANNELS_P2)
+            there = tl.minimum(lane // GROUP_SIZE * GROUP_SIZE, CHANNELS - 1 - first)
+            if CHANNELS_FIRST:
+                there = there * (tl.cast(steps, tl.int64) * DIVISOR)
         else:
-            there = tl.zeros([WP], tl.int32)
+            there = tl.zeros([TILE_CHANNELS_P2], tl.int32)
         pivot = tl.load(x + begin + there).to(tl.float32)
     else:
-        count = summed(tl.where(counted, 1.0, 0.0), D, WP, GBP, FIRST)
+        count = summed(
+            tl.where(counted, 1.0, 0.0), GROUP_SIZE, TILE_CHANNELS_P2, GROUPS_P2, CHANNELS_FIRST
+        )
         low: tl.constexpr = float("-inf")
-        pivot = top_of_group(tl.where(counted, value, low), low, D, WP, GBP, FIRST)
+        pivot = top_of_group(
+            tl.where(counted, value, low),
+            low,
+            GROUP_SIZE,
+            TILE_CHANNELS_P2,
+            GROUPS_P2,
+            CHANNELS_FIRST,
+        )
         pivot = tl.where(count > 0, pivot, 0.0)
     enough = tl.maximum(count, 1.0)
-    deviation = tl.where(counted, value - spread(pivot, FIRST), 0.0)
-    reach = top_of_group(tl.abs(deviation), 0.0, D, WP, GBP, FIRST)
-    mean = pivot + summed(deviation * SHRINK, D, WP, GBP, FIRST) / enough / SHRINK
+    deviation = tl.where(counted, value - spread(pivot, CHANNELS_FIRST), 0.0)
+    reach = top_of_group(
+        tl.abs(deviation), 0.0, GROUP_SIZE, TILE_CHANNELS_P2, GROUPS_P2, CHANNELS_FIRST
+    )
+    mean = (
+        pivot
+        + summed(deviation * SHRINK, GROUP_SIZE, TILE_CHANNELS_P2, GROUPS_P2, CHANNELS_FIRST)
+        / enough
+        / SHRINK
+    )
     # Squares must neither overflow nor vanish: a power of two brings deviations near 1.
     exponent = reach.to(tl.int32, bitcast=True) & 0x7F800000
     exponent = tl.minimum(tl.maximum(exponent, 1 << 23), 253 << 23)
     unit = tl.minimum(((254 << 23) - exponent).to(tl.float32, bitcast=True), LARGEST_UNIT)
-    deviation = (value - spread(mean, FIRST)) * spread(unit, FIRST)
+    deviation = (value - spread(mean, CHANNELS_FIRST)) * spread(unit, CHANNELS_FIRST)
     valid = tl.where(counted, deviation, 0.0)
-    missed = summed(valid, D, WP, GBP, FIRST) / enough
-    squares = summed(valid * valid, D, WP, GBP, FIRST) - count * missed * missed
+    missed = summed(valid, GROUP_SIZE, TILE_CHANNELS_P2, GROUPS_P2, CHANNELS_FIRST) / enough
+    squares = (
+        summed(valid * valid, GROUP_SIZE, TILE_CHANNELS_P2, GROUPS_P2, CHANNELS_FIRST)
+        - count * missed * missed
+    )
     squares = tl.where(squares < 0, 0.0, squares)  # NaN stays NaN
     return count, enough, mean, missed, squares, unit
 
@@ -75,19 +95,20 @@ def _measured(
 def _read(x, begin, offsets, exists, counted, MASK: tl.constexpr):
     value = tl.load(x + begin + offsets, mask=exists, other=0.0).to(tl.float32)
     if MASK != 0:
-        value = tl.where(counted, value, tame(value))
+        value = tl.where(counted, value, clamp_masked(value))
     return value
 
 
 @triton.jit
 def _write(
     y, normalized, factor, bias, begin, offsets, exists, first, channel_exists,
-    WP: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, FIRST: tl.constexpr,
+    TILE_CHANNELS_P2: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    CHANNELS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """Write normalized * factor + bias, activated."""
-    z = normalized * spread(factor, FIRST)
+    z = normalized * spread(factor, CHANNELS_FIRST)
     if BIAS:
-        z += spread(parameter_of(bias, first, channel_exists, WP), FIRST)
+        z += spread(parameter_of(bias, first, channel_exists, TILE_CHANNELS_P2), CHANNELS_FIRST)
     tl.store(y + begin + offsets, activated(z, ACTIVATION).to(y.dtype.element_ty), mask=exists)
 
 
@@ -105,22 +126,35 @@ def _keep(statistics, group, groups, mean, missed, rstd, share, write):
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def whole(
     x, scale, bias, mask, y, statistics, steps, groups, begin_at, EPSILON: tl.constexpr,
-    LARGEST_UNIT: tl.constexpr, C: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
-    WP: tl.constexpr, BP: tl.constexpr, V: tl.constexpr, J: tl.constexpr, NB: tl.constexpr,
-    FULL: tl.constexpr,
-    GBP: tl.constexpr, FIRST: tl.constexpr, MASK: tl.constexpr, SCALE: tl.constexpr,
+    LARGEST_UNIT: tl.constexpr, CHANNELS: tl.constexpr, GROUP_SIZE: tl.constexpr,
+    TILE_CHANNELS: tl.constexpr, TILE_CHANNELS_P2: tl.constexpr, TILE_POSITIONS: tl.constexpr,
+    DIVISOR: tl.constexpr, PARTS: tl.constexpr, BLOCKS: tl.constexpr, FULL: tl.constexpr,
+    GROUPS_P2: tl.constexpr, CHANNELS_FIRST: tl.constexpr, MASK: tl.constexpr, SCALE: tl.constexpr,
     BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """Normalize groups that fit a tile."""
     pid = tl.program_id(0) + begin_at
     sample, first, _, _, begin, offsets, exists, channel_exists, counted = tile_of(
-        pid, mask, steps, C, D, W, WP, BP, V, J, NB, FIRST, FULL, MASK
+        pid,
+        mask,
+        steps,
+        CHANNELS,
+        GROUP_SIZE,
+        TILE_CHANNELS,
+        TILE_CHANNELS_P2,
+        TILE_POSITIONS,
+        DIVISOR,
+        PARTS,
+        BLOCKS,
+        CHANNELS_FIRST,
+        FULL,
+        MASK,
     )
     value = _read(x, begin, offsets, exists, counted, MASK)
-    elements = (tl.cast(steps, tl.int64) * (D * V)).to(tl.float32)
+    elements = (tl.cast(steps, tl.int64) * (GROUP_SIZE * DIVISOR)).to(tl.float32)
     count, enough, mean, missed, squares, unit = _measured(
-        value, counted, elements, x, begin, first, steps, C, D, WP, V, J, GBP, MASK, FIRST,
-        LARGEST_UNIT,
+        value, counted, elements, x, begin, first, steps, CHANNELS, GROUP_SIZE, TILE_CHANNELS_P2,
+        DIVISOR, PARTS, GROUPS_P2, MASK, CHANNELS_FIRST, LARGEST_UNIT,
     )  # fmt: skip
     variance = squares / enough + EPSILON * unit * unit
     variance = tl.where(variance == 0, 1.0, variance)  # any finite number will do
@@ -130,41 +164,63 @@ def whole(
         rstd = tl.where(count > 0, rstd, 1.0 / (1.0 + EPSILON) ** 0.5)
     factor = rstd
     if SCALE:
-        factor *= parameter_of(scale, first, channel_exists, WP)
+        factor *= parameter_of(scale, first, channel_exists, TILE_CHANNELS_P2)
     _write(
-        y, (value - spread(mean, FIRST)) - spread(missed, FIRST), factor, bias, begin, offsets,
-        exists, first, channel_exists, WP, BIAS, ACTIVATION, FIRST,
+        y, (value - spread(mean, CHANNELS_FIRST)) - spread(missed, CHANNELS_FIRST), factor, bias,
+        begin, offsets, exists, first, channel_exists, TILE_CHANNELS_P2, BIAS, ACTIVATION,
+        CHANNELS_FIRST,
     )  # fmt: skip
-    group = sample.to(tl.int64) * (C // D) + group_of(first, D, WP)
+    group = sample.to(tl.int64) * (CHANNELS // GROUP_SIZE) + group_of(
+        first, GROUP_SIZE, TILE_CHANNELS_P2
+    )
     share = tl.where(count > 0, 1.0 / enough, 0.0)
-    write = leads(D, WP, J) & channel_exists
+    write = leads(GROUP_SIZE, TILE_CHANNELS_P2, PARTS) & channel_exists
     _keep(statistics, group, groups, mean, missed, rstd, share, write)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def measure(
-    x, mask, parts, steps, begin_at, LARGEST_UNIT: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
-    W: tl.constexpr, WP: tl.constexpr, BP: tl.constexpr, V: tl.constexpr, J: tl.constexpr,
-    NB: tl.constexpr, FULL: tl.constexpr, GBP: tl.constexpr, FIRST: tl.constexpr,
-    MASK: tl.constexpr,
+    x, mask, parts, steps, begin_at, LARGEST_UNIT: tl.constexpr, CHANNELS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr, TILE_CHANNELS: tl.constexpr, TILE_CHANNELS_P2: tl.constexpr,
+    TILE_POSITIONS: tl.constexpr, DIVISOR: tl.constexpr, PARTS: tl.constexpr, BLOCKS: tl.constexpr,
+    FULL: tl.constexpr, GROUPS_P2: tl.constexpr, CHANNELS_FIRST: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """Measure what of each group lies in a tile."""
     pid = tl.program_id(0) + begin_at
     sample, first, part, chunk, begin, offsets, exists, channel_exists, counted = tile_of(
-        pid, mask, steps, C, D, W, WP, BP, V, J, NB, FIRST, FULL, MASK
+        pid,
+        mask,
+        steps,
+        CHANNELS,
+        GROUP_SIZE,
+        TILE_CHANNELS,
+        TILE_CHANNELS_P2,
+        TILE_POSITIONS,
+        DIVISOR,
+        PARTS,
+        BLOCKS,
+        CHANNELS_FIRST,
+        FULL,
+        MASK,
     )
     value = _read(x, begin, offsets, exists, counted, MASK)
-    positions = tl.minimum(tl.cast(steps, tl.int64) * V - chunk.to(tl.int64) * BP, BP)
-    channels = tl.minimum(D - part * W, W) if J > 1 else D
+    positions = tl.minimum(
+        tl.cast(steps, tl.int64) * DIVISOR - chunk.to(tl.int64) * TILE_POSITIONS, TILE_POSITIONS
+    )
+    channels = (
+        tl.minimum(GROUP_SIZE - part * TILE_CHANNELS, TILE_CHANNELS) if PARTS > 1 else GROUP_SIZE
+    )
     elements = (positions * channels).to(tl.float32)
     count, _, mean, missed, squares, unit = _measured(
-        value, counted, elements, x, begin, first, steps, C, D, WP, V, J, GBP, MASK, FIRST,
-        LARGEST_UNIT,
+        value, counted, elements, x, begin, first, steps, CHANNELS, GROUP_SIZE, TILE_CHANNELS_P2,
+        DIVISOR, PARTS, GROUPS_P2, MASK, CHANNELS_FIRST, LARGEST_UNIT,
     )  # fmt: skip
-    chunks = chunks_of(steps, V, BP)
-    group = sample.to(tl.int64) * (C // D) + group_of(first, D, WP)
-    where = parts + (group * (J * chunks) + part * chunks + chunk) * 5
-    write = leads(D, WP, J) & channel_exists
+    chunks = chunks_of(steps, DIVISOR, TILE_POSITIONS)
+    group = sample.to(tl.int64) * (CHANNELS // GROUP_SIZE) + group_of(
+        first, GROUP_SIZE, TILE_CHANNELS_P2
+    )
+    where = parts + (group * (PARTS * chunks) + part * chunks + chunk) * 5
+    write = leads(GROUP_SIZE, TILE_CHANNELS_P2, PARTS) & channel_exists
     tl.store(where, count, mask=write)
     tl.store(where + 1, mean, mask=write)
     tl.store(where + 2, missed / unit, mask=write)
@@ -173,9 +229,9 @@ def measure(
 
 
 @triton.jit
-def _merged(parts, group, exists, begin, tiles, KP: tl.constexpr):
-    """Merge up to KP parts of groups, (GBP,): return count, mean and sum of squares in float64."""
-    number = begin + tl.arange(0, KP)
+def _merged(parts, group, exists, begin, tiles, MERGE_P2: tl.constexpr):
+    """Merge up to MERGE_P2 parts of groups; return count, mean and sum of squares in float64."""
+    number = begin + tl.arange(0, MERGE_P2)
     there = (number < tiles)[:, None] & exists[None, :]
     where = parts + (group[None, :] * tiles + number[:, None]) * 5
     count = tl.load(where, mask=there, other=0.0)
@@ -213,13 +269,15 @@ def _finished(total, mean, squares, EPSILON: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def merge(parts, statistics, tiles, begin_at, groups, EPSILON: tl.constexpr, KP: tl.constexpr):
+def merge(
+    parts, statistics, tiles, begin_at, groups, EPSILON: tl.constexpr, MERGE_P2: tl.constexpr
+):
     """Merge all tiles of a group, where they are many."""
     group = (tl.program_id(0) + begin_at).to(tl.int64) + tl.arange(0, 1)
     exists = group >= 0
-    total, mean, squares = _merged(parts, group, exists, 0, tiles, KP)
-    for begin in range(KP, tiles, KP):
-        more, other, other_squares = _merged(parts, group, exists, begin, tiles, KP)
+    total, mean, squares = _merged(parts, group, exists, 0, tiles, MERGE_P2)
+    for begin in range(MERGE_P2, tiles, MERGE_P2):
+        more, other, other_squares = _merged(parts, group, exists, begin, tiles, MERGE_P2)
         both = tl.where(total + more > 0, total + more, 1.0)
         apart = tl.where((total > 0) & (more > 0), other - mean, 0.0)
         mean = tl.where(total > 0, mean, other) + apart * (more / both)
@@ -232,42 +290,58 @@ def merge(parts, statistics, tiles, begin_at, groups, EPSILON: tl.constexpr, KP:
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def apply(
     x, scale, bias, mask, parts, y, statistics, steps, groups, begin_at, EPSILON: tl.constexpr,
-    KP: tl.constexpr, C: tl.constexpr, D: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
-    BP: tl.constexpr, V: tl.constexpr, J: tl.constexpr, NB: tl.constexpr,
-    FULL: tl.constexpr, GBP: tl.constexpr,
-    FIRST: tl.constexpr, MASK: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
+    MERGE_P2: tl.constexpr, CHANNELS: tl.constexpr, GROUP_SIZE: tl.constexpr,
+    TILE_CHANNELS: tl.constexpr, TILE_CHANNELS_P2: tl.constexpr, TILE_POSITIONS: tl.constexpr,
+    DIVISOR: tl.constexpr, PARTS: tl.constexpr, BLOCKS: tl.constexpr, FULL: tl.constexpr,
+    GROUPS_P2: tl.constexpr, CHANNELS_FIRST: tl.constexpr, MASK: tl.constexpr, SCALE: tl.constexpr,
+    BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """Normalize by parts, KP at most, and keep the statistics; with KP = 0 by these instead."""
+    """Normalize by at most MERGE_P2 parts, and keep the statistics; if 0, by these instead."""
     # From the end: what was measured last may still be in the cache.
     pid = tl.num_programs(0) - 1 - tl.program_id(0) + begin_at
     sample, first, part, chunk, begin, offsets, exists, channel_exists, counted = tile_of(
-        pid, mask, steps, C, D, W, WP, BP, V, J, NB, FIRST, FULL, MASK
+        pid,
+        mask,
+        steps,
+        CHANNELS,
+        GROUP_SIZE,
+        TILE_CHANNELS,
+        TILE_CHANNELS_P2,
+        TILE_POSITIONS,
+        DIVISOR,
+        PARTS,
+        BLOCKS,
+        CHANNELS_FIRST,
+        FULL,
+        MASK,
     )
     value = _read(x, begin, offsets, exists, counted, MASK)
-    lane_group = sample.to(tl.int64) * (C // D) + group_of(first, D, WP)
-    if KP == 0:
+    lane_group = sample.to(tl.int64) * (CHANNELS // GROUP_SIZE) + group_of(
+        first, GROUP_SIZE, TILE_CHANNELS_P2
+    )
+    if MERGE_P2 == 0:
         where = parts + lane_group * 2
         high = tl.load(where, mask=channel_exists, other=0.0)
         low = tl.load(where + 1, mask=channel_exists, other=0.0)
         rstd = tl.load(where + tl.cast(groups, tl.int64) * 2, mask=channel_exists, other=0.0)
     else:
-        chunks = chunks_of(steps, V, BP)
-        number = first // D + tl.arange(0, GBP)
-        group = sample.to(tl.int64) * (C // D) + number
-        there = number < C // D
-        total, mean, squares = _merged(parts, group, there, 0, J * chunks, KP)
+        chunks = chunks_of(steps, DIVISOR, TILE_POSITIONS)
+        number = first // GROUP_SIZE + tl.arange(0, GROUPS_P2)
+        group = sample.to(tl.int64) * (CHANNELS // GROUP_SIZE) + number
+        there = number < CHANNELS // GROUP_SIZE
+        total, mean, squares = _merged(parts, group, there, 0, PARTS * chunks, MERGE_P2)
         high, low, rstd, share = _finished(total, mean, squares, EPSILON)
         if (part == 0) & (chunk == 0):
-            mine = there & (tl.arange(0, GBP) * D < W)
+            mine = there & (tl.arange(0, GROUPS_P2) * GROUP_SIZE < TILE_CHANNELS)
             _keep(statistics, group, groups, high, low, rstd, share, mine)
-        high = spread_groups(high, D, WP, GBP)
-        low = spread_groups(low, D, WP, GBP)
-        rstd = spread_groups(rstd, D, WP, GBP)
+        high = spread_groups(high, GROUP_SIZE, TILE_CHANNELS_P2, GROUPS_P2)
+        low = spread_groups(low, GROUP_SIZE, TILE_CHANNELS_P2, GROUPS_P2)
+        rstd = spread_groups(rstd, GROUP_SIZE, TILE_CHANNELS_P2, GROUPS_P2)
     factor = rstd
     if SCALE:
-        factor *= parameter_of(scale, first, channel_exists, WP)
+        factor *= parameter_of(scale, first, channel_exists, TILE_CHANNELS_P2)
     _write(
-        y, (value - spread(high, FIRST)) - spread(low, FIRST), factor, bias, begin, offsets,
-        exists, first, channel_exists, WP, BIAS, ACTIVATION, FIRST,
+        y, (value - spread(high, CHANNELS_FIRST)) - spread(low, CHANNELS_FIRST), factor, bias,
+        begin, offsets, exists, first, channel_exists, TILE_CHANNELS_P2, BIAS, ACTIVATION,
+        CHANNELS_FIRST,
     )  # fmt: skip

@@ -8,11 +8,14 @@ Run in an environment where the library and the peers are installed; what is mis
 left out::
 
     python benchmarks/accuracy.py [--json FILE]
+
+The figures of the documentation are drawn from a committed FILE, see _doc_figures.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import functools
 import io
 import itertools
@@ -27,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _report import print_table, versions, write_json
+from _report import machine, print_table, versions, write_json
 
 BOUND = 5e-6
 SHAPE = (2, 16, 16, 64)
@@ -38,8 +41,9 @@ FIRST, LAST, MEMORY = "channels first", "channels last", "channels_last memory"
 SEED = 20240607
 PACKAGES = (
     *("groupnorm", "numpy", "jax", "torch", "array-api-strict"),
-    *("flax", "equinox", "brainstate", "keras"),
+    *("flax", "equinox", "brainstate", "dm-haiku", "keras"),
 )
+KERAS_BACKENDS = ("torch", "jax", "numpy")
 
 Array = np.ndarray
 Norm = Callable[[Array], Array]
@@ -247,6 +251,16 @@ def brainstate(fast: bool) -> Norm:
     return lambda x: np.asarray(layer(x))
 
 
+def haiku() -> Norm:
+    import haiku as hk
+    import jax
+
+    network = hk.without_apply_rng(hk.transform(lambda x: hk.GroupNorm(GROUPS, eps=EPSILON)(x)))
+    parameters = network.init(jax.random.key(0), np.zeros(SHAPE, np.float32))
+    call = jax.jit(network.apply)
+    return lambda x: np.asarray(call(parameters, x))
+
+
 def keras_layer() -> Norm:
     import keras
 
@@ -264,6 +278,7 @@ def peer_rows() -> Iterator[tuple[str, Callable[[], Norm]]]:
     yield "equinox, jit", equinox
     yield "brainstate, fast (default)", functools.partial(brainstate, True)
     yield "brainstate, two-pass", functools.partial(brainstate, False)
+    yield "haiku, jit", haiku
 
 
 # ---- running ------------------------------------------------------------------------------------
@@ -312,7 +327,7 @@ def measure_all() -> Iterator[Row]:
         yield measure(name, True, make)
     for name, make in peer_rows():
         yield measure(name, False, make)
-    for backend in ("torch", "jax"):
+    for backend in KERAS_BACKENDS:
         yield measure_keras(backend)
 
 
@@ -382,6 +397,8 @@ def main() -> int:
     found = versions(*PACKAGES)
     report(rows, found)
     write_json(options.json, {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
         "bound": BOUND, "shape": SHAPE, "groups": GROUPS, "epsilon": EPSILON, "versions": found,
         "rows": [as_dict(row) for row in rows],
     })  # fmt: skip

@@ -1,8 +1,8 @@
-"""Handwritten digits: train in JAX, go on in PyTorch, evaluate in NumPy, with the same layers.
+"""Handwritten digits: train in JAX, continue in PyTorch, evaluate in NumPy, with the same layers.
 
 A small convolutional classifier (digits_model.py) is trained with optax on scikit-learn's bundled
-digits. Its GroupNorm layers are then carried over by ``to_backend("torch")`` and trained on for an
-epoch there, and carried on to NumPy and back to JAX. At the end all three compute the test set's
+digits. Its GroupNorm layers are then moved by ``to_backend("torch")``, trained for another epoch
+there, and moved on to NumPy and back to JAX. At the end all three compute the test set's
 logits and the gradients of the loss with respect to every GroupNorm parameter and to the images,
 and must agree: logits to 1e-4, gradients to 1e-4 of the largest one. The exit status is 1 when
 they do not. The loss and the activations around the first GroupNorm are drawn to digits.png::

@@ -3,9 +3,9 @@
 A small convolutional classifier of scikit-learn's digits is trained by four processes, each holding
 3, 2, 2 or 1 of the 8 rows of every image. Convolutions fetch the neighbours' nearest rows,
 `GroupNorm(axis_name="rows")` pools its statistics over the bands, and `sum_gradients` adds up the
-gradients. One process then trains the same network on whole images, and the losses must be the
-same to rounding, or the exit status is 1. For comparison the bands are trained a second time with
-statistics of their own, as a plain GroupNorm takes them. The three curves are drawn to
+gradients. One process then trains the same network on whole images, and the losses must be
+equal up to rounding, or the exit status is 1. For comparison the bands are trained a second time
+with separate statistics, as those of a plain GroupNorm. The three curves are drawn to
 spatial_parallel_training.png::
 
     python examples/spatial_parallel_training.py [--out DIR] [--steps N]

@@ -1,12 +1,12 @@
-"""A large image, tile by tile and band by band: the numbers are those of the whole image.
+"""A large image in tiles and in bands of rows: the results are those of the whole image.
 
 A photograph (scikit-learn's) is enlarged and given 16 features a pixel, by a 1x1 convolution. Its
 group normalization, with the gradients of a random cotangent, is then computed
 
-tiles   in NumPy, one tile in memory at a time: one pass over the tiles measures them, a second
-        normalizes them by the merged statistics;
-torch   by four processes, each holding a band of rows of another height;
-jax     by four devices of one CPU, each holding as many rows, the last of them padding;
+tiles   in NumPy, one tile in memory at a time: one pass over the tiles computes statistics, a
+        second one normalizes them by the merged statistics;
+torch   in four processes, each holding a band of rows of different height;
+jax     on four devices of one CPU, each holding equally many rows, the last of them padding;
 
 and compared with that of the whole image on one device. The exit status is 1 when they differ by
 more than float32 rounding does::

@@ -6,6 +6,8 @@ libraries there are.
 """
 
 import logging
+from collections.abc import Callable
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import array_api_compat
@@ -105,7 +107,6 @@ class Adapter:
     has_autograd: ClassVar[bool] = True
     #: Whether values can be read at no cost, and the computation may depend on them.
     reads_values: ClassVar[bool] = False
-    _kernels: Kernels | None = None
 
     def __init__(self, xp: Any) -> None:
         self.xp = xp
@@ -224,16 +225,14 @@ class Adapter:
             "alone would be wrong. Use JAX, PyTorch, NumPy or CuPy arrays, or leave axis_name out."
         )
 
-    def sharded_call(self, x: "Array") -> Any:
-        """Return what computes an array whose type says how it lies on several devices.
-
-        None for all others; else a function of `groupnorm.dispatch.compute` and its arguments.
-        """
-        return None
+    #: A method, if the library has arrays whose type says how they lie on several devices. It
+    #: returns what computes such an array, a function of `groupnorm.dispatch.compute_local` and its
+    #: arguments, and None for all other arrays.
+    sharded_call: "Callable[[Array], Any] | None" = None
 
     def is_sharded(self, x: "Array") -> bool:
         """Whether x's type says that its parts lie on several devices."""
-        return self.sharded_call(x) is not None
+        return self.sharded_call is not None and self.sharded_call(x) is not None
 
     # Parameters, and where they live ----------------------------------------------------------
 
@@ -251,19 +250,13 @@ class Adapter:
 
     # Faster implementations, where there are any ----------------------------------------------
 
-    @property
+    @cached_property
     def kernels(self) -> Kernels:
         """The library's compiled kernels, imported at first use.
 
         They use private names of their library, which any release may rename. That costs the
         kernels, never the library: the portable implementation needs none of them.
         """
-        found = self._kernels
-        if found is None:
-            found = self._kernels = self._guarded_kernels()
-        return found
-
-    def _guarded_kernels(self) -> Kernels:
         try:
             return self.load_kernels()
         except (ImportError, AttributeError) as error:

@@ -82,8 +82,10 @@ def validate(
         axis_name=tuple(axis_name) if isinstance(axis_name, list) else axis_name,
         axis_index_groups=_index_groups(axis_index_groups, axis_name),
         fast=flag("use_fast_variance", use_fast_variance),
-        activation=_one_of("activation", activation, ACTIVATIONS),
-        implementation=_one_of("implementation", implementation, IMPLEMENTATIONS),
+        activation=None if activation is None else _one_of("activation", activation, ACTIVATIONS),
+        implementation=None
+        if implementation is None
+        else _one_of("implementation", implementation, IMPLEMENTATIONS),
         feature_shape=feature_shape,
     )
 
@@ -133,9 +135,7 @@ def _ints(argument: str, value: Any) -> tuple[int, ...]:
     return (_integer(argument, value),)
 
 
-def _one_of(argument: str, value: Any, names: tuple[str, ...]) -> str | None:
-    if value is None:
-        return None
+def _one_of(argument: str, value: Any, names: tuple[str, ...]) -> str:
     known = ", ".join(map(repr, names))
     if not isinstance(value, str):
         raise ArgumentTypeError(

@@ -25,6 +25,7 @@ __all__ = [
     "adapter_of",
     "backend_names",
     "compute",
+    "compute_local",
     "compute_with_pullback",
     "implementations_on",
     "layer_class_named",
@@ -179,9 +180,17 @@ def compute(
     ArgumentTypeError, ArgumentValueError
         If the arguments are wrong, or if the implementation asked for cannot compute the call.
     """
-    sharded_call = adapter.sharded_call(x)
-    if sharded_call is not None:
-        return sharded_call(compute, adapter, x, scale, bias, mask, options)
+    if adapter.sharded_call is not None:
+        over_shards = adapter.sharded_call(x)
+        if over_shards is not None:
+            return over_shards(compute_local, adapter, x, scale, bias, mask, options)
+    return compute_local(adapter, x, scale, bias, mask, options)
+
+
+def compute_local(
+    adapter: Adapter, x: "Array", scale: "Array", bias: "Array", mask: Any, options: "CallOptions"
+) -> "Array":
+    """As `compute`, of an array whose type says nothing of shards."""
     wanted = options.implementation
     if wanted == "portable":
         return group_norm(adapter, x, scale, bias, mask, options)

@@ -54,7 +54,7 @@ MORE = {
 def plan(request, monkeypatch):
     for name, value in {**PLANS, **MORE}[request.param].items():
         monkeypatch.setattr(gpu, name, value)
-    caches = gpu.forward, gpu.backward, gpu_tiles.whole, gpu_tiles.chunked
+    caches = gpu.forward, gpu.backward, gpu_tiles.tile_whole_groups, gpu_tiles.tile_parts
     for cached in caches:
         cached.cache_clear()
     yield request.param

@@ -116,7 +116,7 @@ class TorchAdapter(Adapter):
         """Return the calls of the kernels, eager and compiled."""
         from groupnorm.backends.torch.kernels import TorchKernels
 
-        return TorchKernels(self)
+        return TorchKernels(self, _traced)
 
     def native(self, x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -> Any:
         """Compute by `torch.nn.functional.group_norm`."""
@@ -133,6 +133,13 @@ class TorchAdapter(Adapter):
         if kind is not None:
             found += [f"{kind.type}:{i}" for i in range(torch.accelerator.device_count())]
         return tuple(found)
+
+
+def _traced(*arguments: Any) -> Any:
+    # Here, since registering operators takes a while.
+    from groupnorm.backends.torch.custom_op import traced
+
+    return traced(*arguments)
 
 
 torch_adapter = TorchAdapter(xp)

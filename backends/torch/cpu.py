@@ -9,7 +9,7 @@ from groupnorm.adapter import Unsupported
 from groupnorm.arguments import CallOptions
 from groupnorm.backends.kernels.binding import bind
 from groupnorm.backends.kernels.cpu import availability
-from groupnorm.backends.kernels.cpu.huge_pages import want_large_pages
+from groupnorm.backends.kernels.cpu.huge_pages import WORTH, want_large_pages
 from groupnorm.backends.kernels.cpu.launch import Arrays, Saved, ThreadTeam, Work, address, planned
 from groupnorm.backends.kernels.layout import MemoryLayout, flat_mask
 from groupnorm.backends.torch.memory import cotangent, in_memory, is_plain, like
@@ -136,5 +136,6 @@ def _where(parameter: Any) -> int:
 def _fresh(a: torch.Tensor) -> int:
     """Return the address of a tensor that is about to be written."""
     where = a.data_ptr()
-    want_large_pages(where, a.nbytes)
+    if a.nbytes >= WORTH:
+        want_large_pages(where, a.nbytes)
     return where

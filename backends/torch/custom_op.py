@@ -16,9 +16,9 @@ import torch
 from groupnorm.adapter import Unsupported
 from groupnorm.arguments import CallOptions
 from groupnorm.backends.kernels.layout import ROLES, kernel_dtypes, memory_order
-from groupnorm.backends.torch import engines
-from groupnorm.backends.torch.autograd import as_parameter
+from groupnorm.backends.torch import kernels
 from groupnorm.backends.torch.internals import assume_constant, in_forward_mode, is_transformed
+from groupnorm.backends.torch.kernels import as_parameter
 from groupnorm.backends.torch.memory import PLAIN
 from groupnorm.dispatch import adapter_named
 from groupnorm.plan import make_plan_uncached, product
@@ -85,7 +85,7 @@ def _why_unavailable(device: Any, x: Any, scale: Any, bias: Any, dtype: str | No
     found = kernel_dtypes(adapter_named("torch"), x, scale, bias, options)
     if isinstance(found, Unsupported):
         return found.reason
-    why = engines.engine_for(device).why_unavailable(device, found.float16)
+    why = kernels.engine_for(device).why_unavailable(device, found.float16)
     return "" if why is None else why.reason
 
 
@@ -156,13 +156,13 @@ def _dense_call(x: Any, scale: Any, bias: Any, mask: Any, settings: Any) -> tupl
     if x.numel() and memory_order(x.shape, x.stride()) is None:
         x = x.clone()  # which keeps the order of the axes, as the result's is
     adapter, options = adapter_named("torch"), _options(*settings)
-    call = engines.bind_call(adapter, x, scale, bias, mask, options)
+    call = kernels.bind_call(adapter, x, scale, bias, mask, options)
     if not isinstance(call, Unsupported) or x.is_contiguous():
         return x, x, call
     # Served in the order of the axes, or not at all: `traced` saw to that. So what forward saves
     # on a GPU, where nobody can look, is always of kernels or never.
     read = x.contiguous()
-    return x, read, engines.bind_call(adapter, read, scale, bias, mask, options)
+    return x, read, kernels.bind_call(adapter, read, scale, bias, mask, options)
 
 
 def _laid_out_as(x: Any, y: Any) -> Any:
@@ -182,7 +182,7 @@ def _nothing_saved(x: Any, settings: Any) -> Any:
         sampled=False, static=False,
     )  # fmt: skip
     groups = product(plan.statistics_shape)
-    return engines.engine_for(x.device).nothing_saved(x, groups)
+    return kernels.engine_for(x.device).nothing_saved(x, groups)
 
 
 # Derivatives, and torch.func's vmap ---------------------------------------------------------------

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from groupnorm.backends.torch.adapter import torch_adapter
-from groupnorm.dispatch import compute
+from groupnorm.dispatch import compute_local
 from groupnorm.layer import GroupNorm
 from groupnorm.layer_config import LayerConfig
 from groupnorm.typing import ArrayT, MaskLike
@@ -53,15 +53,16 @@ class TorchGroupNorm(GroupNorm, torch.nn.Module):
 
     def forward(self, x: Any, mask: Any = None) -> Any:
         """Normalize x; see `update`."""
-        if type(x) is torch.Tensor:  # no need to ask who serves it
-            return compute(torch_adapter, x, self.scale, self.bias, mask, self._config.options)
+        if type(x) is torch.Tensor:  # of this library, and no DTensor
+            return compute_local(
+                torch_adapter, x, self.scale, self.bias, mask, self._config.options
+            )
         return self._normalize(x, mask)
 
     @property
     def scale(self) -> Any:
         """The weight, in the shape of the feature axes."""
-        weight = self.weight
-        shape = self._config.feature_shape
+        weight, shape = self.weight, self._config.options.feature_shape
         return weight if weight is None or len(shape) == 1 else weight.view(shape)
 
     def reset_parameters(self) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from groupnorm.backends.kernels.cpu.threads import helpers_for, run_together
+from groupnorm.backends.kernels.cpu.threads import run_together
 
 __all__ = ["run_in_torch_threads", "torch_helpers_for"]
 
@@ -26,7 +26,8 @@ _process = os.getpid()
 
 def torch_helpers_for(elements: int) -> int:
     """Return how many threads are to help with so many elements, of those PyTorch may use."""
-    return helpers_for(elements, torch.get_num_threads, WORTH_A_THREAD)
+    parts = elements // WORTH_A_THREAD
+    return 0 if parts <= 1 else min(parts, torch.get_num_threads()) - 1
 
 
 def run_in_torch_threads(helpers: int, run: Any, argument: int, owner: Any) -> None:

@@ -10,7 +10,7 @@ import sys
 from functools import lru_cache
 from typing import Any
 
-__all__ = ["are_worth_it", "want_large_pages"]
+__all__ = ["WORTH", "are_worth_it", "want_large_pages"]
 
 # As NumPy has it: fewer bytes are not worth the call.
 WORTH = 1 << 22

@@ -23,16 +23,10 @@ def thread_count() -> int:
     return os.cpu_count() or 1
 
 
-def helpers_for(
-    elements: int, threads: Callable[[], int] | None = None, worth: int | None = None
-) -> int:
-    """Return how many threads are to help with so many elements, beside the caller's own.
-
-    `threads` says how many there may be; by default `thread_count`. It is asked only where more
-    than one would be `worth` it, by the elements of each.
-    """
-    parts = elements // (worth or WORTH_A_THREAD)
-    return 0 if parts <= 1 else min(parts, (threads or thread_count)()) - 1
+def helpers_for(elements: int) -> int:
+    """Return how many threads are to help with so many elements, beside the caller's own."""
+    parts = elements // WORTH_A_THREAD
+    return 0 if parts <= 1 else min(parts, thread_count()) - 1
 
 
 def run_together(helpers: int, run: Callable[[int], None], argument: int, owner: Any) -> None:

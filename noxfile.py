@@ -21,12 +21,12 @@ QUIET_SKIPS = ("-r", "fE")  # where backends are left out on purpose, their skip
 WHEEL_BACKENDS = "numpy,array_api_strict"
 # Tests whose PyTorch rows Triton's kernels are to pass, and first the kernels' own.
 INTERPRETED = [
-    f"tests/test_{name}.py"
-    for name in (
-        "triton_interpreted", "accuracy", "activation", "corner_cases", "dtypes", "empty",
-        "gradients", "layouts", "masks",
-    )
-]  # fmt: skip
+    "tests/kernels/test_gpu_interpreted.py",
+    *(
+        f"tests/portable/test_{name}.py"
+        for name in ("accuracy", "activation", "dtypes", "empty", "gradients", "layouts", "masks")
+    ),
+]
 PACKAGES = ("groupnorm", "backends")  # what a test of the wheel must not find in its folder
 
 

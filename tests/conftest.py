@@ -1,6 +1,6 @@
 """Fixtures, and the options ``--backends`` and ``--jax-devices``.
 
-``--backends all`` (the default) runs every row of `tests.backends.Backend`; a library that cannot
+``--backends all`` (the default) runs every row of `tests.rows.Backend`; a library that cannot
 be imported then fails the run, it is not skipped. ``--backends numpy`` (or ``numpy,torch:compile``)
 runs these rows alone and imports no other library: a test file that imports one at its top is not
 collected, and a test marked ``needs("flax")`` is skipped with that reason.
@@ -32,8 +32,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.backends import Backend
 from tests.interpreter import WARNINGS, interpret
+from tests.rows import Backend
 
 LIBRARIES = {row.library for row in Backend}
 PEERS = {"brainstate", "dask", "equinox", "flax", "keras", "mpi4py", "optax"}

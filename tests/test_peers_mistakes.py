@@ -10,7 +10,7 @@ import pytest
 from groupnorm import GroupNorm, group_norm
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
 from tests import oracle
-from tests.backends import (
+from tests.rows import (
     CONTRACT,
     GRADIENT,
     assert_gradients,

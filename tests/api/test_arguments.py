@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from groupnorm import GroupNorm, errors, group_norm, group_norm_vjp
-from tests.backends import Backend
+from tests.rows import Backend
 
 VALUE, TYPE = errors.ArgumentValueError, errors.ArgumentTypeError
 X = np.arange(2 * 4 * 5 * 6, dtype=np.float32).reshape(2, 4, 5, 6)

@@ -11,7 +11,7 @@ import pytest
 from groupnorm import GroupNorm, initializers
 from groupnorm.errors import ArgumentValueError
 from tests import oracle
-from tests.backends import CONTRACT, assert_close
+from tests.rows import CONTRACT, assert_close
 
 LAYERS = ["numpy", *(pytest.param(n, marks=pytest.mark.needs(n)) for n in ("jax", "torch"))]
 

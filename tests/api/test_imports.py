@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,8 +18,9 @@ from groupnorm import __main__ as command
 from groupnorm import selfcheck
 from groupnorm.dispatch import adapter_named
 from groupnorm.implementations import IMPLEMENTATIONS
+from tests import ROOT
 
-PROGRAM = Path(__file__).parent / "programs" / "imported_modules.py"
+PROGRAM = ROOT / "tests" / "programs" / "imported_modules.py"
 HEAVY = {
     "array_api_strict",
     "brainstate",

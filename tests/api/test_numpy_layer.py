@@ -12,7 +12,7 @@ import pytest
 from groupnorm import GroupNorm, group_norm_vjp
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError, GroupNormError
 from tests import oracle
-from tests.backends import (
+from tests.rows import (
     CONTRACT,
     CONTRACT_64,
     GRADIENT,

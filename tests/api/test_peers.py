@@ -20,7 +20,7 @@ import torch
 
 from groupnorm import GroupNorm, group_norm
 from tests import oracle
-from tests.backends import CONTRACT, assert_close
+from tests.rows import CONTRACT, assert_close
 
 CHANNELS, GROUPS = 6, 3
 SHAPES = [(4, 6), (3, 5, 6), (2, 4, 5, 6), (2, 3, 2, 4, 6)]

@@ -11,9 +11,10 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from tests.backends import CONTRACT, Backend
+from tests import ROOT
+from tests.rows import CONTRACT, Backend
 
-README = Path(__file__).parent.parent / "README.md"
+README = ROOT / "README.md"
 LIBRARIES = ("jax", "torch", "cupy", "dask", "mpi4py")
 SECONDS = 120
 

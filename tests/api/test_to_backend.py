@@ -11,7 +11,7 @@ import pytest
 from groupnorm import GroupNorm
 from groupnorm.errors import GroupNormError
 from tests import oracle
-from tests.backends import CONTRACT, Backend, assert_close, host_dtype
+from tests.rows import CONTRACT, Backend, assert_close, host_dtype
 
 NAMES = ("numpy", "jax", "torch")
 ROWS = {"numpy": Backend.NUMPY, "jax": Backend.JAX, "torch": Backend.TORCH}

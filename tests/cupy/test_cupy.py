@@ -20,7 +20,7 @@ from groupnorm import GroupNorm, available_backends, group_norm, group_norm_vjp
 from groupnorm.dispatch import adapter_named, adapter_of
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError, BackendImportError
 from tests import oracle
-from tests.backends import CONTRACT, GRADIENT, assert_close, assert_gradient
+from tests.rows import CONTRACT, GRADIENT, assert_close, assert_gradient
 
 CHANNELS, GROUPS = 8, 4
 

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,10 +18,8 @@ from groupnorm import GroupNorm, bind_axis, group_norm, group_norm_vjp, group_st
 from groupnorm.dispatch import adapter_named
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError, AxisNameError
 from groupnorm.replicas import Replicas, Signature, gather_alike
-from tests import oracle
-from tests.backends import CONTRACT, GRADIENT, assert_close, assert_gradient
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests import ROOT, oracle
+from tests.rows import CONTRACT, GRADIENT, assert_close, assert_gradient
 
 
 class Alone:

@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from tests import oracle
-from tests.backends import CONTRACT
-from tests.test_mpi import ROOT, run_mpi, skip_without_mpi
+from tests import ROOT, oracle
+from tests.distributed.test_mpi import run_mpi, skip_without_mpi
+from tests.rows import CONTRACT
 
 PROGRAM = "tests.programs.failing_ranks"
 RANKS = 2

@@ -19,12 +19,12 @@ import jax  # noqa: F401  (without JAX, conftest leaves this file out)
 import numpy as np
 import pytest
 
+from tests import ROOT
 from tests.programs.jax_processes import NAMED, PROCESSES, SHARDS, UNNAMED
 from tests.sharding import Case, check, data
 
 pytestmark = [pytest.mark.needs("jax"), pytest.mark.slow]
 
-ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 300
 # For a process whose peer is lost: it starts, compiles once, and gives the other up after ten.
 SECONDS_TO_GIVE_UP = 120

@@ -17,14 +17,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests import oracle
-from tests.backends import CONTRACT, CONTRACT_64, GRADIENT, assert_close, assert_gradient
+from tests import ROOT, oracle
+from tests.portable.test_dtypes import STEPS, assert_rounded
+from tests.rows import CONTRACT, CONTRACT_64, GRADIENT, assert_close, assert_gradient
 from tests.sharding import NUM_GROUPS, Case, cases, check, data
-from tests.test_dtypes import STEPS, assert_rounded
 
 pytestmark = pytest.mark.needs("numpy")
 
-ROOT = Path(__file__).resolve().parent.parent
 # From the package mpich, which lies in the same environment as mpi4py.
 MPIEXEC = Path(sys.executable).with_name("mpiexec")
 SECONDS = 120

@@ -21,10 +21,10 @@ from groupnorm import GroupNorm, bind_axis, group_norm, group_norm_vjp
 from groupnorm.dispatch import adapter_named
 from groupnorm.errors import AxisNameError
 from tests import oracle
-from tests.backends import CONTRACT, CONTRACT_64, GRADIENT, assert_close, assert_gradient
+from tests.cupy.test_cupy import count_devices, on_gpu
+from tests.portable.test_dtypes import assert_rounded
+from tests.rows import CONTRACT, CONTRACT_64, GRADIENT, assert_close, assert_gradient
 from tests.sharding import cases, check, data
-from tests.test_cupy import count_devices, on_gpu
-from tests.test_dtypes import assert_rounded
 
 CHANNELS, GROUPS = 8, 4
 SECONDS = 240

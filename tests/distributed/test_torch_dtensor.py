@@ -17,11 +17,10 @@ import numpy as np
 import pytest
 import torch
 
-from tests import oracle
-from tests.backends import CONTRACT, GRADIENT, GRADIENT_FAR, assert_close, assert_gradient
+from tests import ROOT, oracle
 from tests.programs.torch_dtensor import COUNTED, WORLD, Case, cases, data, jobs
+from tests.rows import CONTRACT, GRADIENT, GRADIENT_FAR, assert_close, assert_gradient
 
-ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 400
 
 

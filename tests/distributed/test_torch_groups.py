@@ -21,7 +21,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.backends import assert_close, assert_gradient
+from tests import ROOT
+from tests.distributed.test_torch_ranks import check_shards
 from tests.programs.torch_derivatives import DERIVATIVES
 from tests.programs.torch_groups import (
     ALL,
@@ -35,8 +36,8 @@ from tests.programs.torch_groups import (
     WORLD,
 )
 from tests.programs.torch_training import HELD, SHAPES, images, network, optimizer_of
+from tests.rows import assert_close, assert_gradient
 from tests.sharding import CHANNELS, NUM_GROUPS, data
-from tests.test_torch_distributed import ROOT, check_shards
 
 pytestmark = [
     pytest.mark.needs("torch"),

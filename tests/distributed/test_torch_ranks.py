@@ -16,13 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests import oracle
-from tests.backends import CONTRACT, GRADIENT, assert_close, assert_gradient
+from tests import ROOT, oracle
+from tests.rows import CONTRACT, GRADIENT, assert_close, assert_gradient
 from tests.sharding import NUM_GROUPS, Case, cases, check, data
 
 pytestmark = pytest.mark.needs("torch")
 
-ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 150
 
 

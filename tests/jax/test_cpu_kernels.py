@@ -13,7 +13,7 @@ import pytest
 
 from groupnorm import group_norm, group_norm_vjp
 from groupnorm.implementations import NotServed
-from tests.backends import GRADIENT, assert_gradient
+from tests.rows import GRADIENT, assert_gradient
 
 pytestmark = pytest.mark.needs("jax")
 pytest.importorskip("numba", reason="kernels need numba")

@@ -16,9 +16,9 @@ from flax import nnx
 from groupnorm import GroupNorm
 from groupnorm.errors import ArgumentTypeError
 from tests import oracle
-from tests.backends import CONTRACT, GRADIENT, assert_close, assert_gradient
-from tests.test_jax_layer import CHANNELS, GROUPS, array, assert_equals_oracle
-from tests.test_jax_layer import make as make_layer
+from tests.jax.test_layer import CHANNELS, GROUPS, array, assert_equals_oracle
+from tests.jax.test_layer import make as make_layer
+from tests.rows import CONTRACT, GRADIENT, assert_close, assert_gradient
 
 
 class EquinoxModel(eqx.Module):

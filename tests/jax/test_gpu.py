@@ -1,6 +1,6 @@
 """JAX programs for GPUs: what they call, lowered and compiled without one; values with one.
 
-Values without a GPU are in test_triton_interpreted.py.
+Values without a GPU are in tests/kernels/test_gpu_interpreted.py.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import pytest
 from groupnorm import available_backends, group_norm, group_norm_vjp
 from groupnorm.backends import gpu
 from groupnorm.implementations import NotServed
-from tests import oracle
-from tests.backends import CONTRACT, GRADIENT, Backend, assert_close, assert_gradient
+from tests import ROOT, oracle
+from tests.rows import CONTRACT, GRADIENT, Backend, assert_close, assert_gradient
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="what is interpreted is not compiled"
@@ -124,7 +124,7 @@ def test_what_fails_is_told(jax, jax_gpu, monkeypatch, caplog):
 def test_compiled_for_a_gpu_that_is_not_here(launcher):
     if not PLUGIN or not Path(PLUGIN, "jax_plugins").exists():
         pytest.skip("JAX's plugin for CUDA is not installed at GROUPNORM_CUDA_PLUGIN")
-    program = Path(__file__).with_name("programs") / "compile_jax_for_gpu.py"
+    program = ROOT / "tests" / "programs" / "compile_jax_for_gpu.py"
     environment = {**os.environ, "PYTHONPATH": PLUGIN, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     done = subprocess.run(
         [sys.executable, program, launcher], capture_output=True, text=True, timeout=300,

@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec as P
 from groupnorm import GroupNorm, group_norm, group_norm_vjp, group_statistics, normalize
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError, AxisNameError
 from tests import oracle
-from tests.backends import CONTRACT, GRADIENT, GRADIENT_FAR, assert_close, assert_gradient
+from tests.rows import CONTRACT, GRADIENT, GRADIENT_FAR, assert_close, assert_gradient
 from tests.sharding import NUM_GROUPS, Case
 from tests.sharding import check as check_case
 from tests.sharding import data as data_of_case

@@ -12,7 +12,7 @@ from groupnorm import group_norm, group_norm_vjp
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
 from groupnorm.implementations import NotServed
 from tests import oracle
-from tests.backends import (
+from tests.rows import (
     CONTRACT,
     CONTRACT_64,
     GRADIENT,

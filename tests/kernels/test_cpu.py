@@ -18,7 +18,7 @@ from groupnorm import GroupNorm, group_norm, group_norm_vjp
 from groupnorm.backends import cpu_launch, frames, threads
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
 from tests import oracle
-from tests.backends import (
+from tests.rows import (
     CONTRACT,
     GRADIENT,
     GRADIENT_FAR,

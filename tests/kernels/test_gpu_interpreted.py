@@ -19,7 +19,7 @@ from groupnorm.dispatch import adapter_named
 from groupnorm.implementations import NotServed
 from groupnorm.options import make_options
 from tests import interpreter, oracle
-from tests.backends import CONTRACT, GRADIENT, GRADIENT_FAR, assert_close, assert_gradient
+from tests.rows import CONTRACT, GRADIENT, GRADIENT_FAR, assert_close, assert_gradient
 
 ACTIVATIONS = (None, "relu", "silu", "gelu")
 DTYPES = ("float32", "float16", "bfloat16")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from groupnorm import group_norm
+from tests import ROOT
 
 pytest.importorskip("numba", reason="the kernels' results are meant")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a system call of Linux")
@@ -66,7 +67,7 @@ NOT_ASKED = """
 import jax
 import numpy as np
 from groupnorm import group_norm
-from tests.test_large_pages import SHAPE, flags
+from tests.kernels.test_huge_pages import SHAPE, flags
 x = np.ones(SHAPE, np.float32)
 y = jax.jit(lambda x: group_norm(x, feature_axis=1, implementation="fused"))(x)
 y.block_until_ready()
@@ -84,7 +85,7 @@ def test_the_variable_that_numpy_reads_in_jax():
         given = {"NUMPY_MADVISE_HUGEPAGE": value, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
         done = subprocess.run(
             [sys.executable, "-c", NOT_ASKED], capture_output=True, text=True, timeout=240,
-            check=False, env=os.environ | given, cwd=Path(__file__).parent.parent,
+            check=False, env=os.environ | given, cwd=ROOT,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         told.append(done.stdout.split()[-1])

@@ -7,7 +7,7 @@ import pytest
 
 from groupnorm import group_norm, group_norm_vjp
 from tests import oracle
-from tests.backends import (
+from tests.rows import (
     CONTRACT,
     CONTRACT_64,
     Backend,

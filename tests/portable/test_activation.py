@@ -16,7 +16,7 @@ from groupnorm.activations import erfc
 from groupnorm.dispatch import adapter_of
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
 from tests import oracle
-from tests.backends import (
+from tests.rows import (
     CONTRACT,
     GRADIENT,
     Backend,

@@ -8,7 +8,7 @@ import pytest
 
 import groupnorm
 from tests import oracle
-from tests.backends import (
+from tests.rows import (
     CONTRACT,
     Backend,
     assert_close,

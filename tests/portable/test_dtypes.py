@@ -7,7 +7,7 @@ import pytest
 
 import groupnorm
 from tests import oracle
-from tests.backends import (
+from tests.rows import (
     CONTRACT,
     CONTRACT_64,
     GRADIENT,

@@ -5,7 +5,7 @@ import pytest
 
 import groupnorm
 from tests import oracle
-from tests.backends import assert_result, check_array, differentiate, run
+from tests.rows import assert_result, check_array, differentiate, run
 
 # (shape, feature axis): no sample, no position, neither, positions on one of two axes.
 EMPTY = {

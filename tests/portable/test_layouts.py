@@ -9,7 +9,7 @@ import pytest
 from groupnorm import group_norm, group_norm_vjp
 from groupnorm.errors import ArgumentValueError
 from tests import oracle
-from tests.backends import (
+from tests.rows import (
     CONTRACT,
     GRADIENT,
     Backend,

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from groupnorm import group_norm, group_norm_vjp
 from groupnorm.errors import ArgumentValueError
 from tests import oracle
-from tests.backends import (
+from tests.rows import (
     CONTRACT,
     GRADIENT,
     GRADIENT_FAR,

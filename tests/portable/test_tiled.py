@@ -14,7 +14,9 @@ from groupnorm import GroupStatistics, group_statistics, merge_statistics, norma
 from groupnorm.errors import ArgumentTypeError as Type
 from groupnorm.errors import ArgumentValueError as Value
 from tests import oracle
-from tests.backends import (
+from tests.portable.test_dtypes import TOLERANCE, assert_rounded, draw, skip_unless
+from tests.portable.test_masks import poison, random_mask
+from tests.rows import (
     CONTRACT,
     GRADIENT,
     GRADIENT_FAR,
@@ -23,8 +25,6 @@ from tests.backends import (
     assert_gradient,
     check_array,
 )
-from tests.test_dtypes import TOLERANCE, assert_rounded, draw, skip_unless
-from tests.test_masks import poison, random_mask
 
 SHAPE = (2, 9, 5, 8)
 OFFSETS = (0.0, 1e3, 1e5)

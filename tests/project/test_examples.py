@@ -7,14 +7,13 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.backends import CONTRACT
+from tests import ROOT
+from tests.rows import CONTRACT
 
-ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 SECONDS = 300
 PNG = b"\x89PNG\r\n"

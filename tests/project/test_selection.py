@@ -6,15 +6,14 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from tests.backends import Backend
+from tests import ROOT
 from tests.conftest import LIBRARIES, PEERS
+from tests.rows import Backend
 
-ROOT = Path(__file__).resolve().parent.parent
-FILE = "tests/test_empty.py"
+FILE = "tests/portable/test_empty.py"
 
 
 def collect(*arguments: str, program=("-m", "pytest")) -> subprocess.CompletedProcess:

@@ -17,8 +17,8 @@ from groupnorm import GroupNorm, group_norm
 from groupnorm.backends import torch_op
 from groupnorm.errors import ArgumentValueError
 from tests import oracle
-from tests.backends import CONTRACT, GRADIENT, assert_close, assert_gradient
-from tests.test_torch_layer import CHANNELS, GROUPS, native
+from tests.rows import CONTRACT, GRADIENT, assert_close, assert_gradient
+from tests.torch.test_layer import CHANNELS, GROUPS, native
 
 pytest.importorskip("numba", reason="the kernels need numba, which is not installed here")
 

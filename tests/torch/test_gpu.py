@@ -11,7 +11,7 @@ from groupnorm.backends import torch_gpu, torch_op  # noqa: F401 - the operators
 from groupnorm.dispatch import adapter_named
 from groupnorm.errors import ArgumentValueError
 from tests import oracle
-from tests.backends import CONTRACT, GRADIENT, assert_close, assert_gradient
+from tests.rows import CONTRACT, GRADIENT, assert_close, assert_gradient
 
 OP = torch.ops.groupnorm.group_norm.default
 BACKWARD = torch.ops.groupnorm.group_norm_backward.default

@@ -16,7 +16,7 @@ import groupnorm
 from groupnorm import GroupNorm, group_norm
 from groupnorm.errors import ArgumentTypeError
 from tests import oracle
-from tests.backends import CONTRACT, GRADIENT, assert_close, assert_gradient
+from tests.rows import CONTRACT, GRADIENT, assert_close, assert_gradient
 
 CHANNELS, GROUPS = 8, 4
 

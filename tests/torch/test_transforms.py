@@ -9,8 +9,8 @@ from torch import nn
 
 from groupnorm import GroupNorm, group_norm
 from tests import oracle
-from tests.backends import CONTRACT, GRADIENT, assert_close, assert_gradient
-from tests.test_torch_layer import CHANNELS, GROUPS, assert_equals_oracle, native, tensor
+from tests.rows import CONTRACT, GRADIENT, assert_close, assert_gradient
+from tests.torch.test_layer import CHANNELS, GROUPS, assert_equals_oracle, native, tensor
 
 # torch's own inductor and forward-mode formulas still use torch.jit.script, and warn about it.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")

@@ -29,11 +29,24 @@ import os
 import zlib
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 
 from tests.interpreter import WARNINGS, interpret
 from tests.rows import Backend
+
+# The same examples in every run, so that a failure can be repeated. No limit of time: a shared
+# machine would exceed it now and then.
+hypothesis.settings.register_profile(
+    "reproducible",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    max_examples=60,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("reproducible")
 
 LIBRARIES = {row.library for row in Backend}
 PEERS = {"brainstate", "dask", "equinox", "flax", "keras", "mpi4py", "optax"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from groupnorm.backends import gpu
@@ -32,12 +32,12 @@ forms = st.builds(
     positions=st.one_of(st.integers(1, 300), st.sampled_from([1024, 3136, 4096, 20001])),
     first=st.booleans(),
     item=st.sampled_from([2, 4]),
-)
+).filter(lambda form: form.channels * form.positions <= 1 << 23)  # `covered` allocates them
 
 
 def covered(form: Form, tiles: Tiles) -> np.ndarray:
     """Count how many tiles an element of one sample is in, by the kernels' rule for a tile."""
-    count = np.zeros((form.channels, form.positions), int)
+    count = np.zeros((form.channels, form.positions), np.uint8)
     for block in range(tiles.blocks(form)):
         if tiles.parts == 1:
             begin, end = block * tiles.width, form.channels
@@ -51,7 +51,6 @@ def covered(form: Form, tiles: Tiles) -> np.ndarray:
     return count
 
 
-@settings(max_examples=60, deadline=None)
 @given(forms)
 def test_every_element_is_in_one_tile(form):
     for limit in (CHUNK_FORWARD, CHUNK_BACKWARD):
@@ -67,7 +66,6 @@ def test_every_element_is_in_one_tile(form):
         )
 
 
-@settings(max_examples=60, deadline=None)
 @given(forms)
 def test_whole_groups_are_whole(form):
     for limit in {*WHOLE_FORWARD, *WHOLE_BACKWARD}:

@@ -7,7 +7,7 @@ import itertools
 import array_api_compat
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from groupnorm import GroupStatistics, group_statistics, merge_statistics, normalize
@@ -377,7 +377,6 @@ def test_what_cannot_be_applied(made, error, message):
         normalize(np.ones((2, 8), np.float32), made, num_groups=GROUPS)
 
 
-@settings(deadline=None, derandomize=True, database=None, max_examples=60)
 @given(data=st.data())
 def test_any_split_in_any_order(data):
     """Any tiles, empty ones too, merged two or more at a time in any order."""

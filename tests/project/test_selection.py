@@ -23,32 +23,22 @@ def collect(*arguments: str, program=("-m", "pytest")) -> subprocess.CompletedPr
         [sys.executable, *program, "--collect-only", "-q", "-p", "no:cacheprovider", *arguments],
         cwd=ROOT,
         env=environment,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         timeout=300,
     )
 
 
-def rows(collected: subprocess.CompletedProcess) -> set[str]:
+def rows(output: str) -> set[str]:
     """Return the rows the collected tests' identifiers name, "none" among them."""
-    assert collected.returncode == 0, collected.stdout + collected.stderr
-    parameters = re.findall(r"^\S+::\w+\[([^]]*)\]", collected.stdout, re.M)
-    assert parameters, collected.stdout
+    parameters = re.findall(r"^\S+::\w+\[([^]]*)\]", output, re.M)
+    assert parameters, output
     known = {row.value for row in Backend} | {"none"}
     return {part for text in parameters for part in text.split("-") if part in known}
 
 
-@pytest.mark.parametrize("option", ["nunpy", "numpy,toch", "torch:compiled", ""])
-def test_an_unknown_name_ends_the_run(option):
-    done = collect("--backends", option, FILE)
-    assert done.returncode == pytest.ExitCode.USAGE_ERROR, done.stdout + done.stderr
-    message = done.stdout + done.stderr
-    assert "--backends" in message
-    assert repr(option.split(",")[-1]) in message
-    assert "array_api_strict" in message  # what could have been meant
-    assert "::" not in done.stdout
-
-
+UNKNOWN = ["nunpy", "numpy,toch", "torch:compiled", ""]
 # A library's name selects all its rows; "none" is what a test gets that wants another library's.
 SELECTED = {
     "numpy": {"numpy", "numpy:readonly", "none"},
@@ -56,17 +46,47 @@ SELECTED = {
     "numpy, torch": {"numpy", "numpy:readonly", "torch"},
     "array_api_strict": {"array_api_strict", "array_api_strict:device1", "none"},
 }
+EVERY_OPTION = f"""
+import sys, pytest
+for option in {[*UNKNOWN, *SELECTED]}:
+    code = pytest.main([*sys.argv[1:], "--backends", option])
+    print("\\nended:", repr(option), int(code), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def collected() -> dict[str, tuple[int, str]]:
+    """Return the exit status and the output for every option: one process takes them all."""
+    done = collect(FILE, program=("-c", EVERY_OPTION))
+    assert done.returncode == 0, done.stdout
+    parts = re.split(r"^ended: '(.*)' (\d+)\n", done.stdout, flags=re.M)
+    return {
+        option: (int(code), output)
+        for output, option, code in zip(parts[:-1:3], parts[1::3], parts[2::3], strict=True)
+    }
+
+
+@pytest.mark.parametrize("option", UNKNOWN)
+def test_an_unknown_name_ends_the_run(option, collected):
+    code, output = collected[option]
+    assert code == pytest.ExitCode.USAGE_ERROR, output
+    assert "--backends" in output
+    assert repr(option.split(",")[-1]) in output
+    assert "array_api_strict" in output  # what could have been meant
+    assert "::" not in output
 
 
 @pytest.mark.parametrize("option", SELECTED)
-def test_only_the_named_rows_are_collected(option):
-    assert rows(collect("--backends", option, FILE)) == SELECTED[option]
+def test_only_the_named_rows_are_collected(option, collected):
+    code, output = collected[option]
+    assert code == 0, output
+    assert rows(output) == SELECTED[option]
 
 
 def test_files_that_import_numpy_are_for_all_libraries():
     """It is always there; without a file's name, none is left out for it."""
     done = collect("--backends", "array_api_strict")
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout
     assert "test_axes.py" in done.stdout
     assert "test_peers.py" not in done.stdout
 
@@ -81,7 +101,7 @@ print("loaded:", *(name for name in {others} if name in sys.modules))
 sys.exit(code)
 """
     done = collect("--backends", "numpy", program=("-c", program))
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout
     assert re.search(r"^loaded:$", done.stdout, re.M), done.stdout[-500:]
     assert "test_axes.py" in done.stdout
     assert "test_peers.py" not in done.stdout

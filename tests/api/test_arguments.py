@@ -157,6 +157,14 @@ def test_layer(case):
     assert_raises(lambda: GroupNorm(**keywords), kind, *fragments)
 
 
+@pytest.mark.parametrize("groups", [2.0, -3, 0, True, "3", 4, np.float64(3), None], ids=repr)
+@pytest.mark.parametrize("name", ["numpy", pytest.param("torch", marks=pytest.mark.needs("torch"))])
+def test_wrong_numbers_of_groups(name, groups):
+    """torch: 2.0 and -3 construct. tinygrad: 4 groups of 6 channels are accepted."""
+    with pytest.raises((VALUE, TYPE), match="num_groups"):
+        GroupNorm(6, num_groups=groups, backend=name)
+
+
 class TestInput:
     """What `x` may not be."""
 
@@ -214,6 +222,19 @@ def test_dtype_input_with_a_complex_scale():
 def test_a_cotangent_of_another_shape(shape):
     _, pullback = group_norm_vjp(X, num_groups=3)
     assert_raises(lambda: pullback(np.ones(shape, np.float32)), VALUE, str(shape), "(2, 4, 5, 6)")
+
+
+@pytest.mark.parametrize("argument", ["scale", "bias", "mask", "dy"])
+def test_masked_arrays_are_refused_everywhere(argument):
+    masked = np.ma.masked_array(X if argument == "dy" else np.ones(6, np.float32))
+
+    def call(**given):
+        dy = given.pop("dy", X)
+        return group_norm_vjp(X, num_groups=2, **given)[1](dy)
+
+    call(**{argument: masked.data})
+    with pytest.raises(TYPE, match=f"{argument} is a numpy.ma.MaskedArray"):
+        call(**{argument: masked})
 
 
 def test_axis_name_needs_a_library_with_replicas():

@@ -132,6 +132,12 @@ def test_shallow_copy_shares_arrays_but_not_assignments(rng):
     assert not np.array_equal(other.scale, layer.scale)
 
 
+def test_layers_do_not_share_what_an_initializer_returns_twice():
+    value = np.ones(4, np.float32)
+    layers = [GroupNorm(4, num_groups=2, scale_init=lambda shape: value) for _ in range(2)]
+    assert not np.shares_memory(layers[0].scale, layers[1].scale)
+
+
 def test_repr_and_attributes():
     layer = GroupNorm((5, CHANNELS), num_groups=None, group_size=2, epsilon=0.1)
     for part in ("GroupNorm", "5, 8", "epsilon=0.1"):
@@ -165,6 +171,14 @@ def test_unknown_backend(name):
         GroupNorm(CHANNELS, num_groups=GROUPS, backend=name)
     for known in ("numpy", "jax", "torch", "cupy"):
         assert known in str(caught.value)
+
+
+def test_a_subclass_of_the_chooser_is_told_what_to_derive_from():
+    class Mine(GroupNorm):
+        pass
+
+    with pytest.raises(ArgumentTypeError, match="Mine derives from GroupNorm"):
+        Mine(8, num_groups=2)
 
 
 def test_axis_name_has_no_meaning_yet_when_called(rng):

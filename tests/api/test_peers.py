@@ -1,6 +1,6 @@
 """Parity with other libraries' group norms where they are right.
 
-Where they are wrong, `test_peers_mistakes.py` shows that this library is right.
+Where one is wrong, the docstring of the test that shows this library to be right names it.
 """
 
 from __future__ import annotations

@@ -304,3 +304,22 @@ def test_checks_cost_nothing_under_jit(rng):
     assert "callback" not in text
     kernels = text.count("@groupnorm_cpu_kernel(")
     assert text.count("custom_call") == kernels <= 1
+
+
+def test_made_outside_the_map_its_axis_name_is_of():
+    """linen: cannot be initialised."""
+    layer = GroupNorm(6, num_groups=3, backend="jax", axis_name="devices")
+    assert layer.axis_name == "devices"
+    assert layer.scale.shape == (6,)
+
+
+def test_replicas_without_a_valid_element_keep_the_digits_of_what_is_masked_out(rng):
+    x = (1e5 + rng.normal(size=(2, 1, 30, 8))).astype(np.float32)
+    mask = np.zeros((2, 1, 30, 1), bool)
+    mask[0, :, :20] = True  # the second replica has none
+    layer = GroupNorm(8, num_groups=2, axis_name="i", backend="jax")
+    got = jax.vmap(layer, axis_name="i")(jnp.asarray(x), jnp.asarray(mask))
+    whole = np.concatenate(list(x), axis=1)
+    want = oracle.group_norm(whole, num_groups=2, mask=np.concatenate(list(mask), axis=1))
+    error = np.abs(np.concatenate(list(np.asarray(got)), axis=1) - want)
+    assert (error <= 5e-6 * np.maximum(1, np.abs(want))).all()

@@ -67,6 +67,16 @@ def test_every_offset(any_backend, layout, fast, masked, rng):
             raise AssertionError(f"offset {offset:g}: {error}") from error
 
 
+@pytest.mark.parametrize("offset", [1e4, 1e5])
+@pytest.mark.parametrize("axis", [1, -1], ids=["channels first", "channels last"])
+def test_offsets_of_small_images(backend, axis, offset, rng):
+    """All of them: 1e-3 at best; flax, torch channels_last, keras, ONNX, paddle: 1e3 or NaN."""
+    shape = (2, 8, 10, 10) if axis == 1 else (2, 10, 10, 8)
+    x = (rng.normal(size=shape) + offset).astype(np.float32)
+    result = run(backend, x, num_groups=4, feature_axis=axis)
+    assert_result(backend, result, oracle.group_norm(x, num_groups=4, feature_axis=axis))
+
+
 def spike(first):
     def make(rng, shape):
         x = rng.normal(size=shape)
@@ -144,6 +154,15 @@ def exact_float64_reference(x):
     return out.astype(np.float64)
 
 
+def test_float64_is_computed_in_float64(backend, rng):
+    """paddle on CPU: float32 only."""
+    with backend.precision("float64"):
+        x = rng.normal(size=(2, 5, 6)) + 1e4
+        result = run(backend, x, num_groups=3)
+        want = oracle.group_norm(x, num_groups=3)
+        assert_result(backend, result, want, dtype="float64", tolerance=1e-11)
+
+
 @pytest.mark.parametrize("fast", [True, False], ids=["fast", "two-pass"])
 @pytest.mark.parametrize("epsilon", [1e-6, 1e-40, 0])
 @pytest.mark.parametrize("size", [1e20, 1e-20])
@@ -170,6 +189,14 @@ def test_gradients_of_huge_and_tiny_data(backend, size, rng):
     want = oracle.group_norm_gradients(x, dy, num_groups=2, epsilon=0).x
     largest = np.abs(want).max()
     assert_close(backend.to_numpy(dx) / largest, want / largest, tolerance=CONTRACT)
+
+
+def test_small_values_beside_zeros_keep_their_size_without_epsilon(quick_backend, rng):
+    x = np.zeros((1, 4096, 4), np.float32)
+    x[0, rng.integers(0, 4096, 6)] = 1e-20
+    y = group_norm(quick_backend.asarray(x), num_groups=2, epsilon=0)
+    want = oracle.group_norm(x, num_groups=2, epsilon=0)
+    np.testing.assert_allclose(quick_backend.to_numpy(y), want, rtol=5e-6, atol=5e-6)
 
 
 def constants(rng):

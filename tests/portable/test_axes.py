@@ -54,6 +54,7 @@ def parameters(rng, shape, features):
 
 @pytest.mark.parametrize(("shape", "features", "reduced"), AXIS_CASES)
 def test_every_subset_of_reduction_axes(backend, shape, features, reduced, rng):
+    """nnx, brainstate: silently wrong by up to 388, or raises."""
     x = rng.normal(size=shape).astype(np.float32)
     scale, bias = parameters(rng, shape, features)
     groups = math.prod(shape[a] for a in features) // 3
@@ -100,15 +101,22 @@ def check_gradients(backend, how, shape, features, reduced, rng):
         for ndim in (1, 2, 3, 4)
         for count in (1, 2)
         for features in itertools.combinations(range(ndim), count)
-    ],
+    ]
+    + [(3, 0), (3, -3)],
 )
 def test_default_reduction_is_everything_but_the_batch(backend, ndim, features, rng):
-    """The batch is the leading axis, unless that axis holds features or is the only one."""
+    """The batch is the leading axis, unless that axis holds features or is the only one.
+
+    brainstate, flax: only the last axis can hold features. keras, haiku: silently wrong for axis 0
+    and for negative ones.
+    """
     x = rng.normal(size=(6, 4, 8, 2)[:ndim]).astype(np.float32)
-    keywords = {"num_groups": 2, "feature_axis": features}
-    axes = range(0 if 0 in features else 1, ndim)
-    result = run(backend, x, **keywords)
-    assert_result(backend, result, oracle.group_norm(x, reduction_axes=axes, **keywords))
+    positive = [axis % ndim for axis in np.atleast_1d(features)]
+    scale, bias = parameters(rng, x.shape, positive)
+    axes = range(0 if 0 in positive else 1, ndim)
+    result = run(backend, x, scale, bias, num_groups=2, feature_axis=features)
+    keywords = {"num_groups": 2, "feature_axis": positive, "reduction_axes": axes}
+    assert_result(backend, result, oracle.group_norm(x, scale, bias, **keywords))
 
 
 UNBATCHED = {"one axis": (12,), "channels first": (12, 20), "pixels": (12, 4, 5)}
@@ -154,6 +162,7 @@ def test_a_single_reduction_axis_may_be_an_int(backend, rng):
     "shape", [(12,), (3, 12), (2, 3, 12), (2, 1, 3, 2, 12), (1, 2, 3, 1, 2, 12)]
 )
 def test_any_number_of_leading_axes(wide_backend, shape, rng):
+    """nnx: one axis raises."""
     x = rng.normal(size=shape).astype(np.float32)
     scale, bias = parameters(rng, shape, (len(shape) - 1,))
     result = run(wide_backend, x, scale, bias, num_groups=3)
@@ -169,10 +178,28 @@ def test_from_one_group_to_one_channel_each(backend, num_groups, rng):
     assert_result(backend, by_size, reference)
 
 
-def test_numpy_integers_are_integers(rng):
-    x = rng.normal(size=(2, 5, 12)).astype(np.float32)
-    y = groupnorm.group_norm(x, num_groups=np.int64(3), feature_axis=np.int32(-1))
-    np.testing.assert_array_equal(y, groupnorm.group_norm(x, num_groups=3))
+def test_groups_are_neighbouring_channels(backend):
+    """MLX: interleaved (channel modulo groups) unless told otherwise."""
+    x = np.array([[0, 2, 10, 20, 100, 300]], np.float32)
+    result = run(backend, x, num_groups=3, epsilon=0.0)
+    np.testing.assert_allclose(result.values, [[-1, 1, -1, 1, -1, 1]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint8])
+def test_numpy_integers_are_integers(kind, rng):
+    """nnx: np.int64 groups rejected."""
+    x = rng.normal(size=(2, 5, 6))
+    want = oracle.group_norm(x, num_groups=3)
+    for keywords in (
+        {"num_groups": kind(3)},
+        {"num_groups": kind(3), "feature_axis": np.int32(-1)},
+        {"num_groups": None, "group_size": kind(2), "feature_axis": kind(2)},
+    ):
+        np.testing.assert_allclose(groupnorm.group_norm(x, **keywords), want, rtol=1e-12)
+    layer = groupnorm.GroupNorm(kind(6), num_groups=kind(3))
+    np.testing.assert_allclose(layer(x), want, rtol=1e-12)
+    assert type(layer.num_groups) is int
+    assert layer.in_size == (6,)
 
 
 class TestLayer:

@@ -89,6 +89,18 @@ def test_16_bit_results_are_correctly_rounded(backend, dtype, factor, feature_ax
     assert_rounded(result.values, oracle.group_norm(x, **keywords), dtype)
 
 
+def test_float16_with_a_variance_beyond_float16(backend, rng):
+    """haiku: statistics in the input's dtype give zeros."""
+    skip_unless(backend, "float16")
+    x = (1e3 * rng.normal(size=(2, 5, 6))).astype(np.float16)
+    result = run(backend, x, num_groups=3)
+    assert result.values.dtype == np.float16
+    want = oracle.group_norm(x, num_groups=3)
+    error = np.abs(result.values.astype(np.float64) - want)
+    # The result rounded to float16, and one unit in the last place more.
+    assert (error <= 1.5 * np.spacing(np.abs(want).astype(np.float16)).astype(np.float64)).all()
+
+
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.usefixtures("needs_bfloat16")
 def test_16_bit_inputs_with_an_offset(backend, dtype, rng):
@@ -149,6 +161,7 @@ def check_gradients(backend, how, dtype, masked, rng):
 
 @pytest.mark.parametrize("dtype", [*INTEGERS, "bool"])
 def test_integers_become_the_default_float(wide_backend, dtype, rng):
+    """equinox: a truncated integer comes out."""
     skip_unless(wide_backend, dtype)
     x = rng.integers(0, 2 if dtype == "bool" else 100, size=SHAPE).astype(dtype)
     with wide_backend.precision(dtype):
@@ -176,6 +189,16 @@ def test_gradients_of_integer_input(backend, dtype, rng):
     want = oracle.group_norm_gradients(x, dy, scale, num_groups=3)
     assert_gradient(dx, want.x, rtol=GRADIENT)
     assert_gradient(dscale, want.scale, rtol=GRADIENT)
+
+
+def test_gradients_of_integer_parameters_are_not_rounded(quick_backend, rng):
+    x = rng.normal(size=(1, 20, 4)).astype(np.float32)
+    dy = rng.normal(size=x.shape).astype(np.float32)
+    scale = np.ones(4, int)
+    _, pullback = groupnorm.group_norm_vjp(quick_backend.asarray(x), scale, num_groups=2)
+    got = quick_backend.to_numpy(pullback(quick_backend.asarray(dy)).scale)
+    want = oracle.group_norm_gradients(x, dy, scale.astype(float), num_groups=2).scale
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
 # input, scale, bias -> result, where it does not depend on the library
@@ -206,6 +229,30 @@ def test_mixed_parameter_dtypes(backend, x, scale, bias, expected, rng):
         reference = oracle.group_norm(data, weights, offsets, num_groups=3)
         tolerance = 4 * CONTRACT
         assert_result(backend, result, reference, dtype=expected, tolerance=tolerance)
+
+
+@pytest.mark.parametrize("parameters", ["float16", "bfloat16", "float64"])
+def test_parameters_of_another_dtype(backend, parameters, rng, request):
+    """torch: raises in eager mode, accepted when compiled."""
+    if parameters == "bfloat16":
+        request.getfixturevalue("needs_bfloat16")
+    skip_unless(backend, parameters)
+    x = rng.normal(size=(2, 5, 6)).astype(np.float32)
+    scale, bias = rng.normal(size=(2, 6)).astype(host_dtype(parameters))
+    with backend.precision(parameters):
+        result = run(backend, x, scale, bias, num_groups=3)
+        dtype = "float64" if parameters == "float64" else "float32"
+        want = oracle.group_norm(x, scale, bias, num_groups=3)
+        assert_result(backend, result, want, dtype=dtype, tolerance=2 * CONTRACT)
+
+
+@pytest.mark.needs("jax")
+def test_a_float64_constant_serves_jax(rng):
+    jnp = importlib.import_module("jax.numpy")
+    x = rng.normal(size=(2, 9, 8)).astype(np.float32)
+    y = groupnorm.group_norm(jnp.asarray(x), np.full(8, 2.0), num_groups=2)
+    assert y.dtype == jnp.result_type(float)
+    np.testing.assert_allclose(y, oracle.group_norm(x, np.full(8, 2.0), num_groups=2), atol=5e-6)
 
 
 @pytest.mark.parametrize("x", ["uint8", "int64", "bool"])
@@ -262,6 +309,19 @@ def test_dtype_input_keeps_the_input_s(backend, x, rng):
         assert_rounded(result.values, reference, x)
     else:
         assert_close(result.values, reference, tolerance=4 * CONTRACT)
+
+
+@pytest.mark.usefixtures("needs_bfloat16")
+def test_bfloat16_stays_when_asked(backend, rng):
+    """brainstate: bfloat16 in, float32 out, whatever dtype says."""
+    skip_unless(backend, "bfloat16")
+    x = rng.normal(size=(2, 5, 6)).astype(host_dtype("bfloat16"))
+    scale, bias = rng.normal(size=(2, 6)).astype(np.float32)
+    result = run(backend, x, scale, bias, num_groups=3, dtype="input")
+    assert dtype_name(result.array.dtype) == "bfloat16"
+    want = oracle.group_norm(x, scale, bias, num_groups=3)
+    error = np.abs(result.values.astype(np.float64) - want)
+    assert (error <= 1.5 * 2.0**-7 * np.maximum(np.abs(want), 1e-2)).all()
 
 
 def test_dtype_input_of_integers_is_the_default_float(backend, rng):

@@ -5,7 +5,7 @@ import pytest
 
 import groupnorm
 from tests import oracle
-from tests.rows import assert_result, check_array, differentiate, run
+from tests.rows import CONTRACT, assert_result, check_array, differentiate, run
 
 # (shape, feature axis): no sample, no position, neither, positions on one of two axes.
 EMPTY = {
@@ -42,6 +42,7 @@ def test_the_result_is_empty(backend, case, masked, fast):
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 @pytest.mark.parametrize("case", EMPTY)
 def test_gradients_are_zero(backend, case, masked):
+    """torch: weight.grad is NaN where there is no position."""
     check_zero(backend, "vjp", case, masked)
 
 
@@ -95,3 +96,14 @@ def test_groups_of_one_element_give_the_bias(backend, fast, rng):
     result = run(backend, x, None, bias, num_groups=6, use_fast_variance=fast)
     reference = oracle.group_norm(x, None, bias, num_groups=6)
     assert_result(backend, result, reference, tolerance=0)
+
+
+def test_one_sample_of_one_position(backend, rng):
+    """torch: (1, C) raises, even in eval mode, when a group has one element."""
+    x = rng.normal(size=(1, 6)).astype(np.float32)
+    scale, bias = rng.normal(size=(2, 6)).astype(np.float32)
+    result = run(backend, x, scale, bias, num_groups=6)
+    np.testing.assert_array_equal(result.values, bias[None])
+    result = run(backend, x, scale, bias, num_groups=3)
+    want = oracle.group_norm(x, scale, bias, num_groups=3)
+    assert_result(backend, result, want, tolerance=2 * CONTRACT)

@@ -128,6 +128,12 @@ def test_gradients_are_named(rng):
     assert [g.shape for g in (grads.x, grads.scale, grads.bias)] == [(3, 20, 12), (12,), (12,)]
 
 
+def test_a_gradient_is_never_the_cotangent_itself():
+    dy = np.ones(4, np.float32)
+    gradients = group_norm_vjp(dy, None, dy, num_groups=2)[1](dy)
+    assert not np.shares_memory(gradients.bias, dy)
+
+
 def test_the_layer_s_vjp(rng):
     x, dy, scale, bias = draw(rng, (3, 20, 12), -1)
     layer = groupnorm.GroupNorm(

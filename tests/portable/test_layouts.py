@@ -110,6 +110,18 @@ def test_memory_mapped_input(tmp_path, rng):
     )
 
 
+@pytest.mark.parametrize(
+    "scale",
+    [np.ones(8, "f")[::-1], np.ones(8, ">f4"), np.ones(16)[::2], np.ones(8)],
+    ids=["reversed", "big-endian", "strided", "float64"],
+)
+def test_host_parameters_of_every_layout_serve_every_library(quick_backend, scale, rng):
+    x = rng.normal(size=(2, 9, 8)).astype(np.float32)
+    y = group_norm(quick_backend.asarray(x), scale, num_groups=2)
+    want = oracle.group_norm(x, scale, num_groups=2)
+    np.testing.assert_allclose(quick_backend.to_numpy(y), want, atol=5e-6)
+
+
 @pytest.mark.needs("torch")
 class TestTorch:
     """Torch's own layouts."""
@@ -140,6 +152,16 @@ class TestTorch:
                 assert_close(y.numpy(), reference, tolerance=CONTRACT)
         finally:
             torch._dynamo.reset()
+
+    def test_the_memory_format_changes_nothing(self, rng):
+        """torch: errors of 1.2e3 in channels_last at an offset of 1e4."""
+        torch = importlib.import_module("torch")
+        x = torch.from_numpy((rng.normal(size=(2, 8, 10, 10)) + 1e4).astype(np.float32))
+        want = oracle.group_norm(x.numpy(), num_groups=4, feature_axis=1)
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            given = x.contiguous(memory_format=memory_format)
+            y = group_norm(given, num_groups=4, feature_axis=1)
+            assert_close(y.numpy(), want, tolerance=CONTRACT)
 
     @pytest.mark.parametrize("how", ["vjp", "autograd"])
     def test_channels_last_gradients(self, how, rng):

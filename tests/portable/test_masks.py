@@ -54,6 +54,7 @@ def poison(x, mask):
 
 @pytest.mark.parametrize("shape", FULL_SHAPES + SHORT_SHAPES, ids=str)
 def test_every_broadcastable_shape(backend, shape, rng):
+    """linen: a mask of shape (..., 1) raises. keras: masks are ignored."""
     x, _, scale, bias = draw(rng)
     mask = random_mask(rng, shape)
     x = poison(x, mask)
@@ -146,21 +147,48 @@ def test_a_fully_masked_sample(autodiff_backend, how, padding, rng):
     check_masked_sample(autodiff_backend, how, padding, rng)
 
 
-@pytest.mark.parametrize("padding", [*PADDING, 1e30])
-def test_a_fully_masked_sample_by_vjp(quick_backend, padding, rng):
-    check_masked_sample(quick_backend, "vjp", padding, rng)
+@pytest.mark.parametrize("padding", [*PADDING, 1e30, None])
+def test_a_fully_masked_sample_by_vjp(backend, padding, rng):
+    """flax, brainstate: the scale's gradient is NaN for all channels; with NaN there, all dx."""
+    check_masked_sample(backend, "vjp", padding, rng)
 
 
 def check_masked_sample(backend, how, padding, rng):
     x, dy, scale, bias = draw(rng)
     mask = np.arange(3).reshape(3, 1, 1, 1) != 1
-    x[1] = padding
+    if padding is not None:  # else like all other values
+        x[1] = padding
     keywords = {"num_groups": 2, "mask": mask}
     got = differentiate(backend, x, dy, scale, bias, how=how, **keywords)
     assert_close(got.y, oracle.group_norm(x, scale, bias, **keywords), tolerance=CONTRACT)
     want = oracle.group_norm_gradients(x, dy, scale, bias, **keywords)
-    rtol = 1e-5 if np.isfinite(padding) else 2e-6
+    rtol = 1e-5 if padding == 1e30 else 2e-6
     assert_gradients(got, want, rtol=rtol)
+
+
+def test_a_fully_masked_group_is_not_scaled_up(quick_backend):
+    x = quick_backend.asarray(np.full((1, 20, 4), 1e30, "f"))
+    y = groupnorm.group_norm(x, num_groups=2, mask=False)
+    np.testing.assert_allclose(quick_backend.to_numpy(y), 1e30, rtol=1e-6)
+
+
+@pytest.mark.parametrize("padding", [np.finfo(np.float32).min, 1e37, -1e37])
+def test_huge_padding_without_a_cotangent_leaves_gradients_finite(quick_backend, padding, rng):
+    x = rng.normal(size=(1, 20, 4)).astype(np.float32)
+    valid = (np.arange(20) < 15)[:, None]
+    padded = np.where(valid, 0.01 * x, np.float32(padding))
+    dy = np.where(valid, rng.normal(size=x.shape), 0).astype(np.float32)
+    scale = np.ones(4, np.float32)
+    _, pullback = groupnorm.group_norm_vjp(
+        quick_backend.asarray(padded), scale, num_groups=2, mask=quick_backend.asarray(valid)
+    )
+    got = pullback(quick_backend.asarray(dy))
+    want = oracle.group_norm_gradients(
+        np.where(valid, padded, np.nan), dy, scale, num_groups=2, mask=valid
+    )
+    for actual, expected in ((got.x, want.x), (got.scale, want.scale)):
+        actual = quick_backend.to_numpy(actual)
+        assert np.abs(actual - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
 NOTHING = {"bool": False, "list": [False], "ints": [[[0]]], "array": np.zeros((3, 1, 1, 6), bool)}
@@ -277,6 +305,19 @@ def test_nan_at_a_valid_position_stays_in_its_group(backend, rng):
         bad = np.isnan(y)
         assert bad[1, ..., 3:].all()
         assert bad.sum() == bad[1, ..., 3:].size
+
+
+def test_nan_in_the_padding_stays_there(backend, rng):
+    """flax, brainstate: NaN in padding makes every dx NaN."""
+    x, dy, scale, bias = draw(rng, (2, 5, 6))
+    mask = np.array([[True] * 5, [True, True, False, False, False]])[..., None]
+    x[1, 2:] = np.nan
+    keywords = {"num_groups": 3, "mask": mask}
+    want = oracle.group_norm_gradients(x, dy, scale, bias, **keywords)
+    got = differentiate(backend, x, dy, scale, bias, **keywords)
+    assert_gradients(got, want, rtol=GRADIENT)
+    alone = oracle.group_norm(x[1:, :2], scale, bias, num_groups=3)
+    np.testing.assert_allclose(got.y[1:, :2], alone, rtol=1e-5, atol=1e-5)
 
 
 def test_the_mask_is_not_changed(rng):

@@ -102,6 +102,18 @@ def test_export(dynamic, rng):
     assert {"weight", "bias"} == set(program.state_dict)
 
 
+@pytest.mark.slow
+def test_export_with_a_dynamic_length(rng):
+    layer = GroupNorm(8, num_groups=2, backend="torch")
+    example = torch.tensor(rng.normal(size=(4, 30, 8)), dtype=torch.float32)
+    shapes = ({1: torch.export.Dim("t", min=2, max=4096)},)
+    program = torch.export.export(layer, (example,), dynamic_shapes=shapes)
+    for length in (3, 1000):
+        x = torch.tensor(1e4 + rng.normal(size=(4, length, 8)), dtype=torch.float32)
+        want = oracle.group_norm(x.numpy(), num_groups=2)
+        assert np.abs(program.module()(x).detach().numpy() - want).max() <= 5e-6 * 4
+
+
 @pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 @pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
@@ -231,3 +243,11 @@ def test_checkpointing_gives_the_same_bits(rng):
     y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
     (again,) = torch.autograd.grad(y, x, dy)
     assert np.array_equal(plain.numpy(), again.numpy())
+
+
+def test_vmap_over_the_bias_alone(rng):
+    x = torch.tensor(rng.normal(size=(2, 20, 8)))
+    biases = torch.tensor(rng.normal(size=(3, 8)))
+    got = torch.vmap(lambda b: group_norm(x, None, b, num_groups=2))(biases)
+    want = torch.stack([group_norm(x, None, b, num_groups=2) for b in biases])
+    torch.testing.assert_close(got, want)

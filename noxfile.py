@@ -102,7 +102,8 @@ def tests(session: nox.Session) -> None:
     if session.posargs:
         return
     # With one device JAX's arrays are computed by other code than with several.
-    pytest(session, "--backends", "jax", "--jax-devices", "1", *QUIET_SKIPS)
+    one_device = ("--backends", "jax", "--backends-only", "--jax-devices", "1")
+    pytest(session, *one_device, *QUIET_SKIPS)
     # The kernels for GPUs, interpreted: PyTorch's rows of the suite, and all of their own tests.
     # Both variance modes are one to them, and compiled programs call them as eager ones do.
     apart = ("-m", "not slow", "-k", "not two-pass and not compile and not thread_count")

@@ -154,6 +154,7 @@ def test_a_missing_library_is_reported_as_not_installed(library):
     assert said == [library, "False", "None", "()", "None", "{}", "{}"]
 
 
+@pytest.mark.every_library
 def test_available_backends():
     found = groupnorm.available_backends()
     assert [info.name for info in found] == ["numpy", "jax", "torch", "cupy"]
@@ -178,6 +179,7 @@ def test_available_backends_of_other_libraries():
     assert found["torch"].implementations["cpu"][-1] == "native"
 
 
+@pytest.mark.every_library
 def test_the_implementations_that_are_listed_are_those_that_compute():
     for info in groupnorm.available_backends():
         assert set(info.implementations) == set(info.devices)
@@ -273,6 +275,7 @@ def test_every_error_is_of_the_package_and_of_the_usual_kind():
     assert set(errors.__all__) == {"GroupNormError", *(error.__name__ for error in kinds)}
 
 
+@pytest.mark.every_library
 @pytest.mark.slow
 def test_command_line_table():
     done = python("-m", "groupnorm")
@@ -318,6 +321,7 @@ def test_the_command_line_tells_devices_apart_where_their_implementations_differ
     ]
 
 
+@pytest.mark.every_library
 @pytest.mark.slow
 def test_command_line_json():
     report = json.loads(python("-m", "groupnorm", "--json").stdout)

@@ -66,7 +66,7 @@ def widths(ptx: str, kind: str) -> set[int]:
     return {int(count or 1) * int(bits) // 8 for count, bits in found}
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90, 100])
 @pytest.mark.parametrize("first", [False, True], ids=["last", "first"])
 @pytest.mark.parametrize("name", FORMS)
 def test_nothing_spills_and_words_are_wide(name, first, capability):

@@ -9,7 +9,7 @@ import nox
 nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "venv"  # pip finds a CPU build of torch where uv does not
 nox.options.reuse_existing_virtualenvs = True
-nox.options.sessions = ["lint", "types", "tests"]
+nox.options.sessions = ["quick", "lint", "types", "tests"]
 nox.options.error_on_missing_interpreters = True
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
@@ -18,15 +18,15 @@ LOWEST = [
 ]
 MAX_TEST_PROCESSES = 4  # each loads every framework: about 1 GB
 QUIET_SKIPS = ("-r", "fE")  # where backends are left out on purpose, their skips are no news
-WHEEL_BACKENDS = "numpy,array_api_strict"
+PURE_BACKENDS = "numpy,array_api_strict"  # installed in seconds, and nothing is compiled for them
 # Tests whose PyTorch rows Triton's kernels are to pass, and first the kernels' own.
 INTERPRETED = [
-    f"tests/test_{name}.py"
-    for name in (
-        "triton_interpreted", "accuracy", "activation", "corner_cases", "dtypes", "empty",
-        "gradients", "layouts", "masks",
-    )
-]  # fmt: skip
+    "tests/kernels/test_gpu_interpreted.py",
+    *(
+        f"tests/portable/test_{name}.py"
+        for name in ("accuracy", "activation", "dtypes", "empty", "gradients", "layouts", "masks")
+    ),
+]
 PACKAGES = ("groupnorm", "backends")  # what a test of the wheel must not find in its folder
 
 
@@ -84,6 +84,15 @@ def examples(session: nox.Session) -> None:
 
 
 @nox.session
+def quick(session: nox.Session) -> None:
+    """Run the quick tests on NumPy and array-api-strict, in a minute: for use while editing."""
+    # Without numba, whose compilations take minutes, the portable implementation does it all.
+    install(session, *group("runner"), *group("pure"))
+    session.install("-e", ".")
+    pytest(session, "--backends", PURE_BACKENDS, "-m", "not slow", *QUIET_SKIPS)
+
+
+@nox.session
 def tests(session: nox.Session) -> None:
     """Run all tests with every backend that can be installed here."""
     install(session, *group("tests"))
@@ -93,7 +102,8 @@ def tests(session: nox.Session) -> None:
     if session.posargs:
         return
     # With one device JAX's arrays are computed by other code than with several.
-    pytest(session, "--backends", "jax", "--jax-devices", "1", *QUIET_SKIPS)
+    one_device = ("--backends", "jax", "--backends-only", "--jax-devices", "1")
+    pytest(session, *one_device, *QUIET_SKIPS)
     # The kernels for GPUs, interpreted: PyTorch's rows of the suite, and all of their own tests.
     # Both variance modes are one to them, and compiled programs call them as eager ones do.
     apart = ("-m", "not slow", "-k", "not two-pass and not compile and not thread_count")
@@ -126,7 +136,7 @@ def wheel(session: nox.Session) -> None:
     [built] = folder.glob("*.whl")
     [sdist] = folder.glob("*.tar.gz")
 
-    install(session, *group("runner"), "array-api-strict", "ml_dtypes", f"{built}[cli,jax]")
+    install(session, *group("runner"), *group("pure"), f"{built}[cli,jax]")
     session.install("--force-reinstall", "--no-deps", str(built))
 
     with tarfile.open(sdist) as archive:
@@ -138,7 +148,7 @@ def wheel(session: nox.Session) -> None:
         version = PYPROJECT["project"]["version"]
         session.run("python", "tests/programs/check_wheel.py", version)
         session.run("python", "-m", "groupnorm")
-        pytest(session, "--backends", WHEEL_BACKENDS, *QUIET_SKIPS)
+        pytest(session, "--backends", PURE_BACKENDS, *QUIET_SKIPS)
 
 
 @nox.session

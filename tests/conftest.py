@@ -1,6 +1,6 @@
 """Fixtures, and the options ``--backends`` and ``--jax-devices``.
 
-``--backends all`` (the default) runs every row of `tests.backends.Backend`; a library that cannot
+``--backends all`` (the default) runs every row of `tests.rows.Backend`; a library that cannot
 be imported then fails the run, it is not skipped. ``--backends numpy`` (or ``numpy,torch:compile``)
 runs these rows alone and imports no other library: a test file that imports one at its top is not
 collected, and a test marked ``needs("flax")`` is skipped with that reason.
@@ -17,6 +17,9 @@ A test asks for rows by the name of its argument:
 ``--interpret`` has Triton interpret the kernels for GPUs, and PyTorch's CPU tensors computed by
 them.
 
+``--backends-only`` leaves out the tests that use none of the selected libraries, for a second run
+under other conditions: what has no row, no ``needs`` and no import of one of them would repeat.
+
 JAX sees four devices, and then the portable code computes its arrays; ``--jax-devices 1`` tests the
 kernels and passes that compute them where there is one.
 """
@@ -24,16 +27,30 @@ kernels and passes that compute them where there is one.
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import os
 import zlib
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 
-from tests.backends import Backend
 from tests.interpreter import WARNINGS, interpret
+from tests.rows import Backend
+
+# The same examples in every run, so that a failure can be repeated. No limit of time: a shared
+# machine would exceed it now and then.
+hypothesis.settings.register_profile(
+    "reproducible",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    max_examples=60,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("reproducible")
 
 LIBRARIES = {row.library for row in Backend}
 PEERS = {"brainstate", "dask", "equinox", "flax", "keras", "mpi4py", "optax"}
@@ -54,6 +71,12 @@ def pytest_addoption(parser):
         "--backends",
         default="all",
         help="'all', or libraries and rows by comma: " + ", ".join(map(str, Backend)),
+    )
+
+    parser.addoption(
+        "--backends-only",
+        action="store_true",
+        help="leave out tests that use none of the libraries --backends names",
     )
 
     parser.addoption(
@@ -86,6 +109,9 @@ def pytest_configure(config):
     )
     config.addinivalue_line(
         "markers", "needs(*libraries): skipped where --backends leaves one of these out"
+    )
+    config.addinivalue_line(
+        "markers", "every_library: uses what is installed, whatever --backends names"
     )
     # inductor still uses it itself when it first compiles something for a CPU.
     config.addinivalue_line(
@@ -142,6 +168,7 @@ def pytest_ignore_collect(collection_path: Path, config):
     return True if missing else None
 
 
+@functools.cache
 def top_level_imports(path: Path) -> set[str]:
     roots = set()
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
@@ -167,8 +194,26 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize(argument, rows or [none])
 
 
+def uses(item, libraries: set[str]) -> bool:
+    """Whether a test uses one of the libraries, by its row, its markers or its file's imports."""
+    rows = {value.library for value in _parameters(item) if isinstance(value, Backend)}
+    needed = {name for marker in item.iter_markers("needs") for name in marker.args}
+    return (
+        item.get_closest_marker("every_library") is not None
+        or bool(libraries & (rows | needed))
+        or bool(libraries & top_level_imports(item.path))
+    )
+
+
+def _parameters(item) -> list:
+    return list(item.callspec.params.values()) if hasattr(item, "callspec") else []
+
+
 def pytest_collection_modifyitems(config, items):
     allowed = importable(config)
+    if config.getoption("--backends-only"):
+        config.hook.pytest_deselected(items=[item for item in items if not uses(item, allowed)])
+        items[:] = [item for item in items if uses(item, allowed)]
     for item in items:
         for marker in item.iter_markers("needs"):
             missing = set(marker.args) - allowed
@@ -185,8 +230,7 @@ def pytest_collection_modifyitems(config, items):
 def forget_compiled_code(request):
     """Start every torch.compile row with an empty cache: recompilations are counted by function."""
     yield
-    callspec = getattr(request.node, "callspec", None)
-    if callspec and any(value is Backend.TORCH_COMPILE for value in callspec.params.values()):
+    if any(value is Backend.TORCH_COMPILE for value in _parameters(request.node)):
         importlib.import_module("torch")._dynamo.reset()
 
 

@@ -14,7 +14,7 @@ import zlib
 import numpy as np
 
 from tests import oracle
-from tests.backends import CONTRACT, GRADIENT, GRADIENT_FAR, assert_close, assert_gradient
+from tests.rows import CONTRACT, GRADIENT, GRADIENT_FAR, assert_close, assert_gradient
 
 BATCH, CHANNELS, NUM_GROUPS = 2, 8, 4
 

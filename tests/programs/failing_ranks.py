@@ -1,4 +1,4 @@
-"""Two ranks that do something wrong and write what came of it, for `test_distributed_failures`.
+"""Two ranks that do something wrong and write what came of it, for `distributed/test_failures`.
 
 Run as ``python -m tests.programs.failing_ranks torch FOLDER SCENARIO...``, which starts both ranks
 for each scenario in turn, or as ``mpiexec -n 2 python -m mpi4py -m tests.programs.failing_ranks mpi

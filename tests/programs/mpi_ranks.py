@@ -17,7 +17,7 @@ import numpy as np
 from mpi4py import MPI
 
 from groupnorm import GroupNorm, bind_axis, group_norm, group_norm_vjp, group_statistics, normalize
-from tests.backends import host_dtype
+from tests.rows import host_dtype
 from tests.sharding import CHANNELS, NUM_GROUPS, Case, cases, data
 
 # An error on one rank leaves the others waiting: not for long, even if the parent is gone.

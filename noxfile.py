@@ -89,7 +89,7 @@ def quick(session: nox.Session) -> None:
     # Without numba, whose compilations take minutes, the portable implementation does it all.
     install(session, *group("runner"), *group("pure"))
     session.install("-e", ".")
-    pytest(session, "--backends", PURE_BACKENDS, "-m", "not slow", *QUIET_SKIPS)
+    pytest(session, "--backends", f"{PURE_BACKENDS},toy", "-m", "not slow", *QUIET_SKIPS)
 
 
 @nox.session

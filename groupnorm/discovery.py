@@ -1,20 +1,13 @@
 """Which backends are here."""
 
 import importlib.util
+import sys
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from groupnorm.dispatch import adapter_named, backend_names, implementations_on
+from groupnorm.dispatch import adapter_named, backend_names, implementations_on, root_of
 
 __all__ = ["BackendInfo", "available_backends"]
-
-# The distributions that may provide a backend's module, in the order they are looked for.
-_DISTRIBUTIONS = {
-    "numpy": ("numpy",),
-    "jax": ("jax",),
-    "torch": ("torch",),
-    "cupy": ("cupy-cuda13x", "cupy-cuda12x", "cupy-cuda11x", "cupy"),
-}
 
 
 class BackendInfo(NamedTuple):
@@ -73,26 +66,22 @@ def available_backends() -> tuple[BackendInfo, ...]:
 
 
 def _ask(name: str) -> BackendInfo:
-    if importlib.util.find_spec(name) is None:
+    library = root_of(name)
+    if importlib.util.find_spec(library) is None:
         return BackendInfo(name, False, None, (), None, {}, {})
-    version = _version(name)
     try:
         adapter = adapter_named(name)
         devices = adapter.devices()
         implementations = {device: implementations_on(adapter, device) for device in devices}
         reasons = {device: adapter.kernels.why_unavailable(device) for device in devices}
     except (ImportError, OSError, RuntimeError) as error:  # no driver, or a library will not load
-        return BackendInfo(name, True, version, (), str(error).partition("\n")[0], {}, {})
+        reason = str(error).partition("\n")[0]
+        return BackendInfo(name, True, _version(library), (), reason, {}, {})
     why_not_fused = {device: why.reason for device, why in reasons.items() if why is not None}
-    return BackendInfo(name, True, version, devices, None, implementations, why_not_fused)
+    return BackendInfo(name, True, _version(library), devices, None, implementations, why_not_fused)
 
 
-def _version(name: str) -> str | None:
-    import importlib.metadata  # here: it takes longer to import than this whole package
-
-    for distribution in _DISTRIBUTIONS[name]:
-        try:
-            return importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
+def _version(library: str) -> str | None:
+    """Return the version of a library, unless it cannot even be imported."""
+    version: str | None = getattr(sys.modules.get(library), "__version__", None)
+    return version

@@ -30,6 +30,7 @@ __all__ = [
     "implementations_on",
     "layer_class_named",
     "register",
+    "root_of",
 ]
 
 

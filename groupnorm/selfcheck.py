@@ -6,15 +6,18 @@ shares no code with the rest of the package, so a mistake there cannot agree wit
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from groupnorm import BackendInfo, available_backends, group_norm, group_norm_vjp
+from groupnorm.dispatch import adapter_named
+
+if TYPE_CHECKING:
+    from groupnorm.adapter import Adapter
 
 __all__ = ["NOT_INSTALLED", "BackendReport", "Check", "agree", "check_backends"]
 
@@ -134,7 +137,7 @@ def _report(info: BackendInfo) -> BackendReport:
     checks: tuple[Check, ...] = ()
     if reason is None:
         checks = tuple(
-            _check(_BACKENDS[info.name], case, device)
+            _check(adapter_named(info.name), case, device)
             for device in _one_of_each_kind(info.devices)
             for case in _cases()
         )
@@ -157,36 +160,40 @@ def _one_of_each_kind(devices: tuple[str, ...]) -> list[str]:
     return list(first.values())
 
 
-def _check(backend: _Backend, case: _Case, device: str) -> Check:
+def _check(adapter: Adapter, case: _Case, device: str) -> Check:
     """Compare one backend on one device with the reference on one case."""
     compare, bound = _forward_error, FORWARD_BOUND
     if case.gradient:
         compare, bound = _gradient_error, GRADIENT_BOUND
     try:
-        error = compare(backend, case, device)
+        error = compare(adapter, case, device)
     except Exception as failure:  # whatever a backend raises is a finding to print, not to die of
         return Check(case.name, device, None, bound, f"{type(failure).__name__}: {failure}")
     return Check(case.name, device, error, bound)
 
 
-def _forward_error(backend: _Backend, case: _Case, device: str) -> float:
+def _forward_error(adapter: Adapter, case: _Case, device: str) -> float:
     expected, _ = _reference(case)
-    operands = [backend.put(a, device) for a in (case.x, case.scale, case.bias)]
-    result = backend.get(group_norm(*operands, **case.options()))
+    operands = [_put(adapter, a, device) for a in (case.x, case.scale, case.bias)]
+    result = adapter.to_host(group_norm(*operands, **case.options()))
     return float(np.max(np.abs(result - expected) / np.maximum(1.0, np.abs(expected))))
 
 
-def _gradient_error(backend: _Backend, case: _Case, device: str) -> float:
+def _gradient_error(adapter: Adapter, case: _Case, device: str) -> float:
     _, expected = _reference(case)
-    operands = [backend.put(a, device) for a in (case.x, case.scale, case.bias)]
+    operands = [_put(adapter, a, device) for a in (case.x, case.scale, case.bias)]
     _, pullback = group_norm_vjp(*operands, **case.options())
-    gradients = pullback(backend.put(case.dy, device))
-    found = [backend.get(g) for g in (gradients.x, gradients.scale, gradients.bias)]
+    gradients = pullback(_put(adapter, case.dy, device))
+    found = [adapter.to_host(g) for g in (gradients.x, gradients.scale, gradients.bias)]
     errors = [
         np.max(np.abs(ours - true)) / np.max(np.abs(true))
         for ours, true in zip(found, expected, strict=True)
     ]
     return float(np.max(errors))  # unlike the built-in max, this keeps a NaN
+
+
+def _put(adapter: Adapter, a: Array, device: str) -> Any:
+    return adapter.place(adapter.from_host(a), device)
 
 
 # ---- the cases and the reference ----------------------------------------------------------------
@@ -261,37 +268,3 @@ def _reference(case: _Case) -> tuple[Array, tuple[Array, Array, Array]]:
             through_statistics = (np.sum(dhat) + hat * np.sum(dhat * hat)) / np.sum(valid)
             dx[here] = (dhat - valid * through_statistics) / std
     return y, (dx, dscale, dbias)
-
-
-# ---- NumPy to each library and back -------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Backend:
-    """How arrays get to a library's device and back, by that library's own functions."""
-
-    put: Callable[[Array, str], Any]
-    get: Callable[[Any], Array]
-
-
-def _put_jax(a: Array, device: str) -> Any:
-    jax = importlib.import_module("jax")
-    kind, _, index = device.partition(":")
-    devices = {d.id: d for d in jax.devices(kind)}
-    return jax.device_put(a, devices[int(index or 0)])
-
-
-def _put_torch(a: Array, device: str) -> Any:
-    return importlib.import_module("torch").as_tensor(a, device=device)
-
-
-def _put_cupy(a: Array, device: str) -> Any:
-    return importlib.import_module("cupy").asarray(a)
-
-
-_BACKENDS = {
-    "numpy": _Backend(lambda a, _: a, np.asarray),
-    "jax": _Backend(_put_jax, np.asarray),
-    "torch": _Backend(_put_torch, lambda t: np.asarray(t.detach().cpu())),
-    "cupy": _Backend(_put_cupy, lambda a: np.asarray(a.get())),
-}

@@ -47,6 +47,7 @@ class Backend(enum.Enum):
     STRICT_DEVICE = "array_api_strict:device1"
     DASK = "dask"
     CUPY = "cupy"
+    TOY = "toy"  # a backend that is not part of the package: tests/toy_backend.py
 
     def __str__(self) -> str:
         return self.value
@@ -160,6 +161,8 @@ class Backend(enum.Enum):
                 return out
             case "array_api_strict":
                 return importlib.import_module("array_api_strict").asarray(a, device=self.device)
+            case "toy":
+                return a.view(importlib.import_module("tests.toy_backend").ToyArray)
             case "dask":
                 chunks = tuple(max(1, -(-n // 2)) for n in a.shape)
                 return importlib.import_module("dask.array").from_array(a, chunks=chunks)

@@ -157,7 +157,7 @@ def test_a_missing_library_is_reported_as_not_installed(library):
 @pytest.mark.every_library
 def test_available_backends():
     found = groupnorm.available_backends()
-    assert [info.name for info in found] == ["numpy", "jax", "torch", "cupy"]
+    assert [info.name for info in found][:4] == ["numpy", "jax", "torch", "cupy"]
     numpy = found[0]
     assert numpy[:5] == ("numpy", True, np.__version__, ("cpu",), None)
     if importlib.util.find_spec("numba"):

@@ -342,7 +342,7 @@ MERGES = {
 
 
 def test_statistics_of_two_libraries(backend):
-    if backend.library == "numpy":
+    if isinstance(backend.empty(), np.ndarray):
         pytest.skip("the other of the two libraries is NumPy")
     x = np.ones((2, 8), np.float32)
     other = group_statistics(backend.asarray(x), num_groups=GROUPS)

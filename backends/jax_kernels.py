@@ -7,9 +7,8 @@ all three in an exported program, which is to run where groupnorm is not.
 """
 
 import ctypes
-import re
+import logging
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,6 +26,8 @@ from groupnorm.backends.threads import helpers_for
 from groupnorm.implementations import NotServed
 
 __all__ = ["missing", "normalize", "normalize_keeping", "pull_back", "unavailable"]
+
+_log = logging.getLogger("groupnorm")
 
 _TARGET = "groupnorm_cpu_kernel"
 
@@ -48,40 +49,32 @@ def unavailable(x_dtype: Any, work_dtype: Any, result_dtype: Any) -> NotServed |
 def missing() -> NotServed | None:
     """Say what the kernels lack on this machine, if anything.
 
-    On a GPU a first kernel is tried out for that.
+    On a GPU a first kernel is tried out for that; on a CPU the handler is registered.
     """
-    return jax_gpu.missing() if jax.default_backend() == "gpu" else _missing_on_cpu()
-
-
-def _missing_on_cpu() -> NotServed | None:
-    why = cpu.unavailable(float16=False)
-    if why is not None:
-        return why
-    found = _version()
-    if found != cpu.kernels("numba_xla").API:
-        return NotServed(f"XLA's foreign function interface has version {found} here")
-    return None
+    return jax_gpu.missing() if jax.default_backend() == "gpu" else _interface()
 
 
 @lru_cache(maxsize=1)
 def _interface() -> NotServed | None:
-    """Register the CPU's handler, if XLA's interface is the one it was written for."""
-    why = _missing_on_cpu()
-    if why is None:
-        module = cpu.kernels("numba_xla")
-        function = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)(module.handler()[0].address)
-        jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(function), platform="cpu")
-    return why
-
-
-def _version() -> tuple[int, ...] | None:
-    """Read the interface's version from the header of jaxlib."""
+    """Register the CPU's handler; return why it cannot be used, if XLA refuses it, or else None."""
+    why = cpu.unavailable(float16=False)
+    if why is not None:
+        return why
+    module = cpu.kernels("numba_xla")
+    function = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)(module.handler()[0].address)
     try:
-        header = Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text()
-    except OSError:
-        return None
-    found = re.findall(r"#define XLA_FFI_API_(?:MAJOR|MINOR) (\d+)", header)
-    return tuple(map(int, found))
+        # Before there is a backend, JAX only queues the handler; XLA then refuses it while the
+        # backend starts, which fails with it.
+        jax.devices("cpu")
+        jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(function), platform="cpu")
+    except (RuntimeError, ValueError) as error:  # XLA's errors are RuntimeErrors today
+        version = ".".join(map(str, module.API))
+        why = NotServed(
+            "XLA does not take the handler of the kernels for CPUs, which was written for version "
+            f"{version} of its foreign function interface: {error}"
+        )
+        _log.warning("groupnorm computes without kernels in JAX on CPUs: %s", why.reason)
+    return why
 
 
 # What the passes compute --------------------------------------------------------------------------

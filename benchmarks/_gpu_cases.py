@@ -108,7 +108,7 @@ def kernels(case: Case) -> dict[str, Any]:
     """Which plan our kernels take forward and backward, and how many launches that is."""
     try:
         from groupnorm.backends.kernels.gpu import program as gpu
-        from groupnorm.backends.kernels.layout import GroupedShape
+        from groupnorm.backends.kernels.grouped_shape import GroupedShape
 
         samples, channels, *space = case.dims
         form = GroupedShape(

@@ -1,7 +1,7 @@
 """JAX on one device: which calls the kernels compute, which the passes made for XLA, and how.
 
-On a CPU the kernels need numba, and the version of XLA's interface that they know; on a GPU Triton.
-Every transformation of JAX applies to both.
+On a CPU the kernels need numba, and an XLA that supports the version of its interface that they
+were written for; on a GPU Triton. Every transformation of JAX applies to both.
 """
 
 import math

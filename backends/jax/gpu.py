@@ -23,7 +23,7 @@ from groupnorm.backends.kernels.gpu import program as gpu
 from groupnorm.backends.kernels.gpu.build import POINTERS, build, kernel_of
 from groupnorm.backends.kernels.gpu.build import why_unavailable as why_no_triton
 from groupnorm.backends.kernels.gpu.probe import probe_case, why_too_old
-from groupnorm.backends.kernels.layout import GroupedShape
+from groupnorm.backends.kernels.grouped_shape import GroupedShape
 
 __all__ = ["missing", "normalize", "pull_back"]
 

@@ -7,9 +7,8 @@ all three in an exported program, which is to run where groupnorm is not.
 """
 
 import ctypes
-import re
+import logging
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,10 +28,12 @@ from groupnorm.backends.kernels.cpu import call_frame as frames
 from groupnorm.backends.kernels.cpu import launch as cpu_launch
 from groupnorm.backends.kernels.cpu.huge_pages import are_worth_it
 from groupnorm.backends.kernels.cpu.threads import helpers_for
-from groupnorm.backends.kernels.layout import GroupedShape
+from groupnorm.backends.kernels.grouped_shape import GroupedShape
 from groupnorm.backends.kernels.variants import DTYPES
 
 __all__ = ["missing", "normalize", "normalize_keeping", "pull_back", "why_unavailable"]
+
+_log = logging.getLogger("groupnorm")
 
 _TARGET = "groupnorm_cpu_kernel"
 
@@ -54,40 +55,32 @@ def why_unavailable(x_dtype: Any, work_dtype: Any, result_dtype: Any) -> Unsuppo
 def missing() -> Unsupported | None:
     """Say what the kernels lack on this machine, if anything.
 
-    On a GPU a first kernel is tried out for that.
+    On a GPU a first kernel is tried out for that; on a CPU the handler is registered.
     """
-    return jax_gpu.missing() if jax.default_backend() == "gpu" else _missing_on_cpu()
-
-
-def _missing_on_cpu() -> Unsupported | None:
-    why = cpu.why_unavailable(float16=False)
-    if why is not None:
-        return why
-    found = _version()
-    if found != cpu.kernels("xla_handler").API:
-        return Unsupported(f"XLA's foreign function interface has version {found} here")
-    return None
+    return jax_gpu.missing() if jax.default_backend() == "gpu" else _interface()
 
 
 @lru_cache(maxsize=1)
 def _interface() -> Unsupported | None:
-    """Register the CPU's handler, if XLA's interface is the one it was written for."""
-    why = _missing_on_cpu()
-    if why is None:
-        module = cpu.kernels("xla_handler")
-        function = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)(module.handler()[0].address)
-        jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(function), platform="cpu")
-    return why
-
-
-def _version() -> tuple[int, ...] | None:
-    """Read the interface's version from the header of jaxlib."""
+    """Register the CPU's handler; return why it cannot be used, if XLA refuses it, or else None."""
+    why = cpu.why_unavailable(float16=False)
+    if why is not None:
+        return why
+    module = cpu.kernels("xla_handler")
+    function = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)(module.handler()[0].address)
     try:
-        header = Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text()
-    except OSError:
-        return None
-    found = re.findall(r"#define XLA_FFI_API_(?:MAJOR|MINOR) (\d+)", header)
-    return tuple(map(int, found))
+        # Before there is a backend, JAX only queues the handler; XLA then refuses it while the
+        # backend starts, which fails with it.
+        jax.devices("cpu")
+        jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(function), platform="cpu")
+    except (RuntimeError, ValueError) as error:  # XLA's errors are RuntimeErrors today
+        version = ".".join(map(str, module.API))
+        why = Unsupported(
+            "XLA does not take the handler of the kernels for CPUs, which was written for version "
+            f"{version} of its foreign function interface: {error}"
+        )
+        _log.warning("groupnorm computes without kernels in JAX on CPUs: %s", why.reason)
+    return why
 
 
 # What the passes compute --------------------------------------------------------------------------

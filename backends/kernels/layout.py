@@ -12,13 +12,13 @@ import array_api_compat.numpy as numpy_namespace
 
 from groupnorm.adapter import Unsupported
 from groupnorm.arguments import CallOptions
+from groupnorm.backends.kernels.grouped_shape import GroupedShape
 from groupnorm.backends.kernels.variants import DTYPES
 from groupnorm.plan import Plan, make_plan, product
 from groupnorm.portable.inputs import dtypes_of
 
 __all__ = [
     "ROLES",
-    "GroupedShape",
     "KernelDtypes",
     "MemoryLayout",
     "flat_mask",
@@ -31,27 +31,6 @@ __all__ = [
 
 # The orders of axes that the kernels know; see `Plan.roles`.
 ROLES = ("C", "CP", "PC", "KC", "KCP", "KPC")
-
-
-class GroupedShape(NamedTuple):
-    """An array as kernels see it: samples, then channels and positions in either order."""
-
-    samples: int
-    groups: int
-    group_size: int  # channels of a group
-    positions: int
-    channels_first: bool  # whether channels come before positions
-    item_bytes: int = 4  # of an element of x, which the tiling on GPUs depends on
-
-    @property
-    def channels(self) -> int:
-        """The number of channels."""
-        return self.groups * self.group_size
-
-    @property
-    def elements(self) -> int:
-        """The number of elements."""
-        return self.samples * self.channels * self.positions
 
 
 class MemoryLayout(NamedTuple):

@@ -192,7 +192,8 @@ def test_the_implementations_that_are_listed_are_those_that_compute():
 
 def serves(backend: str, device: str, implementation: str) -> bool:
     """Whether an ordinary call is computed by this implementation, which is the proof."""
-    x = selfcheck._BACKENDS[backend].put(np.ones((2, 8, 50), np.float32), device)
+    adapter = adapter_named(backend)
+    x = adapter.place(adapter.from_host(np.ones((2, 8, 50), np.float32)), device)
     try:
         groupnorm.group_norm(x, num_groups=2, feature_axis=1, implementation=implementation)
     except groupnorm.errors.ArgumentValueError as error:

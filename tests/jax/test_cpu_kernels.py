@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
+import operator
 import os
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import pytest
 
 from groupnorm import group_norm, group_norm_vjp
 from groupnorm.adapter import Unsupported
+from groupnorm.errors import ArgumentValueError
 from tests.rows import GRADIENT, assert_gradient
 
 pytestmark = pytest.mark.needs("jax")
@@ -282,16 +285,202 @@ def test_many_threads_at_once(jax, rng):
     assert not any(wrong)
 
 
-def test_another_version_of_the_interface_is_left_alone(jax, monkeypatch, rng):
+# XLA's interface --------------------------------------------------------------------------------
+
+
+class Declaring:
+    """A handler that answers XLA's question for its version, and is never called otherwise."""
+
+    def __init__(self, structs, version):
+        def handle(address):
+            frame = structs.CallFrame.from_address(address)
+            extension = structs.MetadataExtension.from_address(frame.extension_start)
+            answer = structs.Metadata.from_address(extension.metadata).api_version
+            answer.major_version, answer.minor_version = version
+            return 0
+
+        self.kept = HANDLER(handle)
+        self.address = ctypes.cast(self.kept, ctypes.c_void_p).value
+
+
+HANDLER = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)
+KEPT = []  # XLA keeps their addresses
+
+
+@pytest.fixture
+def declare(jax, monkeypatch):
+    """Have another handler registered, under a name of its own, that declares this version."""
     kernels = importlib.import_module("groupnorm.backends.jax.primitives")
+    structs = importlib.import_module("groupnorm.backends.kernels.cpu.xla_structs")
+    xla = importlib.import_module("groupnorm.backends.kernels.cpu.compiled.xla_handler")
+
+    def declare(*version):
+        KEPT.append(Declaring(structs, version))
+        monkeypatch.setattr(xla, "handler", lambda: (KEPT[-1],))
+        monkeypatch.setattr(kernels, "_TARGET", f"{TARGET}_{len(KEPT)}")
+        kernels._interface.cache_clear()
+        return kernels
+
+    yield declare
+    monkeypatch.undo()
+    importlib.import_module("groupnorm.backends.jax.primitives")._interface.cache_clear()
+
+
+@pytest.mark.parametrize("version", [(0, 0), (0, 99), (1, 0)], ids=["old", "new", "other"])
+def test_a_version_that_xla_refuses_is_a_reason(jax, declare, version, rng, caplog):
     x, _, scale, bias, keywords = draw("last", rng)
-    kernels._interface.cache_clear()
-    try:
-        monkeypatch.setattr(kernels, "_version", lambda: (1, 0))
+    want = group_norm(x, scale, bias, **keywords)
+    kernels = declare(*version)
+    for _ in range(2):
         why = kernels.unavailable("float32", "float32", "float32")
         assert isinstance(why, Unsupported)
-        assert "version (1, 0)" in why.reason
-        text = jax.jit(lambda x: group_norm(x, scale, bias, **keywords)).lower(x).as_text()
-        assert TARGET not in text
-    finally:
-        kernels._interface.cache_clear()
+        assert kernels.missing() == why
+    assert "version 0.3 of its foreign function interface" in why.reason  # which the real one has
+    assert f"API version ({version[0]}.{version[1]})" in why.reason  # as XLA has it
+    told = [record for record in caplog.records if record.name == "groupnorm"]
+    assert [why.reason in record.getMessage() for record in told] == [True]
+    # What was there stays there, and what needs no kernel goes on.
+    text = jax.jit(lambda x: group_norm(x, scale, bias, **keywords)).lower(x).as_text()
+    assert TARGET not in text
+    np.testing.assert_allclose(
+        group_norm(jax.numpy.asarray(x), scale, bias, **keywords), want, rtol=1e-5, atol=1e-6
+    )
+    with pytest.raises(ArgumentValueError, match="foreign function interface"):
+        group_norm(jax.numpy.asarray(x), scale, bias, implementation="fused", **keywords)
+
+
+@pytest.mark.parametrize("version", [(0, 3)])
+def test_a_version_that_xla_supports(declare, version):
+    kernels = declare(*version)
+    assert kernels.missing() is None
+
+
+REFUSED = """
+import logging
+import sys
+import jax
+from groupnorm.backends.jax import primitives as jax_kernels
+from groupnorm.backends.kernels.cpu import xla_structs
+from groupnorm.backends.kernels.cpu.compiled import xla_handler
+from tests.jax.test_cpu_kernels import Declaring
+handler = Declaring(xla_structs, (0, 99))
+xla_handler.handler = lambda: (handler,)
+logging.basicConfig(stream=sys.stdout, format="%(name)s: %(message)s")
+print(jax_kernels._interface().reason)
+print(jax.numpy.ones(2).sum())
+print(jax.devices())
+"""
+
+
+def test_a_refusal_before_jax_has_a_backend(jax):
+    """JAX would only queue the handler, and its backend then fail to start."""
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSED], capture_output=True, text=True, timeout=240, check=False,
+        env=os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    logged, reason, total, devices = done.stdout.splitlines()
+    assert logged.startswith("groupnorm: ")
+    assert "(0.99)" in reason
+    assert reason in logged
+    assert total == "2.0"
+    assert "CpuDevice" in devices
+
+
+def test_a_refusal_where_jax_has_no_cpu(jax, declare, monkeypatch):
+    """As where JAX_PLATFORMS names a GPU's alone."""
+
+    def devices(*_):
+        raise RuntimeError("Unknown backend cpu")
+
+    kernels = declare(0, 3)
+    monkeypatch.setattr(jax, "devices", devices)
+    assert "Unknown backend cpu" in kernels._interface().reason
+
+
+# The handler by itself, with frames that XLA does not make today.
+
+
+class Frame:
+    """A frame without arguments, results or attributes, and the interface that errors go to."""
+
+    def __init__(self):
+        self.structs = s = importlib.import_module("groupnorm.backends.kernels.cpu.xla_structs")
+        self.errors = []
+        self.create = HANDLER(self.created)
+        self.api = s.Api(
+            struct_size=s.end(s.Api.XLA_FFI_ThreadPool_Schedule),
+            api_version=s.ApiVersion(struct_size=s.end(s.ApiVersion.minor_version)),
+            XLA_FFI_Error_Create=ctypes.cast(self.create, ctypes.c_void_p),
+        )
+        self.call = s.CallFrame(
+            struct_size=s.end(s.CallFrame.attrs),
+            api=ctypes.addressof(self.api),
+            args=s.Args(struct_size=s.end(s.Args.args)),
+            rets=s.Rets(struct_size=s.end(s.Rets.rets)),
+            attrs=s.Attrs(struct_size=s.end(s.Attrs.attrs)),
+        )
+
+    def created(self, address):
+        given = self.structs.ErrorCreateArgs.from_address(address)
+        assert given.struct_size == self.structs.end(self.structs.ErrorCreateArgs.errc)
+        self.errors.append((given.errc, ctypes.string_at(given.message).decode()))
+        return 4711
+
+    def handle(self):
+        xla = importlib.import_module("groupnorm.backends.kernels.cpu.compiled.xla_handler")
+        return HANDLER(xla.handler()[0].address)(ctypes.addressof(self.call))
+
+
+GROWN = ["call.args", "call.rets", "api.api_version"]  # others follow them
+CUT = ["call", "call.attrs", "api", *GROWN]
+
+
+@pytest.mark.parametrize(
+    ("where", "change"), [(w, -1) for w in CUT] + [(w, 8) for w in GROWN],
+)  # fmt: skip
+def test_a_frame_of_other_structs_is_refused_not_read(jax, where, change):
+    frame = Frame()
+    struct = operator.attrgetter(where)(frame)
+    struct.struct_size += change
+    assert frame.handle() == 4711
+    ((code, message),) = frame.errors
+    assert code == 9
+    assert "not of the version that the handler was written for" in message
+
+
+@pytest.mark.parametrize("others", [0, 1, 2])
+def test_the_version_that_is_declared(jax, others):
+    """Behind extensions of other kinds, or first."""
+    frame = Frame()
+    s = frame.structs
+    metadata = s.Metadata(struct_size=s.end(s.Metadata.api_version))
+    base = s.ExtensionBase(type=s.XLA_FFI_Extension_Metadata)
+    chain = [s.MetadataExtension(extension_base=base, metadata=ctypes.addressof(metadata))]
+    chain += [s.ExtensionBase(type=7, next=ctypes.addressof(chain[-1])) for _ in range(others)]
+    for i in range(1, others):
+        chain[i + 1].next = ctypes.addressof(chain[i])
+    frame.call.extension_start = ctypes.addressof(chain[-1])
+    assert frame.handle() == 0
+    found = metadata.api_version.major_version, metadata.api_version.minor_version
+    assert found == s.API
+    assert not frame.errors
+
+
+def test_a_call_with_an_unknown_extension_is_a_call(jax):
+    frame = Frame()
+    extension = frame.structs.ExtensionBase(type=7)
+    frame.call.extension_start = ctypes.addressof(extension)
+    frame.call.struct_size -= 1
+    assert frame.handle() == 4711
+
+
+def test_metadata_without_room_for_a_version(jax):
+    frame = Frame()
+    s = frame.structs
+    metadata = s.Metadata(struct_size=s.end(s.Metadata.api_version) - 1)
+    base = s.ExtensionBase(type=s.XLA_FFI_Extension_Metadata)
+    extension = s.MetadataExtension(extension_base=base, metadata=ctypes.addressof(metadata))
+    frame.call.extension_start = ctypes.addressof(extension)
+    assert frame.handle() == 0
+    assert metadata.api_version.minor_version == 0

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from groupnorm.backends.kernels.gpu import program as gpu
-from groupnorm.backends.kernels.layout import GroupedShape
+from groupnorm.backends.kernels.grouped_shape import GroupedShape
 
 triton = pytest.importorskip("triton", reason="the kernels for GPUs need triton")
 SPILLS = pytest.mark.skipif(

@@ -20,7 +20,7 @@ from groupnorm.backends.kernels.gpu.tiling import (
     tile_whole_groups,
     warps_for,
 )
-from groupnorm.backends.kernels.layout import GroupedShape
+from groupnorm.backends.kernels.grouped_shape import GroupedShape
 
 PLAIN = gpu.KernelOptions(1e-6, None, None, True, True, waves=True)
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from groupnorm.backends.kernels.layout import GroupedShape
+from groupnorm.backends.kernels.grouped_shape import GroupedShape
 from groupnorm.backends.kernels.variants import ACTIVATIONS, DTYPES
 
 __all__ = [

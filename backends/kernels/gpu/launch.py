@@ -7,8 +7,8 @@ from groupnorm.adapter import Unsupported
 from groupnorm.arguments import CallOptions
 from groupnorm.backends.kernels.gpu import program as gpu
 from groupnorm.backends.kernels.gpu.tiling import FARTHEST
+from groupnorm.backends.kernels.grouped_shape import GroupedShape
 from groupnorm.backends.kernels.layout import (
-    GroupedShape,
     KernelDtypes,
     MemoryLayout,
     kernel_dtypes,

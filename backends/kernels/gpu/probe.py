@@ -9,7 +9,7 @@ import numpy as np
 from groupnorm.adapter import Unsupported
 from groupnorm.backends.kernels.gpu import build
 from groupnorm.backends.kernels.gpu import program as gpu
-from groupnorm.backends.kernels.layout import GroupedShape
+from groupnorm.backends.kernels.grouped_shape import GroupedShape
 
 __all__ = ["DeviceProbe", "probe_case", "why_too_old"]
 

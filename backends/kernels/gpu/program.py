@@ -25,7 +25,7 @@ from groupnorm.backends.kernels.gpu.tiling import (
     tile_whole_groups,
     warps_for,
 )
-from groupnorm.backends.kernels.layout import GroupedShape
+from groupnorm.backends.kernels.grouped_shape import GroupedShape
 from groupnorm.backends.kernels.variants import ACTIVATIONS
 
 __all__ = ["KernelOptions", "Launch", "LaunchSequence", "backward", "forward", "statistics_shape"]

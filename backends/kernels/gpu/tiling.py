@@ -7,7 +7,7 @@ from functools import lru_cache
 from math import gcd
 from typing import NamedTuple
 
-from groupnorm.backends.kernels.layout import GroupedShape
+from groupnorm.backends.kernels.grouped_shape import GroupedShape
 
 __all__ = [
     "FARTHEST",

@@ -4,6 +4,7 @@ One is compiled for each `Variant` that is called for, and kept on disk for late
 `groupnorm.backends.kernels.cpu.call_frame` for what a frame holds.
 """
 
+import ast
 import hashlib
 from pathlib import Path
 
@@ -14,9 +15,8 @@ from numba.core import cgutils
 from numba.core.caching import FunctionCache
 from numba.extending import intrinsic, models, overload, register_model
 
-from groupnorm.backends.kernels import erfc
+import groupnorm
 from groupnorm.backends.kernels.cpu import call_frame as frames
-from groupnorm.backends.kernels.cpu import huge_pages as pages
 from groupnorm.backends.kernels.cpu.compiled.channels_first import (
     channels_first_backward,
     channels_first_forward,
@@ -26,18 +26,59 @@ from groupnorm.backends.kernels.cpu.compiled.channels_last import (
     channels_last_forward,
 )
 from groupnorm.backends.kernels.cpu.compiled.elements import jit
-from groupnorm.portable import activations
 
 __all__ = ["Variant", "address_of", "compiled", "run", "word"]
 
 _ELEMENTS = {"float32": types.float32, "float16": types.uint16, "bfloat16": types.int16}
 
 
+def _file(module: str) -> Path | None:
+    """Return the file of a module of groupnorm, if there is a module of this name."""
+    _, *parts = module.split(".")
+    path = Path(groupnorm.__file__).resolve().parent.joinpath(*parts)
+    files = (path.with_name(f"{path.name}.py"), path / "__init__.py")
+    return next((file.resolve() for file in files if parts and file.is_file()), None)
+
+
+def _imports(path: Path) -> set[Path]:
+    """Return the files of the modules of groupnorm that a file imports when it is imported.
+
+    What it imports for types alone, under `if TYPE_CHECKING`, is not compiled in.
+    """
+    found = set()
+    for node in ast.parse(path.read_bytes()).body:
+        if isinstance(node, ast.Import):
+            names = [(alias.name,) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            # Either a module of a package, or what a module defines.
+            names = [(f"{node.module}.{alias.name}", node.module) for alias in node.names]
+        else:
+            continue
+        for candidates in names:
+            files = (_file(name) for name in candidates if name.startswith("groupnorm."))
+            found |= {next((file for file in files if file is not None), None)}
+    return found - {None}
+
+
+def _sources() -> list[Path]:
+    """Return the files of this package, and those that they import from groupnorm, and so on.
+
+    Found by their imports, none is forgotten when one is added or moved.
+    """
+    own = Path(__file__).resolve()
+    found, waiting = set(), set(own.parent.glob("*.py"))
+    while waiting:
+        path = waiting.pop()
+        found.add(path)
+        waiting |= _imports(path) - found
+    if own not in found:
+        raise RuntimeError(f"the source of the kernels, by which they are kept, is not at {own}")
+    return sorted(found)
+
+
 def _digest() -> str:
     """Return what changes when any of the kernels does: what was compiled before is void then."""
-    sources = sorted(Path(__file__).parent.glob("*.py"))
-    sources += [Path(m.__file__) for m in (frames, pages, erfc, activations)]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in _sources())).hexdigest()[:16]
 
 
 _DIGEST = _digest()

@@ -1,10 +1,12 @@
 """The handler of XLA's foreign function interface, by which its programs for CPUs call the kernels.
 
-XLA calls it with the address of a call frame, of structs that its public header
-(``xla/ffi/api/c_api.h``, in every jaxlib) defines; the offsets into them are those of `API`. The
-handler makes a kernel's frame from the template that comes as an attribute (`groupnorm.backends.
-frames`), and runs the kernel, with the help of XLA's own threads. Which kernel, it finds by its
-number in a table: programs may be kept on disk, where no address would last.
+XLA calls it with the address of a call frame, of structs that its public header defines
+(``xla/ffi/api/c_api.h``, in every jaxlib); `xla_structs` mirrors them. A first call, when the
+handler is registered, asks for the version of the interface that it was written for; XLA refuses a
+handler whose version it does not support. In all others, the handler makes a kernel's frame from
+the template that comes as an attribute (`groupnorm.backends.frames`), and runs the kernel, with the
+help of XLA's own threads. Which kernel, it finds by its number in a table: programs may be kept on
+disk, where no address would last.
 
 A thread that comes when all is done finds nothing to do, but looks into the frame all the same. So
 the frame is freed by the last one.
@@ -21,23 +23,55 @@ from numba.extending import intrinsic
 
 from groupnorm.backends.kernels.cpu import call_frame as frames
 from groupnorm.backends.kernels.cpu import huge_pages as pages
+from groupnorm.backends.kernels.cpu import xla_structs as xla
 from groupnorm.backends.kernels.cpu.compiled.elements import jit
 from groupnorm.backends.kernels.cpu.compiled.entry_points import Variant, address_of, compiled, word
 
 __all__ = ["API", "handler", "table"]
 
-# The version of the header whose offsets these are.
-API = (0, 3)
+API = xla.API
 
-# Of XLA_FFI_CallFrame, in words.
-EXTENSION, INTERFACE, CONTEXT, ARGUMENTS, RESULTS, ATTRIBUTES = 1, 2, 3, 9, 14, 20
-# Of XLA_FFI_Metadata_Extension; and of XLA_FFI_Metadata, the one of the version.
-METADATA, VERSION = 3, 3
-# Of XLA_FFI_Buffer and XLA_FFI_Array.
-BUFFER_DATA, ARRAY_SIZE, ARRAY_DATA = 3, 1, 2
-# Of XLA_FFI_Api.
-ERROR_CREATE, ERROR_DESTROY, SCHEDULE = 6, 8, 17
-FAILED_PRECONDITION, RESOURCE_EXHAUSTED = 9, 8
+
+def _word(*path):
+    """Return at which word a field begins, of a struct that may lie within others."""
+    return sum(field.offset for field in path) // 8
+
+
+# Words, and the sizes in bytes, `..._END`, that structs have in their first words.
+FRAME_SIZE, FRAME_END = _word(xla.CallFrame.struct_size), xla.end(xla.CallFrame.attrs)
+EXTENSION, INTERFACE = _word(xla.CallFrame.extension_start), _word(xla.CallFrame.api)
+CONTEXT = _word(xla.CallFrame.ctx)
+ARGUMENTS_SIZE, ARGUMENTS_END = _word(xla.CallFrame.args), xla.end(xla.Args.args)
+ARGUMENTS = _word(xla.CallFrame.args, xla.Args.args)
+RESULTS_SIZE, RESULTS_END = _word(xla.CallFrame.rets), xla.end(xla.Rets.rets)
+RESULTS = _word(xla.CallFrame.rets, xla.Rets.rets)
+ATTRIBUTES_SIZE, ATTRIBUTES_END = _word(xla.CallFrame.attrs), xla.end(xla.Attrs.attrs)
+ATTRIBUTES = _word(xla.CallFrame.attrs, xla.Attrs.attrs)
+
+EXTENSION_TYPE, EXTENSION_NEXT = _word(xla.ExtensionBase.type), _word(xla.ExtensionBase.next)
+METADATA_TYPE, METADATA = xla.XLA_FFI_Extension_Metadata, _word(xla.MetadataExtension.metadata)
+METADATA_SIZE, METADATA_END = _word(xla.Metadata.struct_size), xla.end(xla.Metadata.api_version)
+VERSION = _word(xla.Metadata.api_version, xla.ApiVersion.major_version)
+
+BUFFER_DATA = _word(xla.Buffer.data)
+ARRAY_SIZE, ARRAY_DATA = _word(xla.Array.size), _word(xla.Array.data)
+
+API_SIZE, API_END = _word(xla.Api.struct_size), xla.end(xla.Api.XLA_FFI_ThreadPool_Schedule)
+VERSION_SIZE, VERSION_END = _word(xla.Api.api_version), xla.end(xla.ApiVersion.minor_version)
+ERROR_CREATE = _word(xla.Api.XLA_FFI_Error_Create)
+ERROR_DESTROY = _word(xla.Api.XLA_FFI_Error_Destroy)
+SCHEDULE = _word(xla.Api.XLA_FFI_ThreadPool_Schedule)
+
+CREATE_MESSAGE, CREATE_CODE = _word(xla.ErrorCreateArgs.message), _word(xla.ErrorCreateArgs.errc)
+CREATE_END = xla.end(xla.ErrorCreateArgs.errc)
+FAILED_PRECONDITION = xla.XLA_FFI_Error_Code_FAILED_PRECONDITION
+RESOURCE_EXHAUSTED = xla.XLA_FFI_Error_Code_RESOURCE_EXHAUSTED
+DESTROY_ERROR, DESTROY_END = _word(xla.ErrorDestroyArgs.error), xla.end(xla.ErrorDestroyArgs.error)
+SCHEDULE_CONTEXT, SCHEDULE_TASK = _word(xla.ScheduleArgs.ctx), _word(xla.ScheduleArgs.task)
+SCHEDULE_DATA, SCHEDULE_END = _word(xla.ScheduleArgs.data), xla.end(xla.ScheduleArgs.data)
+
+# The words of the longest struct that is passed to XLA.
+PASSED_WORDS = -(-max(CREATE_END, DESTROY_END, SCHEDULE_END) // 8)
 
 _TABLE = "groupnorm_table"
 _LINUX = sys.platform == "linux"
@@ -54,6 +88,21 @@ def _store(typing_context, address, value):
         return context.get_dummy_value()
 
     return types.none(types.int64, types.int64), code
+
+
+@intrinsic
+def _passed(typing_context):
+    """Return the address of `PASSED_WORDS` zeros on the stack, which cannot fail as calloc can.
+
+    They last until the function that asks for them returns.
+    """
+
+    def code(context, builder, signature, arguments):
+        words = cgutils.alloca_once(builder, ir.ArrayType(ir.IntType(64), PASSED_WORDS))
+        cgutils.memset(builder, words, ir.IntType(64)(8 * PASSED_WORDS), 0)
+        return builder.ptrtoint(words, ir.IntType(64))
+
+    return types.int64(), code
 
 
 @intrinsic
@@ -98,6 +147,9 @@ _no_kernel = _address_of_text(
     "groupnorm: this program was compiled by another process, and its kernels are not loaded here: "
     "trace it here once"
 )
+_other_structs = _address_of_text(
+    "groupnorm: XLA's call frame is not of the version that the handler was written for"
+)
 
 
 @intrinsic
@@ -121,15 +173,18 @@ _advise = types.ExternalFunction("madvise", types.int32(types.int64, types.int64
 
 
 @jit()
+def _put(struct, index, value):
+    _store(struct + 8 * index, value)
+
+
+@jit()
 def _refuse(interface, text, code):
     """Return an error of XLA's."""
-    arguments = _allocate(4, 8)
-    _store(arguments, 32)
-    _store(arguments + 16, text)
-    _store(arguments + 24, code)
-    error = _call(word(interface, ERROR_CREATE), arguments)
-    _free(arguments)
-    return error
+    arguments = _passed()
+    _put(arguments, 0, CREATE_END)
+    _put(arguments, CREATE_MESSAGE, text)
+    _put(arguments, CREATE_CODE, code)
+    return _call(word(interface, ERROR_CREATE), arguments)
 
 
 @jit()
@@ -141,18 +196,43 @@ def _release(frame):
 @jit()
 def _ask_for_help(interface, context, frame, help_):
     """Have one of XLA's threads come, or do without."""
-    arguments = _allocate(5, 8)
-    _store(arguments, 40)
-    _store(arguments + 16, context)
-    _store(arguments + 24, help_)
-    _store(arguments + 32, frame)
+    arguments = _passed()
+    _put(arguments, 0, SCHEDULE_END)
+    _put(arguments, SCHEDULE_CONTEXT, context)
+    _put(arguments, SCHEDULE_TASK, help_)
+    _put(arguments, SCHEDULE_DATA, frame)
     error = _call(word(interface, SCHEDULE), arguments)
     if error != 0:
-        _store(arguments, 24)
-        _store(arguments + 16, error)
-        _call(word(interface, ERROR_DESTROY), arguments)
+        refused = _passed()
+        _put(refused, 0, DESTROY_END)
+        _put(refused, DESTROY_ERROR, error)
+        _call(word(interface, ERROR_DESTROY), refused)
         _release(frame)
-    _free(arguments)
+
+
+@jit()
+def _metadata(call_frame):
+    """Return where XLA wants to be answered what handler this is, or 0 if this is a call."""
+    extension = word(call_frame, EXTENSION)
+    while extension != 0 and word(extension, EXTENSION_TYPE) & 0xFFFFFFFF != METADATA_TYPE:
+        extension = word(extension, EXTENSION_NEXT)
+    return extension if extension == 0 else word(extension, METADATA)
+
+
+@jit()
+def _is_known(call_frame, interface):
+    """Whether all that is read of a call is there, and where the mirror of the structs has it.
+
+    They may have grown at their ends, but those that others follow in the frame.
+    """
+    return (
+        word(call_frame, FRAME_SIZE) >= FRAME_END
+        and word(call_frame, ARGUMENTS_SIZE) == ARGUMENTS_END
+        and word(call_frame, RESULTS_SIZE) == RESULTS_END
+        and word(call_frame, ATTRIBUTES_SIZE) >= ATTRIBUTES_END
+        and word(interface, API_SIZE) >= API_END
+        and word(interface, VERSION_SIZE) == VERSION_END
+    )
 
 
 @jit()
@@ -201,11 +281,14 @@ def _help(call):
 def _handle(call):
     """Serve a call of XLA's; return 0 or an error."""
     call_frame = address_of(call)
-    extension = word(call_frame, EXTENSION)
-    if extension != 0:  # it asks for the version
-        _store(word(extension, METADATA) + 8 * VERSION, API[0] | API[1] << 32)
+    metadata = _metadata(call_frame)
+    if metadata != 0:  # it asks for the version
+        if word(metadata, METADATA_SIZE) >= METADATA_END:
+            _put(metadata, VERSION, API[0] | API[1] << 32)  # two numbers of 32 bits
         return 0
     interface = word(call_frame, INTERFACE)
+    if not _is_known(call_frame, interface):
+        return _refuse(interface, _other_structs(), FAILED_PRECONDITION)
     template = word(word(call_frame, ATTRIBUTES), 0)
     words = word(template, ARRAY_DATA)
     table = _table_address()

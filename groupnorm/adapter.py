@@ -6,7 +6,6 @@ libraries there are.
 """
 
 import logging
-from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -107,6 +106,8 @@ class Adapter:
     has_autograd: ClassVar[bool] = True
     #: Whether values can be read at no cost, and the computation may depend on them.
     reads_values: ClassVar[bool] = False
+    #: Whether there are arrays whose type says how they lie on several devices.
+    has_sharded_arrays: ClassVar[bool] = False
 
     def __init__(self, xp: Any) -> None:
         self.xp = xp
@@ -225,14 +226,17 @@ class Adapter:
             "alone would be wrong. Use JAX, PyTorch, NumPy or CuPy arrays, or leave axis_name out."
         )
 
-    #: A method, if the library has arrays whose type says how they lie on several devices. It
-    #: returns what computes such an array, a function of `groupnorm.dispatch.compute_local` and its
-    #: arguments, and None for all other arrays.
-    sharded_call: "Callable[[Array], Any] | None" = None
+    def sharded_call(self, x: "Array") -> Any:
+        """Return what computes an array whose type says how it lies on several devices.
+
+        None for all others; else a function of `groupnorm.dispatch.compute_local` and its
+        arguments. Asked only if `has_sharded_arrays`.
+        """
+        return None
 
     def is_sharded(self, x: "Array") -> bool:
         """Whether x's type says that its parts lie on several devices."""
-        return self.sharded_call is not None and self.sharded_call(x) is not None
+        return self.sharded_call(x) is not None
 
     # Parameters, and where they live ----------------------------------------------------------
 

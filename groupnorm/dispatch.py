@@ -181,7 +181,7 @@ def compute(
     ArgumentTypeError, ArgumentValueError
         If the arguments are wrong, or if the implementation asked for cannot compute the call.
     """
-    if adapter.sharded_call is not None:
+    if adapter.has_sharded_arrays:
         over_shards = adapter.sharded_call(x)
         if over_shards is not None:
             return over_shards(compute_local, adapter, x, scale, bias, mask, options)

@@ -27,6 +27,7 @@ class TorchAdapter(Adapter):
     label = "PyTorch"
     array_name = "PyTorch tensors"
     name = "torch"
+    has_sharded_arrays = True
 
     def is_array(self, x: object) -> bool:
         """Whether x is a tensor."""

@@ -63,7 +63,7 @@ class TorchGroupNorm(GroupNorm, torch.nn.Module):
     def scale(self) -> Any:
         """The weight, in the shape of the feature axes."""
         weight, shape = self.weight, self._config.options.feature_shape
-        return weight if weight is None or len(shape) == 1 else weight.view(shape)
+        return weight if weight is None or shape is None or len(shape) == 1 else weight.view(shape)
 
     def reset_parameters(self) -> None:
         """Fill the parameters in place with their initial values, as after `to_empty`."""

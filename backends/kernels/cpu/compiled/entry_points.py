@@ -6,6 +6,7 @@ One is compiled for each `Variant` that is called for, and kept on disk for late
 
 import ast
 import hashlib
+import sys
 from pathlib import Path
 
 import numba
@@ -15,7 +16,6 @@ from numba.core import cgutils
 from numba.core.caching import FunctionCache
 from numba.extending import intrinsic, models, overload, register_model
 
-import groupnorm
 from groupnorm.backends.kernels.cpu import call_frame as frames
 from groupnorm.backends.kernels.cpu.compiled.channels_first import (
     channels_first_backward,
@@ -35,7 +35,7 @@ _ELEMENTS = {"float32": types.float32, "float16": types.uint16, "bfloat16": type
 def _file(module: str) -> Path | None:
     """Return the file of a module of groupnorm, if there is a module of this name."""
     _, *parts = module.split(".")
-    path = Path(groupnorm.__file__).resolve().parent.joinpath(*parts)
+    path = Path(str(sys.modules["groupnorm"].__file__)).resolve().parent.joinpath(*parts)
     files = (path.with_name(f"{path.name}.py"), path / "__init__.py")
     return next((file.resolve() for file in files if parts and file.is_file()), None)
 

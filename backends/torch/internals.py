@@ -8,6 +8,7 @@ version that is pinned.
 
 import importlib
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -53,11 +54,13 @@ _modes: Callable[[], int] = _found(PRIVATE_NAMES[2]) or _always
 _tracing_state: Callable[[], Any] = _found(PRIVATE_NAMES[3]) or _always
 # The module, since its level changes.
 _forward_ad: Any = importlib.import_module("torch.autograd.forward_ad")
+if _found(PRIVATE_NAMES[4]) is None:
+    _forward_ad = SimpleNamespace(_current_level=0)
 
 
 def in_forward_mode() -> bool:
     """Whether forward-mode differentiation is active; torch.compile guards on it."""
-    return getattr(_forward_ad, "_current_level", 0) >= 0
+    return bool(_forward_ad._current_level >= 0)
 
 
 def is_transformed() -> bool:
@@ -72,11 +75,7 @@ def has_modes() -> bool:
 
 def is_seen_through() -> bool:
     """Whether a tracer, forward mode or a dispatch mode has to see the individual operations."""
-    return (
-        getattr(_forward_ad, "_current_level", 0) >= 0
-        or _modes() > 0
-        or _tracing_state() is not None
-    )
+    return _forward_ad._current_level >= 0 or _modes() > 0 or _tracing_state() is not None
 
 
 def apply_without_transforms(function: Any) -> Any:

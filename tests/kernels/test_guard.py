@@ -50,7 +50,7 @@ def test_kernels_that_cannot_be_loaded(error, rng, caplog):
     assert "_renamed" in record.getMessage()
     assert "portable" in record.getMessage()
     assert implementations_on(adapter, "cpu") == ("portable",)
-    with pytest.raises(ArgumentValueError, match="cannot compute this call: .*_renamed"):
+    with pytest.raises(ArgumentValueError, match=r"cannot compute this call: .*_renamed"):
         compute(adapter, x, None, None, None, validate(**OPTIONS, implementation="fused"))
 
 

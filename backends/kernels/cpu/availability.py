@@ -25,6 +25,8 @@ def why_unavailable(float16: bool) -> Unsupported | None:
             f"the kernels for CPUs need numba, which cannot be imported ({error}); "
             'pip install "groupnorm[cpu]" brings it'
         )
+    except AttributeError as error:  # a name of numba or llvmlite that is not public
+        return Unsupported(f"the kernels for CPUs do not work with this version of numba ({error})")
     except RuntimeError as error:  # numba finds nowhere to keep what it compiles
         return Unsupported(
             f"numba cannot compile the kernels for CPUs here ({error}); where that is for want of "

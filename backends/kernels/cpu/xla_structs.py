@@ -14,6 +14,7 @@ that they have the sizes they have here.
 """
 
 import ctypes
+from typing import Any
 
 __all__ = [
     "API",
@@ -43,25 +44,26 @@ XLA_FFI_Extension_Metadata = 1
 XLA_FFI_Error_Code_RESOURCE_EXHAUSTED = 8
 XLA_FFI_Error_Code_FAILED_PRECONDITION = 9
 
-STRUCTS = []
+STRUCTS: list[type[ctypes.Structure]] = []
 
 _SIZE, _INT64, _POINTER, _ENUM = ctypes.c_size_t, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
 
 
-def _struct(name, **fields):
+def _struct(name: str, **fields: Any) -> Any:
     made = type(f"XLA_FFI_{name}", (ctypes.Structure,), {"_fields_": list(fields.items())})
     STRUCTS.append(made)
     return made
 
 
-def _passed(name, **fields):
+def _passed(name: str, **fields: Any) -> Any:
     """Return a struct as those are that functions take: with its size, so that it can grow."""
     return _struct(name, struct_size=_SIZE, extension_start=_POINTER, **fields)
 
 
-def end(field):
+def end(field: Any) -> int:
     """Return the size of a struct up to and with a field, which the header calls its size."""
-    return field.offset + field.size
+    size: int = field.offset + field.size
+    return size
 
 
 ExtensionBase = _struct("Extension_Base", struct_size=_SIZE, type=_ENUM, next=_POINTER)

@@ -8,7 +8,8 @@ import numpy as np
 from jax import lax
 
 from groupnorm.adapter import Adapter, Kernels, Planning, as_native_contiguous
-from groupnorm.backends.jax.sharding import explicit_axes, over_shards
+from groupnorm.backends.jax.internals import explicit_axes
+from groupnorm.backends.jax.sharding import over_shards
 from groupnorm.distributed.replicas import Replicas
 from groupnorm.errors import ArgumentValueError, AxisNameError
 
@@ -73,7 +74,7 @@ class JaxAdapter(Adapter):
         if (
             like is None
             and name in ("float64", "complex128")
-            and not jax.config.read("jax_enable_x64")
+            and jax.dtypes.canonicalize_dtype(name) != name
         ):
             raise ArgumentValueError(
                 f"parameters of dtype {name} cannot be held by JAX as it is set up: it would round "
@@ -105,7 +106,7 @@ class JaxAdapter(Adapter):
 
     def load_kernels(self) -> Kernels:
         """Return the jitted calls of the kernels."""
-        from groupnorm.backends.jax.fused import JaxKernels
+        from groupnorm.backends.jax.kernels import JaxKernels
 
         return JaxKernels(self)
 

@@ -1,15 +1,14 @@
-"""JAX programs for NVIDIA GPUs: the kernels as calls that XLA launches, from PTX or by jax-triton.
+"""The kernels for NVIDIA GPUs, as calls that XLA launches: from PTX, or by jax-triton.
 
-XLA's own call for PTX is not public, so a first small program is computed by it and looked at.
-Where that fails, jax-triton launches the kernels if it can be imported, and else nothing does: then
-the portable code computes. XLA moves less memory for it, forward and backward, than for the passes
-that are made for CPUs, or for a backward pass written by hand.
+XLA's own call for PTX is not public, so it is tried out first with a small program. If that fails,
+jax-triton launches the kernels if it can be imported. Without either, the portable implementation
+is used as it is: on GPUs XLA moves less memory for it, forward and backward, than for a backward
+pass written by hand.
 """
 
 import importlib
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -18,14 +17,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from groupnorm.adapter import Unsupported
-from groupnorm.backends.jax.xla_passes import Spec
+from groupnorm.backends.jax.internals import mlir
+from groupnorm.backends.jax.primitives import (
+    Spec,
+    normalize_p,
+    pull_back_p,
+    register_lowering,
+    saved_shape,
+)
 from groupnorm.backends.kernels.gpu import program as gpu
 from groupnorm.backends.kernels.gpu.build import POINTERS, build, kernel_of
 from groupnorm.backends.kernels.gpu.build import why_unavailable as why_no_triton
 from groupnorm.backends.kernels.gpu.probe import probe_case, why_too_old
-from groupnorm.backends.kernels.grouped_shape import GroupedShape
 
-__all__ = ["missing", "normalize", "pull_back"]
+__all__ = ["chosen_launcher", "compute_capability", "normalize", "pull_back", "why_unavailable"]
 
 _TARGET = "__gpu$xla.gpu.ptx"
 # XLA wants a result behind every pointer that it passes.
@@ -34,60 +39,54 @@ _NOTHING = jax.ShapeDtypeStruct((16,), np.uint8)
 _log = logging.getLogger("groupnorm")
 
 
-def missing() -> Unsupported | None:
-    """Say what the kernels lack on this machine, if anything."""
+def why_unavailable() -> Unsupported | None:
+    """Return why there are no kernels on this machine, or None; a first kernel is tried out."""
     why = why_no_triton()
     if why is not None:
         return why
-    found = _launcher()
+    found = chosen_launcher()
     return found if isinstance(found, Unsupported) else None
 
 
 # The computation ----------------------------------------------------------------------------------
 
 
-def normalize(spec: Spec, saved: Any, x: Any, scale: Any, bias: Any, *mask: Any) -> Any:
-    """Return y and what `pull_back` needs, of the shape and dtype of `saved`."""
+def normalize(x: Any, scale: Any, bias: Any, *mask: Any, spec: Spec) -> Any:
+    """Return y, and the statistics that `pull_back` needs."""
+    saved = jax.ShapeDtypeStruct(saved_shape(spec), np.dtype(np.uint32))
     arrays = {"x": x, "scale": scale, "bias": bias, "mask": mask[0] if mask else None}
-    results = {"y": jax.ShapeDtypeStruct(x.shape, spec.result), "statistics": saved}
-    _run(gpu.forward(_grouped(spec, x), _asked(spec, mask)), arrays, results)
+    results = {"y": jax.ShapeDtypeStruct(x.shape, spec.result_dtype), "statistics": saved}
+    _run(gpu.forward(spec.shape, _options(spec, mask)), arrays, results)
     return arrays["y"], arrays["statistics"]
 
 
 def pull_back(
-    spec: Spec, batches: int, dy: Any, x: Any, scale: Any, bias: Any, *rest: Any
+    dy: Any, x: Any, scale: Any, bias: Any, *rest: Any, spec: Spec, batches: int
 ) -> tuple[Any, Any, Any]:
     """Return the gradients of x, and of scale and bias for each of the batches."""
     mask, saved = rest[:-1], rest[-1]
     arrays = {"dy": dy, "x": x, "scale": scale, "bias": bias, "mask": mask[0] if mask else None}
     arrays["statistics"] = saved
-    parameter = jax.ShapeDtypeStruct((batches, spec.channels), np.dtype(np.float32))
+    parameter = jax.ShapeDtypeStruct((batches, spec.shape.channels), np.dtype(np.float32))
     results = {"dx": jax.ShapeDtypeStruct(x.shape, x.dtype), "dscale": parameter}
     results["dbias"] = parameter
-    _run(gpu.backward(_grouped(spec, x), _asked(spec, mask), batches), arrays, results)
+    _run(gpu.backward(spec.shape, _options(spec, mask), batches), arrays, results)
     return arrays["dx"], arrays["dscale"], arrays["dbias"]
 
 
-def _grouped(spec: Spec, x: Any) -> GroupedShape:
-    return GroupedShape(
-        spec.samples, spec.groups, spec.members, spec.positions, spec.channels_first,
-        x.dtype.itemsize,
-    )  # fmt: skip
-
-
-def _asked(spec: Spec, mask: Any) -> gpu.KernelOptions:
+def _options(spec: Spec, mask: Any) -> gpu.KernelOptions:
     kind = None
     if mask:
         kind = "one" if mask[0].shape[0] == 1 else "each"
     # Without waves: XLA allocates each result for the one call that writes it.
-    return gpu.KernelOptions(spec.epsilon, spec.activation, kind, True, True)
+    return gpu.KernelOptions(spec.options.epsilon, spec.options.activation, kind, True, True)
 
 
 def _run(program: gpu.LaunchSequence, arrays: dict[str, Any], results: dict[str, Any]) -> None:
-    """Emit the steps' calls, and put what they write into the arrays."""
+    """Emit the calls of the steps, and put the arrays they write into `arrays`."""
     for name, elements in program.shared:
         results[name] = jax.ShapeDtypeStruct((elements,), np.dtype(np.float32))
-    launch: Any = _launcher()
+    launch: Any = chosen_launcher()
     for step in program.launches:
         read, written = step.arrays[: -step.written], step.arrays[-step.written :]
         # A pointer that is not used must be one all the same.
@@ -103,7 +102,7 @@ Launcher = Callable[[gpu.Launch, list[Any], list[Any]], Any]
 
 def _by_ptx(step: gpu.Launch, operands: list[Any], results: list[Any]) -> Any:
     dtypes = tuple(_name(a.dtype) for a in (*operands, *results))
-    built, _ = build(step, dtypes, (True,) * len(dtypes), _capability(), True)
+    built, _ = build(step, dtypes, (True,) * len(dtypes), compute_capability(), True)
     x, y, z = (*step.grid, 1, 1)[:3]
     call = jax.ffi.ffi_call(_TARGET, [*results, *(_NOTHING,) * built.scratch])
     found = call(
@@ -117,30 +116,30 @@ def _by_ptx(step: gpu.Launch, operands: list[Any], results: list[Any]) -> Any:
 
 def _by_jax_triton(step: gpu.Launch, operands: list[Any], results: list[Any]) -> Any:
     jax_triton: Any = importlib.import_module("jax_triton")
-    # It has no name for bytes that are not numbers of its own, and what is saved is of them.
+    # jax-triton has no uint32 pointers, which the saved statistics are.
     shown = [jax.ShapeDtypeStruct(r.shape, _plain(r.dtype)) for r in results]
     found = jax_triton.triton_call(
         *(a.view(_plain(a.dtype)) for a in operands), kernel=kernel_of(step.module, step.kernel),
         out_shape=shown, grid=step.grid, num_warps=step.warps,
-        compute_capability=_capability(), **dict(step.scalars),
+        compute_capability=compute_capability(), **dict(step.scalars),
         **dict(step.constants),
     )  # fmt: skip
     return [a.view(r.dtype) for a, r in zip(found, results, strict=True)]
 
 
 def _name(dtype: Any) -> str:
-    """Return what kernels see of a dtype."""
+    """Return the name of a dtype as kernels see it."""
     name: str = jnp.dtype(dtype).name
     return name if name in POINTERS else str(_plain(dtype).name)
 
 
 def _plain(dtype: Any) -> Any:
-    """Return the dtype as kernels see it: bool as bytes, what is saved as float32."""
+    """Return the dtype as kernels see it: bool as bytes, saved statistics as float32."""
     seen = {"bool": np.uint8, "uint32": np.float32}.get(jnp.dtype(dtype).name)
     return jnp.dtype(dtype if seen is None else seen)
 
 
-def _capability() -> int:
+def compute_capability() -> int:
     """Return the compute capability of the GPU that programs are compiled for, such as 90."""
     found = str(getattr(jax.local_devices()[0], "compute_capability", ""))
     number = found.replace(".", "")
@@ -148,11 +147,11 @@ def _capability() -> int:
 
 
 @lru_cache(maxsize=1)
-def _launcher() -> Launcher | Unsupported:
-    """Return what launches kernels here: the first that computes the right numbers."""
+def chosen_launcher() -> Launcher | Unsupported:
+    """Return the function that launches kernels here: the first that computes correctly."""
     if jax.default_backend() != "gpu":
         return Unsupported("these kernels are for GPUs, and JAX's default device is none")
-    why = why_too_old(_capability())
+    why = why_too_old(compute_capability())
     if why is not None:
         return why
     failures = []
@@ -169,7 +168,7 @@ def _launcher() -> Launcher | Unsupported:
 
 
 def _try(launcher: Launcher) -> None:
-    """Compute a small array, and look at the result; also while something else is traced."""
+    """Compute a small array and check the result; also while something else is traced."""
     x, program, passed = probe_case()
 
     def function(x: Any) -> Any:
@@ -187,13 +186,12 @@ def _try(launcher: Launcher) -> None:
         raise ArithmeticError("a first kernel computed something else")
 
 
-@contextmanager
-def launching(launcher: Launcher, capability: int) -> Iterator[None]:
-    """Emit calls for a GPU that need not be here: what tests compile without one."""
-    names = ("_launcher", "_capability")
-    before = [globals()[name] for name in names]
-    globals().update(_launcher=lambda: launcher, _capability=lambda: capability)
-    try:
-        yield
-    finally:
-        globals().update(zip(names, before, strict=True))
+# Lowerings ----------------------------------------------------------------------------------------
+
+for _primitive, _function in ((normalize_p, normalize), (pull_back_p, pull_back)):
+    register_lowering(
+        _primitive,
+        "cuda",
+        mlir.lower_fun(_function, multiple_results=True),
+        lambda _: why_unavailable(),
+    )

@@ -310,7 +310,7 @@ KEPT = []  # XLA keeps their addresses
 @pytest.fixture
 def declare(jax, monkeypatch):
     """Have another handler registered, under a name of its own, that declares this version."""
-    kernels = importlib.import_module("groupnorm.backends.jax.primitives")
+    kernels = importlib.import_module("groupnorm.backends.jax.cpu")
     structs = importlib.import_module("groupnorm.backends.kernels.cpu.xla_structs")
     xla = importlib.import_module("groupnorm.backends.kernels.cpu.compiled.xla_handler")
 
@@ -323,7 +323,7 @@ def declare(jax, monkeypatch):
 
     yield declare
     monkeypatch.undo()
-    importlib.import_module("groupnorm.backends.jax.primitives")._interface.cache_clear()
+    importlib.import_module("groupnorm.backends.jax.cpu")._interface.cache_clear()
 
 
 @pytest.mark.parametrize("version", [(0, 0), (0, 99), (1, 0)], ids=["old", "new", "other"])
@@ -332,9 +332,9 @@ def test_a_version_that_xla_refuses_is_a_reason(jax, declare, version, rng, capl
     want = group_norm(x, scale, bias, **keywords)
     kernels = declare(*version)
     for _ in range(2):
-        why = kernels.unavailable("float32", "float32", "float32")
+        why = kernels.why_unavailable(float16=False)
         assert isinstance(why, Unsupported)
-        assert kernels.missing() == why
+        assert kernels._interface() == why
     assert "version 0.3 of its foreign function interface" in why.reason  # which the real one has
     assert f"API version ({version[0]}.{version[1]})" in why.reason  # as XLA has it
     told = [record for record in caplog.records if record.name == "groupnorm"]
@@ -352,14 +352,14 @@ def test_a_version_that_xla_refuses_is_a_reason(jax, declare, version, rng, capl
 @pytest.mark.parametrize("version", [(0, 3)])
 def test_a_version_that_xla_supports(declare, version):
     kernels = declare(*version)
-    assert kernels.missing() is None
+    assert kernels._interface() is None
 
 
 REFUSED = """
 import logging
 import sys
 import jax
-from groupnorm.backends.jax import primitives as jax_kernels
+from groupnorm.backends.jax import cpu as jax_kernels
 from groupnorm.backends.kernels.cpu import xla_structs
 from groupnorm.backends.kernels.cpu.compiled import xla_handler
 from tests.jax.test_cpu_kernels import Declaring

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import jax as jax_itself
 import numpy as np
@@ -49,6 +50,13 @@ def jax_gpu(jax):
     return importlib.import_module("groupnorm.backends.jax.gpu")
 
 
+def launching(jax_gpu, launcher):
+    """Emit calls for a GPU that need not be here."""
+    return mock.patch.multiple(
+        jax_gpu, chosen_launcher=lambda: launcher, compute_capability=lambda: 90
+    )
+
+
 def forward(*arrays):
     return group_norm(*arrays, **KEYWORDS)
 
@@ -80,7 +88,7 @@ def test_lowered_to_calls_of_ptx(jax, jax_gpu, name):
         y, pull = jax.vjp(forward, *arrays)
         return y, pull(dy)
 
-    with jax_gpu.launching(jax_gpu._by_ptx, 90):
+    with launching(jax_gpu, jax_gpu._by_ptx):
         text = lowered(jax, forward, *arrays)
         dy = jax.ShapeDtypeStruct(arrays[0].shape, np.float32)
         text_of_both = lowered(jax, both, dy, *arrays)
@@ -95,12 +103,12 @@ def test_lowered_to_calls_of_ptx(jax, jax_gpu, name):
 
 def test_exported_programs_hold_no_kernel(jax, jax_gpu):
     arrays = [jax.ShapeDtypeStruct((2, 30, 32), np.float32)]
-    with jax_gpu.launching(jax_gpu._by_ptx, 90):
+    with launching(jax_gpu, jax_gpu._by_ptx):
         exported = jax.export.export(jax.jit(forward), platforms=["cuda", "cpu"])(*arrays)
     assert PTX not in exported.mlir_module()
 
 
-def test_without_a_launcher_programs_for_gpus_are_of_passes(jax, jax_gpu):
+def test_without_a_launcher_programs_for_gpus_are_portable(jax, jax_gpu):
     """As where the default is the CPU and a program is lowered for a GPU all the same."""
     text = lowered(jax, forward, *drawn(jax, "one kernel"))
     assert PTX not in text
@@ -108,10 +116,10 @@ def test_without_a_launcher_programs_for_gpus_are_of_passes(jax, jax_gpu):
 
 def test_what_fails_is_told(jax, jax_gpu, monkeypatch, caplog):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax_gpu, "_capability", lambda: 90)
-    jax_gpu._launcher.cache_clear()
-    found = jax_gpu._launcher()  # there is no GPU: XLA refuses
-    jax_gpu._launcher.cache_clear()
+    monkeypatch.setattr(jax_gpu, "compute_capability", lambda: 90)
+    jax_gpu.chosen_launcher.cache_clear()
+    found = jax_gpu.chosen_launcher()  # there is no GPU: XLA refuses
+    jax_gpu.chosen_launcher.cache_clear()
     if Backend.JAX_GPU.gpu_present():
         pytest.skip("there is a GPU: nothing fails")
     assert isinstance(found, Unsupported)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -361,8 +362,10 @@ def jax_by_callback():
 
         return jax.pure_callback(host, results, *operands)
 
-    with jax_gpu.launching(launch, 90):
-        yield importlib.import_module("groupnorm.backends.jax.primitives")
+    with mock.patch.multiple(
+        jax_gpu, chosen_launcher=lambda: launch, compute_capability=lambda: 90
+    ):
+        yield jax_gpu
 
 
 @pytest.mark.needs("jax")
@@ -372,20 +375,20 @@ def test_calls_of_jax(plan, jax_by_callback, name, masked, rng):
     jax = importlib.import_module("jax")
     if jax.device_count() > 1:
         pytest.skip("with several devices the portable code computes; --jax-devices 1 leaves one")
-    jax_fused = importlib.import_module("groupnorm.backends.jax.fused")
+    jax_kernels = importlib.import_module("groupnorm.backends.jax.kernels")
     x, dy, scale, bias, valid, keywords = drawn(name, rng)
     shape, axis, _ = SHAPES[name]
     mask = valid if masked else None
     given = [jax.numpy.asarray(a) for a in (x, scale, bias)]
-    spec, arrays = jax_fused._call(adapter_named("jax"), *given, mask, options(keywords))
-    work = [a for a in jax_fused._to_work(spec, *arrays) if a is not None]
+    spec, arrays = jax_kernels._bind(adapter_named("jax"), *given, mask, options(keywords))
+    work = [a for a in jax_kernels._work_arrays(spec, *arrays) if a is not None]
 
-    y, saved = jax.jit(lambda *a: jax_by_callback._normalize_on_gpu(*a, spec=spec))(*work)
+    y, saved = jax.jit(lambda *a: jax_by_callback.normalize(*a, spec=spec))(*work)
     want = oracle.group_norm(x, scale, bias, mask=mask, **keywords)
     assert_close(np.asarray(y).reshape(shape), want, tolerance=CONTRACT)
 
     def pull(dy, *arguments):
-        return jax_by_callback._pull_back_on_gpu(dy, *arguments, spec=spec, batches=shape[0])
+        return jax_by_callback.pull_back(dy, *arguments, spec=spec, batches=shape[0])
 
     dx, dscale, dbias = jax.jit(pull)(dy.reshape(work[0].shape), *work, saved)
     want = oracle.group_norm_gradients(x, dy, scale, bias, mask=mask, **keywords)

@@ -6,6 +6,7 @@ The argument names the launcher. Needs JAX's plugin for CUDA on the path, and no
 import json
 import re
 import sys
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,9 @@ def main() -> None:
     sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
     launcher = {"ptx": jax_gpu._by_ptx, "jax-triton": jax_gpu._by_jax_triton}[sys.argv[1]]
     found = {}
-    with jax_gpu.launching(launcher, 90):
+    with mock.patch.multiple(
+        jax_gpu, chosen_launcher=lambda: launcher, compute_capability=lambda: 90
+    ):
         for name, shape in SHAPES.items():
             x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
             parameter = jax.ShapeDtypeStruct(shape[-1:], jnp.float32)

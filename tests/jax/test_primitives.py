@@ -1,9 +1,8 @@
-"""JAX on a CPU in the passes made for XLA: values, derivatives of every kind, what is kept."""
+"""JAX on a CPU by the primitives, lowered to kernels or portably: values, derivatives, memory."""
 
 from __future__ import annotations
 
 import importlib
-import math
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from groupnorm import group_norm, group_norm_vjp
 from groupnorm.adapter import Unsupported
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
 from tests import oracle
-from tests.rows import (
+from tests.backends import (
     CONTRACT,
     CONTRACT_64,
     GRADIENT,
@@ -37,44 +36,54 @@ SHAPES = {
 }
 
 
-@pytest.fixture(params=["kernels", "passes"])
-def way(request):
-    """What computes: the kernels, or the passes where there is no numba."""
+@pytest.fixture(params=["kernels", "portable"])
+def lowered_to(request):
+    """What the primitives are lowered to: kernels, or the portable code where there is no numba."""
     return request.param
 
 
-# What a call of the form under test asks for.
-ASKED = {"implementation": "fused"}
+# The keyword that makes a call use the primitives, or fail.
+IMPLEMENTATION = {"implementation": "fused"}
 
 
-def serving(call):
-    """Let calls that ask for nothing fail where they are not served."""
+def must_bind(bind, adapter):
+    """Let calls fail that ask for no implementation and do not use the primitives.
 
-    def checked(adapter, x, scale, bias, mask, options):
-        found = call(adapter, x, scale, bias, mask, options)
+    An adapter for these calls alone tells their lowerings apart, in JAX's caches, from kernels.
+    """
+
+    def checked(_, x, scale, bias, mask, options):
+        found = bind(adapter, x, scale, bias, mask, options)
         if isinstance(found, Unsupported) and options.implementation is None:
-            raise AssertionError(f"not served: {found.reason}")
+            raise AssertionError(f"not supported: {found.reason}")
         return found
 
     return checked
 
 
+@pytest.fixture(scope="session")
+def another_adapter():
+    """An adapter of JAX that no other test uses."""
+    module = importlib.import_module("groupnorm.backends.jax.adapter")
+    return module.JaxAdapter(importlib.import_module("jax.numpy"))
+
+
 @pytest.fixture
-def jax(way, monkeypatch):
+def jax(lowered_to, monkeypatch, another_adapter):
     """As in a process with one device; conftest asks for four, and everything lies on the first."""
     module = importlib.import_module("jax")
     if module.default_backend() != "cpu":
         pytest.skip("this form is for the CPU backend")
     monkeypatch.setattr(module, "device_count", lambda: 1)
-    if way == "passes":
-        kernels = importlib.import_module("groupnorm.backends.jax.primitives")
-        monkeypatch.setattr(kernels, "why_unavailable", lambda *_: Unsupported("not now"))
-        # They have no name: what is not asked for must be computed by them, or fail.
-        monkeypatch.setitem(ASKED, "implementation", None)
-        forms = importlib.import_module("groupnorm.backends.jax.fused")
-        monkeypatch.setattr(forms, "_call", serving(forms._call))
-    else:
+    if lowered_to == "kernels":
         pytest.importorskip("numba", reason="kernels need numba")
+        return module
+    availability = importlib.import_module("groupnorm.backends.kernels.cpu.availability")
+    monkeypatch.setattr(availability, "unavailable", lambda _: Unsupported("not now"))
+    # There is no implementation of this name.
+    monkeypatch.setitem(IMPLEMENTATION, "implementation", None)
+    kernels = importlib.import_module("groupnorm.backends.jax.kernels")
+    monkeypatch.setattr(kernels, "_bind", must_bind(kernels._bind, another_adapter))
     return module
 
 
@@ -97,10 +106,10 @@ def draw(name, rng, offset=0.0, masked=False):
 
 def form(*implementation, **keywords):
     """Return the call as a function of x, scale and bias."""
-    (asked,) = implementation or ASKED.values()
+    (name,) = implementation or IMPLEMENTATION.values()
 
     def call(x, scale, bias):
-        return group_norm(x, scale, bias, implementation=asked, **keywords)
+        return group_norm(x, scale, bias, implementation=name, **keywords)
 
     return call
 
@@ -147,7 +156,7 @@ def test_the_accuracy_contract(jax, kind, layout, fast, rng):
     axis = -1 if layout == "last" else 1
     x = np.moveaxis(x, -1, axis).astype(np.float32)
     keywords = {"num_groups": 4, "feature_axis": axis}
-    y = group_norm(jax.numpy.asarray(x), **ASKED, use_fast_variance=fast, **keywords)
+    y = group_norm(jax.numpy.asarray(x), **IMPLEMENTATION, use_fast_variance=fast, **keywords)
     assert_close(y, oracle.group_norm(x, **keywords), tolerance=CONTRACT)
 
 
@@ -203,7 +212,7 @@ def test_what_is_masked_out_does_not_matter(jax, name, padding, rng):
         assert_gradient(np.asarray(got), np.asarray(want, np.float64), rtol=GRADIENT)
 
 
-@pytest.mark.parametrize("way", ["passes"])  # in float64, which kernels do not compute
+@pytest.mark.parametrize("lowered_to", ["portable"])  # in float64, which kernels do not compute
 @pytest.mark.parametrize(
     ("layout", "activation", "masked"),
     [
@@ -220,7 +229,7 @@ def test_derivatives_agree_with_the_portable_code(jax, layout, activation, maske
         given = [jax.numpy.asarray(a, "float64") for a in (x, scale, bias)]
         tangents = [jax.numpy.asarray(rng.normal(size=a.shape)) for a in given]
         found = []
-        for implementation in (ASKED["implementation"], "portable"):
+        for implementation in (IMPLEMENTATION["implementation"], "portable"):
             call = form(implementation, activation=activation, epsilon=1e-3, **keywords)
 
             def gradient(*arguments, call=call):
@@ -239,7 +248,7 @@ def test_derivatives_agree_with_the_portable_code(jax, layout, activation, maske
             assert float(abs(got - want).max()) <= 20 * CONTRACT_64 * largest
 
 
-@pytest.mark.parametrize("way", ["passes"])  # in float64, which kernels do not compute
+@pytest.mark.parametrize("lowered_to", ["portable"])  # in float64, which kernels do not compute
 def test_jvp_by_differences(jax, rng):
     with jax.enable_x64(True):
         x, _, scale, bias, keywords = draw("last", rng)
@@ -257,7 +266,7 @@ def test_jvp_by_differences(jax, rng):
         np.testing.assert_allclose(np.asarray(got), (ahead - behind) / (2 * h), atol=1e-7)
 
 
-@pytest.mark.parametrize("way", ["passes"])  # in float64, which kernels do not compute
+@pytest.mark.parametrize("lowered_to", ["portable"])  # in float64, which kernels do not compute
 def test_hessian(jax, rng):
     with jax.enable_x64(True):
         x = jax.numpy.asarray(rng.normal(size=(1, 17, 2)))
@@ -268,7 +277,7 @@ def test_hessian(jax, rng):
                     group_norm(x, num_groups=1, epsilon=1e-3, implementation=name) * weights
                 ).sum()
             )(x)
-            for name in (ASKED["implementation"], "portable")
+            for name in (IMPLEMENTATION["implementation"], "portable")
         )
         np.testing.assert_allclose(fused, portable, atol=1e-11)
 
@@ -333,20 +342,20 @@ def test_no_choice_takes_this_form_and_portable_does_not(jax, rng):
     x, _, scale, bias, keywords = draw("last", rng)
     programs = {
         name: str(jax.make_jaxpr(form(name, **keywords))(x, scale, bias))
-        for name in (None, ASKED["implementation"], "portable")
+        for name in (None, IMPLEMENTATION["implementation"], "portable")
     }
-    assert programs[None] == programs[ASKED["implementation"]] != programs["portable"]
+    assert programs[None] == programs[IMPLEMENTATION["implementation"]] != programs["portable"]
 
 
 def test_group_norm_vjp(jax, rng):
     x, dy, scale, bias, keywords = draw("first", rng)
     given = [jax.numpy.asarray(a) for a in (x, scale, bias)]
-    y, pullback = group_norm_vjp(*given, **ASKED, **keywords)
+    y, pullback = group_norm_vjp(*given, **IMPLEMENTATION, **keywords)
     np.testing.assert_array_equal(y, form(**keywords)(*given))
     want = oracle.group_norm_gradients(x, dy, scale, bias, **keywords)
     for got, reference in zip(pullback(jax.numpy.asarray(dy)), want, strict=True):
         assert_gradient(np.asarray(got), reference, rtol=GRADIENT)
-    assert group_norm_vjp(given[0], **ASKED, **keywords)[1](given[0]).scale is None
+    assert group_norm_vjp(given[0], **IMPLEMENTATION, **keywords)[1](given[0]).scale is None
     with pytest.raises(ArgumentValueError, match="dy has shape"):
         pullback(given[0][:1])
     with pytest.raises(ArgumentTypeError, match="dy"):
@@ -361,24 +370,21 @@ def test_group_norm_vjp(jax, rng):
         ((0, 20, 4), "float32", {}, "nothing to compute"),
         ((2, 20, 4), "float32", {"mask": np.ones(4, bool)}, "tells channels apart"),
         ((2, 20, 4, 5), "float32", {"feature_axis": 2}, "order is KPCP"),
-        ((2, 3, 4), "float32", {}, "3 positions are too few"),
     ],
 )
-def test_what_is_not_served_says_why(jax, way, shape, dtype, keywords, reason):
-    if way == "kernels" and "too few" in reason:
-        pytest.skip("no number of positions is too few for kernels")
+def test_what_is_not_served_says_why(jax, lowered_to, shape, dtype, keywords, reason):
     x = jax.numpy.ones(shape, dtype)
     keywords = {"num_groups": 2, **keywords}
     message = f"implementation='fused' cannot compute this call: .*{reason}.*implementation=None"
     with pytest.raises(ArgumentValueError, match=message):
         group_norm(x, implementation="fused", **keywords)
-    if way == "kernels":  # elsewhere this file lets such calls fail
+    if lowered_to == "kernels":  # elsewhere this file lets such calls fail
         assert group_norm(x, **keywords).shape == x.shape
 
 
-def test_without_kernels_fused_says_why(jax, way):
+def test_without_kernels_fused_says_why(jax, lowered_to):
     x = jax.numpy.ones((2, 20, 4))
-    if way == "kernels":
+    if lowered_to == "kernels":
         assert group_norm(x, num_groups=2, implementation="fused").shape == x.shape
         return
     with pytest.raises(ArgumentValueError, match="cannot compute this call: not now"):
@@ -386,7 +392,7 @@ def test_without_kernels_fused_says_why(jax, way):
 
 
 def test_replicas_and_several_devices_are_not_served(jax, monkeypatch):
-    monkeypatch.setitem(ASKED, "implementation", "fused")
+    monkeypatch.setitem(IMPLEMENTATION, "implementation", "fused")
     x = jax.numpy.ones((2, 20, 4))
     call = form(num_groups=2, axis_name="rows")
     with pytest.raises(ArgumentValueError, match="statistics of replicas are pooled"):
@@ -404,12 +410,4 @@ def test_wrong_arguments_are_named_as_ever(jax):
         ({"num_groups": 3}, "num_groups=3 does not divide"),
     ):
         with pytest.raises(ArgumentValueError, match=word):
-            group_norm(x, **ASKED, **{"num_groups": 2, **keywords})
-
-
-def test_the_blocks_of_sums_multiply_to_the_length():
-    splits = importlib.import_module("groupnorm.backends.jax.xla_passes")._splits
-    for length in (16, 61, 196, 4096, 8000, 1 << 18):
-        assert {math.prod(split) for split in splits(length)} == {length}
-        assert len(set(splits(length))) == len(splits(length))
-    assert splits(4096)[0] == (16, 256)
+            group_norm(x, **IMPLEMENTATION, **{"num_groups": 2, **keywords})

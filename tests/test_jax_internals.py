@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests import oracle
-from tests.backends import CONTRACT, GRADIENT, assert_close, assert_gradient
+from tests.rows import CONTRACT, GRADIENT, assert_close, assert_gradient
 
 pytestmark = pytest.mark.needs("jax")
 

@@ -11,7 +11,7 @@ from groupnorm import group_norm, group_norm_vjp
 from groupnorm.adapter import Unsupported
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
 from tests import oracle
-from tests.backends import (
+from tests.rows import (
     CONTRACT,
     CONTRACT_64,
     GRADIENT,

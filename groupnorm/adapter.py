@@ -149,7 +149,7 @@ class Adapter:
         return None
 
     def materialize(self, *values: "Array") -> "tuple[Array, ...]":
-        """Materialize small arrays, so that a compiler does not recompute them for every element."""
+        """Materialize small arrays, so that compilers do not recompute them for every element."""
         return values
 
     def from_host(self, value: "np.ndarray[Any, Any]", like: "Array | None" = None) -> "Array":

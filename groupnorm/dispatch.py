@@ -237,7 +237,9 @@ def _refuse(
     options: "CallOptions",
 ) -> None:  # fmt: skip
     """Raise the error for a requested implementation that does not support the call."""
-    check(adapter, x, scale, bias, mask, options)  # the error of an invalid argument takes precedence
+    check(
+        adapter, x, scale, bias, mask, options
+    )  # the error of an invalid argument takes precedence
     raise ArgumentValueError(
         f"implementation={options.implementation!r} cannot compute this call: {why.reason}. "
         "Use implementation=None, the fastest available for each call, or 'portable'."

@@ -342,8 +342,8 @@ def make_plan_uncached(
     )
 
 
-# Plans are made once per shape and option set. A compiler that traces Python ignores the cache, with
-# a warning, so callers choose between the two functions.
+# Plans are made once per shape and option set. A compiler that traces Python ignores the cache,
+# with a warning, so callers choose between the two functions.
 make_plan = lru_cache(maxsize=4096)(make_plan_uncached)
 
 

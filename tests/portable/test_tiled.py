@@ -347,7 +347,7 @@ def test_statistics_of_two_libraries(backend):
     x = np.ones((2, 8), np.float32)
     other = group_statistics(backend.asarray(x), num_groups=GROUPS)
     name = {"torch": "PyTorch", "jax": "JAX"}.get(backend.library, backend.library)
-    message = r"statistics\[0\] are of {}.* and statistics\[1\] of {}.*: nothing is moved"
+    message = r"statistics\[0\] are of {}.* and statistics\[1\] of {}.*: arrays are not converted"
     with pytest.raises(Type, match=message.format("NumPy", name)):
         merge_statistics(part(), other)
     with pytest.raises(Type, match=message.format(name, "NumPy")):

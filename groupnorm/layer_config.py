@@ -1,4 +1,4 @@
-"""All a layer is but its parameters, and how a layer shows it."""
+"""A layer's configuration (everything but its parameters), its properties and repr."""
 
 from types import EllipsisType
 from typing import Any, ClassVar, NamedTuple
@@ -10,7 +10,7 @@ __all__ = ["ConfigProperties", "LayerConfig"]
 
 
 class LayerConfig(NamedTuple):
-    """All a layer is but its parameters: hashable, so that equal layers share compiled programs."""
+    """Everything but the parameters; hashable, so that equal layers share compiled programs."""
 
     in_size: "tuple[int | EllipsisType, ...]"
     feature_axis: int | tuple[int, ...]
@@ -25,7 +25,7 @@ class LayerConfig(NamedTuple):
     param_dtype: str
 
     def __deepcopy__(self, memo: Any) -> "LayerConfig":
-        """Share: nothing in here changes, and a process group cannot be copied."""
+        """Return self: it is immutable, and a process group cannot be copied."""
         return self
 
     @property
@@ -35,7 +35,7 @@ class LayerConfig(NamedTuple):
 
     @property
     def as_torch_native(self) -> bool:
-        """Whether this is just what `torch.nn.GroupNorm` computes, for inputs of any rank."""
+        """Whether this is exactly what `torch.nn.GroupNorm` computes, for inputs of any rank."""
         options = self.options
         return (
             options.feature == (1,)
@@ -48,19 +48,19 @@ class LayerConfig(NamedTuple):
 
 
 class ConfigProperties:
-    """Reads a layer's config, one property each."""
+    """The fields of a layer's configuration as read-only properties."""
 
     _adapter_name: ClassVar[BackendName]
     _config: LayerConfig
 
     @property
     def in_size(self) -> "tuple[int | EllipsisType, ...]":
-        """The input's shape without the batch, as given."""
+        """The input's shape without the batch axis, as given."""
         return self._config.in_size
 
     @property
     def out_size(self) -> "tuple[int | EllipsisType, ...]":
-        """The result's shape without the batch: the input's."""
+        """The result's shape without the batch axis, equal to `in_size`."""
         return self._config.in_size
 
     @property
@@ -75,27 +75,27 @@ class ConfigProperties:
 
     @property
     def group_size(self) -> int:
-        """The number of channels in a group."""
+        """The number of channels per group."""
         return self._config.group_size
 
     @property
     def epsilon(self) -> float:
-        """The number added to the variance."""
+        """The constant added to the variance."""
         return self._config.options.epsilon
 
     @property
     def dtype(self) -> str | None:
-        """The name of the result's dtype; None infers it."""
+        """The name of the result's dtype; None if it is inferred."""
         return self._config.options.dtype
 
     @property
     def param_dtype(self) -> str:
-        """The name of the dtype the parameters were made in."""
+        """The name of the dtype the parameters were created with."""
         return self._config.param_dtype
 
     @property
     def param_type(self) -> Any:
-        """What holds a parameter; None is the backend's plainest."""
+        """The parameter type; None is the backend's plain type."""
         return self._config.param_type
 
     @property
@@ -110,7 +110,7 @@ class ConfigProperties:
 
     @property
     def reduction_axes(self) -> tuple[int, ...] | None:
-        """The axes statistics are taken over; None is all but the batch."""
+        """The reduced axes; None is all but the batch axis."""
         return self._config.options.reduction
 
     @property
@@ -125,26 +125,26 @@ class ConfigProperties:
 
     @property
     def use_fast_variance(self) -> bool:
-        """Whether the data is read once for its statistics."""
+        """Whether the statistics are computed in one pass."""
         return self._config.options.fast
 
     @property
     def activation(self) -> str | None:
-        """The name of what is applied to the result."""
+        """The name of the activation applied to the result."""
         return self._config.options.activation
 
     @property
     def implementation(self) -> str | None:
-        """The implementation that was asked for; None is the fastest for each call."""
+        """The requested implementation; None is the fastest for each call."""
         return self._config.options.implementation
 
     @property
     def backend(self) -> BackendName:
-        """The name of the backend the parameters live in."""
+        """The name of the backend."""
         return self._adapter_name
 
     def __repr__(self) -> str:
-        """Show the call that makes such a layer."""
+        """Return the constructor call of an equal layer."""
         return f"GroupNorm({self._describe()}, backend={self._adapter_name!r})"
 
     def _describe(self) -> str:

@@ -1,4 +1,4 @@
-"""The backward pass, by hand, in the same array API terms: for libraries without autograd."""
+"""The explicit backward pass in array API terms, for libraries without autograd."""
 
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,7 +17,7 @@ __all__ = ["WorkGradients", "pull_back"]
 
 
 class WorkGradients(NamedTuple):
-    """Gradients in the work shape; the parameters' are this replica's share, not pooled."""
+    """Gradients in the work shape; those of the parameters are not summed over replicas."""
 
     x: "Array"
     scale: "Array"
@@ -35,7 +35,7 @@ def pull_back(
     replicas: Replicas | None,
     groups: IndexGroups,
 ) -> WorkGradients:
-    """Pull a cotangent back through the normalization.
+    """Compute the vector-Jacobian product of the normalization.
 
     With ``xhat = (x - mean) * rstd``, ``g = conj(scale) * dy`` and ``m`` the mask,
     ``dx = rstd * (g - m * (mean(g) + xhat * mean(Re(conj(xhat) * g))))``, where the means run over
@@ -67,7 +67,7 @@ def pull_back(
     if replicas is not None:
         *p_parts, q = pool((*split(p, adapter), q), adapter, replicas, groups)
         p = join(p_parts, adapter)
-    # Spread over the channels: an operand that repeats within its rows costs NumPy tenfold.
+    # Expanded to all channels: an operand broadcast within its rows costs NumPy tenfold.
     weight = rstd * coefficients.inv_count * ones
     factor, slope, offset = adapter.materialize(conj_scale * rstd, q * weight, p * weight)
     through_statistics = xhat * channels(slope)

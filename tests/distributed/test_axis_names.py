@@ -216,7 +216,7 @@ def test_nothing_is_computed_without_the_others(call, x):
 
 @pytest.mark.parametrize("value", [None, "rows"])
 def test_no_communicator(value):
-    with pytest.raises(ArgumentTypeError, match=f"rows={value!r} is no communicator"):
+    with pytest.raises(ArgumentTypeError, match=f"rows={value!r} is not a communicator"):
         bind_axis(rows=value)
 
 
@@ -247,7 +247,7 @@ def test_ranks_that_exchange_other_statistics(looked_at, monkeypatch):
 
 def test_all_names_or_none(x):
     rows = Alone()
-    with pytest.raises(ArgumentTypeError, match="columns=None is no communicator"):
+    with pytest.raises(ArgumentTypeError, match="columns=None is not a communicator"):
         bind_axis(rows=rows, columns=None)
     assert_not_bound("rows", x)
 
@@ -256,7 +256,7 @@ def test_nothing_to_bind():
     with pytest.raises(ArgumentValueError, match="no name"):
         bind_axis()
     for mesh in (object(), "rows", types.SimpleNamespace(mesh_dim_names=None)):
-        with pytest.raises(ArgumentTypeError, match="no DeviceMesh with named dimensions"):
+        with pytest.raises(ArgumentTypeError, match="not a DeviceMesh with named dimensions"):
             bind_axis(mesh)
 
 

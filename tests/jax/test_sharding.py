@@ -354,7 +354,7 @@ def test_own_pullback(program):
 
 def test_own_pullback_of_an_explicit_sharding_is_refused():
     program = Program("Explicit", "last", ("rows",))
-    with pytest.raises(ArgumentTypeError, match="lies on several devices by its type"):
+    with pytest.raises(ArgumentTypeError, match="is sharded over several devices by its type"):
         called(both_by_hand, program, 0.0)
 
 

@@ -300,7 +300,7 @@ def test_a_rank_of_mpi_is_lost(mpi, scenario, tmp_path):
 @pytest.mark.slow
 def test_one_rank_changes_to_other_statistics_of_equal_size(engine, tmp_path):
     """Shapes (2, 4) and (4, 2), both known: no engine can distinguish them."""
-    ranks = run(engine, "as many statistics", tmp_path)
+    ranks = run(engine, "statistics of equal size", tmp_path)
     for number, rank in enumerate(ranks):
         assert rank.came_so_far, rank.log
         assert "ArgumentValueError" in rank.out["types"], rank.out

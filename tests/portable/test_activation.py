@@ -180,8 +180,8 @@ def check(backend, x, dy, scale, bias, activation, *, hows=(), **keywords):
     for how in hows or ["vjp"] + ["autodiff"] * backend.differentiable:
         # Where there are no kernels, both are the same.
         for implementation in (None, "portable")[: 1 + (backend.library in ("numpy", "torch"))]:
-            asked = {"how": how, "implementation": implementation, **keywords}
-            got = differentiate(backend, x, dy, scale, bias, **asked)
+            options = {"how": how, "implementation": implementation, **keywords}
+            got = differentiate(backend, x, dy, scale, bias, **options)
             assert_close(got.y, want, tolerance=WITH_PARAMETERS)
             assert_gradients(got, want_gradients, rtol=GRADIENT)
 

@@ -279,7 +279,7 @@ FATAL = {
     "other index groups": lambda engine: later(engine, axis_index_groups=[[0], [1]]),
     "both batches known": lambda engine: later(engine, {"batch": 1}, batch=1),
     "both dtypes known": lambda engine: later(engine, {"dtype": "float64"}, dtype="float64"),
-    "as many statistics": lambda engine: later(
+    "statistics of equal size": lambda engine: later(
         engine, {"batch": 4, "num_groups": 2}, batch=4, num_groups=2
     ),
     "dies": dies,

@@ -1,4 +1,4 @@
-"""The tests, by subject; `tests.rows` has the backends they run on."""
+"""The tests, by subject; `tests.rows` defines the backends they run on."""
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
-"""The rows the suite runs on: every array library, and the ways one of them can be used.
+"""The rows the suite runs on: every array library, in each way it can be used.
 
 A row's value is ``"<library>[:<tag>]"``, so ``pytest -k torch:compile`` selects it. Libraries are
-imported when a row is first used, so that ``--backends numpy`` needs nothing but NumPy.
+imported when a row is first used, so that ``--backends numpy`` needs only NumPy.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import numpy as np
 
 from groupnorm import group_norm, group_norm_vjp
 
-# The accuracy contract for float32: |error| <= 5e-6 * max(1, |reference|). Never to be loosened.
+# The accuracy contract for float32: |error| <= 5e-6 * max(1, |reference|). Never loosen it.
 CONTRACT = 5e-6
-# The same number of roundings where there are more digits.
+# The same number of roundings in float64.
 CONTRACT_64 = CONTRACT * np.finfo(np.float64).eps / np.finfo(np.float32).eps
-# Gradients, relative to the largest: at offset 0, and at offset 1e3.
+# Gradients, relative to the largest: at offset 0 and at offset 1e3.
 GRADIENT = 2e-6
 GRADIENT_FAR = 1e-4
 
@@ -98,7 +98,7 @@ class Backend(enum.Enum):
 
     @property
     def device(self) -> Any:
-        """Where this row's arrays lie, in the library's own terms."""
+        """The device of this row's arrays, as the library represents it."""
         match self.library:
             case "torch":
                 return importlib.import_module("torch").device(
@@ -117,7 +117,7 @@ class Backend(enum.Enum):
 
     @property
     def dtypes(self) -> set[str]:
-        """The dtypes the library can compute with."""
+        """The dtypes the library supports."""
         names = set(COMMON.split())
         if self.library in ("numpy", "jax", "torch"):
             names |= {"float16", "bfloat16"}
@@ -138,13 +138,13 @@ class Backend(enum.Enum):
         return "float32" if self.library in ("jax", "torch") else "float64"
 
     def precision(self, *dtypes: str | None):
-        """Return a context where the library keeps these dtypes; JAX narrows to 32 bits outside."""
+        """Return a context in which the library keeps these dtypes, which JAX otherwise narrows."""
         if self.library == "jax" and WIDE & set(dtypes):
             return importlib.import_module("jax").enable_x64(True)
         return contextlib.nullcontext()
 
     def asarray(self, a: np.ndarray) -> Any:
-        """Copy a NumPy array to this row's library and device; every bit and the dtype are kept."""
+        """Copy a NumPy array to this row's library and device, keeping the dtype and every bit."""
         a = np.array(a, order="C")
         match self.library:
             case "numpy":
@@ -169,7 +169,7 @@ class Backend(enum.Enum):
         return importlib.import_module("cupy").asarray(a)
 
     def to_numpy(self, y: Any) -> np.ndarray:
-        """Return a NumPy copy; no dtype is changed."""
+        """Return a NumPy copy of the same dtype."""
         match self.library:
             case "torch":
                 torch = importlib.import_module("torch")
@@ -186,7 +186,7 @@ class Backend(enum.Enum):
         return np.asarray(y)
 
     def transform(self, function):
-        """Compile `function`, where this row is a compiled one; its arguments must be arrays."""
+        """Compile `function` if this row is a compiled one; its arguments must be arrays."""
         if self is Backend.JAX_JIT:
             return importlib.import_module("jax").jit(function)
         if self is Backend.TORCH_COMPILE:
@@ -195,7 +195,7 @@ class Backend(enum.Enum):
 
 
 class Result(NamedTuple):
-    """What one call returned: the arrays, and their values on the host."""
+    """The result of one call: the array, and its values on the host."""
 
     given: Any
     array: Any
@@ -224,12 +224,12 @@ def dtype_name(dtype: Any) -> str:
 
 
 def place(backend: Backend, a: Any) -> Any:
-    """Bring NumPy arrays to the row's library; None, lists and arrays already there pass."""
+    """Convert NumPy arrays to the row's library; return None, lists and other arrays unchanged."""
     return backend.asarray(a) if isinstance(a, np.ndarray) else a
 
 
 def call_with_arrays(backend: Backend, function, **arguments):
-    """Call function(**arguments) through the row's compiler; only arrays are traced arguments."""
+    """Call function(**arguments) through the row's compiler; only arrays are traced."""
     arrays = {k: place(backend, v) for k, v in arguments.items()}
     static = {
         k: v for k, v in arrays.items() if v is None or isinstance(v, (list, bool, int, float))
@@ -244,7 +244,7 @@ def call_with_arrays(backend: Backend, function, **arguments):
 
 
 def run(backend: Backend, x, scale=None, bias=None, *, mask=None, **keywords) -> Result:
-    """Call `group_norm` on this row with arrays given as NumPy ones."""
+    """Call `group_norm` on this row with arguments given as NumPy arrays."""
     y, arrays = call_with_arrays(
         backend,
         functools.partial(group_norm, **keywords),
@@ -257,7 +257,7 @@ def run(backend: Backend, x, scale=None, bias=None, *, mask=None, **keywords) ->
 
 
 def check_array(backend: Backend, y: Any, *, shape, dtype: str) -> None:
-    """Assert library, dtype, device and shape: what comes before any value."""
+    """Assert library, dtype, device and shape, which come before any value."""
     assert isinstance(y, type(backend.empty())), f"{type(y)} is not an array of {backend.library}"
     assert dtype_name(y.dtype) == dtype
     assert array_api_compat.device(y) == array_api_compat.device(backend.empty())
@@ -278,13 +278,13 @@ def assert_close(actual: np.ndarray, reference: np.ndarray, *, tolerance: float)
 def assert_result(
     backend: Backend, result: Result, reference, *, dtype="float32", tolerance=CONTRACT
 ) -> None:
-    """Assert that a call returned an array like its input, holding the reference's values."""
+    """Assert that a call returned an array like its input, with the reference's values."""
     check_array(backend, result.array, shape=result.given.shape, dtype=dtype)
     assert_close(result.values, reference, tolerance=tolerance)
 
 
 def assert_gradient(actual, reference, *, rtol: float, at_least: float = 0.0) -> None:
-    """Assert the error relative to the largest gradient (or `at_least`, where all cancel)."""
+    """Assert the error relative to the largest gradient (or to `at_least`, if all terms cancel)."""
     if reference is None:
         assert actual is None
         return
@@ -310,14 +310,14 @@ def differentiate(
 ) -> Differentiated:
     """Return the output and gradients.
 
-    how="vjp" asks `group_norm_vjp`, how="autodiff" the library's own differentiation.
+    how="vjp" uses `group_norm_vjp`, how="autodiff" the library's automatic differentiation.
     """
     method = {"vjp": _by_vjp, "jax": _by_jax, "torch": _by_torch}[
         how if how == "vjp" else backend.library
     ]
     outer = backend
     if method is _by_torch and backend is Backend.TORCH_COMPILE:
-        # The forward is compiled; autograd is asked from outside, as a training loop does.
+        # The forward pass is compiled; autograd runs outside of it, as in a training loop.
         outer, method = Backend.TORCH, functools.partial(_by_torch, compiled=True)
     out, arrays = call_with_arrays(
         outer,
@@ -353,7 +353,7 @@ def _by_jax(x, dy, scale, bias, mask, keywords):
         return group_norm(x, scale, bias, mask=mask, **keywords)
 
     y, pullback = jax.vjp(forward, x, scale, bias)
-    # JAX's cotangents of complex numbers are the conjugates of torch's, which the library follows.
+    # JAX's complex cotangents are the conjugates of torch's, whose convention the library follows.
     grads = pullback(dy.conj())
     return y, *(None if g is None else g.conj() for g in grads)
 

@@ -1,4 +1,4 @@
-"""A complete backend: NumPy arrays of a class of their own. CONTRIBUTING.md walks through it.
+"""A complete backend for a subclass of NumPy arrays. CONTRIBUTING.md walks through it.
 
 Importing it registers it; the row ``toy`` of ``tests/rows.py`` then runs the suite on it.
 """

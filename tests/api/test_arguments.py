@@ -12,7 +12,7 @@ from tests.rows import Backend
 VALUE, TYPE = errors.ArgumentValueError, errors.ArgumentTypeError
 X = np.arange(2 * 4 * 5 * 6, dtype=np.float32).reshape(2, 4, 5, 6)
 
-# Arguments, the error, and what its message must hold.
+# Arguments, the error, and what its message must contain.
 GROUPS = [
     ({"num_groups": 0}, VALUE, "num_groups=0"),
     ({"num_groups": -3}, VALUE, "num_groups=-3"),
@@ -151,7 +151,7 @@ LAYER_AXES = [
 
 @pytest.mark.parametrize("case", GROUPS + COMMON + LAYER_AXES, ids=identify)
 def test_layer(case):
-    """Wrong arguments are found when the layer is made, not when it is first called."""
+    """Wrong arguments raise when the layer is created, not when it is first called."""
     keywords, kind, *fragments = case
     keywords = {"in_size": (4, 5, 6), "num_groups": 3, **keywords}
     assert_raises(lambda: GroupNorm(**keywords), kind, *fragments)
@@ -166,7 +166,7 @@ def test_wrong_numbers_of_groups(name, groups):
 
 
 class TestInput:
-    """What `x` may not be."""
+    """Invalid inputs `x`."""
 
     CASES = {
         "list": ([[1.0, 2.0]], TYPE, "list"),
@@ -182,12 +182,12 @@ class TestInput:
 
     @pytest.mark.parametrize("function", [group_norm, group_norm_vjp])
     @pytest.mark.parametrize("case", CASES)
-    def test_refused(self, case, function):
+    def test_invalid_input_raises(self, case, function):
         x, kind, fragment = self.CASES[case]
         assert_raises(lambda: function(x, num_groups=1), kind, r"\bx\b", fragment)
 
     def test_matrix(self):
-        # Making one warns; it is the refusal that is tested.
+        # Creating one warns; the test is about the error.
         with pytest.warns(PendingDeprecationWarning):
             x = np.matrix([[1.0, 2.0]])
         assert_raises(lambda: group_norm(x, num_groups=1), TYPE, "matrix")
@@ -225,7 +225,7 @@ def test_a_cotangent_of_another_shape(shape):
 
 
 @pytest.mark.parametrize("argument", ["scale", "bias", "mask", "dy"])
-def test_masked_arrays_are_refused_everywhere(argument):
+def test_masked_arrays_raise_for_every_argument(argument):
     masked = np.ma.masked_array(X if argument == "dy" else np.ones(6, np.float32))
 
     def call(**given):
@@ -243,7 +243,7 @@ def test_axis_name_needs_a_library_with_replicas():
 
 
 class TestForeignArrays:
-    """Arrays of two libraries, or on two devices: nothing is moved unasked."""
+    """Arrays of two libraries, or on two devices, are never converted or copied implicitly."""
 
     @pytest.mark.needs("torch")
     def test_a_tensor_among_numpy_arrays(self):
@@ -273,7 +273,7 @@ class TestForeignArrays:
         torch, jnp = importlib.import_module("torch"), importlib.import_module("jax.numpy")
         call = lambda x, mask: group_norm(x, num_groups=3, mask=mask)  # noqa: E731
         assert_raises(lambda: call(X, torch.ones(6)), TYPE, "mask", "(?i)torch")
-        for mask in (jnp.ones(6), jnp.ones((2, 1))):  # the latter is one that kernels serve
+        for mask in (jnp.ones(6), jnp.ones((2, 1))):  # the latter is one that the kernels support
             assert_raises(lambda m=mask: call(torch.ones(2, 6), m), TYPE, "mask", "(?i)jax")
 
     @pytest.mark.needs("torch", "jax")
@@ -316,7 +316,7 @@ class TestForeignArrays:
 
 @pytest.mark.parametrize("wrong", [{"num_groups": 4}, {"feature_axis": 9}, {"epsilon": -1.0}])
 def test_errors_are_the_same_on_every_library(backend, wrong):
-    """Shapes and options are checked before a library is asked anything, under a trace as well."""
+    """Shapes and options are checked before any library call, under a trace as well."""
     keywords = {"num_groups": 3, **wrong}
     with pytest.raises(VALUE) as expected:
         group_norm(X, **keywords)
@@ -325,6 +325,6 @@ def test_errors_are_the_same_on_every_library(backend, wrong):
     assert str(caught.value) == str(expected.value)
 
 
-def test_arguments_after_bias_are_keywords():
+def test_arguments_after_bias_are_keyword_only():
     with pytest.raises(TypeError, match="positional"):
         group_norm(X, None, None, 3)

@@ -1,4 +1,4 @@
-"""Every example of the documentation this layer's parameters come from, with our names."""
+"""All examples of the documentation this layer's parameters come from, with our names."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_either_num_groups_or_group_size_must_be_given_but_not_both(both):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_defaults(name):
-    """As on the page: 32 groups, epsilon 1e-6, bias and scale in use, starting at 0 and 1."""
+    """As documented: 32 groups, epsilon 1e-6, bias and scale in use, initialized to 0 and 1."""
     layer = GroupNorm((64,), backend=name)
     assert (layer.num_groups, layer.epsilon) == (32, 1e-6)
     np.testing.assert_array_equal(host(layer.scale), np.ones(64))
@@ -94,7 +94,7 @@ def test_defaults(name):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_update_with_a_mask(name, x):
-    """Positions for which mean and variance are computed; the sizes of the batch do not matter."""
+    """The positions used for mean and variance; the batch sizes do not matter."""
     mask = np.zeros((3, 4, 5, 1), bool)
     mask[:, :2] = True
     layer = GroupNorm(x.shape, num_groups=3, backend=name)

@@ -1,4 +1,4 @@
-"""What importing loads, what a missing library says, the command line, docstrings' examples."""
+"""Imported modules, errors for missing libraries, the command line, examples in docstrings."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ HEAVY = {
     "torch",
     "triton",
 }
-# Hides one library from every finder, as if it were not installed.
+# Hides one library from all finders, as if it were not installed.
 HIDE = """
 import sys
 class Without:
@@ -53,7 +53,7 @@ sys.meta_path[:] = map(Without, sys.meta_path)
 
 
 def python(*arguments: str, check: bool = True) -> subprocess.CompletedProcess:
-    """Run a fresh interpreter, warnings being errors, in this one's working directory."""
+    """Run a new interpreter, with warnings as errors, in the current working directory."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "COV"))}
     environment["PYTHONPATH"] = os.pathsep.join(p for p in (os.getcwd(), *sys.path[1:]) if p)
     done = subprocess.run(
@@ -95,12 +95,12 @@ def test_nothing_heavy_is_loaded(statements):
     assert not loaded & HEAVY
 
 
-def test_a_call_that_a_kernel_serves_loads_its_compiler_alone():
+def test_a_call_of_a_kernel_loads_only_its_compiler():
     code = (
         "import groupnorm, numpy; x = numpy.ones((2, 8), 'float32');"
         "groupnorm.group_norm(x, num_groups=2)"
     )
-    # numba looks for SciPy.
+    # numba tries to import SciPy.
     assert loaded_by(code) & HEAVY <= {"numba", "scipy"}
 
 
@@ -108,8 +108,8 @@ def test_a_call_that_a_kernel_serves_loads_its_compiler_alone():
     "library",
     [pytest.param(n, marks=pytest.mark.needs(n)) for n in ("jax", "torch", "cupy", "dask")],
 )
-def test_the_test_above_can_fail(library):
-    """The control: a library that is loaded is seen."""
+def test_loaded_libraries_are_detected(library):
+    """The control: a loaded library is detected."""
     assert library in loaded_by(f"import groupnorm, {library}") & HEAVY
 
 
@@ -120,7 +120,7 @@ def test_the_test_above_can_fail(library):
         pytest.param("torch", "jax", marks=pytest.mark.needs("torch")),
     ],
 )
-def test_a_backend_loads_its_own_library_alone(wanted, other):
+def test_a_backend_loads_only_its_own_library(wanted, other):
     made = f"import groupnorm; groupnorm.GroupNorm(8, num_groups=2, backend={wanted!r})"
     loaded = loaded_by(made)
     assert wanted in loaded
@@ -131,7 +131,7 @@ def test_a_backend_loads_its_own_library_alone(wanted, other):
 @pytest.mark.parametrize(
     "how", ["GroupNorm(8, num_groups=2, backend={0!r})", "{1}.to_backend({0!r})"]
 )
-def test_a_missing_library_is_named_with_its_extra(library, how):
+def test_a_missing_library_raises_naming_its_extra(library, how):
     call = how.format(library, "GroupNorm(8, num_groups=2)")
     program = HIDE.format(library=library) + (
         "from groupnorm import GroupNorm, errors\n"
@@ -180,18 +180,18 @@ def test_available_backends_of_other_libraries():
 
 
 @pytest.mark.every_library
-def test_the_implementations_that_are_listed_are_those_that_compute():
+def test_listed_implementations_are_those_that_work():
     for info in groupnorm.available_backends():
         assert set(info.implementations) == set(info.devices)
         for device, names in info.implementations.items():
-            # What implementation=None takes stands first, and it never takes the library's own.
+            # implementation=None uses the first one, which is never "native".
             assert names[0] == ("fused" if "fused" in names else "portable")
             assert ("fused" in names) == (device not in info.why_not_fused)
-            assert set(names) == {n for n in IMPLEMENTATIONS if serves(info.name, device, n)}
+            assert set(names) == {n for n in IMPLEMENTATIONS if can_compute(info.name, device, n)}
 
 
-def serves(backend: str, device: str, implementation: str) -> bool:
-    """Whether an ordinary call is computed by this implementation, which is the proof."""
+def can_compute(backend: str, device: str, implementation: str) -> bool:
+    """Whether this implementation computes an ordinary call, which is tried out."""
     adapter = adapter_named(backend)
     x = adapter.place(adapter.from_host(np.ones((2, 8, 50), np.float32)), device)
     try:
@@ -203,7 +203,7 @@ def serves(backend: str, device: str, implementation: str) -> bool:
     return True
 
 
-# Where numba is not installed, nothing has to be hidden; the others only take time to import.
+# numba has to be hidden if it is installed; the others only take time to import.
 def without(*libraries: str) -> str:
     return "".join(HIDE.format(library=library) for library in libraries)
 
@@ -217,7 +217,7 @@ def without(*libraries: str) -> str:
         ),
     ],
 )
-def test_without_numba_it_is_said_what_would_bring_the_kernels(library, others, left):
+def test_available_backends_names_the_extra_if_numba_is_missing(library, others, left):
     program = without("numba", *others) + (
         "import json, groupnorm\n"
         f"info = next(b for b in groupnorm.available_backends() if b.name == {library!r})\n"
@@ -231,16 +231,16 @@ def test_without_numba_it_is_said_what_would_bring_the_kernels(library, others, 
 
 
 @pytest.mark.needs("torch")
-def test_the_kernels_for_cpus_are_not_said_to_serve_other_devices():
+def test_cpu_kernels_are_unavailable_on_other_devices():
     why = adapter_named("torch").kernels.why_unavailable("cuda:0")
     assert why is not None
     assert "cuda" in why.reason
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("call", [False, True], ids=["asking", "control: calling"])
-def test_asking_compiles_nothing(tmp_path, call):
-    pytest.importorskip("numba", reason="without numba there is nothing to compile")
+@pytest.mark.parametrize("call", [False, True], ids=["query", "control: call"])
+def test_available_backends_compiles_nothing(tmp_path, call):
+    pytest.importorskip("numba", reason="needs numba, without which nothing is compiled")
     program = without("jax", "torch", "cupy") + (
         f"import os; os.environ['NUMBA_CACHE_DIR'] = {str(tmp_path)!r}\n"
         "import groupnorm, numpy\n"
@@ -262,7 +262,7 @@ def test_public_names():
         assert thing.__doc__, f"{name} has no docstring"
 
 
-def test_every_error_is_of_the_package_and_of_the_usual_kind():
+def test_every_error_derives_from_a_package_and_a_builtin_error():
     errors = groupnorm.errors
     kinds = {
         errors.ArgumentValueError: ValueError,
@@ -284,7 +284,7 @@ def test_command_line_table():
         assert name in done.stdout
 
 
-def test_the_command_line_without_numba_says_what_would_bring_the_kernels():
+def test_command_line_names_the_extra_if_numba_is_missing():
     program = without("numba", "jax", "torch", "cupy", "rich") + (
         "import sys, groupnorm.__main__ as m\nsys.exit(m.main([]))"
     )
@@ -296,9 +296,7 @@ def test_the_command_line_without_numba_says_what_would_bring_the_kernels():
     assert line.startswith("numpy, cpu: not fused, ")
 
 
-def test_the_command_line_tells_devices_apart_where_their_implementations_differ(
-    capsys, monkeypatch
-):
+def test_command_line_lists_devices_separately_if_implementations_differ(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "rich.console", None)
     report = selfcheck.BackendReport(
         name="torch",
@@ -316,7 +314,7 @@ def test_the_command_line_tells_devices_apart_where_their_implementations_differ
     command._print_report([report])
     lines = capsys.readouterr().out.splitlines()
     assert "fused (cpu), portable (cuda:0, cuda:1)" in lines[3]
-    # One reason, one line.
+    # One line per reason.
     assert [line for line in lines if "no kernels" in line] == [
         "torch, cuda:0, cuda:1: not fused, no kernels"
     ]
@@ -340,8 +338,8 @@ def test_command_line_json():
 
 
 @pytest.mark.slow
-def test_command_line_fails_when_a_backend_is_wrong():
-    """The control: one wrong number of NumPy's, and the exit status is not 0."""
+def test_command_line_fails_if_a_backend_is_wrong():
+    """The control: with wrong NumPy results the exit status is not 0."""
     program = (
         "import sys, groupnorm.selfcheck as s, groupnorm.__main__ as m\n"
         "right = s.group_norm\n"
@@ -371,8 +369,8 @@ def test_examples_in_docstrings(name):
     assert failed == 0
 
 
-def test_there_are_examples():
-    """So that the test above has something to run."""
+def test_docstrings_contain_examples():
+    """Otherwise the test above would run nothing."""
     finder = doctest.DocTestFinder()
     for thing in (
         groupnorm.GroupNorm,

@@ -1,4 +1,4 @@
-"""The NumPy layer: a plain object, the portable one, and the way between all backends."""
+"""The NumPy layer: a plain object that accepts every library's arrays."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_vjp(fast, masked, rng):
         assert type(got) is np.ndarray
         assert got.dtype == given.dtype
         assert_gradient(got, reference, rtol=GRADIENT)
-    # A pullback may be used again, and is linear.
+    # A pullback can be called again, and is linear.
     np.testing.assert_allclose(pullback(2 * dy).x, 2 * grads.x, rtol=1e-6)
     same = group_norm_vjp(
         x,
@@ -82,7 +82,7 @@ def test_vjp_of_absent_parameters(rng):
 
 
 @pytest.mark.parametrize("shape", [(2, 5), (2, 5, CHANNELS, 1), (5, CHANNELS)], ids=str)
-def test_vjp_refuses_a_cotangent_of_another_shape(shape, rng):
+def test_vjp_raises_for_a_cotangent_of_another_shape(shape, rng):
     _, pullback = make(rng).vjp(np.ones((2, 5, CHANNELS)))
     with pytest.raises(ArgumentValueError, match="dy"):
         pullback(np.ones(shape))
@@ -104,7 +104,7 @@ def test_assignment_of_a_wrong_shape(rng):
         layer.scale = np.ones(3)
 
 
-def test_two_feature_axes_have_parameters_of_their_shape(rng):
+def test_parameters_of_two_feature_axes_have_two_axes(rng):
     layer = GroupNorm((2, 5, 4), (0, 2), num_groups=GROUPS)
     assert layer.scale.shape == layer.bias.shape == (2, 4)
     layer.scale = rng.normal(size=(2, 4)).astype(np.float32)
@@ -114,7 +114,7 @@ def test_two_feature_axes_have_parameters_of_their_shape(rng):
 
 
 @pytest.mark.parametrize("how", [lambda a: pickle.loads(pickle.dumps(a)), copy.deepcopy])
-def test_copies_are_equal_and_apart(how, rng):
+def test_copies_are_equal_and_independent(how, rng):
     layer, x = make(rng, epsilon=0.1), rng.normal(size=(2, 5, CHANNELS))
     other = how(layer)
     assert type(other) is type(layer)
@@ -132,7 +132,7 @@ def test_shallow_copy_shares_arrays_but_not_assignments(rng):
     assert not np.array_equal(other.scale, layer.scale)
 
 
-def test_layers_do_not_share_what_an_initializer_returns_twice():
+def test_layers_do_not_share_arrays_returned_by_an_initializer():
     value = np.ones(4, np.float32)
     layers = [GroupNorm(4, num_groups=2, scale_init=lambda shape: value) for _ in range(2)]
     assert not np.shares_memory(layers[0].scale, layers[1].scale)
@@ -160,7 +160,7 @@ def test_unknown_device():
 
 
 @pytest.mark.parametrize("name", [None, 3, np.int64(1)], ids=repr)
-def test_backend_that_is_no_name(name):
+def test_backend_that_is_not_a_string(name):
     with pytest.raises(ArgumentTypeError, match="backend="):
         GroupNorm(CHANNELS, num_groups=GROUPS, backend=name)
 
@@ -173,7 +173,7 @@ def test_unknown_backend(name):
         assert known in str(caught.value)
 
 
-def test_a_subclass_of_the_chooser_is_told_what_to_derive_from():
+def test_subclassing_the_factory_class_raises():
     class Mine(GroupNorm):
         pass
 
@@ -181,7 +181,7 @@ def test_a_subclass_of_the_chooser_is_told_what_to_derive_from():
         Mine(8, num_groups=2)
 
 
-def test_axis_name_has_no_meaning_yet_when_called(rng):
+def test_unbound_axis_name_raises_when_called(rng):
     layer = GroupNorm(CHANNELS, num_groups=GROUPS, axis_name="shards")
     assert layer.axis_name == "shards"
     with pytest.raises(GroupNormError, match="axis_name"):
@@ -194,7 +194,7 @@ def test_not_an_array(x, rng):
         make(rng)(x)
 
 
-def test_masked_arrays_and_matrices_are_refused(rng):
+def test_masked_arrays_and_matrices_raise(rng):
     layer, x = make(rng), rng.normal(size=(2, CHANNELS))
     with pytest.raises(ArgumentTypeError, match="mask="):
         layer(np.ma.masked_array(x, x > 0))
@@ -204,21 +204,21 @@ def test_masked_arrays_and_matrices_are_refused(rng):
         layer(matrix)
 
 
-def test_portable_layer_carries_parameters_to_the_array(backend, rng):
-    """Any library's array in, the same library's array out, on its device."""
+def test_portable_layer_converts_parameters_to_the_library_of_x(backend, rng):
+    """The result is an array of the input's library, on its device."""
     layer = make(rng)
     x = rng.normal(size=(2, 5, CHANNELS)).astype(np.float32)
     y = layer(backend.asarray(x))
     check_array(backend, y, shape=x.shape, dtype="float32")
     assert_close(backend.to_numpy(y), expected(layer, x), tolerance=2 * CONTRACT)
-    # A NumPy mask is a host mask: accepted everywhere.
+    # A NumPy mask is a host mask, which every library accepts.
     mask = np.array([[True] * 5, [True] * 2 + [False] * 3])[..., None]
     y = layer(backend.asarray(x), mask)
     assert_close(backend.to_numpy(y), expected(layer, x, mask=mask), tolerance=2 * CONTRACT)
 
 
 @pytest.mark.needs("torch")
-def test_portable_layer_passes_gradients_of_x_alone(rng):
+def test_portable_layer_differentiates_only_x(rng):
     import torch
 
     layer = make(rng)

@@ -1,6 +1,6 @@
-"""Parity with other libraries' group norms where they are right.
+"""Parity with other libraries' group norms where they are correct.
 
-Where one is wrong, the docstring of the test that shows this library to be right names it.
+Where one is wrong, the docstring of the test that shows this library to be correct names it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def draw(rng, *shape):
 
 
 def assert_all_agree(theirs, ours, reference) -> None:
-    """The peer and this library against the oracle: so neither is right by the other's mistake."""
+    """Compare the peer and this library with the oracle, so that they do not share an error."""
     assert_close(np.asarray(theirs), reference, tolerance=4 * CONTRACT)
     assert_close(np.asarray(ours), reference, tolerance=2 * CONTRACT)
 
@@ -59,7 +59,7 @@ REDUCTIONS = [
 @pytest.mark.parametrize("axes", REDUCTIONS, ids=str)
 def test_flax_linen_with_reduction_axes(axes, rng):
     x, scale, bias = draw(rng, 2, 4, 5, 6)
-    # Its fast variance loses three digits on groups of two elements.
+    # flax's fast variance loses three digits on groups of two elements.
     peer = flax.linen.GroupNorm(num_groups=GROUPS, reduction_axes=axes, use_fast_variance=False)
     theirs = peer.apply({"params": {"scale": scale, "bias": bias}}, x)
     ours = group_norm(jnp.asarray(x), scale, bias, num_groups=GROUPS, reduction_axes=axes)
@@ -145,8 +145,8 @@ def test_brainstate(shape, rng):
     )
 
 
-def test_brainstates_signature_is_ours():
-    """Every parameter of the seed, by its name; positional ones in its order; its defaults."""
+def test_signature_is_compatible_with_brainstate():
+    """All its parameters by name, the positional ones in its order, with its defaults."""
     theirs, ours = (
         {
             name: p

@@ -1,4 +1,4 @@
-"""README and docs/: every Python example and program runs as written, and every link works."""
+"""README and docs/: all Python examples and programs run as written, and all links work."""
 
 import itertools
 import os
@@ -63,7 +63,7 @@ def test_every_block_is_of_a_known_kind():
     assert {block.language for block in blocks()} <= {"python", "py", "sh"}
     run = {param.values[0].code for param in programs()}
     rest = [b for b in blocks() if b.language == "py" and b.code not in run]
-    # The first needs names that its reader defines, the second GPUs.
+    # The first needs names that the reader defines, the second needs GPUs.
     assert [b.heading for b in rest] == ["PyTorch: torchrun", "CuPy: NCCL"]
     for block in rest:
         compile(block.code, block.file, "exec")
@@ -77,7 +77,7 @@ def test_example_runs(block, request):
 
 
 class Program(NamedTuple):
-    """What a section tells its reader to save, and to start."""
+    """A program and its command line, as given in a section."""
 
     file: str
     code: str
@@ -93,7 +93,7 @@ def programs():
             yield pytest.param(program, id=block.heading, marks=marks)
 
 
-# How many processes each starts, all of which print how far they are from the whole.
+# The number of processes of each program; all of them print their deviation from the whole.
 PROCESSES = {"rows_jax.py": 2, "rows_torch.py": 4, "rows_mpi.py": 4}
 
 
@@ -102,14 +102,14 @@ def test_there_is_a_program_for_every_engine():
 
 
 @pytest.mark.parametrize("program", list(programs()))
-def test_program_gives_every_process_its_part_of_the_whole(program, tmp_path):
+def test_every_process_of_a_program_computes_its_part_of_the_whole(program, tmp_path):
     port = r"localhost:\d+"
     with socket.socket() as free:
         free.bind(("localhost", 0))
         code = re.sub(port, f"localhost:{free.getsockname()[1]}", program.code)
     (tmp_path / program.file).write_text(code)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    environment.pop("XLA_FLAGS", None)  # one device a process, as without the tests
+    environment.pop("XLA_FLAGS", None)  # one device per process, as outside the tests
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     run = subprocess.run(
         ["bash", "-c", program.command],
@@ -120,7 +120,7 @@ def test_program_gives_every_process_its_part_of_the_whole(program, tmp_path):
         timeout=SECONDS,
     )
     assert run.returncode == 0, run.stderr
-    # Processes may write into each other's lines.
+    # Lines of different processes may be interleaved.
     errors = [float(number) for number in re.findall(r"\d\.\d+(?:e-\d\d)?", run.stdout)]
     assert len(errors) == PROCESSES[program.file], run.stdout + run.stderr
     # Both sides of the comparison are within the contract.
@@ -139,7 +139,7 @@ def links(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("path", LINKING, ids=lambda path: path.name)
-def test_links_lead_somewhere(path):
+def test_links_resolve(path):
     for target in map("".join, links(path)):
         if not target.startswith("https://"):
             file, _, anchor = target.partition("#")

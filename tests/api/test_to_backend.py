@@ -1,4 +1,4 @@
-"""From any backend to any other: the same layer, with parameters equal to the last bit."""
+"""Conversion between any two backends: the same layer, with bitwise equal parameters."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ OPTIONS = (
 
 
 def any_bits(dtype: str, shape, rng) -> np.ndarray:
-    """Values whose last bits count: all but NaN, whose bits no library promises to keep."""
+    """Values of arbitrary bits, except NaN, whose bits no library guarantees to keep."""
     out = host_dtype(dtype)
     if out.kind == "c":
         return (rng.normal(size=shape) + 1j * rng.normal(size=shape)).astype(out)
@@ -56,7 +56,7 @@ def host_layer(dtype: str, rng, in_size=(2, 5, 4), feature_axis=(0, 2), **keywor
 
 
 def precision(first: str, second: str, dtype: str):
-    """JAX has no 64 bits unless asked."""
+    """JAX has no 64-bit types unless enabled."""
     wants = "jax" in (first, second)
     return (ROWS["jax"] if wants else ROWS["numpy"]).precision(dtype)
 
@@ -144,7 +144,7 @@ def test_torch_copy_shares_no_memory_with_numpy(rng):
 
 
 @pytest.mark.needs("torch")
-def test_native_torch_nature_follows_the_options():
+def test_torch_layer_class_depends_on_the_options():
     torch = importlib.import_module("torch")
     native = GroupNorm((8, ...), 0, num_groups=4).to_backend("torch")
     assert isinstance(native, torch.nn.GroupNorm)
@@ -172,8 +172,8 @@ def test_device_of_jax():
 
 
 @pytest.mark.needs("jax")
-def test_float64_for_a_jax_without_it(rng):
-    """JAX would narrow to float32; values exactly equal is the promise, so it is refused."""
+def test_float64_with_jax_in_32_bit_mode_raises(rng):
+    """JAX would narrow to float32; values must stay exactly equal, so this raises."""
     with pytest.raises(GroupNormError, match="float64"):
         host_layer("float64", rng).to_backend("jax")
 

@@ -1,7 +1,7 @@
-"""CuPy: without a driver its adapter is imported and refuses clearly; with a GPU it computes.
+"""CuPy: without a driver its adapter can be imported and raises clear errors; with a GPU it works.
 
-The package itself is the real one either way. Backend rows of the other test files, `cupy` among
-them, exist only where a GPU is.
+The CuPy package is the real one in both cases. The `cupy` row of the other test files exists only
+with a GPU.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def count_devices() -> int:
 
 
 GPU = count_devices() > 0
-without_gpu = pytest.mark.skipif(GPU, reason="there is a GPU: nothing is refused")
+without_gpu = pytest.mark.skipif(GPU, reason="there is a GPU, so nothing raises")
 
 
 def on_gpu(function):
@@ -42,7 +42,7 @@ def on_gpu(function):
 
 
 def unplaced_array(kind=cupy.ndarray) -> cupy.ndarray:
-    """Return an array of CuPy's that owns no memory: all that can exist without a driver."""
+    """Return a CuPy array without memory: the only kind that can exist without a driver."""
     return cupy._core.core._ndarray_base.__new__(kind, (1,))
 
 
@@ -58,7 +58,7 @@ def test_adapter_is_imported_without_a_driver():
 
 
 @without_gpu
-def test_arrays_of_cupy_find_its_adapter():
+def test_cupy_arrays_are_dispatched_to_the_cupy_adapter():
     assert adapter_of(unplaced_array()) is adapter_named("cupy")
     assert adapter_named("cupy").array_name == "CuPy arrays"
 
@@ -85,7 +85,7 @@ def test_conversion_without_a_gpu(device):
 
 @without_gpu
 def test_layer_without_parameters_without_a_gpu():
-    """Nothing needs a device until an array comes, and then it is on one."""
+    """No device is needed until the layer is called with an array, which is on one."""
     layer = GroupNorm(CHANNELS, num_groups=GROUPS, use_scale=False, use_bias=False, backend="cupy")
     assert layer.backend == "cupy"
     with pytest.raises(ArgumentTypeError) as caught:
@@ -95,12 +95,12 @@ def test_layer_without_parameters_without_a_gpu():
 
 
 @without_gpu
-def test_wrong_arguments_are_named_before_the_missing_gpu():
+def test_argument_errors_precede_the_missing_gpu_error():
     with pytest.raises(ArgumentValueError, match="num_groups"):
         GroupNorm(CHANNELS, num_groups=3, backend="cupy")
 
 
-def test_available_backends_tells_what_is_missing():
+def test_available_backends_reports_what_is_missing():
     [info] = [info for info in available_backends() if info.name == "cupy"]
     assert info.installed
     assert info.version == cupy.__version__
@@ -114,7 +114,7 @@ def test_available_backends_tells_what_is_missing():
         assert "driver" in info.error
 
 
-def test_cupy_masks_and_parameters_belong_to_cupy_arrays():
+def test_cupy_masks_and_parameters_require_cupy_input():
     mask = cupy.ones((2, 1), dtype=bool) if GPU else unplaced_array()
     with pytest.raises(ArgumentTypeError, match="mask"):
         group_norm(np.ones((2, CHANNELS)), num_groups=GROUPS, mask=mask)
@@ -161,7 +161,7 @@ def test_mask_with_nan_in_the_padding(rng):
 
 
 @on_gpu
-def test_large_group_twice_gives_the_same_bits(rng):
+def test_large_groups_are_reproducible_bit_for_bit(rng):
     x = cupy.asarray((rng.normal(size=(1, 1 << 18, CHANNELS)) + 1e4).astype(np.float32))
     first, second = (group_norm(x, num_groups=GROUPS) for _ in range(2))
     assert first.get().tobytes() == second.get().tobytes()
@@ -179,7 +179,7 @@ def test_to_cupy_and_back(device, rng):
     assert layer.to_backend("numpy").scale.tobytes() == host.scale.tobytes()
     x = rng.normal(size=(3, 2, 5, 4)).astype(np.float32)
     want = oracle.group_norm(x, host.scale, host.bias, num_groups=GROUPS, feature_axis=(1, 3))
-    for one in (layer, host):  # a NumPy layer serves CuPy's arrays too
+    for one in (layer, host):  # a NumPy layer accepts CuPy arrays too
         assert_close(one(cupy.asarray(x)).get(), want, tolerance=2 * CONTRACT)
 
 
@@ -196,7 +196,7 @@ def test_copies(how, rng):
 
 
 @on_gpu
-def test_host_arrays_are_not_moved_unasked():
+def test_host_arrays_are_not_copied_implicitly():
     layer = GroupNorm(CHANNELS, num_groups=GROUPS, backend="cupy")
     with pytest.raises(ArgumentTypeError, match="to_backend"):
         layer(np.ones((2, CHANNELS)))

@@ -1,4 +1,4 @@
-"""`bind_axis`: names for communicators, and what happens without them."""
+"""`bind_axis`: names for communicators, and calls with unbound names."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from tests import ROOT, oracle
 from tests.rows import CONTRACT, GRADIENT, assert_close, assert_gradient
 
 
-class Alone:
-    """A communicator of one rank, as NumPy's adapter asks for it."""
+class SingleRank:
+    """A communicator of one rank, with the interface NumPy's adapter requires."""
 
     is_inter = False
 
@@ -75,13 +75,13 @@ def assert_not_bound(name, x):
         group_norm(x, num_groups=2, axis_name=name)
 
 
-def test_one_rank_is_the_whole(x):
-    with bind_axis(rows=Alone()):
+def test_one_rank_pools_its_own_data(x):
+    with bind_axis(rows=SingleRank()):
         np.testing.assert_allclose(pooled(x), group_norm(x, num_groups=2), atol=1e-6)
 
 
-def test_a_call_binds_until_it_is_unbound(x):
-    binding = bind_axis(rows=Alone())
+def test_a_call_binds_until_unbind(x):
+    binding = bind_axis(rows=SingleRank())
     pooled(x)
     binding.unbind()
     binding.unbind()
@@ -89,8 +89,8 @@ def test_a_call_binds_until_it_is_unbound(x):
         pooled(x)
 
 
-def test_a_context_restores_what_was_bound_before(x):
-    outer, inner = Alone(), Alone()
+def test_a_context_restores_the_previous_binding(x):
+    outer, inner = SingleRank(), SingleRank()
     with bind_axis(rows=outer):
         with bind_axis(rows=inner):
             pooled(x)
@@ -102,8 +102,8 @@ def test_a_context_restores_what_was_bound_before(x):
         pooled(x)
 
 
-def test_unbinding_again_leaves_what_is_bound_since(x):
-    first, second = Alone(), Alone()
+def test_a_second_unbind_keeps_later_bindings(x):
+    first, second = SingleRank(), SingleRank()
     binding = bind_axis(rows=first)
     binding.unbind()
     with bind_axis(rows=second):
@@ -112,11 +112,11 @@ def test_unbinding_again_leaves_what_is_bound_since(x):
 
 
 @pytest.mark.parametrize("same", [False, True], ids=["two", "one twice"])
-def test_unbound_in_the_order_of_binding(same, x):
-    """What is taken back does not come back, and what is left stays."""
-    first = Alone()
-    second = first if same else Alone()
-    # A name of its own: were it to stay bound, that would be for all tests that follow.
+def test_unbinding_in_the_order_of_binding(same, x):
+    """Released bindings do not come back, and the remaining ones stay."""
+    first = SingleRank()
+    second = first if same else SingleRank()
+    # A separate name: if it stayed bound, it would be bound in all following tests.
     earlier, later = bind_axis(queue=first), bind_axis(queue=second)
     earlier.unbind()
     assert stands_for("queue", x, *{first, second}) is second
@@ -125,7 +125,7 @@ def test_unbound_in_the_order_of_binding(same, x):
 
 
 def test_names_are_bound_and_unbound_together(x):
-    a, b, c = Alone(), Alone(), Alone()
+    a, b, c = SingleRank(), SingleRank(), SingleRank()
     with bind_axis(columns=c):
         with bind_axis(rows=a, columns=b):
             assert stands_for("rows", x, a, b, c) is a
@@ -134,15 +134,15 @@ def test_names_are_bound_and_unbound_together(x):
         assert stands_for("columns", x, a, b, c) is c
 
 
-def test_any_text_is_a_name(x):
-    a, b = Alone(), Alone()
+def test_any_string_is_a_valid_name(x):
+    a, b = SingleRank(), SingleRank()
     with bind_axis(mesh=a, **{"the rows": b}):
         assert stands_for("mesh", x, a, b) is a
         assert stands_for("the rows", x, a, b) is b
 
 
 def test_names_of_a_mesh(x):
-    dimensions = {"data": Alone(), "rows": Alone()}
+    dimensions = {"data": SingleRank(), "rows": SingleRank()}
 
     class Mesh:
         mesh_dim_names = ("data", "rows")
@@ -150,11 +150,11 @@ def test_names_of_a_mesh(x):
         def __getitem__(self, name):
             return dimensions[name]
 
-    other = Alone()
+    other = SingleRank()
     everything = (*dimensions.values(), other)
     with bind_axis(Mesh(), rows=other, more=dimensions["rows"]):
         assert stands_for("data", x, *everything) is dimensions["data"]
-        assert stands_for("rows", x, *everything) is other  # what is said expressly
+        assert stands_for("rows", x, *everything) is other  # explicit keywords take precedence
         assert stands_for("more", x, *everything) is dimensions["rows"]
     assert_not_bound("data", x)
 
@@ -162,7 +162,7 @@ def test_names_of_a_mesh(x):
 @pytest.mark.parametrize("several", [tuple, list])
 def test_several_names(several, x):
     names = several(("rows", "columns"))
-    a, b = Alone(), Alone()
+    a, b = SingleRank(), SingleRank()
     with bind_axis(rows=a, columns=b):
         y = group_norm(x, num_groups=2, axis_name=names)
     assert a.calls
@@ -173,8 +173,8 @@ def test_several_names(several, x):
 
 
 def test_names_hold_in_all_threads(x):
-    """Autograd, for one, runs in threads of its own."""
-    rows, seen = Alone(), []
+    """Autograd, for example, runs in its own threads."""
+    rows, seen = SingleRank(), []
     with bind_axis(rows=rows):
         thread = threading.Thread(target=lambda: seen.append(stands_for("rows", x, rows)))
         thread.start()
@@ -183,15 +183,15 @@ def test_names_hold_in_all_threads(x):
 
 
 def test_an_error_inside_unbinds(x):
-    with pytest.raises(ZeroDivisionError), bind_axis(rows=Alone()):
+    with pytest.raises(ZeroDivisionError), bind_axis(rows=SingleRank()):
         raise ZeroDivisionError
     with pytest.raises(AxisNameError):
         pooled(x)
 
 
-def test_the_error_says_what_is_bound(x):
+def test_the_error_lists_the_bound_names(x):
     with (
-        bind_axis(columns=Alone()),
+        bind_axis(columns=SingleRank()),
         pytest.raises(AxisNameError, match=r"'rows'.*'columns'.*bind_axis\(rows=group\)"),
     ):
         pooled(x)
@@ -203,26 +203,26 @@ def test_the_error_says_what_is_bound(x):
         lambda x: group_norm(x, num_groups=2, axis_name="rows"),
         lambda x: group_norm_vjp(x, num_groups=2, axis_name="rows"),
         lambda x: group_statistics(x, num_groups=2, axis_name="rows"),
-        GroupNorm(4, num_groups=2, axis_name="rows"),  # made without it, as models are
+        GroupNorm(4, num_groups=2, axis_name="rows"),  # created while unbound, as models are
         GroupNorm(4, num_groups=2, axis_name="rows").vjp,
     ],
     ids=["group_norm", "group_norm_vjp", "group_statistics", "layer", "layer.vjp"],
 )
-def test_nothing_is_computed_without_the_others(call, x):
+def test_a_call_with_an_unbound_name_raises(call, x):
     message = r"axis_name='rows' is not bound \(bound names: .*\).*bind_axis\(rows=group\)"
     with pytest.raises(AxisNameError, match=message):
         call(x)
 
 
 @pytest.mark.parametrize("value", [None, "rows"])
-def test_no_communicator(value):
+def test_binding_something_else_than_a_communicator(value):
     with pytest.raises(ArgumentTypeError, match=f"rows={value!r} is not a communicator"):
         bind_axis(rows=value)
 
 
-@pytest.mark.parametrize("looked_at", [True, False])
-def test_ranks_that_exchange_other_statistics(looked_at, monkeypatch):
-    """As many numbers of another kind: an error, or NaN where nothing can be looked at."""
+@pytest.mark.parametrize("values_readable", [True, False])
+def test_ranks_that_exchange_mismatched_statistics(values_readable, monkeypatch):
+    """Different statistics of equal size: an error, or NaN where values cannot be read."""
     adapter = adapter_named("numpy")
     mine, theirs = (Signature(shape, "float32", None) for shape in ((2, 4), (4, 2)))
     assert mine.code != theirs.code
@@ -236,7 +236,7 @@ def test_ranks_that_exchange_other_statistics(looked_at, monkeypatch):
         replicas = Replicas(0, 2, add, signature=signature)
         return gather_checked((np.zeros((2, 4), np.float32),), adapter, replicas, None)[0]
 
-    if not looked_at:
+    if not values_readable:
         monkeypatch.setattr(adapter, "value_if_ready", lambda x: None)
         assert np.isnan(exchange(mine)[1]).all()
     else:
@@ -246,7 +246,7 @@ def test_ranks_that_exchange_other_statistics(looked_at, monkeypatch):
 
 
 def test_all_names_or_none(x):
-    rows = Alone()
+    rows = SingleRank()
     with pytest.raises(ArgumentTypeError, match="columns=None is not a communicator"):
         bind_axis(rows=rows, columns=None)
     assert_not_bound("rows", x)
@@ -270,7 +270,7 @@ def test_a_communicator_of_another_kind(x):
 def test_a_layer_with_a_name_is_copied_and_pickled(x):
     layer = GroupNorm(4, num_groups=2, axis_name="rows")
     assert "axis_name='rows'" in repr(layer)
-    with bind_axis(rows=Alone()):
+    with bind_axis(rows=SingleRank()):
         want = layer(x)
         for same in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
             np.testing.assert_array_equal(same(x), want)
@@ -279,25 +279,25 @@ def test_a_layer_with_a_name_is_copied_and_pickled(x):
 def test_a_pullback_outlives_its_binding(x, rng):
     layer = GroupNorm(4, num_groups=2, axis_name="rows")
     dy = rng.normal(size=x.shape).astype(np.float32)
-    with bind_axis(rows=Alone()):
+    with bind_axis(rows=SingleRank()):
         _, pullback = layer.vjp(x)
     _, alone = GroupNorm(4, num_groups=2).vjp(x)
     np.testing.assert_allclose(pullback(dy).x, alone(dy).x, atol=1e-5)
 
 
 @pytest.mark.needs("torch")
-def test_numpy_and_torch_want_communicators_of_their_own(x):
+def test_numpy_and_torch_require_their_own_communicators(x):
     import torch
 
-    with bind_axis(rows=Alone()), pytest.raises(AxisNameError, match="ProcessGroup"):
+    with bind_axis(rows=SingleRank()), pytest.raises(AxisNameError, match="ProcessGroup"):
         pooled(torch.from_numpy(x))
 
 
 @pytest.mark.needs("jax")
-def test_jax_names_its_axes_itself(x):
+def test_jax_uses_only_its_own_axis_names(x):
     import jax
 
-    with bind_axis(rows=Alone()):
+    with bind_axis(rows=SingleRank()):
         with pytest.raises(AxisNameError, match=r"'rows' is not bound here.*jax\.shard_map"):
             pooled(jax.numpy.asarray(x))
         y = jax.vmap(pooled, axis_name="rows")(x[None])[0]
@@ -308,17 +308,17 @@ def test_jax_names_its_axes_itself(x):
 def test_a_library_without_replicas(x):
     import array_api_strict
 
-    with bind_axis(rows=Alone()), pytest.raises(AxisNameError, match="no replicas"):
+    with bind_axis(rows=SingleRank()), pytest.raises(AxisNameError, match="no replicas"):
         pooled(array_api_strict.asarray(x))
 
 
 @pytest.mark.needs("torch")
-def test_a_layer_with_a_name_moves(x):
+def test_a_layer_with_a_name_is_converted(x):
     layer = GroupNorm(4, num_groups=2, axis_name=("rows", "columns"), backend="torch")
     assert "axis_name=('rows', 'columns')" in repr(layer)
     moved = layer.to_backend("numpy")
     assert moved.axis_name == ("rows", "columns")
-    with bind_axis(rows=Alone(), columns=Alone()):
+    with bind_axis(rows=SingleRank(), columns=SingleRank()):
         assert_close(moved(x), oracle.group_norm(x, num_groups=2), tolerance=CONTRACT)
 
 
@@ -345,10 +345,10 @@ np.savez(sys.argv[2], **out)
 
 @pytest.mark.slow
 @pytest.mark.needs("numpy")
-def test_a_process_that_is_alone(x, rng, tmp_path, pytestconfig):
-    """mpi4py's own communicator, in a process of its own: importing it initializes MPI."""
+def test_a_single_mpi_process(x, rng, tmp_path, pytestconfig):
+    """mpi4py's own communicator, in a separate process, because importing it initializes MPI."""
     if pytestconfig.getoption("--backends") != "all" and not importlib.util.find_spec("mpi4py"):
-        pytest.skip("--backends leaves out mpi4py, and it is not installed")
+        pytest.skip("--backends excludes mpi4py, and it is not installed")
     dy = rng.normal(size=x.shape).astype(np.float32)
     np.save(tmp_path / "in.npy", np.stack([x, dy]))
     arguments = (tmp_path / "in.npy", tmp_path / "out.npz")
@@ -370,8 +370,8 @@ def test_a_process_that_is_alone(x, rng, tmp_path, pytestconfig):
         assert_gradient(out["dx"], want.x, rtol=GRADIENT)
 
 
-def test_what_is_bound_is_let_go_of_before_modules_are():
-    """A process group of torch that is kept until then aborts the process at its end."""
+def test_bindings_are_released_before_modules_are_unloaded():
+    """A torch process group that is kept until then aborts the process at exit."""
     code = """if True:
         import atexit, weakref
 
@@ -380,12 +380,12 @@ def test_what_is_bound_is_let_go_of_before_modules_are():
 
         communicator = Communicator()
         reference = weakref.ref(communicator)
-        # Called after those that groupnorm registers.
-        atexit.register(lambda: print("held" if reference() else "let go of"))
+        # Runs after the handlers that groupnorm registers.
+        atexit.register(lambda: print("held" if reference() else "released"))
         from groupnorm import bind_axis
 
         bind_axis(rows=communicator)
         del communicator
     """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout == "let go of\n"
+    assert run.stdout == "released\n"

@@ -1,9 +1,9 @@
-"""What goes wrong between processes: a clear error on all of them, or the engine's, never a number.
+"""Failures between processes: a clear error on all ranks, or the engine's error; never a result.
 
-Two real ranks of gloo (PyTorch) or MPI (NumPy) run `programs/failing_ranks.py`. What is found out
-before anything is exchanged, and by the first exchange, is checked in one run of each engine. What
-no rank comes back from takes two processes each. All of them end by themselves after a while, and
-are killed at the end of the test.
+Two real ranks of gloo (PyTorch) or MPI (NumPy) run `programs/failing_ranks.py`. Errors that are
+detected before or by the first exchange are checked in one run per engine. Failures that no rank
+survives take two processes each. All processes have a time limit, and are killed at the end of the
+test.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests.rows import CONTRACT
 PROGRAM = "tests.programs.failing_ranks"
 RANKS = 2
 SECONDS = 100
-PATIENCE = 3  # of gloo, where a rank never comes
+PATIENCE = 3  # gloo's timeout for a rank that never arrives
 
 needs_torch = pytest.mark.needs("torch")
 needs_numpy = pytest.mark.needs("numpy")
@@ -49,7 +49,7 @@ def mpi(request) -> str:
 
 
 class Rank(NamedTuple):
-    """How a process ended, and what it wrote: nothing where the engine aborted it."""
+    """A process's exit status and output, which is empty if the engine aborted it."""
 
     status: int
     out: dict[str, Any]
@@ -67,7 +67,7 @@ def run(engine: str, scenario: str, folder: Path, ranks: int = RANKS) -> list[Ra
 
 
 def run_gloo(scenarios: Sequence[str], folder: Path) -> dict[str, list[Rank]]:
-    """Run both ranks through several scenarios, one after the other."""
+    """Run both ranks through several scenarios in turn."""
     log = folder / "gloo.log"
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -84,7 +84,7 @@ def run_gloo(scenarios: Sequence[str], folder: Path) -> dict[str, list[Rank]]:
         pytest.fail(f"not done after {SECONDS} s: {log.read_text()}")
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # and with it both ranks
+            os.killpg(process.pid, signal.SIGKILL)  # and both ranks with it
         process.wait()
     assert process.returncode == 0, log.read_text()
     ranks = {}
@@ -104,7 +104,7 @@ def read(folder: Path, rank: int, status: int, log: str) -> Rank:
     return Rank(status, out, (folder / f"{rank}.well").exists(), log)
 
 
-# Errors all ranks learn of ------------------------------------------------------------------------
+# Errors raised on all ranks -----------------------------------------------------------------------
 
 DIFFER = ("axis_index_groups=", "rank 0", "rank 1", "same groups")
 NOT_ALL = ("axis_index_groups=", "axis of size 2", "exactly once", "Split 0 ... 1")
@@ -112,7 +112,7 @@ SHAPES = ("x has", "axis_name", "rank 0", "rank 1", "(2, 4)", "Give all ranks th
 DTYPES = ("dtype", "rank 0", "rank 1", "float32", "float64")
 UNBOUND = ("axis_name='rows' is not bound", "bound names: ", "bind_axis(rows=")
 
-# What messages hold on both ranks, and what else on rank 0 and on rank 1.
+# Expected in the message on both ranks, and in addition on rank 0 and on rank 1.
 VALUE_ERRORS = {
     "index groups differ": (DIFFER, "((0, 1),)", "((0,), (1,))"),
     "index groups on one rank": (DIFFER, "None", "((0, 1),)"),
@@ -138,7 +138,7 @@ NAME_ERRORS = {
     "the same twice": ("axis_name", "more than once"),
     "all of them twice": ("axis_name", "more than once"),
 }
-# Each of these also bound to a name, and in a tuple with one that is right.
+# Each of these is also bound to a name, and used in a tuple with a correct one.
 FOREIGN = {
     "torch": {
         "not a member": ("axis_name=", "new_group()", "no member", "members only"),
@@ -162,7 +162,7 @@ def name_errors(engine: str) -> dict[str, tuple[str, ...]]:
 
 
 @pytest.mark.slow
-def test_every_rank_learns_what_is_wrong(engine, tmp_path, subtests):
+def test_every_rank_raises_the_error(engine, tmp_path, subtests):
     ranks = run(engine, "orderly", tmp_path)
     for rank in ranks:
         assert rank.status == 0, rank.log
@@ -190,7 +190,7 @@ def check_error(out: dict, kind: str, words: tuple[str, ...]) -> None:
 
 
 def check_number(out: dict) -> None:
-    """Both ranks hold the same values, and so the whole has the statistics of either."""
+    """Both ranks have the same values, so the pooled statistics equal those of either."""
     x = np.random.default_rng(0).normal(size=(2, 5, 8)).astype(np.float32)
     want = np.abs(oracle.group_norm(x, num_groups=4)).max()
     assert "returned" in out, out
@@ -199,8 +199,8 @@ def check_number(out: dict) -> None:
 
 @pytest.mark.slow
 @needs_numpy
-def test_every_rank_of_a_grid_learns_what_is_wrong(mpi, tmp_path, subtests):
-    """Also a rank that shares no communicator with the one that differs."""
+def test_every_rank_of_a_grid_raises_the_error(mpi, tmp_path, subtests):
+    """Including a rank that shares no communicator with the one that differs."""
     ranks = run(mpi, "in a grid", tmp_path, ranks=4)
     for rank in ranks:
         assert rank.status == 0, rank.log
@@ -220,14 +220,14 @@ def test_every_rank_of_a_grid_learns_what_is_wrong(mpi, tmp_path, subtests):
                     check_number(rank.out[f"{name}, afterwards"])
 
 
-# What no rank comes back from ---------------------------------------------------------------------
+# Failures that no rank survives -------------------------------------------------------------------
 
-# Shapes (dtypes, groups) are known, and one rank changes: to what is new, or to what is known too.
+# Shapes (dtypes, groups) are known, and one rank changes to new ones, or to other known ones.
 CHANGES = ("other batch", "other dtype", "other index groups", "both batches known")
 MISMATCH = {"torch": "Received data size doesn't match expected size", "mpi": "Message truncated"}
 
 
-def check_none_came_back(ranks: list[Rank]) -> None:
+def check_none_survived(ranks: list[Rank]) -> None:
     for rank in ranks:
         assert rank.came_so_far, rank.log
         assert "returned" not in rank.out, rank.out
@@ -236,13 +236,13 @@ def check_none_came_back(ranks: list[Rank]) -> None:
 
 
 def check_change(engine: str, ranks: list[Rank]) -> None:
-    """The engine sees that the sizes differ; no rank waits for ever or gets a number."""
-    check_none_came_back(ranks)
+    """The engine detects that the sizes differ; no rank waits forever or gets a result."""
+    check_none_survived(ranks)
     assert any(MISMATCH[engine] in rank.log for rank in ranks), [rank.log for rank in ranks]
 
 
 def check_lost_rank_of_gloo(ranks: list[Rank]) -> None:
-    check_none_came_back(ranks)
+    check_none_survived(ranks)
     left = ranks[0].out
     assert "RuntimeError" in left["types"]
     assert "gloo" in left["message"]
@@ -255,7 +255,7 @@ def check_rank_of_gloo_that_raises(ranks: list[Rank]) -> None:
 
 
 def check_rank_of_gloo_that_never_comes(ranks: list[Rank]) -> None:
-    check_none_came_back(ranks)
+    check_none_survived(ranks)
     left = ranks[0].out
     assert "RuntimeError" in left["types"]
     assert f"imed out waiting {1000 * PATIENCE}ms" in left["message"]
@@ -287,9 +287,9 @@ def test_a_rank_of_mpi_changes(mpi, change, tmp_path):
 @needs_numpy
 @pytest.mark.parametrize("scenario", ["dies", "raises"])
 def test_a_rank_of_mpi_is_lost(mpi, scenario, tmp_path):
-    """Of an exception the others learn because mpi4py runs the program: python -m mpi4py."""
+    """An exception ends the other ranks because mpi4py runs the program: python -m mpi4py."""
     ranks = run(mpi, scenario, tmp_path)
-    check_none_came_back(ranks)
+    check_none_survived(ranks)
     assert not ranks[0].out
     if scenario == "raises":
         assert ranks[1].out["message"] == "only on rank 1"
@@ -298,9 +298,9 @@ def test_a_rank_of_mpi_is_lost(mpi, scenario, tmp_path):
 
 
 @pytest.mark.slow
-def test_one_rank_changes_to_as_many_statistics(engine, tmp_path):
-    """Shapes (2, 4) and (4, 2), both known: no engine can tell them apart."""
-    ranks = run(engine, "as many statistics", tmp_path)
+def test_one_rank_changes_to_other_statistics_of_equal_size(engine, tmp_path):
+    """Shapes (2, 4) and (4, 2), both known: no engine can distinguish them."""
+    ranks = run(engine, "statistics of equal size", tmp_path)
     for number, rank in enumerate(ranks):
         assert rank.came_so_far, rank.log
         assert "ArgumentValueError" in rank.out["types"], rank.out

@@ -1,7 +1,7 @@
-"""Statistics pooled over real JAX processes: two of them, two devices each, gloo between them.
+"""Statistics pooled over two real JAX processes of two devices each, connected by gloo.
 
 Processes start slowly, so one run of `programs/jax_processes.py` computes all cases, and every case
-is a subtest here. All numbers are compared with the oracle on the whole array.
+is a subtest here. All results are compared with the oracle on the whole array.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from tests.sharding import Case, check, data
 pytestmark = [pytest.mark.needs("jax"), pytest.mark.slow]
 
 SECONDS = 300
-# For a process whose peer is lost: it starts, compiles once, and gives the other up after ten.
+# For a process whose peer is lost: it starts, compiles once, and gives up on the peer after ten.
 SECONDS_TO_GIVE_UP = 120
 
 
 @contextlib.contextmanager
 def processes(folder: Path, *arguments: str):
-    """Start all processes; whatever happens, none is left."""
-    # The flags that give the tests' own process four devices are not for these.
+    """Start all processes, and kill the remaining ones at the end in any case."""
+    # Do not inherit the flags that give pytest's own process four devices.
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     environment |= {"OMP_NUM_THREADS": "1"}
     started: list[subprocess.Popen] = []
@@ -69,8 +69,8 @@ def logs(folder: Path) -> str:
     return "\n".join((folder / f"{rank}.log").read_text() for rank in range(PROCESSES))
 
 
-def together(parts: list[dict], *, equal: bool = False) -> np.ndarray:
-    """Put the parts that processes hold where they belong; what several hold must be equal."""
+def assembled(parts: list[dict], *, equal: bool = False) -> np.ndarray:
+    """Assemble the parts of all processes; parts that several processes have must be equal."""
     shape = parts[0]["shape"]
     out, times = np.full(shape, np.nan, np.float32), np.zeros(shape, int)
     for part in parts:
@@ -81,24 +81,24 @@ def together(parts: list[dict], *, equal: bool = False) -> np.ndarray:
                 np.testing.assert_array_equal(out[index], values)
             out[index] = values
             times[index] += 1
-    assert (times == (SHARDS if equal else 1)).all(), "each device holds its shard, or everything"
+    assert (times == (SHARDS if equal else 1)).all(), "each device has its shard, or everything"
     return out
 
 
 def check_named(case: Case, results: list[dict]) -> None:
     y, dx, dscale, dbias = (
-        together([result[k] for result in results]) for k in ("y", "dx", "dscale", "dbias")
+        assembled([result[k] for result in results]) for k in ("y", "dx", "dscale", "dbias")
     )
     assert np.isfinite(y).all()
-    # A shard's gradients of the parameters are its share.
+    # A shard's parameter gradients are its contribution to the sum.
     shares = (a.sum(axis=0, dtype=np.float64) for a in (dscale, dbias))
     check(case, case.unpadded(y), case.unpadded(dx), *shares)
 
 
 def check_unnamed(case: Case, results: list[dict]) -> None:
-    y, dx = (together([result[k] for result in results]) for k in ("y", "dx"))
-    # Gradients of the parameters are complete, and the same on every device.
-    whole = [together([result[k] for result in results], equal=True) for k in ("dscale", "dbias")]
+    y, dx = (assembled([result[k] for result in results]) for k in ("y", "dx"))
+    # Parameter gradients are complete, and the same on every device.
+    whole = [assembled([result[k] for result in results], equal=True) for k in ("dscale", "dbias")]
     check(case, y, dx, *whole)
 
 
@@ -130,17 +130,17 @@ def test_a_lost_process_ends_the_other_with_an_error(lost, tmp_path):
     survivor = 1 - lost
     with processes(tmp_path, str(lost)) as started:
         late = [not ended_by(deadline, process) for process in started]
-    assert not late[lost], f"it never came to its end:\n{logs(tmp_path)}"
+    assert not late[lost], f"it did not finish:\n{logs(tmp_path)}"
     assert started[lost].returncode == 1, logs(tmp_path)
     log = (tmp_path / f"{survivor}.log").read_text()
     assert not late[survivor], f"hung without the other process:\n{log}"
     assert started[survivor].returncode != 0
-    # The engine's own words: of the collective, or of the service that watches over processes.
+    # The engine's message: of the collective, or of the service that monitors the processes.
     assert re.search("Gloo .* failed|JAX distributed service detected fatal errors", log), log
 
 
-def test_a_part_that_is_missing_or_wrong_is_seen():
-    """The control: numbers of one process alone must fail the comparison."""
+def test_missing_or_wrong_parts_are_detected():
+    """The control: the results of a single process must fail the comparison."""
     case = NAMED[1]
     whole = data(case)
     every = {

@@ -1,8 +1,8 @@
-"""NumPy arrays pooled over real MPI processes: mpiexec, two and four ranks.
+"""NumPy arrays pooled over two and four real MPI processes, started by mpiexec.
 
 Processes start slowly, so one run of `programs/mpi_ranks.py` computes all cases of a world size,
-and every case is a subtest here. All numbers are compared with the oracle on the whole array. No
-process of pytest itself initializes MPI.
+and every case is a subtest here. All results are compared with the oracle on the whole array.
+pytest's own processes do not initialize MPI.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from tests.sharding import NUM_GROUPS, Case, cases, check, data
 
 pytestmark = pytest.mark.needs("numpy")
 
-# From the package mpich, which lies in the same environment as mpi4py.
+# From the package mpich, in the same environment as mpi4py.
 MPIEXEC = Path(sys.executable).with_name("mpiexec")
 SECONDS = 120
 
-# What a dtype's gradients may err by, relative to the largest: dx, and the parameters'.
+# Tolerance of gradients for each dtype, relative to the largest: dx, and the parameters'.
 ERRORS = {
     "float16": (2.0 ** -STEPS["float16"][0], GRADIENT),
     "bfloat16": (2.0 ** -STEPS["bfloat16"][0], GRADIENT),
@@ -41,17 +41,17 @@ ERRORS = {
 
 
 def skip_without_mpi(config) -> None:
-    """Skip where only some backends were asked for and MPI is not installed with them."""
+    """Skip if only some backends are selected and MPI is not installed."""
     if config.getoption("--backends") == "all":
         return
     if importlib.util.find_spec("mpi4py") is None or not MPIEXEC.exists():
-        pytest.skip("--backends leaves out mpi4py or mpich, and they are not installed")
+        pytest.skip("--backends excludes mpi4py or mpich, and they are not installed")
 
 
 def run_mpi(world: int, folder: Path, program: str, *arguments, seconds: float = SECONDS):
-    """Run a program on `world` ranks; return mpiexec's exit status and what all ranks printed."""
+    """Run a program on `world` ranks; return mpiexec's exit status and the output of all ranks."""
     assert MPIEXEC.exists(), f"{MPIEXEC} is missing: pip install mpi4py mpich"
-    # With mpi4py as the runner, an exception on one rank ends all of them.
+    # With mpi4py as the runner, an exception on one rank ends all ranks.
     python = [sys.executable, "-m", "mpi4py", "-m", program]
     log = folder / "mpi.log"
     with log.open("w") as output:
@@ -68,7 +68,7 @@ def run_mpi(world: int, folder: Path, program: str, *arguments, seconds: float =
     except subprocess.TimeoutExpired:
         pytest.fail(f"not done after {seconds} s:\n{log.read_text()}")
     finally:
-        process.kill()  # and with it all ranks
+        process.kill()  # and all ranks with it
         process.wait()
     return process.returncode, log.read_text()
 
@@ -92,7 +92,7 @@ def test_ranks_equal_the_whole(world, tmp_path, subtests, pytestconfig):
 
 
 def checks_of(world: int) -> dict:
-    """Return what checks the shards of every job."""
+    """Return the function that checks the shards of each job."""
     uneven = {2: (5, 2), 4: (5, 2, 3, 1)}[world]
     alone = tuple((rank,) for rank in range(world))
     crossed = {2: ((1, 0),), 4: ((0, 3), (2, 1))}[world]
@@ -156,7 +156,7 @@ def check_unbound(case: Case, shards: list[dict]) -> None:
 
 
 def check_collectives(shards: list[dict]) -> None:
-    """One more when a shape is new: whether all ranks have the same."""
+    """One more for a new shape: the check that all ranks have the same."""
     once = ("forward", "vjp forward", "backward", "statistics", "other handle")
     for shard in shards:
         assert shard == {"first": 2, "new shape": 2} | dict.fromkeys(once, 1)
@@ -167,7 +167,7 @@ def check_dtype(name: str, shards: list[dict]) -> None:
     scale, bias = shards[0]["scale"], shards[0]["bias"]
     for shard in shards:
         assert shard["dtypes"] == [str(np.dtype(name)) if name != "bfloat16" else name] * 2
-        # One sum forward, one backward. Parts of complex numbers travel as real ones.
+        # One sum forward, one backward. Complex values are exchanged as pairs of real ones.
         wide = {"float64": "<f8", "longdouble": np.dtype("longdouble").str}
         assert shard["travelled"] == [wide.get(name, "<f4")] * 2
     want = oracle.group_norm(x, num_groups=NUM_GROUPS)
@@ -200,7 +200,7 @@ def check_statistics(case: Case, shards: list[dict]) -> None:
             exact_mean = got["mean"] + got["residual"] / got["unit"]
             np.testing.assert_allclose(exact_mean, mean, rtol=0, atol=CONTRACT)
             np.testing.assert_allclose(got["m2"] / got["unit"] ** 2, m2, rtol=CONTRACT)
-            # Everyone merges the same numbers in the same order.
+            # All ranks merge the same values in the same order.
             for k, a in shards[rank]["statistics"].items():
                 assert a.tobytes() == shards[group[0]]["statistics"][k].tobytes()
 

@@ -1,6 +1,6 @@
-"""CuPy arrays pooled by NCCL: without a GPU what is handed to it; with one, or two, what it gives.
+"""CuPy arrays pooled by NCCL: the arguments it receives without a GPU; results with one or two.
 
-The package of CuPy is the real one either way; NCCL comes with a GPU's other libraries.
+The CuPy package is the real one in all cases; NCCL is installed with a GPU's other libraries.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests.sharding import cases, check, data
 
 CHANNELS, GROUPS = 8, 4
 SECONDS = 240
-# NCCL's own numbers.
+# NCCL's own constants.
 FLOAT32, FLOAT64, SUM = 7, 8, 0
 STREAM = 1234
 
@@ -36,8 +36,8 @@ STREAM = 1234
 # Without a GPU ------------------------------------------------------------------------------------
 
 
-class OneMethodTooFew:
-    """Not a communicator: it cannot add."""
+class MissingMethod:
+    """Not a communicator: it has no allReduce."""
 
     def rank_id(self) -> int:
         return 0
@@ -46,9 +46,9 @@ class OneMethodTooFew:
         return 1
 
 
-@pytest.mark.parametrize("wrong", [object(), 3, OneMethodTooFew(), np.ones(3), cupy.cuda])
+@pytest.mark.parametrize("wrong", [object(), 3, MissingMethod(), np.ones(3), cupy.cuda])
 @pytest.mark.parametrize("how", ["itself", "by name", "in a tuple"])
-def test_what_is_no_communicator_is_refused(wrong, how):
+def test_something_else_than_a_communicator_raises(wrong, how):
     with bind_axis(wrong=wrong):
         axis_name = {"itself": wrong, "by name": "wrong", "in a tuple": (FakeNccl([]), wrong)}[how]
         with pytest.raises(AxisNameError) as caught:
@@ -64,7 +64,7 @@ def test_unbound_name():
 
 
 class FakeNccl:
-    """A communicator of two ranks in host memory: what the other one has is given."""
+    """A communicator of two ranks in host memory; the other rank's values are given."""
 
     def __init__(self, others: list[np.ndarray], rank: int = 1) -> None:
         self.others, self.rank, self.calls = others, rank, []
@@ -76,10 +76,10 @@ class FakeNccl:
         return 2
 
     def allReduce(self, sendbuf, recvbuf, count, datatype, op, stream):
-        """Add in the order of memory, as NCCL does."""
+        """Add in memory order, as NCCL does."""
         number = {FLOAT32: ctypes.c_float, FLOAT64: ctypes.c_double}[datatype]
         other = self.others[len(self.calls)]
-        # First, as what follows reads and writes at bare addresses.
+        # First, because the code below reads and writes at raw addresses.
         assert (other.dtype, other.size) == (np.dtype(number), count)
         mine, total = (
             np.ctypeslib.as_array((number * count).from_address(a)) for a in (sendbuf, recvbuf)
@@ -89,7 +89,7 @@ class FakeNccl:
 
 
 class FakeArray(np.ndarray):
-    """An array in host memory that tells its address as CuPy's do."""
+    """An array in host memory with CuPy's attributes for its address."""
 
     @property
     def data(self):
@@ -102,7 +102,7 @@ class FakeArray(np.ndarray):
 
 @pytest.fixture
 def host_memory(monkeypatch):
-    """Let CuPy's own functions work on the host, as far as the adapter needs them for a sum."""
+    """Patch the CuPy functions that the adapter needs for a sum to work on the host."""
     fake = types.SimpleNamespace(NCCL_FLOAT32=FLOAT32, NCCL_FLOAT64=FLOAT64, NCCL_SUM=SUM)
     monkeypatch.setattr(cupy.cuda, "nccl", fake, raising=False)
 
@@ -129,8 +129,8 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.usefixtures("host_memory")
-def test_what_nccl_is_handed(dtype, layout, wrapped, rng):
-    """NCCL adds what lies in memory, in that order, on the stream it is told."""
+def test_arguments_of_nccl(dtype, layout, wrapped, rng):
+    """NCCL adds the elements in memory order, on the stream that it receives."""
     mine, other = rng.normal(size=(2, 3, 4, 5)).astype(dtype)
     mine, other = LAYOUTS[layout](mine), LAYOUTS[layout](other)
     nccl = FakeNccl([other])
@@ -146,7 +146,7 @@ def test_what_nccl_is_handed(dtype, layout, wrapped, rng):
 
 
 @pytest.mark.usefixtures("host_memory")
-def test_two_communicators_one_after_the_other(rng):
+def test_two_communicators_in_turn(rng):
     """Rank (1, 0) of a grid of two rows and two columns."""
     mine, below, right = rng.normal(size=(3, 2, 4)).astype(np.float32)
     rows, columns = FakeNccl([below]), FakeNccl([right], rank=0)
@@ -160,14 +160,14 @@ def test_two_communicators_one_after_the_other(rng):
 
 
 class Wrapped:
-    """Holds a communicator as what cupyx.distributed returns does."""
+    """Wraps a communicator as the objects returned by cupyx.distributed do."""
 
     def __init__(self, communicator) -> None:
         self._comm = communicator
 
 
 def load_nccl():
-    """Import NCCL's module, which warns where the library is missing."""
+    """Import NCCL's module, which warns if the library is missing."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from cupy.cuda import nccl
@@ -189,7 +189,7 @@ def alone(request):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("offset", [0, 1e3])
-def test_one_rank_is_the_whole(alone, offset, fast, masked, rng):
+def test_one_rank_pools_its_own_data(alone, offset, fast, masked, rng):
     x, dy = rng.normal(size=(2, 3, 40, CHANNELS)).astype(np.float32)
     x += np.float32(offset)
     scale, bias = rng.normal(size=(2, CHANNELS)).astype(np.float32)
@@ -197,7 +197,7 @@ def test_one_rank_is_the_whole(alone, offset, fast, masked, rng):
     arrays = [cupy.asarray(a) for a in (x, scale, bias)]
     keywords = {"num_groups": GROUPS, "use_fast_variance": fast, "mask": mask}
     plain, plain_pullback = group_norm_vjp(*arrays, **keywords)
-    for _ in range(2):  # the second time without asking whether all ranks agree
+    for _ in range(2):  # the second call does not check again that all ranks agree
         y, pullback = group_norm_vjp(*arrays, axis_name=alone, **keywords)
         forward = group_norm(*arrays, axis_name=alone, **keywords)
         assert isinstance(y, cupy.ndarray)
@@ -246,7 +246,7 @@ def test_one_rank_by_name_with_groups_and_out_of_order(alone, rng):
         y.get(), oracle.group_norm(x, num_groups=GROUPS, feature_axis=1), tolerance=CONTRACT
     )
     want = oracle.group_norm_gradients(x, dy, num_groups=GROUPS, feature_axis=1)
-    # After the end of the binding, which the pullback needs no more.
+    # After the binding has ended: the pullback does not need it.
     assert_gradient(pullback(cupy.asarray(dy)).x.get(), want.x, rtol=GRADIENT)
     with pytest.raises(AxisNameError, match="'ranks' is not bound"):
         layer(given)
@@ -256,7 +256,7 @@ def test_one_rank_by_name_with_groups_and_out_of_order(alone, rng):
 
 
 def compute_shard(rank: int, unique_id, folder: str) -> None:
-    """Be one of two ranks, in a process of its own: write what it has of every case."""
+    """Run one of two ranks, in a separate process: write its results for every case."""
     nccl = load_nccl()
     with cupy.cuda.Device(rank):
         communicator = nccl.NcclCommunicator(2, unique_id, rank)

@@ -1,7 +1,7 @@
-"""DTensors on a mesh of four real processes (gloo): every placement gives the whole's numbers.
+"""DTensors on a mesh of four real processes (gloo): all placements equal the whole array.
 
 Processes start slowly, so one run of `programs/torch_dtensor.py` computes everything, and every
-case is a subtest here. All numbers are compared with the oracle on the whole array.
+case is a subtest here. All results are compared with the oracle on the whole array.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SECONDS = 400
 
 
 def run_ranks(folder: Path) -> list[dict]:
-    """Run all ranks, at most `SECONDS`, and return what each wrote."""
+    """Run all ranks, for at most `SECONDS`, and return the results of each."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     deadline = time.monotonic() + SECONDS
     ranks, late = [], False
@@ -70,11 +70,11 @@ def test_shards_equal_the_whole(tmp_path, subtests):
                 check_step(given[0], shards)
 
 
-# What the whole gives --------------------------------------------------------------------------
+# Comparison with the whole array ---------------------------------------------------------------
 
 
 def of_rank(a: np.ndarray, placements: tuple[str, ...], mesh: tuple[int, ...], rank: int):
-    """Cut what a rank should have from the whole, as torch.chunk cuts."""
+    """Return a rank's expected part of the whole, split as by torch.chunk."""
     part = torch.from_numpy(a)
     for text, size, at in zip(placements, mesh, np.unravel_index(rank, mesh), strict=True):
         if text.startswith("S"):
@@ -95,7 +95,7 @@ def expected(case: Case) -> tuple[np.ndarray, oracle.Gradients]:
 def check_case(case: Case, shards: list[dict]) -> None:
     y, gradients = expected(case)
     rtol = GRADIENT if case.offset == 0 else GRADIENT_FAR
-    # As the input is sharded; a pending sum was taken.
+    # Sharded as the input is; a pending sum has been computed.
     placements = tuple(f"S({p[1:]})" if p[0] == "S" else "R" for p in case.placements)
     largest = np.abs(gradients.x).max()
     for rank, shard in enumerate(shards):
@@ -105,12 +105,12 @@ def check_case(case: Case, shards: list[dict]) -> None:
         assert shard["y"].dtype == shard["dx"].dtype == np.float32
         assert_close(shard["y"], of_rank(y, placements, case.mesh_shape, rank), tolerance=CONTRACT)
         dx = of_rank(gradients.x, placements, case.mesh_shape, rank)
-        if case.offset <= 1e3:  # the accuracy contract of gradients says nothing beyond
+        if case.offset <= 1e3:  # the accuracy contract of gradients does not cover larger offsets
             assert_gradient(shard["dx"], dx, rtol=rtol, at_least=largest)
         if case.parameters in ("none", "numpy"):
             assert shard["parameters'"] == []
             continue
-        # On every rank the whole gradient, as its parameter is placed.
+        # The complete gradient on every rank, placed as its parameter is.
         assert all(parameter == gradient for parameter, gradient in shard["parameters'"])
         if case.offset <= 1e3:
             assert_gradient(shard["dscale"], gradients.scale, rtol=rtol)
@@ -128,7 +128,7 @@ def check_step(case: Case, shards: list[dict]) -> None:
             assert_gradient(shard[name], before - 0.5 * gradient, rtol=GRADIENT)
 
 
-# The rest ---------------------------------------------------------------------------------------
+# Other checks -----------------------------------------------------------------------------------
 
 
 def check_second_order(shards: list[dict]) -> None:
@@ -144,7 +144,7 @@ def check_numpy_layer(shards: list[dict]) -> None:
 
 def check_flattened(shards: list[dict]) -> None:
     for shard in shards:
-        assert shard["strided"] == "_StridedShard"  # else this tests nothing
+        assert shard["strided"] == "_StridedShard"  # otherwise nothing is tested
         x, dy = shard["x"].reshape(24, 16), shard["cotangent"].reshape(24, 16)
         want = oracle.group_norm_gradients(x, dy, num_groups=2)
         assert_close(shard["y"], oracle.group_norm(x, num_groups=2), tolerance=CONTRACT)
@@ -163,11 +163,11 @@ def check_dtypes(shards: list[dict]) -> None:
         for name, got in shard.items():
             of_y, of_want, of_gradient, of_scale = got["dtypes"]
             assert (of_y, of_gradient) == (of_want, of_scale), name
-            # Both results are rounded, perhaps to neighbours.
+            # Both results are rounded, possibly to adjacent values.
             assert_close(
                 got["y"], got["want"], tolerance=CONTRACT + 2.0 ** (1 - bits.get(of_y, 53))
             )
-            # Rounded to nearest once, after the shards' shares were added up.
+            # Rounded to nearest once, after the sum over the shards.
             exact = np.abs(got["exact"])
             half_ulp = 2.0 ** (np.floor(np.log2(exact)) - bits[of_scale])
             error = np.abs(got["dscale"] - got["exact"])
@@ -193,7 +193,7 @@ def check_errors(shards: list[dict]) -> None:
         "mask's values": ("mask holds 2", "zeros and ones", "mask != 0"),
         "in_size": ("x of shape (4, 8, 5)", "made for (4,)", "in_size"),
     }
-    for shard in shards:  # on all ranks, or some would wait for the others
+    for shard in shards:  # on all ranks, or some would wait for others
         assert set(shard) == set(wanted)
         for name, (kind, message) in shard.items():
             assert kind == "ArgumentValueError", (name, kind, message)
@@ -212,7 +212,7 @@ def check_outside_the_mesh(shards: list[dict]) -> None:
 
 
 def check_torchs_own(shards: list[tuple[str, str]]) -> None:
-    """nn.GroupNorm of torch 2.13 has no backward even where every rank has whole samples."""
+    """nn.GroupNorm of torch 2.13 has no backward even if every rank has whole samples."""
     for kind, message in shards:
         assert kind == "RuntimeError"
         assert "dY.numel() == N * C * HxW" in message
@@ -230,8 +230,8 @@ CHECKS = {
 }
 
 
-def test_a_failure_on_one_rank_is_seen():
-    """The control: wrong numbers of one rank alone must fail the comparison."""
+def test_a_failure_on_one_rank_is_detected():
+    """The control: wrong results of a single rank must fail the comparison."""
     (case,) = (c for c in cases() if c.name == "height, uneven")
     y, gradients = expected(case)
     shards = [

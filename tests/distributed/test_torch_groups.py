@@ -1,9 +1,9 @@
-"""Names, derivatives and networks over process groups, by four real processes.
+"""Names, derivatives and networks over process groups, with four real processes.
 
 Processes start slowly, so one run of `programs/torch_groups.py` computes everything, and every part
-of it is a subtest here. Layers are compared with the oracle; derivatives of higher order with those
-of the textbook formula on the whole array, which is itself compared with the oracle; and networks
-with `torch.nn.GroupNorm` in one process.
+is a subtest here. Layers are compared with the oracle; higher-order derivatives with those of the
+textbook formula on the whole array, which is itself compared with the oracle; and networks with
+`torch.nn.GroupNorm` in one process.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ pytestmark = [
 
 SECONDS = 300
 EPSILON = 1e-6
-# Of derivatives in float64, relative to the largest: some hundred roundings of 1e-16 each.
+# For derivatives in float64, relative to the largest: some hundred roundings of 1e-16 each.
 ROUNDING = 1e-13
 MEMBERS = {"rows": ((0, 1), (2, 3)), "data": ((0, 2), (1, 3)), "all": ((0, 1, 2, 3),)}
 
 
 def run_program(folder: Path) -> list[dict]:
-    """Run the processes, at most `SECONDS`, and return what each rank wrote."""
+    """Run the processes, for at most `SECONDS`, and return the results of each rank."""
     log = folder / "log"
     with log.open("w") as output:
         program = subprocess.Popen(
@@ -69,7 +69,7 @@ def run_program(folder: Path) -> list[dict]:
         except subprocess.TimeoutExpired:
             code = f"not done after {SECONDS} s"
         finally:
-            # Its ranks too, which form a session with it and with nobody else.
+            # Its ranks too, which form a session with it alone.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(program.pid, signal.SIGKILL)
             program.wait()
@@ -93,7 +93,7 @@ def test_ranks_equal_the_whole(tmp_path, subtests):
 
 
 def textbook(case, x, scale, bias, mask):
-    """The formula, in PyTorch's own operations, on the whole array of a case."""
+    """The formula in PyTorch operations, on the whole array of a case."""
     x = torch.where(mask, x, 0.0)
     parts, positions = [], case.split(np.arange(case.length)[None])
     groups = case.index_groups or (range(len(case.sizes)),)
@@ -138,10 +138,10 @@ def check_derivative(job, case, shards: list[dict]) -> None:
     for number, want in enumerate(wanted):
         values = [shard["values"][number] for shard in shards]
         assert {v.dtype for v in values} == {np.dtype("float64")}
-        # One number a position, or a sum over them.
+        # One value per position, or a sum over the positions.
         got = np.concatenate(values, axis=-2) if want.ndim >= 3 else sum(values)
         assert np.abs(want.detach().numpy()).max() > 1e-3
-        scale_of_x = 1 + case.offset  # what x is rounded relative to
+        scale_of_x = 1 + case.offset  # the magnitude that the rounding of x is relative to
         assert_gradient(got, want.detach().numpy(), rtol=ROUNDING * scale_of_x)
 
 
@@ -189,7 +189,7 @@ def check_statistics(case, shards: list[dict]) -> None:
 
 @functools.cache
 def trained(steps=3) -> dict[str, list[np.ndarray]]:
-    """Return the gradients of the first step and the last weights, by one process."""
+    """Return the gradients of the first step and the final weights of one process."""
     model = network(torch.nn.GroupNorm(NUM_GROUPS, CHANNELS, eps=EPSILON))
     optimizer, (x, target) = optimizer_of(model), images()
     gradients = None
@@ -240,7 +240,7 @@ def check_sums(shards: list[dict]) -> None:
                 check_sum(name, holders, result, f"{name}, {call}, rank {rank}")
                 if holders and name in chosen:
                     dtypes.add(result["dtypes"][name])
-            # Which have a gradient at all, and then all of one dtype at once.
+            # Which parameters have a gradient, and then all gradients of one dtype together.
             calls = 1 + len(dtypes) if chosen else 0
             assert result["collectives"] == calls * (2 if "names" in call else 1), call
 
@@ -296,7 +296,7 @@ def check_wrong_names(shards: list[dict]) -> None:
 def check_collectives(names: int, shards: list[dict]) -> None:
     for shard in shards:
         assert shard == {
-            "first": 2 * names,  # one more: whether all ranks agree
+            "first": 2 * names,  # one more: the check that all ranks agree
             "forward": names,
             "another shape": 2 * names,
             "backward": names,
@@ -309,7 +309,7 @@ CHECKS = {
     "rebound": functools.partial(check_rebound, (ALL, ROWS, DATA, ALL)),
     "rebound, compiled": functools.partial(check_rebound, (PLAIN_ALL, PLAIN_ROWS, PLAIN_ALL)),
     "DDP over data": check_training,
-    # What is averaged over ranks that share samples is too small by their number.
+    # An average over ranks that share samples is too small by a factor of their number.
     "DDP over all ranks": functools.partial(check_network, "gradients", factor=2),
     "FSDP over data": check_training,
     "sums of gradients": check_sums,

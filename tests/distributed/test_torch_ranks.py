@@ -1,7 +1,7 @@
-"""Statistics pooled over real processes: gloo, two and four ranks.
+"""Statistics pooled over two and four real processes, connected by gloo.
 
 Processes start slowly, so one run of `programs/torch_ranks.py` computes all cases of a world size,
-and every case is a subtest here. All numbers are compared with the oracle on the whole array.
+and every case is a subtest here. All results are compared with the oracle on the whole array.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SECONDS = 150
 
 
 def run_ranks(world: int, folder: Path) -> list[dict]:
-    """Run all ranks, at most `SECONDS`, and return what each wrote."""
+    """Run all ranks, for at most `SECONDS`, and return the results of each."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     deadline = time.monotonic() + SECONDS
     ranks, late = [], False
@@ -93,12 +93,12 @@ def check_masked_exact(shards: list[dict]) -> None:
 
 
 def check_ddp(shards: list[dict]) -> None:
-    """DDP averages where a pooled layer needs the sum: too small by the number of ranks, on all."""
+    """DDP averages, but a pooled layer needs the sum: too small by the number of ranks, on all."""
     world = len(shards)
     for shard in shards[1:]:
         np.testing.assert_array_equal(shard["dscale"], shards[0]["dscale"])
         np.testing.assert_array_equal(shard["dbias"], shards[0]["dbias"])
-    # On every rank the average; its sum over the ranks is the whole gradient.
+    # Every rank has the average; its sum over the ranks is the complete gradient.
     check_shards(Case("plain job", uneven(world)), shards)
 
 
@@ -123,7 +123,7 @@ def check_bfloat16(shards: list[dict]) -> None:
     assert {shard["dtype"] for shard in shards} == {"torch.bfloat16"}
     x, y = (np.concatenate([shard[k] for shard in shards], axis=1) for k in ("x", "y"))
     want = oracle.group_norm(x, num_groups=NUM_GROUPS)
-    # Rounded to bfloat16, and within one unit in the last place more.
+    # Rounded to bfloat16, to within one additional ulp.
     assert (np.abs(y - want) <= 1.5 * 2.0**-7 * np.maximum(np.abs(want), 1e-2)).all()
 
 
@@ -160,8 +160,8 @@ CHECKS = {
 }
 
 
-def test_a_failure_on_one_rank_is_seen(tmp_path):
-    """The control: wrong numbers of one rank alone must fail the comparison."""
+def test_a_failure_on_one_rank_is_detected(tmp_path):
+    """The control: wrong results of a single rank must fail the comparison."""
     case = cases(2)[2]
     whole = data(case)
     shards = [

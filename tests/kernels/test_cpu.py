@@ -1,6 +1,6 @@
-"""The fused CPU kernels against the oracle: layouts in memory, masks, dtypes, ranges, threads.
+"""The fused CPU kernels compared with the oracle: memory layouts, masks, dtypes, ranges, threads.
 
-Everything else that is tested on NumPy runs through them as well, where numba is installed.
+If numba is installed, all other tests on NumPy use them as well.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ pytest.importorskip("numba", reason="the kernels need numba, which is not instal
 
 ACTIVATIONS = (None, "relu", "silu", "gelu")
 # Shapes, feature axis, groups: rows longer and shorter than blocks and bands, odd sizes, one
-# position, one channel a group, one group.
+# position, one channel per group, one group.
 SHAPES = {
     "last": ((2, 9, 7, 12), -1, 4),
     "first": ((2, 12, 9, 7), 1, 4),
@@ -87,7 +87,7 @@ ORDERS = [(0, 1, 2, 3), (0, 3, 1, 2), (0, 2, 3, 1), (3, 0, 1, 2), (1, 2, 3, 0), 
 
 @pytest.mark.parametrize("order", ORDERS, ids=str)
 def test_every_order_in_memory(order, rng):
-    """Served where channels and positions each lie together; computed everywhere."""
+    """The kernels need channels and positions to be contiguous in order; all orders work."""
     dense = rng.normal(size=(4, 5, 6, 8)).astype(np.float32)
     x = dense.transpose(order)
     for axis in (1, -1):
@@ -100,13 +100,13 @@ def test_every_order_in_memory(order, rng):
         assert_gradient(pullback(dy).x, want.x, rtol=GRADIENT)
 
 
-def test_the_order_that_is_not_served_is_told(rng):
+def test_the_error_names_an_unsupported_memory_order(rng):
     x = rng.normal(size=(2, 6, 8, 6, 4)).astype(np.float32)
     with pytest.raises(ArgumentValueError, match="the order is KPCPC "):
         fused(x, num_groups=2, feature_axis=(2, 4))
 
 
-def test_memory_order_is_kept(rng):
+def test_the_memory_order_is_kept(rng):
     x = rng.normal(size=(2, 5, 6, 8)).astype(np.float32).transpose(0, 3, 1, 2)
     y = fused(x, num_groups=4, feature_axis=1)
     assert y.strides == x.strides
@@ -158,7 +158,7 @@ def test_masks(name, mask, activation, rng):
     want = z if activation is None else z * sigmoid
     assert_close(y[ordinary], want[ordinary], tolerance=CONTRACT)
     assert np.isfinite(y[np.isfinite(x)]).all()
-    # Nothing comes back through what does not count.
+    # Masked-out elements have no cotangent.
     dy = np.where(everywhere, dy, np.float32(0))
     slope = 1 if activation is None else sigmoid * (1 + z * (1 - sigmoid))
     got = pullback(dy)
@@ -190,7 +190,7 @@ def test_half_precision(name, dtype, result, rng):
     expected = host_dtype(dtype if result == "input" else result)
     assert y.dtype == expected
     want = oracle.group_norm(x.astype(np.float64), scale, bias, **keywords)
-    # Rounded to the dtype, and within one unit in the last place more.
+    # Rounded to the dtype, to within one additional ulp.
     units = np.spacing(np.abs(want).astype(expected)).astype(np.float64)
     assert (np.abs(y.astype(np.float64) - want) <= 1.5 * units + CONTRACT).all()
     got = pullback(dy.astype(expected))
@@ -204,12 +204,12 @@ def test_half_precision(name, dtype, result, rng):
 
 
 def test_every_half_is_converted_exactly():
-    """All 65536 of each kind, through a group each that is applied with scale 1 and mean 0."""
+    """All 65536 values of both dtypes, each in its own group, applied with scale 1 and mean 0."""
     for name in ("float16", "bfloat16"):
         every = np.arange(1 << 16, dtype=np.uint16).view(host_dtype(name))
         mask = np.zeros((), bool)  # mean 0, variance 1
         y = fused(every[:, None], num_groups=1, epsilon=0, dtype="float32", mask=mask)
-        # What is not finite counts as 0 under a mask.
+        # Masked-out non-finite values count as 0.
         want = np.where(np.isfinite(every.astype(np.float32)), every.astype(np.float32), 0)
         np.testing.assert_array_equal(y[:, 0], np.clip(want, -5e33, 5e33).astype(np.float32))
         back = fused(
@@ -222,7 +222,7 @@ def test_every_half_is_converted_exactly():
 @pytest.mark.parametrize("size", [1e20, 1e-20, 1e30])
 @pytest.mark.parametrize("name", ["last", "first", "first, long"])
 def test_range(name, size, rng):
-    """Squares leave float32 here, results do not."""
+    """Squares exceed float32's range here; results do not."""
     x, _, scale, bias, keywords = arguments(name, rng, 0.5)
     x = (x * size).astype(np.float32)
     for epsilon in (0.0, 1e-6):
@@ -244,7 +244,7 @@ def test_constants_give_exactly_the_bias(name, value, rng):
 
 @pytest.mark.parametrize("name", ["last", "first"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_not_finite_spoils_its_group_alone(name, bad, rng):
+def test_non_finite_values_affect_only_their_group(name, bad, rng):
     x, _, scale, bias, keywords = arguments(name, rng)
     x[0].flat[0] = bad
     y = fused(x, scale, bias, **keywords)
@@ -254,8 +254,8 @@ def test_what_is_not_finite_spoils_its_group_alone(name, bad, rng):
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_bits_depend_on_nothing_but_the_data(name, rng, monkeypatch):
-    """Not on the number of threads, nor on whether samples are done one by one or in phases."""
+def test_bits_depend_only_on_the_data(name, rng, monkeypatch):
+    """Not on the number of threads, nor on whether samples are processed singly or in phases."""
     x, dy, scale, bias, keywords = arguments(name, rng)
     x = np.concatenate([x] * 3) if SHAPES[name][1] not in (None, 0) else x
     dy = np.concatenate([dy] * 3) if SHAPES[name][1] not in (None, 0) else dy
@@ -302,7 +302,7 @@ def _in_child(x, queue):
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:os.fork.. was called:RuntimeWarning")
 def test_a_forked_process(rng):
-    """As a data loader's workers are; the threads of the parent are not there."""
+    """As a data loader's workers are; the parent's threads do not exist in it."""
     x = rng.normal(size=(8, 64, 64, 16)).astype(np.float32)
     want = fused(x, num_groups=4)
     context = multiprocessing.get_context("fork")
@@ -326,7 +326,7 @@ def test_a_forked_process(rng):
         (np.ones((2, 3, 4, 5), np.float32), {"feature_axis": 2}, "order is KPCP"),
     ],
 )
-def test_what_is_not_served_says_why(x, keywords, reason):
+def test_unsupported_calls_raise_with_a_reason(x, keywords, reason):
     keywords = {"num_groups": 2, **keywords}
     message = f"implementation='fused' cannot compute this call: .*{reason}.*implementation=None"
     if "axis_name" in keywords:
@@ -339,7 +339,7 @@ def test_what_is_not_served_says_why(x, keywords, reason):
     assert group_norm(x, **keywords).shape == x.shape
 
 
-def test_wrong_arguments_are_named_as_ever():
+def test_argument_errors_equal_those_of_portable_calls():
     x = np.ones((2, 3, 4), np.float32)
     for keywords, word in (
         ({"scale": np.ones(5, np.float32)}, "scale has shape"),
@@ -372,14 +372,14 @@ for _ in range(2):
 """
 
 
-def test_a_compilation_is_told_of_once_and_cached(tmp_path):
-    """By the process that compiles; the next one loads."""
+def test_a_compilation_is_logged_once_and_cached(tmp_path):
+    """The process that compiles logs it; the next one loads the cached kernel."""
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
-    told = [
+    counts = [
         subprocess.run(
             [sys.executable, "-c", PROGRAM],
             env=environment, capture_output=True, text=True, check=True, timeout=300,
         ).stderr.count("groupnorm compiled the CPU kernel")
         for _ in range(2)
     ]  # fmt: skip
-    assert told == [1, 0]
+    assert counts == [1, 0]

@@ -1,4 +1,4 @@
-"""What keys compiled kernels on disk changes with every file that is compiled in."""
+"""The digest that keys cached kernels on disk changes with every file compiled into them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import groupnorm
 
 pytest.importorskip("numba", reason="kernels need numba")
 
-# In a copy of the package: its sources, and which digests are had with each of them edited.
+# In a copy of the package: its sources, and the digests with each of them edited.
 PROGRAM = """
 import json
 import sys
@@ -66,13 +66,13 @@ def found(tmp_path_factory):
     return json.loads(done.stdout)
 
 
-def test_each_file_that_is_compiled_in_changes_it(found):
+def test_every_compiled_file_changes_the_digest(found):
     before, digests, *_ = found
     assert len({before, *digests.values()}) == 1 + len(digests)
 
 
-def test_what_is_compiled_in(found):
-    """Their own package, and what its modules take numbers from; but not all that these name."""
+def test_which_files_are_in_the_digest(found):
+    """The kernels' package and the modules it takes constants from, but not all their imports."""
     _, digests, others, *_ = found
     folder = "backends/kernels/cpu/compiled/"
     kernels = {name for name in [*digests, *others] if name.startswith(folder)}
@@ -88,16 +88,16 @@ def test_what_is_compiled_in(found):
     assert not {"plan.py", "typing.py", "adapter.py", "backends/numpy/cpu.py"} & set(digests)
 
 
-def test_other_files_do_not_change_it(found):
+def test_other_files_do_not_change_the_digest(found):
     before, _, others, *_ = found
     assert len(others) > 30
     assert set(others.values()) == {before}
 
 
-def test_a_module_that_is_new_comes_with_what_it_imports(found):
+def test_a_new_module_is_included_with_its_imports(found):
     assert {"more.py", "plan.py"} < set(found[3])
 
 
-def test_without_its_sources_there_is_no_digest(found):
-    """Rather than one that never changes."""
+def test_missing_sources_raise(found):
+    """It raises, because the digest could not change with the sources."""
     assert "source" in found[4]

@@ -1,4 +1,4 @@
-"""The kernels for GPUs, compiled without one: nothing spills, and memory is read by 16 bytes."""
+"""The GPU kernels, compiled without a GPU: no register spills, and 16-byte memory accesses."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import pytest
 from groupnorm.backends.kernels.gpu import program as gpu
 from groupnorm.backends.kernels.grouped_shape import GroupedShape
 
-triton = pytest.importorskip("triton", reason="the kernels for GPUs need triton")
+triton = pytest.importorskip("triton", reason="the GPU kernels need triton")
 SPILLS = pytest.mark.skipif(
     tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8),
     reason="Triton before 3.8 puts a few bytes of some kernels on the stack",
 )
 pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="what is interpreted is not compiled"
+    os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels are not compiled"
 )
 
 from groupnorm.backends.kernels.gpu.build import build  # noqa: E402 - it imports the kernels
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-# Groups of every shape of the plans, among them D=10, whose rows are aligned in bundles of four.
+# Groups for every kind of plan, including D=10, whose rows are aligned in bundles of four.
 FORMS = {
     "UNet": (16, 32, 10, 4096),
     "UNet, small": (16, 32, 40, 256),
@@ -61,7 +61,7 @@ def resources(built) -> dict[str, int]:
 
 
 def widths(ptx: str, kind: str) -> set[int]:
-    """Return how many bytes accesses of global memory have."""
+    """Return the widths, in bytes, of all global memory accesses."""
     found = re.findall(rf"{kind}\.global\S*?(?:\.v(\d))?\.[bfus](\d+)\s", ptx)
     return {int(count or 1) * int(bits) // 8 for count, bits in found}
 
@@ -69,7 +69,7 @@ def widths(ptx: str, kind: str) -> set[int]:
 @pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90, 100])
 @pytest.mark.parametrize("first", [False, True], ids=["last", "first"])
 @pytest.mark.parametrize("name", FORMS)
-def test_nothing_spills_and_words_are_wide(name, first, capability):
+def test_no_spills_and_wide_memory_accesses(name, first, capability):
     form = GroupedShape(*FORMS[name], first, 2)
     for step in steps(form):
         built = compiled(step, "bfloat16", capability)
@@ -77,7 +77,7 @@ def test_nothing_spills_and_words_are_wide(name, first, capability):
         assert used["STACK"] == used["LOCAL"] == 0, (step.kernel, used)
         assert used["REG"] <= 255
         assert built.threads == 32 * step.warps
-        assert built.shared <= 48 * 1024  # more would have to be asked for
+        assert built.shared <= 48 * 1024  # a larger size needs an explicit request
         if "x" in step.arrays:
             constants = dict(step.constants)
             elements = (
@@ -86,7 +86,7 @@ def test_nothing_spills_and_words_are_wide(name, first, capability):
                 * (2 if "dy" in step.arrays else 1)
             )
             assert built.ptx.count("ld.global.v4.b32") * 8 * built.threads >= elements
-            # Of elements there are few alone: of each group the first, where deviations start.
+            # Few single elements are loaded: the first of each group, where deviations start.
             assert built.ptx.count("ld.global.b16") <= 16
         if {"y", "dx"} & set(step.arrays):
             assert max(widths(built.ptx, "st")) == 16
@@ -97,7 +97,7 @@ def test_nothing_spills_and_words_are_wide(name, first, capability):
 @pytest.mark.parametrize("activation", [None, "silu", "gelu"])
 @pytest.mark.parametrize("mask", [None, "each"])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_the_largest_groups_stay_in_the_registers(dtype, mask, activation, positions):
+def test_the_largest_groups_do_not_spill(dtype, mask, activation, positions):
     asked = gpu.KernelOptions(0.0, activation, mask, True, True)
     for first in (False, True):
         form = GroupedShape(16, 32, 16, positions, first, 4 if dtype == "float32" else 2)
@@ -107,7 +107,7 @@ def test_the_largest_groups_stay_in_the_registers(dtype, mask, activation, posit
                 assert used["STACK"] == used["LOCAL"] == 0, (step.module, first, used)
 
 
-def test_an_address_that_is_not_aligned_is_not_taken_to_be():
+def test_unaligned_addresses_use_narrow_accesses():
     form = GroupedShape(16, 32, 8, 256, False, 2)
     for step in steps(form):
         if "x" in step.arrays:
@@ -127,11 +127,11 @@ def test_scalars_are_arguments_or_constants():
     (free, scalars), (fixed, none) = (build(step, types, aligned, 90, f) for f in (False, True))
     assert [value for _, value in scalars] == [v for _, v in step.scalars if v != 1]
     assert none == ()
-    assert free.scratch == fixed.scratch  # what Triton adds behind the arguments
+    assert free.scratch == fixed.scratch  # parameters that Triton appends to the arguments
     assert len(re.findall(r"\.param \.u64", fixed.ptx)) == len(step.arrays) + fixed.scratch
 
 
-def test_waves_and_batch_sizes_are_of_one_kernel():
+def test_waves_and_batch_sizes_share_one_kernel():
     asked = FULL._replace(waves=True)
     found = set()
     for samples in (8, 24):
@@ -141,8 +141,8 @@ def test_waves_and_batch_sizes_are_of_one_kernel():
     assert len(found) == 1
 
 
-def test_the_program_does_not_depend_on_the_size_of_the_machine():
-    """The same steps for every GPU: no count of its processors is asked for."""
+def test_the_program_does_not_depend_on_the_number_of_multiprocessors():
+    """The same steps for every GPU: its number of multiprocessors is not queried."""
     form = GroupedShape(16, 32, 10, 4096, False, 2)
     assert gpu.forward(form, FULL) == gpu.forward.__wrapped__(form, FULL)
     sources = list(Path(gpu.__file__).parent.glob("*.py"))
@@ -152,8 +152,8 @@ def test_the_program_does_not_depend_on_the_size_of_the_machine():
         assert "get_device_properties" not in source
 
 
-def test_compiles_where_triton_s_cache_was_emptied(monkeypatch):
-    """As importing jax-triton does, for the whole process."""
+def test_compiles_with_an_empty_triton_cache_dir(monkeypatch):
+    """Importing jax-triton sets TRITON_CACHE_DIR to "" for the whole process."""
     monkeypatch.setenv("TRITON_CACHE_DIR", "")
     [step, *_] = steps(GroupedShape(3, 5, 7, 11, True, 4))
     assert compiled(step, "float32", 90).threads == 32

@@ -1,4 +1,4 @@
-"""A device is tried out once, before the kernels for GPUs serve it; here devices are made up."""
+"""Each device is probed once before the GPU kernels are used on it; the devices here are fake."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from tests import oracle
 
 
 @pytest.fixture(autouse=True)
-def triton_is_there(monkeypatch):
+def triton_is_available(monkeypatch):
     monkeypatch.setattr(triton_build, "why_unavailable", lambda: None)
 
 
 class Device:
-    """What computes a trial rightly, wrongly or not at all, and counts how often."""
+    """A fake device that computes probes correctly, incorrectly or not at all, and counts them."""
 
     def __init__(self, factor=1.0, error=None, busy=False, capability=90):
         self.factor, self.error, self.busy, self.count = factor, error, busy, 0
@@ -35,14 +35,14 @@ class Device:
         return self.factor * oracle.group_norm(x, num_groups=2, feature_axis=1, epsilon=0.0)
 
 
-def test_what_computes_rightly_is_tried_once():
+def test_a_correct_device_is_probed_once():
     device = Device()
     assert [device.trials.why_unavailable(0) for _ in range(3)] == [None] * 3
     assert device.count == 1
 
 
 @pytest.mark.parametrize("factor", [1.001, np.nan])
-def test_wrong_numbers_are_not_served(factor, caplog):
+def test_a_device_with_wrong_results_is_not_used(factor, caplog):
     device = Device(factor)
     for _ in range(2):
         assert "computed something else" in device.trials.why_unavailable(1).reason
@@ -50,13 +50,13 @@ def test_wrong_numbers_are_not_served(factor, caplog):
     assert caplog.text.count("computes portably on cuda:1 in PyTorch") == 1
 
 
-def test_what_raises_is_not_served(caplog):
+def test_a_device_that_raises_is_not_used(caplog):
     why = Device(error=RuntimeError("no C compiler")).trials.why_unavailable(0)
     assert "RuntimeError: no C compiler" in why.reason
     assert "no C compiler" in caplog.text
 
 
-def test_while_a_stream_captures_nothing_is_tried_and_what_is_known_holds():
+def test_no_probe_during_stream_capture_but_known_results_apply():
     device = Device(factor=2.0, busy=True)
     assert device.trials.why_unavailable(0) is None
     assert device.count == 0
@@ -66,7 +66,7 @@ def test_while_a_stream_captures_nothing_is_tried_and_what_is_known_holds():
     assert device.trials.why_unavailable(0) is not None
 
 
-def test_older_gpus_are_not_tried():
+def test_older_gpus_are_not_probed():
     device = Device(capability=75)
     assert "capability 8.0, and this one has 7.5" in device.trials.why_unavailable(0).reason
     assert device.count == 0

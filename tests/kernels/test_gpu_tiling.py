@@ -1,4 +1,4 @@
-"""How arrays are cut into tiles for GPUs: every element once, within limits, by the shape alone."""
+"""Tiling for GPUs: every element exactly once, within limits, determined by the shape alone."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ forms = st.builds(
 
 
 def covered(form: GroupedShape, tiles: Tiles) -> np.ndarray:
-    """Count how many tiles an element of one sample is in, by the kernels' rule for a tile."""
+    """Return how many tiles contain each element of one sample, by the kernels' indexing."""
     count = np.zeros((form.channels, form.positions), np.uint8)
     for block in range(tiles.blocks(form)):
         if tiles.parts == 1:
@@ -52,7 +52,7 @@ def covered(form: GroupedShape, tiles: Tiles) -> np.ndarray:
 
 
 @given(forms)
-def test_every_element_is_in_one_tile(form):
+def test_every_element_is_in_exactly_one_tile(form):
     for limit in (CHUNK_FORWARD, CHUNK_BACKWARD):
         tiles = tile_parts(form, limit)
         assert tiles.elements() <= limit
@@ -67,7 +67,7 @@ def test_every_element_is_in_one_tile(form):
 
 
 @given(forms)
-def test_whole_groups_are_whole(form):
+def test_tiles_of_whole_groups(form):
     for limit in {*WHOLE_FORWARD, *WHOLE_BACKWARD}:
         tiles = tile_whole_groups(form, limit)
         padded = power_of_two(form.group_size) * power_of_two(form.positions)
@@ -87,11 +87,11 @@ def test_whole_groups_are_whole(form):
         assert 1 <= warps_for(tiles.elements()) <= 16
 
 
-def test_rows_that_lie_in_memory_one_by_one_are_not_narrow():
+def test_channels_last_tiles_are_not_narrow():
     for form in (GroupedShape(256, 32, 2, 12544, False, 2), GroupedShape(16, 32, 10, 64, False, 2)):
         tiles = tile_whole_groups(form, WHOLE_FORWARD[0]) or tile_parts(form, CHUNK_FORWARD)
         assert tiles.width * form.item_bytes >= 64
-        assert tiles.width % 8 == 0  # so that 16 bytes are read at once
+        assert tiles.width % 8 == 0  # for 16-byte loads
 
 
 def test_addresses_within_a_tile_stay_in_32_bits():
@@ -101,7 +101,7 @@ def test_addresses_within_a_tile_stay_in_32_bits():
     assert tile_whole_groups(GroupedShape(1, 1 << 17, 16, 2000, False, 2), WHOLE_FORWARD[0]) is None
 
 
-def test_bundles_of_groups_are_read_once_where_they_fit():
+def test_bundles_of_groups_that_fit_are_one_tile():
     assert tile_whole_groups(GroupedShape(4, 32, 10, 256, False, 2), WHOLE_FORWARD[0]) == Tiles(
         40, 256, 1
     )
@@ -145,7 +145,7 @@ def test_steps(name):
     ids=["first", "last", "odd"],
 )
 @pytest.mark.parametrize("direction", [gpu.forward, gpu.backward])
-def test_waves_are_of_whole_groups_and_fit_the_cache(form, direction):
+def test_waves_contain_whole_groups_and_fit_the_cache(form, direction):
     program = direction(form, PLAIN)
     measured = [step for step in program.launches if step.kernel == "measure"]
     applied = [step for step in program.launches if step.kernel == "apply"]
@@ -161,7 +161,7 @@ def test_waves_are_of_whole_groups_and_fit_the_cache(form, direction):
             * dict(one.constants)["TILE_POSITIONS"]
         )
         item = form.item_bytes * (2 if direction is gpu.backward else 1)
-        assert elements * item <= 1.3 * gpu.WAVE  # more than exist: tiles are padded
+        assert elements * item <= 1.3 * gpu.WAVE  # an upper bound, because tiles are padded
     tiles = (CHUNK_FORWARD, CHUNK_BACKWARD)[direction is gpu.backward]
     cut = tile_parts(form, tiles)
     assert begin == form.samples * cut.blocks(form) * cut.chunks(form)
@@ -169,7 +169,7 @@ def test_waves_are_of_whole_groups_and_fit_the_cache(form, direction):
     assert sum(step.kernel == "measure" for step in once.launches) == 1
 
 
-def test_gradients_of_batches_are_apart():
+def test_parameter_gradients_are_summed_per_batch():
     form = GroupedShape(6, 4, 2, 9, True, 4)
     [*_, last] = gpu.backward(form, PLAIN, batches=3).launches
     assert last.kernel == "sum_rows"
@@ -177,7 +177,7 @@ def test_gradients_of_batches_are_apart():
     assert dict(last.scalars) == {"rows": 6, "ROWS_PER_BLOCK": 2}
 
 
-def test_what_a_square_may_be_multiplied_by():
+def test_largest_unit_of_squares():
     for epsilon in (0.0, 1e-30, 1e-6, 1.0, 1e6):
         unit = gpu._largest_unit(epsilon)
         assert np.log2(unit) == int(np.log2(unit))

@@ -1,4 +1,4 @@
-"""Large results ask the system for large pages, as NumPy's do."""
+"""Large pages are requested from the system for large results, as NumPy does."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ import pytest
 from groupnorm import group_norm
 from tests import ROOT
 
-pytest.importorskip("numba", reason="the kernels' results are meant")
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a system call of Linux")
+pytest.importorskip("numba", reason="only the kernels request large pages, and they need numba")
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="the system call exists only on Linux"
+)
 
 SHAPE = (2, 64, 128, 128)  # 8 MiB
 
 
 def flags(address: int) -> list[str]:
-    """Return the kernel's flags for the memory at an address; "hg" is what was asked for."""
+    """Return the Linux kernel's flags for the memory at an address; "hg" means large pages."""
     mine = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         found = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
@@ -39,7 +41,7 @@ def can_tell() -> bool:
 
 
 @pytest.mark.needs("torch")
-def test_of_pytorch(rng):
+def test_pytorch_results_use_large_pages(rng):
     torch = importlib.import_module("torch")
     if not can_tell():
         pytest.skip("this system has no large pages")
@@ -52,18 +54,18 @@ def test_of_pytorch(rng):
 
 
 @pytest.mark.needs("jax")
-def test_of_jax(rng, monkeypatch):
+def test_jax_results_use_large_pages(rng, monkeypatch):
     jax = importlib.import_module("jax")
     if not can_tell() or jax.default_backend() != "cpu":
         pytest.skip("this system has no large pages")
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     x = rng.normal(size=SHAPE).astype(np.float32)
     y = jax.jit(lambda x: group_norm(x, feature_axis=1, implementation="fused"))(x)
-    y.block_until_ready()  # it is asked when the program runs, which is later than this
+    y.block_until_ready()  # large pages are requested when the program runs, which is asynchronous
     assert "hg" in flags(y.unsafe_buffer_pointer() + y.nbytes // 2)
 
 
-NOT_ASKED = """
+PROGRAM = """
 import jax
 import numpy as np
 from groupnorm import group_norm
@@ -76,23 +78,23 @@ print("hg" in flags(y.unsafe_buffer_pointer() + y.nbytes // 2))
 
 
 @pytest.mark.needs("jax")
-def test_the_variable_that_numpy_reads_in_jax():
-    """Its programs ask in compiled code, which reads no variables."""
+def test_numpys_environment_variable_in_jax():
+    """JAX programs request pages from compiled code, which does not read environment variables."""
     if not can_tell():
         pytest.skip("this system has no large pages")
-    told = []
+    flagged = []
     for value in ("1", "0"):
         given = {"NUMPY_MADVISE_HUGEPAGE": value, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
         done = subprocess.run(
-            [sys.executable, "-c", NOT_ASKED], capture_output=True, text=True, timeout=240,
+            [sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=240,
             check=False, env=os.environ | given, cwd=ROOT,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        told.append(done.stdout.split()[-1])
-    assert told == ["True", "False"]
+        flagged.append(done.stdout.split()[-1])
+    assert flagged == ["True", "False"]
 
 
-def test_the_variable_that_numpy_reads(monkeypatch):
+def test_numpys_environment_variable(monkeypatch):
     pages = importlib.import_module("groupnorm.backends.kernels.cpu.huge_pages")
     pages._system_call.cache_clear()
     monkeypatch.setenv("NUMPY_MADVISE_HUGEPAGE", "0")

@@ -1,4 +1,4 @@
-"""The mirror of XLA's structs agrees with the header in the installed jaxlib."""
+"""The mirrored XLA structs agree with the header in the installed jaxlib."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.needs("jax")
-pytest.importorskip("numba", reason="the mirror is in the package of the kernels, which need numba")
+pytest.importorskip(
+    "numba", reason="the mirrored structs are in the kernels' package, which needs numba"
+)
 structs = importlib.import_module("groupnorm.backends.kernels.cpu.xla_structs")
 
-# Names in version 0.3 of the interface, and in others: a minor version may rename what it keeps.
+# Names in version 0.3 of the interface, and in others: minor versions may rename fields.
 RENAMED = {
     "XLA_FFI_Extension_Base": "XLA_FFI_InternalExtension",  # 0.5
     "XLA_FFI_Error_GetMessage": "XLA_FFI_Error_GetDetails",  # 0.5
@@ -32,7 +34,7 @@ def header():
 
 @pytest.fixture(scope="module")
 def named(header):
-    """Return the name that the installed header has for one of version 0.3."""
+    """Return the installed header's name for a name of version 0.3."""
     text = header.read_text()
 
     def name(known):
@@ -44,10 +46,10 @@ def named(header):
 
 
 def by_a_compiler(header, fields, constants, tmp_path):
-    """Return offsets and sizes of fields, and the values of constants, as a C compiler has them."""
+    """Return offsets and sizes of fields, and values of constants, from a C compiler."""
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
-        pytest.skip("there is no C compiler here; the header is parsed in the other case")
+        pytest.skip("there is no C compiler; the other case parses the header")
     numbers = []
     for struct, field in fields:
         numbers += [f"offsetof({struct}, {field})", f"sizeof((({struct}*)0)->{field})"]
@@ -65,7 +67,7 @@ def by_a_compiler(header, fields, constants, tmp_path):
 
 
 def by_parsing(header, fields, constants, tmp_path):
-    """Return the same by what the header says, laid out by ctypes."""
+    """Return the same, parsed from the header and laid out by ctypes."""
     text = re.sub(r"//.*", "", header.read_text())
     bodies = dict(re.findall(r"struct (\w+) \{(.*?)\n\}", text, re.DOTALL))
     plain = {
@@ -116,6 +118,6 @@ def test_offsets_sizes_and_constants(how, header, named, tmp_path):
 
 
 def test_the_major_version(header):
-    """Another one means other structs; jax/test_cpu_kernels tests which minor ones XLA takes."""
+    """Another one has other structs; jax/test_cpu_kernels tests which minor ones XLA accepts."""
     found = re.search(r"#define XLA_FFI_API_MAJOR (\d+)", header.read_text())
     assert int(found[1]) == structs.API[0]

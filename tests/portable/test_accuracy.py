@@ -1,4 +1,4 @@
-"""The accuracy contract: what float32 allows, for any data, on every library, compiled or not."""
+"""The accuracy contract: float32 accuracy for any data, on every library, compiled or not."""
 
 import importlib
 
@@ -18,7 +18,7 @@ from tests.rows import (
 )
 
 OFFSETS = [0, 1, 1e2, 1e3, 1e4, 1e5]
-# (feature axis, shape). Some hold more than 256 positions, so that sums are taken in blocks.
+# (feature axis, shape). Some have more than 256 positions, so that sums are computed in blocks.
 LAYOUTS = {
     "last": (-1, (2, 16, 17, 64)),
     "first": (1, (2, 64, 16, 17)),
@@ -41,7 +41,7 @@ def make_mask(rng, shape, feature_axis):
 
 
 def compiled_call(backend, **keywords):
-    """Return `group_norm` compiled once for the shape all the data in one test have."""
+    """Return `group_norm`, compiled once for the common shape of all the data in one test."""
     return backend.transform(lambda x, mask: group_norm(x, mask=mask, **keywords))
 
 
@@ -70,7 +70,7 @@ def test_every_offset(any_backend, layout, fast, masked, rng):
 @pytest.mark.parametrize("offset", [1e4, 1e5])
 @pytest.mark.parametrize("axis", [1, -1], ids=["channels first", "channels last"])
 def test_offsets_of_small_images(backend, axis, offset, rng):
-    """All of them: 1e-3 at best; flax, torch channels_last, keras, ONNX, paddle: 1e3 or NaN."""
+    """All peers: 1e-3 at best; flax, torch channels_last, keras, ONNX, paddle: 1e3 or NaN."""
     shape = (2, 8, 10, 10) if axis == 1 else (2, 10, 10, 8)
     x = (rng.normal(size=shape) + offset).astype(np.float32)
     result = run(backend, x, num_groups=4, feature_axis=axis)
@@ -167,13 +167,13 @@ def test_float64_is_computed_in_float64(backend, rng):
 @pytest.mark.parametrize("epsilon", [1e-6, 1e-40, 0])
 @pytest.mark.parametrize("size", [1e20, 1e-20])
 def test_huge_and_tiny_data(backend, size, epsilon, fast, rng):
-    """Squares of 1e20 overflow float32, those of 1e-20 vanish; the answer is neither inf nor 0."""
+    """Squares of 1e20 overflow float32, those of 1e-20 underflow; results are neither inf nor 0."""
     x = (size * rng.normal(size=(2, 300, 8))).astype(np.float32)
     keywords = {"num_groups": 2, "epsilon": epsilon}
     y = run(backend, x, use_fast_variance=fast, **keywords).values
     reference = oracle.group_norm(x, **keywords)
     largest = np.abs(reference).max()
-    # Relative, since the whole output is of size 1e-17 where epsilon dwarfs the variance.
+    # Relative, because the output is about 1e-17 where epsilon is much larger than the variance.
     assert_close(y / largest, reference / largest, tolerance=CONTRACT)
 
 
@@ -191,7 +191,7 @@ def test_gradients_of_huge_and_tiny_data(backend, size, rng):
     assert_close(backend.to_numpy(dx) / largest, want / largest, tolerance=CONTRACT)
 
 
-def test_small_values_beside_zeros_keep_their_size_without_epsilon(quick_backend, rng):
+def test_small_values_among_zeros_without_epsilon(quick_backend, rng):
     x = np.zeros((1, 4096, 4), np.float32)
     x[0, rng.integers(0, 4096, 6)] = 1e-20
     y = group_norm(quick_backend.asarray(x), num_groups=2, epsilon=0)
@@ -225,7 +225,7 @@ def constants(rng):
 @pytest.mark.parametrize("fast", [True, False], ids=["fast", "two-pass"])
 @pytest.mark.parametrize("layout", ["last", "first", "few positions", "one group"])
 def test_constants_give_exactly_the_bias(any_backend, layout, fast, masked, rng):
-    """Eighty constants, one a sample; counts are no powers of two, so a rounded mean would show."""
+    """Eighty constants, one per sample; no count is a power of 2, so a rounded mean would show."""
     if any_backend is Backend.TORCH_COMPILE and layout not in COMPILED_LAYOUTS:
         pytest.skip("compiling is slow; two layouts are enough there")
     shape, axis, groups = {
@@ -263,8 +263,8 @@ def test_constants_give_exactly_the_bias(any_backend, layout, fast, masked, rng)
         assert not wrong.any(), f"epsilon {epsilon}: constants {values[wrong].tolist()}"
 
 
-def test_constants_per_channel_group(any_backend, rng):
-    """Each group its own constant, so that no sum over the whole sample can be meant."""
+def test_a_different_constant_in_each_group(any_backend, rng):
+    """Each group has a different constant, so a sum over the whole sample would be wrong."""
     values = constants(rng)[:64]
     x = np.broadcast_to(np.repeat(values, 3), (2, 7, 41, 192)).copy()
     result = run(any_backend, x, num_groups=64)
@@ -272,7 +272,7 @@ def test_constants_per_channel_group(any_backend, rng):
 
 
 @pytest.mark.parametrize("fast", [True, False], ids=["fast", "two-pass"])
-def test_same_call_same_bits(any_backend, fast, rng):
+def test_results_are_reproducible_bit_for_bit(any_backend, fast, rng):
     x = (10 + rng.normal(size=(2, 33, 34, 32))).astype(np.float32)
     call = compiled_call(any_backend, num_groups=4, use_fast_variance=fast)
     first, second = (any_backend.to_numpy(call(any_backend.asarray(x), None)) for _ in range(2))
@@ -316,7 +316,7 @@ BIG_ROWS = [Backend.NUMPY, Backend.JAX, Backend.JAX_JIT, Backend.TORCH]
 @pytest.mark.parametrize("feature_axis", [-1, 1])
 def test_a_group_of_2_to_the_24_elements(backend, feature_axis, fast, rng):
     if backend not in BIG_ROWS:
-        pytest.skip("one row a library suffices for a group this size")
+        pytest.skip("one row per library is enough for a group of this size")
     shape = (1, 1 << 18, 64) if feature_axis == -1 else (1, 64, 1 << 18)
     x = rng.standard_normal(size=shape, dtype=np.float32) + np.float32(1e3)
     y = run(backend, x, num_groups=1, feature_axis=feature_axis, use_fast_variance=fast).values

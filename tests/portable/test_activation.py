@@ -1,7 +1,8 @@
 """`activation` and `implementation`: values, gradients, layers and messages.
 
-The reference is the oracle's normalization, followed by an activation and, backward, preceded by
-its slope, both written down here in float64 and by other formulas than the library's.
+The reference is the oracle's normalization followed by the activation; in the backward pass, the
+cotangent is multiplied by the activation's derivative first. Both are implemented here in float64,
+with formulas other than the library's.
 """
 
 import importlib
@@ -30,7 +31,7 @@ from tests.rows import (
 
 NAMES = ("relu", "silu", "gelu")
 LAYOUTS = {"last": (-1, (2, 7, 5, 16)), "first": (1, (2, 16, 7, 5))}
-# Beyond the contract: y = xhat * scale + bias, with scale up to 1.5, and slopes up to 1.13.
+# Looser than the contract: y = xhat * scale + bias, with scale up to 1.5 and slopes up to 1.13.
 WITH_PARAMETERS = 2 * CONTRACT
 each_activation = pytest.mark.parametrize("activation", NAMES)
 each_implementation = pytest.mark.parametrize("implementation", [None, "portable"])
@@ -71,7 +72,7 @@ def reference_gradients(x, dy, scale, bias, activation, **keywords):
 
 
 def draw(rng, layout="last", offset=0.0, masked=False):
-    """Return x, scale, bias and keywords; what a mask over positions excludes is NaN."""
+    """Return x, scale, bias and keywords; positions that the mask excludes are NaN."""
     axis, shape = LAYOUTS[layout]
     x = (offset + rng.normal(size=shape)).astype(np.float32)
     scale = rng.uniform(0.5, 1.5, size=16).astype(np.float32)
@@ -84,7 +85,7 @@ def draw(rng, layout="last", offset=0.0, masked=False):
 
 
 def draw_cotangent(rng, x, scale, bias, away=1e-3, **keywords):
-    """A random one, but 0 where rounding decides on which side of relu's corner z lies."""
+    """Return a random cotangent, with 0 where rounding decides the side of relu's kink z is on."""
     dy = rng.normal(size=x.shape).astype(np.float32)
     dy[np.abs(oracle.group_norm(x, scale, bias, **keywords)) < away] = 0
     return dy
@@ -131,7 +132,7 @@ def test_nan_stays_nan(backend, activation, implementation, rng):
 def test_large_values_stay_finite(backend, activation, implementation, size, rng):
     x, _, bias, keywords = draw(rng)
     scale = np.full(16, size, np.float32)
-    # Where only the sign of z matters: near 0 the slope is that of z, times its rounding.
+    # Only where the slope depends on the sign of z alone: near 0 it depends on the rounding of z.
     dy = draw_cotangent(rng, x, scale, bias, away=1e-3 * size, **keywords)
     keywords["activation"] = activation
     got = differentiate(backend, x, dy, scale, bias, implementation=implementation, **keywords)
@@ -154,7 +155,7 @@ def test_small_dtypes_are_rounded_after_the_activation(
     half = {"float16": 2.0**-11, "bfloat16": 2.0**-8}[dtype]
     assert_result(backend, result, want, dtype=dtype, tolerance=half + WITH_PARAMETERS)
     error = np.abs(result.values.astype(float) - want)
-    # One rounding, relative to each value: rounded z would bring about two.
+    # One rounding, relative to each value: rounding z as well would give about two.
     assert (error <= 1.01 * half * np.abs(want) + WITH_PARAMETERS).all()
 
 
@@ -166,7 +167,7 @@ def test_erfc(quick_backend, dtype):
     assert got.dtype == dtype
     wide = x.astype(np.float64)
     want = np.array([math.erfc(value) for value in wide])
-    # The rounding of x**2 is one of the exponent; float32 goes down to its smallest normal.
+    # Rounding x**2 perturbs the exponent; in float32 down to the smallest normal.
     info = np.finfo(dtype)
     bound = 1e-13 if dtype == "float64" else info.eps * (4 + wide**2)
     assert (np.abs(got - want) <= bound * want + info.tiny).all()
@@ -179,8 +180,8 @@ def check(backend, x, dy, scale, bias, activation, *, hows=(), **keywords):
     for how in hows or ["vjp"] + ["autodiff"] * backend.differentiable:
         # Where there are no kernels, both are the same.
         for implementation in (None, "portable")[: 1 + (backend.library in ("numpy", "torch"))]:
-            asked = {"how": how, "implementation": implementation, **keywords}
-            got = differentiate(backend, x, dy, scale, bias, **asked)
+            options = {"how": how, "implementation": implementation, **keywords}
+            got = differentiate(backend, x, dy, scale, bias, **options)
             assert_close(got.y, want, tolerance=WITH_PARAMETERS)
             assert_gradients(got, want_gradients, rtol=GRADIENT)
 
@@ -195,7 +196,7 @@ def test_gradients(backend, activation, drawn, rng):
 
 @each_activation
 def test_slopes_at_0(backend, activation, rng):
-    """The slope at exactly 0, where a constant group is, is 0 for relu and 1/2 for the others."""
+    """Constant groups are exactly 0; the slope there is 0 for relu and 1/2 for the others."""
     x, dy = np.full((2, 5, 16), 3, np.float32), rng.normal(size=(2, 5, 16)).astype(np.float32)
     scale, bias = np.ones(16, np.float32), np.zeros(16, np.float32)
     at_0 = 0 if activation == "relu" else 0.5
@@ -237,7 +238,7 @@ def test_a_layer_keeps_its_activation(row, rng):
 
 
 @pytest.mark.needs("torch")
-def test_a_torch_layer_with_an_activation_is_no_nn_group_norm():
+def test_a_torch_layer_with_an_activation_is_not_an_nn_group_norm():
     nn = importlib.import_module("torch").nn
 
     def layer(**keywords):
@@ -252,7 +253,7 @@ def test_a_torch_layer_with_an_activation_is_no_nn_group_norm():
 
 @pytest.mark.parametrize("function", [group_norm, group_norm_vjp])
 @pytest.mark.parametrize("dtype", ["float32", "complex64"])
-def test_complex_values_have_no_activation(quick_backend, function, dtype):
+def test_an_activation_of_complex_values_raises(quick_backend, function, dtype):
     x, scale = (quick_backend.asarray(np.ones(8, name)) for name in (dtype, "complex64"))
     with pytest.raises(ArgumentTypeError, match=r"activation='silu' is given .* complex: .*Leave"):
         function(x, scale, num_groups=2, activation="silu")
@@ -279,9 +280,9 @@ def test_unknown_names(function, argument):
 
 @pytest.mark.parametrize("row", [param(Backend.NUMPY), param(Backend.JAX), param(Backend.STRICT)])
 @pytest.mark.parametrize("implementation", ["fused", "native"])
-def test_an_implementation_that_is_not_there(row, implementation):
+def test_an_unavailable_implementation_raises(row, implementation):
     if row in (Backend.NUMPY, Backend.JAX) and implementation == "fused":
-        pytest.skip("NumPy has kernels where numba is installed, and JAX a form for the CPU")
+        pytest.skip("NumPy has kernels if numba is installed, and JAX has a CPU implementation")
     x = row.asarray(np.ones((2, 8), np.float32))
     why = {"fused": "there are no kernels for", "native": "has no group normalization"}
     for call in (group_norm, layer_call, group_norm_vjp):

@@ -1,4 +1,4 @@
-"""Which axes are normalized: feature axes, reduction axes and the batch, against the oracle."""
+"""Feature axes, reduction axes and the batch axis, compared with the oracle."""
 
 import itertools
 import math
@@ -19,9 +19,9 @@ from tests.rows import (
     run,
 )
 
-# Every axis can hold the channels, in groups of three, and no two have one length.
+# Every axis can be the feature axis, with groups of three channels, and no two lengths are equal.
 SHAPES = {3: (6, 9, 12), 4: (3, 6, 9, 12)}
-# Three nearly equal numbers lose digits in any float32 gradient; a wrong axis is off by 1.
+# With three nearly equal values any float32 gradient loses digits; a wrong axis is off by 1.
 AXES_GRADIENT = 2e-5
 
 
@@ -32,7 +32,7 @@ def subsets(rest):
 
 
 def axis_cases():
-    """Every subset of reduction axes for every feature axis, and for every pair of them."""
+    """Yield every subset of reduction axes, for every feature axis and every pair of them."""
     for ndim, shape in SHAPES.items():
         for count in (1, 2):
             for features in itertools.combinations(range(ndim), count):
@@ -105,10 +105,10 @@ def check_gradients(backend, how, shape, features, reduced, rng):
     + [(3, 0), (3, -3)],
 )
 def test_default_reduction_is_everything_but_the_batch(backend, ndim, features, rng):
-    """The batch is the leading axis, unless that axis holds features or is the only one.
+    """The batch axis is the leading axis, unless that is a feature axis or the only axis.
 
-    brainstate, flax: only the last axis can hold features. keras, haiku: silently wrong for axis 0
-    and for negative ones.
+    brainstate, flax: only the last axis can be the feature axis. keras, haiku: silently wrong for
+    axis 0 and for negative axes.
     """
     x = rng.normal(size=(6, 4, 8, 2)[:ndim]).astype(np.float32)
     positive = [axis % ndim for axis in np.atleast_1d(features)]
@@ -136,7 +136,7 @@ def test_gradients_without_a_batch(backend, case, rng):
 
 @pytest.mark.parametrize("order", [(1, 3), (3, 1), (-1, 1), (1, -1), [-1, -3]])
 def test_order_and_sign_of_feature_axes_do_not_matter(wide_backend, order, rng):
-    """Channels are counted over increasing axes, whatever order the axes are named in."""
+    """Channels are numbered over increasing axes, in whatever order the axes are passed."""
     x = rng.normal(size=(3, 4, 5, 6)).astype(np.float32)
     scale, bias = parameters(rng, x.shape, (1, 3))
     result = run(wide_backend, x, scale, bias, num_groups=6, feature_axis=order)
@@ -170,7 +170,7 @@ def test_any_number_of_leading_axes(wide_backend, shape, rng):
 
 
 @pytest.mark.parametrize("num_groups", [1, 2, 6, 12])
-def test_from_one_group_to_one_channel_each(backend, num_groups, rng):
+def test_every_number_of_groups(backend, num_groups, rng):
     x = rng.normal(size=(2, 20, 12)).astype(np.float32)
     reference = oracle.group_norm(x, num_groups=num_groups)
     assert_result(backend, run(backend, x, num_groups=num_groups), reference)
@@ -178,15 +178,15 @@ def test_from_one_group_to_one_channel_each(backend, num_groups, rng):
     assert_result(backend, by_size, reference)
 
 
-def test_groups_are_neighbouring_channels(backend):
-    """MLX: interleaved (channel modulo groups) unless told otherwise."""
+def test_groups_are_adjacent_channels(backend):
+    """MLX: interleaved (channel modulo groups) by default."""
     x = np.array([[0, 2, 10, 20, 100, 300]], np.float32)
     result = run(backend, x, num_groups=3, epsilon=0.0)
     np.testing.assert_allclose(result.values, [[-1, 1, -1, 1, -1, 1]], rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint8])
-def test_numpy_integers_are_integers(kind, rng):
+def test_numpy_integers_are_accepted_as_integers(kind, rng):
     """nnx: np.int64 groups rejected."""
     x = rng.normal(size=(2, 5, 6))
     want = oracle.group_norm(x, num_groups=3)
@@ -203,7 +203,7 @@ def test_numpy_integers_are_integers(kind, rng):
 
 
 class TestLayer:
-    """`in_size` and `feature_axis` of the layer, which know nothing of the batch."""
+    """`in_size` and `feature_axis` of the layer, which do not include the batch."""
 
     CASES = {
         "channels last": ((5, 6, 12), -1, (3, 5, 6, 12), (3,)),
@@ -224,7 +224,7 @@ class TestLayer:
 
     @pytest.mark.parametrize("case", CASES)
     def test_numpy_layer_on_every_library(self, backend, case, rng):
-        """The NumPy layer is the portable one: the array decides who computes."""
+        """The NumPy layer is the portable one: the array decides which library computes."""
         in_size, feature_axis, shape, axes = self.CASES[case]
         quarter = groupnorm.initializers.constant(0.25)
         layer = groupnorm.GroupNorm(in_size, feature_axis, num_groups=3, bias_init=quarter)

@@ -1,4 +1,4 @@
-"""Every dtype of input, parameters and result."""
+"""Dtypes of the input, the parameters and the result."""
 
 import importlib
 
@@ -33,7 +33,7 @@ TOLERANCE = {
     "float64": CONTRACT_64,
     "complex128": CONTRACT_64,
 }
-# Digits after the leading one, and the exponent of the smallest step.
+# Number of fraction bits, and the exponent of the smallest subnormal.
 STEPS = {"float16": (10, -24), "bfloat16": (7, -133)}
 
 
@@ -51,12 +51,12 @@ def draw(rng, dtype, shape=SHAPE):
 
 
 def assert_rounded(actual, reference, dtype):
-    """Assert that `actual` is the reference rounded to `dtype`, within one last-place unit more."""
+    """Assert that `actual` is the reference rounded to `dtype`, to within one additional ulp."""
     digits, smallest = STEPS[dtype]
     _, exponent = np.frexp(np.abs(reference))
     unit = np.ldexp(1.0, np.maximum(exponent - 1 - digits, smallest))
     error = np.abs(actual.astype(np.float64) - reference)
-    # Statistics are float32: near zero they, not the output's units, decide.
+    # Statistics are float32: near zero their error exceeds the ulp of the output.
     worst = (error - 1e-6) / unit
     assert np.isfinite(error).all()
     assert worst.max() <= 1.5, f"{worst.max():.3g} units in the last place"
@@ -64,13 +64,13 @@ def assert_rounded(actual, reference, dtype):
 
 @pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "float64", "complex64", "complex128"])
-def test_inexact_dtypes_stay(wide_backend, dtype, fast, rng):
+def test_inexact_dtypes_are_kept(wide_backend, dtype, fast, rng):
     skip_unless(wide_backend, dtype)
     x, scale, bias = draw(rng, dtype), *draw(rng, dtype, (2, 12))
     with wide_backend.precision(dtype):
         result = run(wide_backend, x, scale, bias, num_groups=3, use_fast_variance=fast)
         reference = oracle.group_norm(x, scale, bias, num_groups=3)
-        # The bound is for normalized values; the scale here reaches 10.
+        # The bound applies to normalized values; the scale here is up to 10.
         assert_result(wide_backend, result, reference, dtype=dtype, tolerance=4 * TOLERANCE[dtype])
 
 
@@ -80,7 +80,7 @@ def test_inexact_dtypes_stay(wide_backend, dtype, fast, rng):
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.usefixtures("needs_bfloat16")
 def test_16_bit_results_are_correctly_rounded(backend, dtype, factor, feature_axis, fast, rng):
-    """Large values: their variance, 1e6, is beyond float16."""
+    """Large values too: their variance, 1e6, exceeds float16's range."""
     skip_unless(backend, dtype)
     x = (factor * rng.normal(size=(3, 12, 16, 24))).astype(host_dtype(dtype))
     keywords = {"num_groups": 3, "feature_axis": feature_axis}
@@ -89,7 +89,7 @@ def test_16_bit_results_are_correctly_rounded(backend, dtype, factor, feature_ax
     assert_rounded(result.values, oracle.group_norm(x, **keywords), dtype)
 
 
-def test_float16_with_a_variance_beyond_float16(backend, rng):
+def test_a_variance_that_overflows_float16(backend, rng):
     """haiku: statistics in the input's dtype give zeros."""
     skip_unless(backend, "float16")
     x = (1e3 * rng.normal(size=(2, 5, 6))).astype(np.float16)
@@ -97,14 +97,14 @@ def test_float16_with_a_variance_beyond_float16(backend, rng):
     assert result.values.dtype == np.float16
     want = oracle.group_norm(x, num_groups=3)
     error = np.abs(result.values.astype(np.float64) - want)
-    # The result rounded to float16, and one unit in the last place more.
+    # The result rounded to float16, and one additional ulp.
     assert (error <= 1.5 * np.spacing(np.abs(want).astype(np.float16)).astype(np.float64)).all()
 
 
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.usefixtures("needs_bfloat16")
 def test_16_bit_inputs_with_an_offset(backend, dtype, rng):
-    """The rounding of the input is not ours; from the rounded input on, nothing more is lost."""
+    """Only rounding the input loses accuracy; the reference is that of the rounded input."""
     skip_unless(backend, dtype)
     x = (100 + rng.normal(size=(2, 500, 12))).astype(host_dtype(dtype))
     result = run(backend, x, num_groups=3)
@@ -114,7 +114,7 @@ def test_16_bit_inputs_with_an_offset(backend, dtype, rng):
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.usefixtures("needs_bfloat16")
 def test_long_16_bit_groups_are_summed_in_float32(backend, dtype, rng):
-    """ml_dtypes would sum in bfloat16, where 4096 ones make 256."""
+    """ml_dtypes would sum in bfloat16, where the sum of 4096 ones is 256."""
     skip_unless(backend, dtype)
     x = (1 + rng.random(size=(1, 1 << 14, 4))).astype(host_dtype(dtype))
     result = run(backend, x, num_groups=1)
@@ -144,7 +144,7 @@ def test_gradients_by_vjp(backend, dtype, masked, rng):
 @pytest.mark.parametrize("dtype", ["float64", "complex64", "complex128"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_gradients_by_autodiff(autodiff_backend, dtype, masked, rng):
-    """Complex gradients follow torch's convention, dL/dRe + i dL/dIm, by every way."""
+    """Complex gradients follow torch's convention, dL/dRe + i dL/dIm, however they are computed."""
     check_gradients(autodiff_backend, "autodiff", dtype, masked, rng)
 
 
@@ -160,8 +160,8 @@ def check_gradients(backend, how, dtype, masked, rng):
 
 
 @pytest.mark.parametrize("dtype", [*INTEGERS, "bool"])
-def test_integers_become_the_default_float(wide_backend, dtype, rng):
-    """equinox: a truncated integer comes out."""
+def test_integers_give_the_default_float(wide_backend, dtype, rng):
+    """equinox: the result is a truncated integer."""
     skip_unless(wide_backend, dtype)
     x = rng.integers(0, 2 if dtype == "bool" else 100, size=SHAPE).astype(dtype)
     with wide_backend.precision(dtype):
@@ -174,7 +174,7 @@ def test_integers_become_the_default_float(wide_backend, dtype, rng):
 
 @pytest.mark.parametrize("dtype", ["uint8", "int32", "bool"])
 def test_gradients_of_integer_input(backend, dtype, rng):
-    """They have the result's dtype: an integer has no room for them."""
+    """They have the result's dtype: an integer dtype cannot hold them."""
     x = rng.integers(0, 2 if dtype == "bool" else 100, size=SHAPE).astype(dtype)
     dy, scale = draw(rng, "float32"), draw(rng, "float32", (12,))
 
@@ -201,7 +201,7 @@ def test_gradients_of_integer_parameters_are_not_rounded(quick_backend, rng):
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
-# input, scale, bias -> result, where it does not depend on the library
+# input, scale, bias -> result, for combinations where it does not depend on the library
 MIXED = [
     ("float16", "float32", "float32", "float32"),
     ("bfloat16", "float32", "float32", "float32"),
@@ -247,7 +247,7 @@ def test_parameters_of_another_dtype(backend, parameters, rng, request):
 
 
 @pytest.mark.needs("jax")
-def test_a_float64_constant_serves_jax(rng):
+def test_a_float64_constant_works_with_jax(rng):
     jnp = importlib.import_module("jax.numpy")
     x = rng.normal(size=(2, 9, 8)).astype(np.float32)
     y = groupnorm.group_norm(jnp.asarray(x), np.full(8, 2.0), num_groups=2)
@@ -257,7 +257,7 @@ def test_a_float64_constant_serves_jax(rng):
 
 @pytest.mark.parametrize("x", ["uint8", "int64", "bool"])
 def test_integer_input_with_parameters(backend, x, rng):
-    """The default float first, promoted with the parameters then."""
+    """The default float, then promoted with the parameters."""
     skip_unless(backend, x, "float32")
     data = rng.integers(0, 2, size=SHAPE).astype(x)
     scale = draw(rng, "float32", (12,))
@@ -273,7 +273,7 @@ def test_integer_input_with_parameters(backend, x, rng):
     "dtype", ["float16", "bfloat16", "float32", "float64", "complex64", "complex128"]
 )
 @pytest.mark.usefixtures("needs_bfloat16")
-def test_dtype_fixes_the_result(backend, dtype, rng):
+def test_dtype_sets_the_dtype_of_the_result(backend, dtype, rng):
     skip_unless(backend, dtype)
     x, scale = draw(rng, "float32"), draw(rng, "float32", (12,))
     reference = oracle.group_norm(x, scale, num_groups=3)
@@ -299,7 +299,7 @@ def test_dtype_of_another_framework(row, rng):
 
 @pytest.mark.parametrize("x", ["float16", "bfloat16", "float32", "complex64"])
 @pytest.mark.usefixtures("needs_bfloat16")
-def test_dtype_input_keeps_the_input_s(backend, x, rng):
+def test_dtype_input_keeps_the_input_dtype(backend, x, rng):
     skip_unless(backend, x)
     data, scale = draw(rng, x), draw(rng, "float32", (12,))
     result = run(backend, data, scale, num_groups=3, dtype="input")
@@ -312,8 +312,8 @@ def test_dtype_input_keeps_the_input_s(backend, x, rng):
 
 
 @pytest.mark.usefixtures("needs_bfloat16")
-def test_bfloat16_stays_when_asked(backend, rng):
-    """brainstate: bfloat16 in, float32 out, whatever dtype says."""
+def test_dtype_input_keeps_bfloat16(backend, rng):
+    """brainstate: bfloat16 in, float32 out, whatever dtype is passed."""
     skip_unless(backend, "bfloat16")
     x = rng.normal(size=(2, 5, 6)).astype(host_dtype("bfloat16"))
     scale, bias = rng.normal(size=(2, 6)).astype(np.float32)
@@ -324,7 +324,7 @@ def test_bfloat16_stays_when_asked(backend, rng):
     assert (error <= 1.5 * 2.0**-7 * np.maximum(np.abs(want), 1e-2)).all()
 
 
-def test_dtype_input_of_integers_is_the_default_float(backend, rng):
+def test_dtype_input_with_integers_gives_the_default_float(backend, rng):
     x = rng.integers(0, 9, size=SHAPE).astype(np.int32)
     result = run(backend, x, num_groups=3, dtype="input")
     assert dtype_name(result.array.dtype) == backend.default_float
@@ -335,7 +335,7 @@ def test_dtype_input_of_integers_is_the_default_float(backend, rng):
 @pytest.mark.parametrize(
     "dtypes", [("bfloat16", "float32"), ("float32", "float16"), ("float16", "bfloat16")]
 )
-def test_gradients_have_their_argument_s_dtype(autodiff_backend, how, dtypes, rng):
+def test_gradients_have_the_dtypes_of_their_arguments(autodiff_backend, how, dtypes, rng):
     """`differentiate` asserts the dtypes of the gradients; here input and parameters differ."""
     x, scale, bias = draw(rng, dtypes[0]), *draw(rng, dtypes[1], (2, 12))
     dy = draw(rng, "float32")
@@ -357,7 +357,7 @@ def test_parameters_are_float32_by_default():
     assert layer.scale.dtype == layer.bias.dtype == np.float32
 
 
-def test_big_endian_input_is_read_right(rng):
+def test_big_endian_input_is_read_correctly(rng):
     x = draw(rng, "float32")
     y = groupnorm.group_norm(x.astype(">f4"), num_groups=3)
     assert y.dtype.newbyteorder("=") == np.float32

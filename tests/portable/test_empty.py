@@ -1,4 +1,4 @@
-"""Empty arrays: empty results, zero gradients, no NaN and (warnings being errors) no warning."""
+"""Empty arrays: empty results, zero gradients, no NaN and (as warnings are errors) no warning."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ import groupnorm
 from tests import oracle
 from tests.rows import CONTRACT, assert_result, check_array, differentiate, run
 
-# (shape, feature axis): no sample, no position, neither, positions on one of two axes.
+# (shape, feature axis): no samples, no positions, neither, no positions along one of two axes.
 EMPTY = {
     "no batch": ((0, 5, 6), -1),
     "no position": ((3, 0, 6), -1),
@@ -42,7 +42,7 @@ def test_the_result_is_empty(backend, case, masked, fast):
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 @pytest.mark.parametrize("case", EMPTY)
 def test_gradients_are_zero(backend, case, masked):
-    """torch: weight.grad is NaN where there is no position."""
+    """torch: weight.grad is NaN if there are no positions."""
     check_zero(backend, "vjp", case, masked)
 
 
@@ -68,7 +68,7 @@ def check_zero(backend, how, case, masked):
 @pytest.mark.parametrize("reduction_axes", [(-1,), (0, -1), (1, -1), (0, 1, 2)])
 @pytest.mark.parametrize("shape", [(0, 5, 6), (3, 0, 6)])
 def test_reduction_axes_of_an_empty_array(backend, shape, reduction_axes):
-    """Some of these have groups without an element, some have no groups at all."""
+    """Some of these have groups without elements, some have no groups at all."""
     x = np.zeros(shape, dtype=np.float32)
     result = run(backend, x, num_groups=3, reduction_axes=reduction_axes)
     assert_result(backend, result, np.zeros(shape))
@@ -83,14 +83,14 @@ def test_the_dtype_of_an_empty_result(backend, dtype):
     check_array(backend, result.array, shape=(0, 5, 6), dtype=expected)
 
 
-def test_a_layer_takes_an_empty_batch():
+def test_a_layer_accepts_an_empty_batch():
     y = groupnorm.GroupNorm((6,), num_groups=3)(np.zeros((0, 5, 6), dtype=np.float32))
     assert y.shape == (0, 5, 6)
 
 
 @pytest.mark.parametrize("fast", [True, False], ids=["fast", "two-pass"])
 def test_groups_of_one_element_give_the_bias(backend, fast, rng):
-    """Not empty, yet nothing to measure: the variance of one number is 0."""
+    """Not empty, but without spread: the variance of a single value is 0."""
     x = (1e4 * rng.normal(size=(5, 6))).astype(np.float32)
     bias = rng.normal(size=6).astype(np.float32)
     result = run(backend, x, None, bias, num_groups=6, use_fast_variance=fast)
@@ -99,7 +99,7 @@ def test_groups_of_one_element_give_the_bias(backend, fast, rng):
 
 
 def test_one_sample_of_one_position(backend, rng):
-    """torch: (1, C) raises, even in eval mode, when a group has one element."""
+    """torch: (1, C) raises, even in eval mode, if a group has one element."""
     x = rng.normal(size=(1, 6)).astype(np.float32)
     scale, bias = rng.normal(size=(2, 6)).astype(np.float32)
     result = run(backend, x, scale, bias, num_groups=6)

@@ -1,4 +1,4 @@
-"""Gradients under a random cotangent: their accuracy, and that every way to them agrees."""
+"""Gradients for a random cotangent: their accuracy, and that all ways to compute them agree."""
 
 import importlib
 
@@ -79,13 +79,13 @@ def test_accuracy_compiled_by_torch(layout, masked, rng):
 
 @pytest.mark.parametrize("given", ["neither", "scale", "bias", "both"])
 @pytest.mark.parametrize("how", ["vjp", "autodiff"])
-def test_absent_parameters_have_no_gradient(autodiff_backend, how, given, rng):
+def test_gradients_of_absent_parameters_are_none(autodiff_backend, how, given, rng):
     """`differentiate` asserts None where an argument is absent."""
     check_absent(autodiff_backend, how, given, rng)
 
 
 @pytest.mark.parametrize("given", ["neither", "scale", "bias", "both"])
-def test_absent_parameters_have_no_gradient_by_vjp(quick_backend, given, rng):
+def test_gradients_of_absent_parameters_are_none_by_vjp(quick_backend, given, rng):
     check_absent(quick_backend, "vjp", given, rng)
 
 
@@ -98,12 +98,12 @@ def check_absent(backend, how, given, rng):
     assert_gradients(got, want, rtol=GRADIENT)
 
 
-def test_the_forward_of_vjp_is_group_norm(backend, rng):
+def test_the_output_of_vjp_equals_group_norm(backend, rng):
     x, dy, scale, bias = draw(rng, (3, 20, 12), -1)
     got = differentiate(backend, x, dy, scale, bias, num_groups=3)
     alone = run(backend, x, scale, bias, num_groups=3).values
     if backend.compiled:
-        # Other outputs, another fusion: equal to rounding, not to the bit.
+        # Different outputs are fused differently: equal up to rounding, not bit for bit.
         assert_close(got.y, alone.astype(np.float64), tolerance=CONTRACT)
     else:
         np.testing.assert_array_equal(got.y, alone)
@@ -203,8 +203,8 @@ def test_jax_gradients_to_second_order(masked, rng):
 
 @pytest.mark.needs("torch")
 @pytest.mark.parametrize("argument", ["x", "scale", "bias"])
-def test_only_the_asked_gradient_in_torch(argument, rng):
-    """One leaf that wants a gradient, the others plain tensors."""
+def test_torch_computes_only_the_required_gradient(argument, rng):
+    """Only one leaf requires a gradient."""
     torch = importlib.import_module("torch")
     x, dy, scale, bias = draw(rng, (3, 20, 12), -1)
     arrays = dict(zip(("x", "scale", "bias"), map(torch.from_numpy, (x, scale, bias)), strict=True))

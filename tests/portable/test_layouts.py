@@ -1,4 +1,4 @@
-"""Memory layouts: strides, order, read-only memory change nothing, and nothing is written."""
+"""Memory layouts: results do not depend on strides or order; no argument is written to."""
 
 import functools
 import importlib
@@ -49,7 +49,7 @@ def test_numpy_views(view, feature_axis, fast, rng):
 @pytest.mark.parametrize("feature_axis", [-1, 1])
 @pytest.mark.parametrize("view", VIEWS)
 def test_gradients_of_numpy_views(view, feature_axis, rng):
-    """The cotangent is as little contiguous as the input."""
+    """The cotangent is as non-contiguous as the input."""
     x, dy = draw(rng, 0), rng.normal(size=SHAPE).astype(np.float32)
     scale = rng.uniform(0.5, 1.5, size=SHAPE[feature_axis]).astype(np.float32)
     keywords = {"num_groups": 3, "feature_axis": feature_axis}
@@ -59,8 +59,8 @@ def test_gradients_of_numpy_views(view, feature_axis, rng):
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
-def test_nothing_given_is_written(backend, masked, rng):
-    """Every input keeps its bits, also where the result could share its memory."""
+def test_arguments_are_not_modified(backend, masked, rng):
+    """Every argument keeps its bits, even where the result could share its memory."""
     x, dy = draw(rng), rng.normal(size=SHAPE).astype(np.float32)
     scale, bias = rng.normal(size=(2, 12)).astype(np.float32)
     mask = rng.random((2, 9, 10, 1)) < 0.7
@@ -84,7 +84,7 @@ def test_the_result_does_not_share_memory_with_the_input(epsilon, rng):
         assert y.flags.writeable
 
 
-def test_the_pullback_survives_a_later_write_to_the_cotangent(rng):
+def test_gradients_do_not_change_when_the_cotangent_is_overwritten(rng):
     x, dy = draw(rng, 0), rng.normal(size=SHAPE).astype(np.float32)
     _, pullback = group_norm_vjp(x, num_groups=3)
     first = pullback(dy).x.copy()
@@ -115,7 +115,7 @@ def test_memory_mapped_input(tmp_path, rng):
     [np.ones(8, "f")[::-1], np.ones(8, ">f4"), np.ones(16)[::2], np.ones(8)],
     ids=["reversed", "big-endian", "strided", "float64"],
 )
-def test_host_parameters_of_every_layout_serve_every_library(quick_backend, scale, rng):
+def test_host_parameters_of_every_layout_work_with_every_library(quick_backend, scale, rng):
     x = rng.normal(size=(2, 9, 8)).astype(np.float32)
     y = group_norm(quick_backend.asarray(x), scale, num_groups=2)
     want = oracle.group_norm(x, scale, num_groups=2)
@@ -124,7 +124,7 @@ def test_host_parameters_of_every_layout_serve_every_library(quick_backend, scal
 
 @pytest.mark.needs("torch")
 class TestTorch:
-    """Torch's own layouts."""
+    """PyTorch's memory formats and views."""
 
     @staticmethod
     def channels_last(x):
@@ -136,7 +136,7 @@ class TestTorch:
     @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
     @pytest.mark.parametrize("fast", [True, False], ids=["fast", "two-pass"])
     def test_channels_last_memory_format(self, fast, compiled, rng):
-        """The result does not depend on it, and keeps it."""
+        """The values do not depend on it, and the result has it too."""
         torch = importlib.import_module("torch")
         row = Backend.TORCH_COMPILE if compiled else Backend.TORCH
         call = row.transform(
@@ -216,7 +216,7 @@ class TestTorch:
 
 @pytest.mark.needs("dask")
 def test_dask_stays_lazy_and_chunked(rng):
-    """Chunks split groups, positions and the batch; nothing is computed before it is asked."""
+    """Chunks split groups, positions and the batch; nothing is computed before `compute`."""
     dask_array = importlib.import_module("dask.array")
     dask = importlib.import_module("dask")
     x = draw(rng)
@@ -232,7 +232,7 @@ def test_dask_stays_lazy_and_chunked(rng):
 
 @pytest.mark.needs("dask")
 @pytest.mark.parametrize("masked", [False, True])
-def test_dask_chunks_that_are_empty(masked, rng):
+def test_empty_dask_chunks(masked, rng):
     from_array = importlib.import_module("dask.array").from_array
     x, dy = (rng.normal(size=(2, 9, 8)).astype(np.float32) for _ in range(2))
     mask = rng.random((2, 9, 1)) < 0.7 if masked else None
@@ -243,18 +243,18 @@ def test_dask_chunks_that_are_empty(masked, rng):
     assert_close(y.compute(), want, tolerance=CONTRACT)
     gradients = oracle.group_norm_gradients(x, dy, None, None, num_groups=4, mask=mask)
     assert_gradient(pullback(cotangent).x.compute(), gradients.x, rtol=GRADIENT)
-    # Nothing at all, in chunks of nothing.
+    # An empty array in empty chunks.
     assert group_norm(given[:, 4:4], num_groups=4).compute().shape == (2, 0, 8)
 
 
 @pytest.mark.needs("dask")
 @pytest.mark.parametrize("argument", ["x", "mask"])
-def test_dask_sizes_that_are_not_known_yet(argument, rng):
+def test_unknown_dask_chunk_sizes_raise(argument, rng):
     dask_array = importlib.import_module("dask.array")
     x = draw(rng)
     given = {"x": dask_array.from_array(x, chunks=(1, 4, 10, 5))}
     given["mask"] = dask_array.ones((len(x), 1, 1, 1), dtype=bool, chunks=1)
-    # What Dask makes of it has as many samples as the condition is true for.
+    # The number of samples of the result is the number of True values, which Dask does not know.
     given[argument] = given[argument][given["x"][:, 0, 0, 0] > -np.inf]
     call = functools.partial(group_norm, num_groups=3)
     rule = rf"^{argument} has shape \(nan, .*{argument}.compute_chunk_sizes\(\)"

@@ -1,4 +1,4 @@
-"""Masks: every shape and kind, non-finite padding, groups without a valid element, gradients."""
+"""Masks: all shapes and kinds, non-finite padding, groups without valid elements, gradients."""
 
 import itertools
 
@@ -24,13 +24,13 @@ FULL_SHAPES = [
     tuple(n if use else 1 for n, use in zip(SHAPE, uses, strict=True))
     for uses in itertools.product([False, True], repeat=4)
 ]
-# With fewer axes than x as well: all that broadcast.
+# All shapes that broadcast, those with fewer axes than x too.
 SHORT_SHAPES = sorted({shape[missing:] for shape in FULL_SHAPES for missing in range(1, 5)})
 PADDING = [np.nan, np.inf, -np.inf]
 
 
 def random_mask(rng, shape):
-    """Return about two thirds True, and never all of one kind when there is room for both."""
+    """Return a mask with about two thirds True; both values occur if the size allows it."""
     mask = rng.random(shape) < 0.65
     if mask.size > 1:
         mask.flat[0], mask.flat[-1] = True, False
@@ -66,8 +66,8 @@ def test_every_broadcastable_shape(backend, shape, rng):
 @pytest.mark.parametrize("fast", [True, False], ids=["fast", "two-pass"])
 @pytest.mark.parametrize("along", list(itertools.product([0, 1], repeat=4)), ids=str)
 def test_offsets_under_every_broadcastable_shape(quick_backend, along, fast, rng):
-    """Masked-out elements keep their digits too, also in channels where nothing is valid."""
-    shape = (3, 8, 10, 12)  # enough positions for one pivot a channel
+    """Masked-out elements are accurate too, even in channels without valid elements."""
+    shape = (3, 8, 10, 12)  # enough positions for one pivot per channel
     mask = random_mask(rng, [n if use else 1 for n, use in zip(shape, along, strict=True)])
     noise = rng.normal(size=shape)
     for offset in (0, 1e3, 1e5):
@@ -81,7 +81,7 @@ def test_gradients_for_every_broadcastable_shape(quick_backend, shape, rng):
     check_gradients(quick_backend, "vjp", rng, random_mask(rng, shape))
 
 
-# Masks along the features, the positions, the batch, and all of them.
+# Masks along the features, the positions, the batch, and all axes.
 GRADIENT_MASKS = [(6,), (4, 1, 1), (3, 1, 1, 1), (3, 4, 5, 6), (3, 4, 5, 1)]
 
 
@@ -123,7 +123,7 @@ def test_gradients_with_reduction_axes(backend, axes, rng):
 
 @pytest.mark.parametrize("features", [(1, 3), (0, 2), (2, 3)], ids=str)
 def test_gradients_with_two_feature_axes(backend, features, rng):
-    # An even number of channels along every pair of axes, for two groups.
+    # An even number of channels for every pair of feature axes, for two groups.
     mask = random_mask(rng, (4, 1, 5, 6))
     check_gradients(backend, "vjp", rng, mask, features, shape=(4, 4, 5, 6))
 
@@ -143,20 +143,20 @@ def check_gradients(backend, how, rng, mask, feature_axis=-1, *, given=None, sha
 @pytest.mark.parametrize("how", ["vjp", "autodiff"])
 @pytest.mark.parametrize("padding", [*PADDING, 1e30])
 def test_a_fully_masked_sample(autodiff_backend, how, padding, rng):
-    """Mean 0, variance 1 there; nothing reaches the other samples or turns a gradient NaN."""
+    """It has mean 0 and variance 1, does not affect other samples and makes no gradient NaN."""
     check_masked_sample(autodiff_backend, how, padding, rng)
 
 
 @pytest.mark.parametrize("padding", [*PADDING, 1e30, None])
 def test_a_fully_masked_sample_by_vjp(backend, padding, rng):
-    """flax, brainstate: the scale's gradient is NaN for all channels; with NaN there, all dx."""
+    """flax, brainstate: the scale's gradient is NaN for all channels; with NaN padding, all dx."""
     check_masked_sample(backend, "vjp", padding, rng)
 
 
 def check_masked_sample(backend, how, padding, rng):
     x, dy, scale, bias = draw(rng)
     mask = np.arange(3).reshape(3, 1, 1, 1) != 1
-    if padding is not None:  # else like all other values
+    if padding is not None:  # otherwise ordinary values
         x[1] = padding
     keywords = {"num_groups": 2, "mask": mask}
     got = differentiate(backend, x, dy, scale, bias, how=how, **keywords)
@@ -173,7 +173,7 @@ def test_a_fully_masked_group_is_not_scaled_up(quick_backend):
 
 
 @pytest.mark.parametrize("padding", [np.finfo(np.float32).min, 1e37, -1e37])
-def test_huge_padding_without_a_cotangent_leaves_gradients_finite(quick_backend, padding, rng):
+def test_gradients_are_finite_with_huge_padding_and_zero_cotangent(quick_backend, padding, rng):
     x = rng.normal(size=(1, 20, 4)).astype(np.float32)
     valid = (np.arange(20) < 15)[:, None]
     padded = np.where(valid, 0.01 * x, np.float32(padding))
@@ -210,7 +210,7 @@ def test_everything_masked(backend, mask, rng):
 
 @pytest.mark.parametrize("mask", NOTHING.values(), ids=NOTHING)
 def test_gradients_where_everything_is_masked(backend, mask, rng):
-    """There y = x / sqrt(1 + epsilon) * scale + bias, and non-finite input counts as 0."""
+    """Then y = x / sqrt(1 + epsilon) * scale + bias, and non-finite input counts as 0."""
     x, dy, scale, bias = draw(rng)
     x[0, 0] = np.nan
     got = differentiate(backend, x, dy, scale, bias, num_groups=3, mask=mask)
@@ -245,10 +245,10 @@ def test_nested_list_masks(wide_backend, kind, rng):
     assert_result(wide_backend, result, oracle.group_norm(x, scale, bias, num_groups=3, mask=mask))
 
 
-def test_numpy_masks_for_every_library(backend, rng):
-    """A mask made on the host goes with any library's input."""
+def test_numpy_masks_work_with_every_library(backend, rng):
+    """A mask in host memory is accepted with any library's input."""
     if backend is Backend.JAX_JIT:
-        pytest.skip("a host mask is a constant there, which jax covers")
+        pytest.skip("a host mask is a constant under jit, which the jax row covers")
     x = draw(rng)[0]
     mask = random_mask(rng, (3, 4, 1, 1))
     y = groupnorm.group_norm(place(backend, poison(x, mask)), num_groups=2, mask=mask)
@@ -278,7 +278,7 @@ def test_masks_with_two_feature_axes(backend, features, rng):
 
 @pytest.mark.parametrize("padding", [0.0, 1e6, np.nan, np.inf])
 @pytest.mark.parametrize("feature_axis", [-1, 1])
-def test_padded_batch_equals_one_by_one(backend, padding, feature_axis, rng):
+def test_a_padded_batch_equals_its_samples_one_by_one(backend, padding, feature_axis, rng):
     lengths, channels = (7, 12, 1, 9), 8
     batch = np.full((4, 12, channels), padding, dtype=np.float32)
     samples = [rng.normal(3, 2, size=(1, n, channels)).astype(np.float32) for n in lengths]
@@ -296,7 +296,7 @@ def test_padded_batch_equals_one_by_one(backend, padding, feature_axis, rng):
 
 
 def test_nan_at_a_valid_position_stays_in_its_group(backend, rng):
-    """A mask hides padding, it does not hide faults."""
+    """A mask excludes padding; it does not hide invalid data."""
     x = draw(rng)[0]
     x[1, 2, 3, 4] = np.nan
     mask = np.ones((4, 1, 1), dtype=bool)
@@ -307,7 +307,7 @@ def test_nan_at_a_valid_position_stays_in_its_group(backend, rng):
         assert bad.sum() == bad[1, ..., 3:].size
 
 
-def test_nan_in_the_padding_stays_there(backend, rng):
+def test_nan_in_the_padding_does_not_spread(backend, rng):
     """flax, brainstate: NaN in padding makes every dx NaN."""
     x, dy, scale, bias = draw(rng, (2, 5, 6))
     mask = np.array([[True] * 5, [True, True, False, False, False]])[..., None]
@@ -320,7 +320,7 @@ def test_nan_in_the_padding_stays_there(backend, rng):
     np.testing.assert_allclose(got.y[1:, :2], alone, rtol=1e-5, atol=1e-5)
 
 
-def test_the_mask_is_not_changed(rng):
+def test_the_mask_is_not_modified(rng):
     x, mask = draw(rng)[0], random_mask(rng, (3, 4, 1, 1)).astype(np.float32)
     kept_x, kept_mask = x.copy(), mask.copy()
     y, pullback = groupnorm.group_norm_vjp(x, num_groups=2, mask=mask)

@@ -1,4 +1,4 @@
-"""The plan: every shape decision, in plain ints, without an array library."""
+"""The plan: all decisions that depend on shapes, in plain ints, without an array library."""
 
 import math
 import pickle
@@ -18,7 +18,7 @@ def plan(shape, feature=(-1,), groups=2, size=None, reduction=None, *, sampled=F
 
 
 # shape, feature axes, reduction axes -> the work shape with its channels split into groups, and the
-# lengths of its axes that are kept and that are reduced beside the features.
+# lengths of its kept axes and of its reduced axes other than the features.
 WORK_SHAPES = [
     ((8, 5, 7, 64), (-1,), None, (8, 35, 2, 32), (8,), (35,)),
     ((8, 64, 5, 7), (1,), None, (8, 2, 32, 35), (8,), (35,)),
@@ -36,9 +36,7 @@ WORK_SHAPES = [
 @pytest.mark.parametrize(
     ("shape", "feature", "reduction", "grouped", "kept", "positions"), WORK_SHAPES
 )
-def test_neighbouring_axes_of_one_kind_are_merged(
-    shape, feature, reduction, grouped, kept, positions
-):
+def test_adjacent_axes_of_one_kind_are_merged(shape, feature, reduction, grouped, kept, positions):
     made = plan(shape, feature, reduction=reduction)
     assert made.grouped(made.work_shape) == grouped
     assert tuple(made.work_shape[a] for a in made.kept) == kept
@@ -60,14 +58,14 @@ def test_separated_feature_axes_are_brought_together(feature):
     assert made.feature_shape == tuple(shape[a] for a in feature)
 
 
-def test_features_side_by_side_need_no_permutation():
+def test_adjacent_feature_axes_need_no_permutation():
     assert plan((2, 3, 4, 6), (3, 2)).permutation is None
 
 
 @pytest.mark.parametrize(
     ("groups", "size", "want"), [(2, None, (2, 6)), (None, 2, (6, 2)), (12, None, (12, 1))]
 )
-def test_groups_and_members(groups, size, want):
+def test_group_counts_and_sizes(groups, size, want):
     for positions in (5, 50):
         made = plan((3, positions, 12), groups=groups, size=size)
         grouped = made.grouped(made.work_shape)
@@ -76,7 +74,7 @@ def test_groups_and_members(groups, size, want):
         assert made.group_count == positions * want[1]
 
 
-def test_a_group_counts_every_element_once():
+def test_every_element_is_counted_once():
     for shape, feature, reduction, grouped, kept, _ in WORK_SHAPES:
         made = plan(shape, feature, reduction=reduction)
         assert made.group_count * 2 * math.prod(kept) == math.prod(grouped)
@@ -86,8 +84,8 @@ def test_a_group_counts_every_element_once():
 @pytest.mark.parametrize(
     "shape", [(2, 100, 100, 64), (2, 64, 10_000), (1, 1 << 20, 8), (3, 4097, 2)]
 )
-def test_the_pivot_s_sample_is_small_and_large_enough(shape):
-    """At least sqrt(n) of them: one outlier in the sample moves the pivot by one sigma at most."""
+def test_the_size_of_the_pivot_sample(shape):
+    """At least sqrt(n) elements: one outlier in the sample moves the pivot by at most one sigma."""
     feature = (1,) if shape[1] == 64 else (-1,)
     made = plan(shape, feature, sampled=True)
     lengths = [len(range(*s.indices(n))) for s, n in zip(made.sample, made.work_shape, strict=True)]
@@ -97,13 +95,13 @@ def test_the_pivot_s_sample_is_small_and_large_enough(shape):
     assert all(lengths[a] == made.work_shape[a] for a in kept_whole)
 
 
-def test_no_sample_of_little_data_nor_of_sizes_that_may_change():
+def test_small_arrays_and_dynamic_shapes_have_no_pivot_sample():
     assert plan((2, 100, 8), sampled=True).sample is None
     assert plan((2, 100, 100, 8), sampled=True, static=False).sample is None
     assert plan((2, 100, 100, 8)).sample is None
 
 
-# A mask's shape for x of (3, 4, 5, 6), and its work shape; channels are in one axis there.
+# A mask's shape for x of shape (3, 4, 5, 6), and its work shape, where channels form one axis.
 MASK_SHAPES = [
     ((), (1, 1, 1)),
     ((6,), (1, 1, 6)),
@@ -115,7 +113,7 @@ MASK_SHAPES = [
 
 
 @pytest.mark.parametrize(("given", "work"), MASK_SHAPES)
-def test_masks_grow_no_more_than_they_must(given, work):
+def test_masks_are_expanded_only_where_necessary(given, work):
     full, broadcast, shape = plan((3, 4, 5, 6)).mask_shapes(given)
     assert shape == work
     assert math.prod(broadcast) == math.prod(work)
@@ -128,7 +126,7 @@ def test_masks_that_do_not_broadcast(given):
         plan((3, 4, 5, 6)).mask_shapes(given)
 
 
-def test_a_mask_may_have_a_zero_where_x_has():
+def test_a_mask_of_an_empty_array_may_be_empty():
     assert plan((3, 0, 6)).mask_shapes((3, 0, 1))[2] == (3, 0, 1, 1)
 
 
@@ -137,8 +135,8 @@ def test_empty():
     assert not plan((0, 5, 6)).empty
 
 
-def test_plans_are_values():
-    """Hashable and equal, so that a compiler's cache finds the program of an equal layer."""
+def test_plans_are_hashable_and_comparable():
+    """They are hashable and comparable, so that equal layers share a compiler's cached program."""
     made = plan((3, 4, 5, 6), sampled=True)
     again = pickle.loads(pickle.dumps(made))
     assert made == again
@@ -146,7 +144,7 @@ def test_plans_are_values():
 
 
 def test_planning_loads_no_array_library():
-    """Nothing but what the package itself needs."""
+    """Only the package's own requirements are loaded."""
     code = (
         "import sys; import groupnorm.plan as p; "
         "p.make_plan((4, 6), (-1,), 2, None, None, sampled=False, static=True, blocked=True)"

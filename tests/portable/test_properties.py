@@ -1,6 +1,6 @@
-"""Properties that hold for any shape, axes, groups and mask, with hypothesis choosing them.
+"""Properties that hold for any shape, axes, groups and mask, drawn by hypothesis.
 
-Hypothesis chooses what the call looks like; the numbers come from a seed it chooses as well.
+Hypothesis draws the arguments of the call; the values come from a random seed that it draws too.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SIZES = st.integers(0, 6)
 SEEDS = st.integers(0, 2**32 - 1)
 FAST = st.booleans()
 
-# The rows are fixtures, and carry nothing from one example to the next.
+# The rows are fixtures without state, so examples are independent.
 properties = settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 )
@@ -39,7 +39,7 @@ properties = settings(
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One call: the arrays, and the keywords that the oracle takes too."""
+    """One call: the arrays, and the keywords, which the oracle accepts too."""
 
     x: np.ndarray
     dy: np.ndarray
@@ -64,14 +64,14 @@ def divisors(n: int) -> list[int]:
 
 
 def written(draw, axes, ndim: int):
-    """Return axes as a user may write them: any order, from either end, one axis as an int."""
+    """Return axes as a user may write them: in any order, negative or not, a single one as int."""
     signed = [a - ndim if draw(st.booleans()) else a for a in draw(st.permutations(axes))]
     return signed[0] if len(signed) == 1 and draw(st.booleans()) else tuple(signed)
 
 
 @st.composite
 def shapes_and_features(draw):
-    """Return a shape of 1 to 5 axes and the one or two of them that hold the channels."""
+    """Return a shape of 1 to 5 axes, and its one or two feature axes."""
     ndim = draw(st.integers(1, 5))
     features = draw(
         st.lists(st.integers(0, ndim - 1), min_size=1, max_size=min(2, ndim), unique=True)
@@ -95,7 +95,7 @@ def draw_values(rng, kind: str, shape) -> np.ndarray:
 
 @st.composite
 def masks(draw, rng, shape):
-    """Return None, or a mask of any dtype and of any shape that broadcasts to `shape`."""
+    """Return None, or a mask of any dtype and any shape that broadcasts to `shape`."""
     if draw(st.booleans()):
         return None
     mask_shape = [n if draw(st.booleans()) else 1 for n in shape]
@@ -148,10 +148,10 @@ def problems(draw, offsets=(0.0, 1.0, 1e3, 1e5), padding=PADDING):
 
 
 def gradient_bounds(problem: Problem) -> oracle.Gradients:
-    """Return the size of what is added up for each gradient: no rounding can be small against less.
+    """Return the magnitude of the terms of each gradient, to which its rounding is relative.
 
-    In a group of few elements the terms cancel, and in one with a single valid element they are
-    larger than the gradient by 1 / sqrt(epsilon).
+    In groups of few elements the terms cancel; with a single valid element they are larger than
+    the gradient by 1 / sqrt(epsilon).
     """
     keywords = {"num_groups": None, "group_size": None, "reduction_axes": None, **problem.keywords}
     epsilon = keywords.pop("epsilon")
@@ -162,7 +162,7 @@ def gradient_bounds(problem: Problem) -> oracle.Gradients:
     for where in wheres:
         group = oracle.measure(x, valid, where, epsilon)
         xhat, n = np.abs(group.normalized), max(1, group.count)
-        # A deviation is known to a rounding of the spread, not of itself.
+        # The rounding error of a deviation is relative to the spread, not to the deviation.
         rough = xhat + xhat[group.valid].max(initial=0)
         p, q = h[where].sum() / n, (h[where] * rough).sum() / n
         dx[where] = group.rstd * (h[where] + p + rough * q).max(initial=0)
@@ -210,7 +210,7 @@ def test_gradients_equal_the_oracle(quick_backend, problem, fast):
 
 @st.composite
 def padded_batches(draw):
-    """Return samples of unequal length, the axis they are padded on, their feature axis, groups."""
+    """Return samples of unequal length, their padded axis, their feature axis, and groups."""
     ndim = draw(st.integers(2, 4))
     feature, ragged = draw(st.permutations(range(1, ndim)))[:2] if ndim > 2 else (1, 0)
     assume(ragged)
@@ -229,8 +229,8 @@ def padded_batches(draw):
 
 @properties
 @given(batch=padded_batches(), padding=st.sampled_from(PADDING), fast=FAST)
-def test_padded_equals_alone(quick_backend, batch, padding, fast):
-    """The valid part of every sample, and its gradient, as if it were the only one."""
+def test_padded_samples_equal_samples_alone(quick_backend, batch, padding, fast):
+    """The valid part of every sample, and its gradient, are those of the sample alone."""
     samples, ragged, feature, groups = batch
     longest = max(x.shape[ragged] for x, _ in samples)
 
@@ -261,7 +261,7 @@ def test_padded_equals_alone(quick_backend, batch, padding, fast):
 
 
 def groups_of(problem: Problem):
-    """Return where every group is, and which of its elements are valid."""
+    """Return every group's positions, and which of its elements are valid."""
     keywords = {"num_groups": None, "group_size": None, "reduction_axes": None, **problem.keywords}
     del keywords["epsilon"]
     _, valid, _, wheres = oracle.prepare(problem.x, problem.mask, **keywords)
@@ -269,7 +269,7 @@ def groups_of(problem: Problem):
 
 
 def measured(problem: Problem) -> np.ndarray:
-    """Tell which elements are normalized by their group's data: not by mean 0 and variance 1."""
+    """Return where elements are normalized by their group's data, not by mean 0 and variance 1."""
     out = np.zeros(problem.x.shape, bool)
     for where, valid in groups_of(problem):
         out[where] = valid.any()
@@ -291,7 +291,7 @@ def result_of(backend, problem: Problem, fast: bool) -> np.ndarray:
 @properties
 @given(problem=problems(), fast=FAST, data=st.data())
 def test_permuting_any_other_axis_permutes_the_result(quick_backend, problem, fast, data):
-    """The batch among them: a sample does not depend on its neighbours' order, nor on its own."""
+    """The batch axis too: a sample depends neither on the other samples nor on its index."""
     ndim = problem.x.ndim
     others = [a for a in range(ndim) if a not in problem.features]
     assume(others)
@@ -313,7 +313,7 @@ def test_permuting_any_other_axis_permutes_the_result(quick_backend, problem, fa
     constant=st.integers(-(2**17), 2**17),
 )
 def test_adding_a_constant_changes_nothing(quick_backend, problem, fast, constant):
-    """Sixteenths up to 1e3, so that the sum with the constant is exact and only ours can round."""
+    """Multiples of 1/16 up to 1e3: adding the constant is exact, so only the library rounds."""
     x = (np.clip(np.round(16 * problem.x), -100, 100) / 16).astype(np.float32)
     shifted = x + np.float32(constant)
     np.testing.assert_array_equal(shifted.astype(np.float64), x.astype(np.float64) + constant)
@@ -331,7 +331,7 @@ def test_adding_a_constant_changes_nothing(quick_backend, problem, fast, constan
     keep_epsilon=st.booleans(),
 )
 def test_scaling_by_a_power_of_two(quick_backend, problem, fast, power, keep_epsilon):
-    """With epsilon scaled by its square nothing changes; epsilon 0 needs no scaling."""
+    """With epsilon scaled by the square, the result is the same; epsilon 0 needs no scaling."""
     epsilon = problem.keywords["epsilon"] if keep_epsilon else 0
     before = dataclasses.replace(problem, keywords=problem.keywords | {"epsilon": epsilon})
     scaled = epsilon * 4.0**power
@@ -342,7 +342,7 @@ def test_scaling_by_a_power_of_two(quick_backend, problem, fast, power, keep_eps
     )
     same = measured(problem)
     if not epsilon:
-        # What masked-out elements are divided by in a constant group is not defined then.
+        # Then the divisor of masked-out elements in a constant group is undefined.
         same &= problem.valid
     y = result_of(quick_backend, before, fast)[same].astype(np.float64)
     assert_close(result_of(quick_backend, after, fast)[same], y, tolerance=CONTRACT)
@@ -350,8 +350,8 @@ def test_scaling_by_a_power_of_two(quick_backend, problem, fast, power, keep_eps
 
 @properties
 @given(problem=problems(offsets=(0.0,), padding=()), fast=FAST)
-def test_a_group_s_valid_elements_have_mean_0_and_variance_1(quick_backend, problem, fast):
-    """What the layer is for, said without the oracle's formula."""
+def test_valid_elements_of_a_group_have_mean_0_and_variance_1(quick_backend, problem, fast):
+    """The defining property of the layer, checked without the oracle."""
     alone = dataclasses.replace(problem, scale=None, bias=None)
     y = result_of(quick_backend, alone, fast).astype(np.float64)
     for where, valid in groups_of(problem):

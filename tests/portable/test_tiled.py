@@ -1,4 +1,4 @@
-"""Statistics as values: measured by tiles, merged in any order, and applied to each tile."""
+"""`GroupStatistics`: measured on tiles, merged in any order, and applied to each tile."""
 
 import functools
 import importlib
@@ -42,7 +42,7 @@ def cut(a, axis, cuts=None):
     """Cut an array of any library into tiles, by default of n - 4, 0, 1 and 3 rows."""
     n = a.shape[axis]
     cuts = (n - 4, n - 4, n - 3) if cuts is None else cuts
-    # Every axis is indexed, as array_api_strict wants it.
+    # Every axis is indexed, as array_api_strict requires.
     before, after = [slice(None)] * axis, [slice(None)] * (a.ndim - axis - 1)
     ends = zip((0, *cuts), (*cuts, n), strict=True)
     return [a[*before, slice(*pair), *after] for pair in ends]
@@ -51,7 +51,7 @@ def cut(a, axis, cuts=None):
 def by_tiles(
     x, scale=None, bias=None, mask=None, *, axis=1, merge=merge_statistics, epsilon=1e-6, **keywords
 ):
-    """Return the merged statistics, and all tiles normalized by them in one piece again."""
+    """Return the merged statistics, and the concatenated tiles normalized by them."""
     tiles = cut(x, axis)
     masks = [None] * len(tiles) if mask is None else cut(mask, axis)
     pairs = list(zip(tiles, masks, strict=True))
@@ -61,7 +61,7 @@ def by_tiles(
 
 
 def varied(rng, offset=0.0, axis=1, shape=SHAPE):
-    """Return an array whose tiles differ in their means, as those of a picture do."""
+    """Return an array whose tiles have different means, as those of an image do."""
     slope = np.linspace(-1, 2, shape[axis]).reshape(-1, *[1] * (len(shape) - axis - 1))
     return (offset + slope + rng.normal(size=shape)).astype(np.float32)
 
@@ -72,7 +72,7 @@ def parameters(rng, channels=SHAPE[-1]):
 
 
 def measure(x, mask=None, *, num_groups, feature_axis=-1, reduction_axes=None, epsilon=0.0):
-    """Return count, mean and variance in float64: (kept axes, groups), for any epsilon."""
+    """Return count, mean and variance in float64, of shape (kept axes, groups); for any epsilon."""
     axes = (feature_axis, reduction_axes)
     x, valid, features, wheres = oracle.prepare(x, mask, num_groups, None, *axes)
     default = oracle.default_reduction(x.ndim, features)
@@ -89,7 +89,7 @@ def measure(x, mask=None, *, num_groups, feature_axis=-1, reduction_axes=None, e
 
 
 def assert_statistics(backend, got, want, *, dtype="float32", tolerance=CONTRACT):
-    """Assert the mean to within the group's spread, whatever its offset, and the variance."""
+    """Assert the mean relative to the group's spread, whatever its offset, and the variance."""
     assert isinstance(got, GroupStatistics)
     count, mean, variance = want
     real = {"complex64": "float32", "complex128": "float64"}.get(dtype, dtype)
@@ -103,10 +103,10 @@ def assert_statistics(backend, got, want, *, dtype="float32", tolerance=CONTRACT
     rounding = 4 * np.finfo(np.float64).eps * np.abs(mean)
     error = np.abs(host.mean + host.residual / host.unit - mean)
     assert (error <= tolerance * spread + rounding).all(), error.max()
-    # The mean alone is the nearest number, or its neighbour.
+    # `mean` without `residual` is the nearest floating-point value or one next to it.
     rounding = np.finfo(dtype).eps * np.abs(mean)
     assert (np.abs(host.mean - mean) <= tolerance * spread + rounding).all()
-    # The variance in float64, and in float32 where that has room for it.
+    # The variance in float64, and in float32 if it is in its range.
     held = (variance == 0) | ((variance > 1e-37) & (variance < 1e38))
     wide = np.where(count > 0, host.m2 / np.maximum(count, 1) / host.unit**2, 1)
     for values, where in ((wide, ...), (oracle.widen(backend.to_numpy(of_got)), held)):
@@ -115,7 +115,7 @@ def assert_statistics(backend, got, want, *, dtype="float32", tolerance=CONTRACT
 
 
 def assert_tiles(backend, whole, y, x, scale=None, bias=None, **keywords):
-    """Assert what `by_tiles` returned for float32 against the whole array's."""
+    """Compare the result of `by_tiles` for float32 with the whole array."""
     check_array(backend, y, shape=x.shape, dtype="float32")
     want = oracle.group_norm(x, scale, bias, **keywords)
     assert_close(backend.to_numpy(y), want, tolerance=CONTRACT)
@@ -134,7 +134,7 @@ def test_tiles_equal_the_whole(backend, feature_axis, order, rng):
         assert_tiles(backend, whole, y, x, scale, bias, **keywords)
 
 
-AXES = [  # of features, of the reduction, cut; and the shape of statistics
+AXES = [  # feature axes, reduction axes, tiled axis; and the shape of the statistics
     (-1, (1, -1), 1, (2, 5, 4)),
     (1, (1, 3), 3, (2, 5, 3)),
     (-1, (0, 1, -1), 1, (5, 4)),
@@ -145,7 +145,7 @@ AXES = [  # of features, of the reduction, cut; and the shape of statistics
 
 @pytest.mark.parametrize(("features", "reduced", "axis", "shape"), AXES, ids=str)
 def test_axes(backend, features, reduced, axis, shape, rng):
-    """Axes that are not reduced are kept, in their order, and groups come last."""
+    """Axes that are not reduced are kept in order, followed by the groups."""
     keywords = {"num_groups": shape[-1], "feature_axis": features, "reduction_axes": reduced}
     function = backend.transform(
         lambda x: (group_statistics(x, **keywords), *by_tiles(x, axis=axis, **keywords))
@@ -159,7 +159,7 @@ def test_axes(backend, features, reduced, axis, shape, rng):
 
 
 def padded(rng, offset=0.0):
-    """Return an array and its mask: the last tile and one whole group are padding."""
+    """Return an array and a mask that excludes the last tile and one whole group."""
     x, mask = varied(rng, offset), random_mask(rng, SHAPE)
     mask[:, -3:] = mask[1, ..., :2] = False
     return poison(x, mask), mask
@@ -175,8 +175,8 @@ def test_masked_tiles(backend, rng):
         assert of_nothing == [0, 0, 1]
 
 
-def test_of_nothing(backend):
-    """Statistics of an empty part have count 0, mean 0 and variance 1; alone or merged."""
+def test_statistics_of_empty_parts(backend):
+    """Statistics of an empty part have count 0, mean 0 and variance 1, also when merged."""
     x = backend.asarray(np.zeros((2, 0, 8), np.float32))
     part = group_statistics(x, num_groups=GROUPS)
     for got in (part, merge_statistics(part), merge_statistics(part, part)):
@@ -188,7 +188,7 @@ def test_of_nothing(backend):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dtypes(backend, dtype, rng, needs_bfloat16):
-    """Statistics of low precision are float32, those of integers the library's default."""
+    """Statistics of 16-bit input are float32, those of integers the library's default dtype."""
     skip_unless(backend, dtype)
     integers, low = "int" in dtype, dtype in ("float16", "bfloat16")
     x = rng.integers(0, 200, SHAPE).astype(dtype) if integers else draw(rng, dtype, SHAPE)
@@ -209,7 +209,7 @@ def test_dtypes(backend, dtype, rng, needs_bfloat16):
 
 @pytest.mark.parametrize("epsilon", [0.0, 1e-6])
 def test_scales(backend, epsilon, rng):
-    """Squares leave float32's range, and tiles may differ by 40 orders of magnitude."""
+    """Squares exceed float32's range, and tiles may differ by 40 orders of magnitude."""
     keywords = {"num_groups": GROUPS, "epsilon": epsilon}
     function = backend.transform(functools.partial(by_tiles, **keywords))
     for scales, offset in itertools.product([1e20, 1e-20, (1e20, 1e-20, 1.0)], [0.0, 1e3]):
@@ -230,8 +230,8 @@ def test_constant_tiles_give_exactly_the_bias(backend, rng):
         np.testing.assert_array_equal(backend.to_numpy(whole.variance), np.zeros((2, GROUPS)))
 
 
-def pull_back(backend, function, arrays, dy):
-    """Differentiate function(x, scale, bias) by the library itself; gradients on the host."""
+def differentiate_on_the_host(backend, function, arrays, dy):
+    """Differentiate function(x, scale, bias) with the library; return gradients on the host."""
     arrays, dy = [backend.asarray(a) for a in arrays], backend.asarray(dy)
     if backend.library == "jax":
         jax = importlib.import_module("jax")
@@ -257,14 +257,14 @@ def test_gradients_through_tiles(autodiff_backend, offset, masked, order, rng):
     def function(x, scale, bias):
         return by_tiles(x, scale, bias, passed, merge=ORDERS[order], num_groups=GROUPS)[1]
 
-    got = pull_back(autodiff_backend, function, (x, scale, bias), dy)
+    got = differentiate_on_the_host(autodiff_backend, function, (x, scale, bias), dy)
     want = oracle.group_norm_gradients(x, dy, scale, bias, num_groups=GROUPS, mask=mask)
     for gradient, reference in zip(got, want, strict=True):
         assert_gradient(gradient, reference, rtol=GRADIENT_FAR if offset else GRADIENT)
 
 
 @pytest.mark.needs("jax")
-def test_jax_takes_statistics_as_a_pytree(rng):
+def test_statistics_are_a_jax_pytree(rng):
     jax = importlib.import_module("jax")
     x = varied(rng, 1e3, shape=(3, *SHAPE), axis=2)
     first, second = x[:, :, :4], x[:, :, 4:]
@@ -299,8 +299,8 @@ def test_torch_compiles_tiles_in_one_graph(rng):
 
 
 @pytest.mark.parametrize("kind", ["numbers", "arrays", "float32 arrays"])
-def test_statistics_made_by_hand(backend, kind, rng):
-    """Of Python numbers or of NumPy arrays, for any library; no digit of a wide mean is lost."""
+def test_user_constructed_statistics(backend, kind, rng):
+    """From Python scalars or NumPy arrays, for any library; a float64 mean loses no digits."""
     x, (scale, bias) = varied(rng, 1e5), parameters(rng)
     made = GroupStatistics(40, 1e5 + 0.123456789, 90.0)
     if kind != "numbers":
@@ -319,7 +319,7 @@ def test_statistics_made_by_hand(backend, kind, rng):
     assert_close(backend.to_numpy(y), want, tolerance=CONTRACT)
 
 
-def test_merging_statistics_made_by_hand():
+def test_merging_user_constructed_statistics():
     a = GroupStatistics(1, np.array([[1.0]]), 0.0)
     b = GroupStatistics(np.array([[3]]), np.array([[5.0]]), np.array([[6.0]]))
     want = [np.array([[v]]) for v in (4.0, 4.0, (6 + 9 + 3) / 4)]
@@ -341,9 +341,9 @@ MERGES = {
 }
 
 
-def test_statistics_of_two_libraries(backend):
+def test_statistics_of_two_libraries_raise(backend):
     if isinstance(backend.empty(), np.ndarray):
-        pytest.skip("the other of the two libraries is NumPy")
+        pytest.skip("the second library in this test is NumPy")
     x = np.ones((2, 8), np.float32)
     other = group_statistics(backend.asarray(x), num_groups=GROUPS)
     name = {"torch": "PyTorch", "jax": "JAX"}.get(backend.library, backend.library)
@@ -368,20 +368,20 @@ APPLICATIONS = {
 
 
 @pytest.mark.parametrize(("parts", "error", "message"), MERGES.values(), ids=MERGES)
-def test_what_cannot_be_merged(parts, error, message):
+def test_invalid_arguments_of_merging(parts, error, message):
     with pytest.raises(error, match=message):
         merge_statistics(*parts)
 
 
 @pytest.mark.parametrize(("made", "error", "message"), APPLICATIONS.values(), ids=APPLICATIONS)
-def test_what_cannot_be_applied(made, error, message):
+def test_statistics_that_do_not_match_x_raise(made, error, message):
     with pytest.raises(error, match=message):
         normalize(np.ones((2, 8), np.float32), made, num_groups=GROUPS)
 
 
 @given(data=st.data())
 def test_any_split_in_any_order(data):
-    """Any tiles, empty ones too, merged two or more at a time in any order."""
+    """Any tiles, including empty ones, merged two or more at a time in any order."""
     shape = tuple(data.draw(st.lists(st.integers(1, 6), min_size=2, max_size=4)))
     axis = data.draw(st.integers(0, len(shape) - 2))
     keywords = {"num_groups": shape[-1], "reduction_axes": range(len(shape))}

@@ -1,4 +1,4 @@
-"""The examples of several devices do what they say, in small, and notice when they do not."""
+"""The multi-device examples work at a small size, and detect wrong results."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def load(name: str):
 @pytest.mark.slow
 def test_tiled_image():
     printed = run("tiled_image.py", "--enlarge", "1")
-    # NumPy says so of y; the two others of their gradients as well.
+    # NumPy reports it for y; the other two for their gradients too.
     assert {"NumPy", "PyTorch", "JAX"} <= set(re.findall(r"^\w+(?=,)", printed, re.M))
     for name, times, bound in (("y", 3, CONTRACT), ("dx", 2, 1e-5), ("dscale", 2, 1e-5)):
         found = [float(v) for v in re.findall(rf"\b{name} ([\d.e-]+)", printed)]
         assert len(found) == times, printed
         assert np.max(found) <= bound, printed
-    # Tiles alone are far off, or being equal to the whole would say nothing.
+    # Independently normalized tiles are far off; otherwise equality with the whole proves nothing.
     assert float(re.search(r"wrong by ([\d.]+)", printed)[1]) > 1
 
 
@@ -64,8 +64,8 @@ def test_spatial_parallel_training(tmp_path):
     assert picture.read_bytes().startswith(PNG)
 
 
-def test_differences_are_noticed():
-    """The control: each example's own verdict on numbers that are wrong, or none."""
+def test_wrong_results_are_detected():
+    """The control: each example's own check, applied to wrong or missing values."""
     tiled = load("tiled_image")
     fine = {"y": 1e-6, "dx": 1e-6}
     assert tiled.say("fine", fine)

@@ -1,4 +1,4 @@
-"""The benchmark of GPUs without one: it says so, and measures nothing."""
+"""The GPU benchmark on a machine without a GPU: it reports that and measures nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests import ROOT
 SCRIPTS = ROOT / "benchmarks"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and it would be measured")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so the benchmark would run")
 def test_without_a_gpu_nothing_is_measured(tmp_path):
     command = [sys.executable, SCRIPTS / "gpu.py", "--only", "torch", "--into", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -23,7 +23,7 @@ def test_without_a_gpu_nothing_is_measured(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# By hand, at 4.3 TB/s: microseconds forward if x is read once and twice, and of both passes.
+# By hand, at 4.3 TB/s: microseconds of a forward pass that reads x once or twice, of both passes.
 FLOORS = {
     "UNet 16x320@64x64": (19.5, 29.3, 48.8),
     "VAE 1x512@512x512": (125, 187, 312),
@@ -32,7 +32,7 @@ FLOORS = {
 
 
 @pytest.mark.parametrize("shape", FLOORS)
-def test_floors_are_those_of_the_memory(shape, monkeypatch):
+def test_lower_bounds_follow_from_memory_bandwidth(shape, monkeypatch):
     monkeypatch.syspath_prepend(SCRIPTS)
     cases = importlib.import_module("_gpu_cases")
     [case, *_] = [c for c in cases.plan("torch", quick=False) if c.shape == shape]

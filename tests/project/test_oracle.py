@@ -1,4 +1,4 @@
-"""The oracle is itself checked: against finite differences, torch's autograd and flax linen."""
+"""The oracle itself, checked against finite differences, torch's autograd and flax linen."""
 
 import functools
 
@@ -88,7 +88,7 @@ def textbook(
     mask=None,
     epsilon=1e-6,
 ):
-    """Group norm by one mask per group and channel: slow, and unlike the oracle in every step."""
+    """Group norm with one mask per group and channel: slow, and unlike the oracle in every step."""
     ndim = x.ndim
     features = sorted(a % ndim for a in np.atleast_1d(feature_axis))
     rest = [a for a in range(ndim) if a not in features]
@@ -145,14 +145,14 @@ def test_masked_out_non_finite_values_count_as_zero(rng):
     assert (grads.x[:, 3:] == 0).all()
 
 
-def test_big_groups_are_summed_as_exactly_as_small_ones(monkeypatch, rng):
+def test_large_groups_are_as_accurate_as_small_ones(monkeypatch, rng):
     x = 1e5 + rng.normal(size=(2, 1000, 4))
     exact = oracle.group_norm(x, num_groups=2)
     monkeypatch.setattr(oracle, "FSUM_LIMIT", 1)
     np.testing.assert_allclose(oracle.group_norm(x, num_groups=2), exact, rtol=1e-14, atol=1e-14)
 
 
-def test_a_constant_group_is_its_bias_at_epsilon_zero():
+def test_a_constant_group_gives_the_bias_at_epsilon_zero():
     x, bias = np.full((2, 3, 4), 7.3), np.arange(4.0)
     y = oracle.group_norm(x, bias=bias, num_groups=2, epsilon=0)
     np.testing.assert_array_equal(y, np.broadcast_to(bias, x.shape))

@@ -1,4 +1,4 @@
-"""``--backends`` selects what it names and nothing else; a name it does not know ends the run."""
+"""``--backends`` selects exactly the named rows; an unknown name ends the run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FILE = "tests/portable/test_empty.py"
 
 
 def collect(*arguments: str, program=("-m", "pytest")) -> subprocess.CompletedProcess:
-    """Collect tests in another process, which knows nothing of how this one was started."""
+    """Collect tests in another process that does not inherit this run's options."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "COV_"))}
     return subprocess.run(
         [sys.executable, *program, "--collect-only", "-q", "-p", "no:cacheprovider", *arguments],
@@ -31,7 +31,7 @@ def collect(*arguments: str, program=("-m", "pytest")) -> subprocess.CompletedPr
 
 
 def rows(output: str) -> set[str]:
-    """Return the rows the collected tests' identifiers name, "none" among them."""
+    """Return the rows in the collected tests' ids, including "none"."""
     parameters = re.findall(r"^\S+::\w+\[([^]]*)\]", output, re.M)
     assert parameters, output
     known = {row.value for row in Backend} | {"none"}
@@ -39,7 +39,7 @@ def rows(output: str) -> set[str]:
 
 
 UNKNOWN = ["nunpy", "numpy,toch", "torch:compiled", ""]
-# A library's name selects all its rows; "none" is what a test gets that wants another library's.
+# A library's name selects all its rows; "none" is the row of a test that needs another library.
 SELECTED = {
     "numpy": {"numpy", "numpy:readonly", "none"},
     "numpy:readonly": {"numpy:readonly", "none"},
@@ -56,7 +56,7 @@ for option in {[*UNKNOWN, *SELECTED]}:
 
 @pytest.fixture(scope="module")
 def collected() -> dict[str, tuple[int, str]]:
-    """Return the exit status and the output for every option: one process takes them all."""
+    """Return the exit status and the output for every option: one process runs them all."""
     done = collect(FILE, program=("-c", EVERY_OPTION))
     assert done.returncode == 0, done.stdout
     parts = re.split(r"^ended: '(.*)' (\d+)\n", done.stdout, flags=re.M)
@@ -83,8 +83,8 @@ def test_only_the_named_rows_are_collected(option, collected):
     assert rows(output) == SELECTED[option]
 
 
-def test_files_that_import_numpy_are_for_all_libraries():
-    """It is always there; without a file's name, none is left out for it."""
+def test_files_that_import_numpy_are_collected_for_every_library():
+    """NumPy is always installed, so importing it never excludes a file."""
     done = collect("--backends", "array_api_strict")
     assert done.returncode == 0, done.stdout
     assert "test_axes.py" in done.stdout
@@ -92,7 +92,7 @@ def test_files_that_import_numpy_are_for_all_libraries():
 
 
 def test_numpy_alone_loads_no_other_library():
-    """All files are looked at; those that import another library at their top are left out."""
+    """All files are considered; those with a top-level import of another library are excluded."""
     others = sorted((LIBRARIES | PEERS) - {"numpy"})
     program = f"""
 import sys, pytest

@@ -1,4 +1,4 @@
-"""The backend that CONTRIBUTING.md walks through: found by name and by array, and right."""
+"""The backend of CONTRIBUTING.md's walk-through: found by name and by array type, and correct."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def test_layer_and_gradients(rng):
     assert_gradients(Differentiated(*host), want, rtol=GRADIENT)
 
 
-def test_layers_move_there_and_back(rng):
+def test_layers_convert_to_toy_and_back(rng):
     _, _, scale, _ = drawn(rng)
     layer = GroupNorm(12, num_groups=4)
     layer.scale = scale
@@ -41,7 +41,7 @@ def test_layers_move_there_and_back(rng):
     np.testing.assert_array_equal(back.scale, scale)
 
 
-def test_messages_name_it(rng):
+def test_messages_name_the_backend(rng):
     x, *_ = drawn(rng)
     with pytest.raises(ArgumentTypeError, match=r"x is of NumPy arrays .* parameters are of Toy"):
         GroupNorm(12, num_groups=4, backend="toy")(x)
@@ -51,14 +51,14 @@ def test_messages_name_it(rng):
         group_norm(x.view(toy_backend.ToyArray), num_groups=4, implementation="fused")
 
 
-def test_it_is_listed():
+def test_the_backend_is_listed():
     [info] = [b for b in available_backends() if b.name == "toy"]
     assert info.devices == ("cpu",)
     assert info.implementations == {"cpu": ("portable",)}
 
 
-def test_contributing_shows_all_of_it():
-    """The walk-through quotes the file, which therefore cannot rot."""
+def test_contributing_quotes_the_whole_file():
+    """The walk-through quotes the tested file, so it cannot go out of date."""
     text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
     code = (ROOT / "tests" / "toy_backend.py").read_text("utf-8")
     assert code[code.index("class ToyArray") :].strip() in text

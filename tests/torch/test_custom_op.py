@@ -1,6 +1,6 @@
-"""The operators that compiled PyTorch programs call: torch.library's checks, values, memory.
+"""The custom operators in compiled PyTorch programs: torch.library's checks, values, memory.
 
-Compilers are asked for little by little here: `aot_eager` traces everything and compiles nothing.
+Most tests use `aot_eager`, which traces everything and compiles nothing.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def settings(activation=None, dtype=None):
 
 
 class Graphs(list):
-    """A compiler that keeps the graphs it is given and runs them as they are."""
+    """A compiler that records the graphs it receives and runs them unchanged."""
 
     def __call__(self, module, inputs):
         self.append(module)
@@ -89,15 +89,15 @@ def samples():
     }  # fmt: skip
 
 
-def asked(arguments):
-    """Let the tensors ask for gradients."""
+def requiring_grad(arguments):
+    """Return the tensors with requires_grad set."""
     return tuple(
         a.detach().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
         for a in arguments
     )
 
 
-# Tracing takes seconds for both operators and all samples; what varies most is traced.
+# Tracing both operators for all samples would take seconds; only the most different are traced.
 TRACED = ("last, masked", "bfloat16, no parameters", "gaps, last", "other order")
 
 
@@ -107,17 +107,17 @@ def test_opcheck(name):
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
     if name in TRACED:
         checks.append("test_aot_dispatch_dynamic")
-    torch.library.opcheck(OP, asked(arguments), test_utils=checks)
+    torch.library.opcheck(OP, requiring_grad(arguments), test_utils=checks)
     y, saved = OP(*arguments)
     dy = torch.ones_like(y)
     arguments = (*arguments[:4], saved, *arguments[4:])
-    torch.library.opcheck(BACKWARD, asked((dy, *arguments)), test_utils=checks)
+    torch.library.opcheck(BACKWARD, requiring_grad((dy, *arguments)), test_utils=checks)
 
 
 @pytest.mark.parametrize("name", samples())
-def test_equals_eager(name):
+def test_operators_equal_eager_calls(name):
     x, weight, bias, mask, *rest = samples()[name]
-    leaves = [a for a in asked((x, weight, bias)) if a is not None]
+    leaves = [a for a in requiring_grad((x, weight, bias)) if a is not None]
     given = iter(leaves)
     x, weight, bias = (a if a is None else next(given) for a in (x, weight, bias))
     y, _ = OP(x, weight, bias, mask, *rest)
@@ -151,8 +151,8 @@ def test_numerical_gradients(check, masked, rng):
         )
 
 
-def test_backward_of_another_memory_measures_again(rng):
-    """A compiler may bring x in another order; what was saved is of no use then."""
+def test_backward_recomputes_statistics_if_the_memory_order_changed(rng):
+    """A compiler may change the memory order of x; the saved statistics are then unusable."""
     x, dy = tensor(rng, 2, CHANNELS, 5, 6), tensor(rng, 2, CHANNELS, 5, 6)
     last = x.to(memory_format=torch.channels_last)
     _, saved = OP(x, None, None, None, *settings())
@@ -169,7 +169,7 @@ def test_backward_of_another_memory_measures_again(rng):
 @pytest.mark.parametrize(
     "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 )
-def test_compiled_values_and_memory(compiler, order, rng):
+def test_compiled_values_and_memory_layout(compiler, order, rng):
     layer, x = native(rng), tensor(rng, 2, CHANNELS, 5, 6)
     x = x.to(memory_format=getattr(torch, order)).requires_grad_()
     dy = tensor(rng, *x.shape)
@@ -188,8 +188,8 @@ def test_compiled_values_and_memory(compiler, order, rng):
 
 
 @pytest.mark.slow
-def test_compiled_beside_other_layers(rng):
-    """Where inductor lays out what comes in and goes out, forward and backward."""
+def test_compiled_with_other_layers(rng):
+    """Inductor then chooses the memory layout of inputs and outputs, forward and backward."""
     model = torch.nn.Sequential(
         torch.nn.Conv2d(3, CHANNELS, 3),
         native(rng),
@@ -204,7 +204,7 @@ def test_compiled_beside_other_layers(rng):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-SERVED = {
+OPERATOR_CALLS = {
     "plain": ({}, 1),
     "fused": ({"implementation": "fused"}, 1),
     "portable": ({"implementation": "portable"}, 0),
@@ -217,8 +217,8 @@ SERVED = {
 }
 
 
-@pytest.mark.parametrize(("keywords", "operators"), SERVED.values(), ids=SERVED)
-def test_what_is_compiled_to_the_operator(keywords, operators, rng):
+@pytest.mark.parametrize(("keywords", "operators"), OPERATOR_CALLS.values(), ids=OPERATOR_CALLS)
+def test_which_calls_compile_to_the_operator(keywords, operators, rng):
     x, keywords = tensor(rng, 2, CHANNELS, 5, 6), {**KEYWORDS, **keywords}
     function, graphs = compiled(lambda x: group_norm(x, **keywords))
     torch.testing.assert_close(function(x), group_norm(x, **keywords))
@@ -279,7 +279,7 @@ def transforms():
 
 
 @pytest.mark.parametrize("name", transforms())
-def test_transforms_in_a_program_take_portable_code(name, rng):
+def test_transforms_in_a_program_use_portable_code(name, rng):
     layer, x = native(rng), tensor(rng, 2, CHANNELS, 6)
     transform = transforms()[name]
     function, graphs = compiled(lambda x: transform(layer, x))
@@ -313,7 +313,7 @@ def test_vmap_of_the_operators(rng):
         torch.testing.assert_close((dx[i], dscale[i]), gradients[:2], rtol=1e-4, atol=1e-5)
 
 
-def test_forward_mode_compiles_again(rng):
+def test_forward_mode_recompiles(rng):
     layer, x, tangent = native(rng), tensor(rng, 2, CHANNELS, 6), tensor(rng, 2, CHANNELS, 6)
     function, graphs = compiled(layer)
     function(x)
@@ -357,7 +357,7 @@ def test_checkpointing_and_autocast(rng):
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
-def test_exported_programs_need_no_operator_of_ours(strict, rng):
+def test_exported_programs_contain_no_custom_operator(strict, rng):
     layer, x = native(rng).eval(), tensor(rng, 2, CHANNELS, 5)
     program = torch.export.export(layer, (x,), strict=strict)
     assert not any("groupnorm." in str(node.target) for node in program.graph.nodes)

@@ -1,4 +1,4 @@
-"""PyTorch's tensors on GPUs: what fake ones promise, who serves what, and, with a GPU, values."""
+"""PyTorch tensors on GPUs: fake tensors, availability of kernels, and, with a GPU, values."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
         case "transposed":
             return x.transpose(2, 3)
         case "slice":
-            return x.narrow(2, 0, 5)  # which PyTorch without CUDA can of a fake tensor
+            return x.narrow(2, 0, 5)  # works for a fake tensor in PyTorch without CUDA
     return x
 
 
@@ -43,8 +43,8 @@ LAYOUTS = ("contiguous", "channels_last", "transposed", "slice")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_fake_tensors_lie_in_memory_as_real_ones_do(layout):
-    """On a GPU that is not here; what the kernels return is checked where they compute."""
+def test_fake_tensors_have_the_memory_layout_of_real_ones(layout):
+    """On a nonexistent GPU; the kernels' actual results are checked where they run."""
     with FakeTensorMode():
         x = laid_out(torch.empty(2, 32, 6, 10, device="cuda", dtype=torch.bfloat16), layout)
         scale = torch.empty(32, device="cuda")
@@ -61,7 +61,7 @@ def test_fake_tensors_lie_in_memory_as_real_ones_do(layout):
         assert (dscale.shape, dbias.shape) == ((32,), (0,))
 
 
-def test_without_a_gpu_the_reason_is_told():
+def test_without_a_gpu_the_reason_is_reported():
     why = torch_gpu.GpuEngine().why_unavailable(torch.device("mps"))
     assert "no kernels for PyTorch tensors on mps" in why.reason
     if not GPU:
@@ -83,7 +83,7 @@ def test_without_triton_the_extra_is_named(monkeypatch):
     assert "groupnorm[gpu]" in why.reason
 
 
-def test_tensors_on_other_devices_are_computed_portably():
+def test_tensors_on_other_devices_use_the_portable_implementation():
     x = torch.empty(2, 8, 4, device="meta")
     assert group_norm(x, num_groups=2, feature_axis=1).shape == x.shape
     with pytest.raises(ArgumentValueError, match="no kernels for PyTorch tensors on meta"):
@@ -124,7 +124,7 @@ def test_values_and_gradients(layout, dtype):
 
 @on_gpu
 @pytest.mark.parametrize("shape", [(2, 32, 300, 300), (1, 32, 64, 64), (64, 32, 7, 7)], ids=str)
-def test_the_same_bits_again(shape):
+def test_results_are_reproducible_bit_for_bit(shape):
     x, dy, scale, bias = arguments(shape=shape)
     runs = []
     for _ in range(3):
@@ -178,7 +178,7 @@ def test_on_another_stream():
 
 
 @on_gpu
-def test_fused_is_what_is_taken():
+def test_fused_is_the_default():
     [torch_info] = [info for info in available_backends() if info.name == "torch"]
     assert torch_info.implementations["cuda:0"][0] == "fused"
     assert adapter_named("torch").kernels.why_unavailable("cuda:0") is None

@@ -1,4 +1,4 @@
-"""The PyTorch layer as a torch.nn.Module: what users of torch do with a module."""
+"""The PyTorch layer as a torch.nn.Module: common operations on modules."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CHANNELS, GROUPS = 8, 4
 
 
 def randomize(layer: nn.Module, rng) -> nn.Module:
-    """Give the parameters values that no two channels share."""
+    """Set the parameters to values that differ in all channels."""
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.copy_(torch.from_numpy(rng.normal(size=tuple(parameter.shape))))
@@ -85,7 +85,7 @@ def test_is_a_torch_group_norm(in_size, axis, keywords):
 
 
 @pytest.mark.parametrize(("in_size", "axis", "keywords"), NOT_NATIVE.values(), ids=NOT_NATIVE)
-def test_is_a_module_but_no_torch_group_norm(in_size, axis, keywords):
+def test_is_a_module_but_not_a_torch_group_norm(in_size, axis, keywords):
     layer = GroupNorm(in_size, axis, num_groups=GROUPS, **keywords, backend="torch")
     assert isinstance(layer, nn.Module)
     assert isinstance(layer, GroupNorm)
@@ -102,7 +102,7 @@ def test_computes_what_torch_group_norm_computes(shape, rng):
 
 
 @pytest.mark.parametrize("make", [native, channels_last])
-def test_state_dict_is_torch_group_norms(make, rng):
+def test_state_dict_is_compatible_with_torch_group_norm(make, rng):
     ours, theirs = make(rng), nn.GroupNorm(GROUPS, CHANNELS)
     theirs.load_state_dict(ours.state_dict(), strict=True)
     torch.testing.assert_close(theirs.weight, ours.weight, rtol=0, atol=0)
@@ -113,7 +113,7 @@ def test_state_dict_is_torch_group_norms(make, rng):
     assert [name for name, _ in ours.named_parameters()] == ["weight", "bias"]
 
 
-def test_two_feature_axes_keep_flat_parameters(rng):
+def test_parameters_of_two_feature_axes_are_flat(rng):
     layer = randomize(GroupNorm((2, 5, 4), (0, 2), num_groups=GROUPS, backend="torch"), rng)
     assert layer.weight.shape == (8,)
     assert layer.scale.shape == (2, 4)
@@ -172,7 +172,7 @@ def test_in_sequential_with_hooks_and_optimizer(rng):
 
 @pytest.mark.parametrize("make", [native, channels_last])
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
-def test_copies_are_equal_and_apart(make, how, rng):
+def test_copies_are_equal_and_independent(make, how, rng):
     layer, x = make(rng), tensor(rng, 2, CHANNELS, CHANNELS)
     if how == "deepcopy":
         other = copy.deepcopy(layer)
@@ -198,7 +198,7 @@ def test_to_dtype(dtype, rng):
     x = tensor(rng, 2, CHANNELS, 6, dtype=dtype)
     y = layer(x)
     assert y.dtype == dtype
-    # One rounding to the output's dtype, and one unit in the last place more.
+    # One rounding to the output's dtype, and one additional ulp.
     tolerance = 1e-14 if dtype == torch.float64 else 1.5 * torch.finfo(dtype).eps
     assert_close(y.detach().double().numpy(), expected(layer, x, 1), tolerance=tolerance)
 
@@ -259,7 +259,7 @@ def test_meta_device_context():
     assert layer.weight.is_meta
 
 
-def test_torch_reads_channels_last_memory_format_and_keeps_it(rng):
+def test_channels_last_memory_format_is_kept(rng):
     layer = native(rng)
     x = tensor(rng, 2, CHANNELS, 5, 6).detach().contiguous(memory_format=torch.channels_last)
     y = layer(x + 1e4)
@@ -348,7 +348,7 @@ def test_mask_through_the_module(rng):
     assert torch.equal(layer(spoiled, mask=mask), layer.update(spoiled, mask=mask))
 
 
-def test_function_on_tensors_needs_no_layer(rng):
+def test_function_on_tensors(rng):
     x = tensor(rng, 2, 5, CHANNELS)
     y = group_norm(x, num_groups=GROUPS)
     want = oracle.group_norm(x.detach().numpy(), num_groups=GROUPS)
@@ -366,7 +366,7 @@ def test_another_default_device_changes_nothing(rng):
 
 
 def test_a_cotangent_with_a_negative_bit(rng):
-    """What is negative by a bit alone lies in memory with the other sign."""
+    """A tensor with the negative bit is stored in memory with the opposite sign."""
     x = torch.from_numpy(rng.normal(size=(2, 8, 6)).astype(np.float32)).requires_grad_()
     dy = torch.from_numpy(rng.normal(size=(2, 8, 6)).astype(np.float32))
     y = group_norm(x, num_groups=2, feature_axis=1)

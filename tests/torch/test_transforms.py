@@ -124,7 +124,7 @@ def test_numerical_gradients(check, masked, fast, rng):
     def function(x, weight, bias):
         return torch.func.functional_call(layer, {"weight": weight, "bias": bias}, (x, mask))
 
-    # No epsilon that hides: the derivative of 1 / sqrt(var + eps) is part of what is checked.
+    # epsilon is small: the derivative of 1 / sqrt(var + eps) must be part of the check.
     assert check(function, (x, layer.weight, layer.bias), atol=1e-6, rtol=1e-4)
 
 

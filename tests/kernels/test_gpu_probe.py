@@ -45,9 +45,9 @@ def test_what_computes_rightly_is_tried_once():
 def test_wrong_numbers_are_not_served(factor, caplog):
     device = Device(factor)
     for _ in range(2):
-        assert "computed something else" in device.trials.why_unavailable(1).reason
+        assert "returned a wrong result" in device.trials.why_unavailable(1).reason
     assert device.count == 1
-    assert caplog.text.count("computes portably on cuda:1 in PyTorch") == 1
+    assert caplog.text.count("uses the portable implementation on cuda:1 in PyTorch") == 1
 
 
 def test_what_raises_is_not_served(caplog):

@@ -172,9 +172,9 @@ def launch(step: gpu.Launch, pointers: list[Any]) -> None:
     device = cupy.cuda.Device().id
     built, arguments = build(step, dtypes, aligned, _capability(device), False)
     scalars = [np.int32(v) if kind == "i32" else np.int64(v) for kind, v in arguments]
-    nothing = [np.uint64(0)] * built.scratch
+    null_pointers = [np.uint64(0)] * built.scratch
     _loaded(built.cubin_path, built.name, device)(
-        (*step.grid, 1, 1)[:3], (built.threads, 1, 1), (*pointers, *scalars, *nothing),
+        (*step.grid, 1, 1)[:3], (built.threads, 1, 1), (*pointers, *scalars, *null_pointers),
         shared_mem=built.shared,
     )  # fmt: skip
 

@@ -152,8 +152,8 @@ def layout_of(
         found = "".join(letter for letter, _ in groupby(letters))
         return Unsupported(
             "in memory, channels and positions must each be contiguous after the kept axes; here "
-            f"the order is {found} (C channels, P positions, K kept axes). If x's own axes are in "
-            "such an order, pass a contiguous copy"
+            f"the order is {found} (C channels, P positions, K kept axes). If the order of "
+            f"x's axes is one of {', '.join(ROLES)}, pass a contiguous copy"
         )
     sizes = dict(zip(roles, there.merged_shape, strict=True))
     num_groups, group_size = there.parameter_shape[there.channel : there.channel + 2]

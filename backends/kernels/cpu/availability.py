@@ -15,7 +15,7 @@ __all__ = ["constant", "kernels", "why_unavailable"]
 def why_unavailable(float16: bool) -> Unsupported | None:
     """Return why kernels, or those for float16, are unavailable here; None if they are available.
 
-    Calling this imports numba; nothing else does earlier.
+    This call imports numba; nothing imports it earlier.
     """
     try:
         elements = kernels("elements")

@@ -167,8 +167,8 @@ def _waves(shape: GroupedShape, tiles: Tiles, item: int, wanted: bool) -> Iterat
     """Split tiles into waves of whole groups, or of whole samples if tiles span groups."""
     everything = _all(shape, tiles)
     total = shape.samples * shape.channels * shape.positions * item
-    apart = shape.channels_first and tiles.groups(shape) == 1
-    units = shape.samples * shape.groups if apart else shape.samples
+    by_group = shape.channels_first and tiles.groups(shape) == 1
+    units = shape.samples * shape.groups if by_group else shape.samples
     if not wanted or total <= LARGE or total > units * WAVE:
         yield everything
         return

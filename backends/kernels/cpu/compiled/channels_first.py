@@ -53,7 +53,7 @@ __all__ = ["channels_first_backward", "channels_first_forward"]
 F, U = np.float32, np.uint64
 
 BLOCK = 2048
-# Elements whose mean is the centre of the first block.
+# The number of elements whose mean is the centre of the first block.
 SAMPLE = 64
 # The least elements of one claim.
 GRAIN = 16384

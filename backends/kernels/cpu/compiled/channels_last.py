@@ -55,7 +55,7 @@ __all__ = ["channels_last_backward", "channels_last_forward"]
 
 F, U = np.float32, np.uint64
 
-# The least rows, and bands, of a chunk whose mean is the first centre.
+# The least rows, and bands, of a chunk that its first centre is the mean of.
 SAMPLE_ROWS, SAMPLE_BANDS = 8, 4
 
 

@@ -106,7 +106,7 @@ def _passed(typing_context):
 
 
 @intrinsic
-def _let_go(typing_context, address):
+def _decrement(typing_context, address):
     """Decrement a counter atomically; return its new value."""
 
     def code(context, builder, signature, arguments):
@@ -147,7 +147,7 @@ _no_kernel = _address_of_text(
     "groupnorm: this program was compiled by another process, and its kernels are not loaded here: "
     "trace it here once"
 )
-_other_structs = _address_of_text(
+_unknown_structs = _address_of_text(
     "groupnorm: XLA's call frame does not have the version that the handler was written for"
 )
 
@@ -189,12 +189,12 @@ def _refuse(interface, text, code):
 
 @jit()
 def _release(block):
-    if _let_go(block + 8 * frames.HOLDERS) == 0:
+    if _decrement(block + 8 * frames.HOLDERS) == 0:
         _free(block)
 
 
 @jit()
-def _ask_for_help(interface, context, block, help_):
+def _schedule_helper(interface, context, block, help_):
     """Schedule a helper in XLA's thread pool; if XLA refuses, continue without it."""
     arguments = _passed()
     _put(arguments, 0, SCHEDULE_END)
@@ -288,7 +288,7 @@ def _handle(call):
         return 0
     interface = word(call_frame, INTERFACE)
     if not _is_known(call_frame, interface):
-        return _refuse(interface, _other_structs(), FAILED_PRECONDITION)
+        return _refuse(interface, _unknown_structs(), FAILED_PRECONDITION)
     template = word(word(call_frame, ATTRIBUTES), 0)
     words = word(template, ARRAY_DATA)
     table = _table_address()
@@ -302,7 +302,7 @@ def _handle(call):
     if _LINUX:
         _want_large_pages(word(block, frames.Y), word(block, frames.LARGE_PAGES))
     for _ in range(word(block, frames.PARTS) - 1):
-        _ask_for_help(interface, word(call_frame, CONTEXT), block, word(table, 0))
+        _schedule_helper(interface, word(call_frame, CONTEXT), block, word(table, 0))
     _call(run, block)
     _release(block)
     return 0

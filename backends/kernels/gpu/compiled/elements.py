@@ -7,7 +7,7 @@ from groupnorm.backends.kernels.erfc import ERFC_POWERS
 
 __all__ = ["GELU", "RELU", "SILU", "activated", "activation_vjp", "clamp_masked", "finite"]
 
-# As `variants.ACTIVATIONS` numbers them; 0 is none.
+# The numbers in `variants.ACTIVATIONS`; 0 is no activation.
 RELU = tl.constexpr(1)
 SILU = tl.constexpr(2)
 GELU = tl.constexpr(3)

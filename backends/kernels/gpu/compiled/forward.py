@@ -279,9 +279,9 @@ def merge(
     for begin in range(MERGE_P2, tiles, MERGE_P2):
         more, other, other_squares = _merged(parts, group, exists, begin, tiles, MERGE_P2)
         both = tl.where(total + more > 0, total + more, 1.0)
-        apart = tl.where((total > 0) & (more > 0), other - mean, 0.0)
-        mean = tl.where(total > 0, mean, other) + apart * (more / both)
-        squares += other_squares + apart * apart * (total * more / both)
+        delta = tl.where((total > 0) & (more > 0), other - mean, 0.0)
+        mean = tl.where(total > 0, mean, other) + delta * (more / both)
+        squares += other_squares + delta * delta * (total * more / both)
         total += more
     high, low, rstd, inv_count = _finished(total, mean, squares, EPSILON)
     _keep(statistics, group, groups, high, low, rstd, inv_count, exists)

@@ -1,4 +1,4 @@
-"""CuPy calls of the kernels for GPUs: cubins of Triton, launched on the current stream."""
+"""Calling the GPU kernels with CuPy arrays: Triton's cubins, launched on the current stream."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -25,10 +25,10 @@ class _Call(NamedTuple):
     """A call bound to kernels."""
 
     work: Work
-    arrays: dict[str, Any]  # x, in memory order, scale, bias and mask; None for one not there
+    arrays: dict[str, Any]  # x, in memory order, scale, bias and mask, or None
 
     def forward(self) -> tuple[Any, Any]:
-        """Return y, which lies in memory as x does, and the statistics."""
+        """Return y, which has x's memory layout, and the statistics."""
         layout = self.work.layout
         y = cupy.empty(layout.plan.shape, self.work.dtypes.result_dtype)
         statistics = cupy.empty(gpu.statistics_shape(self.work.shape), np.float32)
@@ -54,14 +54,14 @@ class _Call(NamedTuple):
 
 
 class CupyKernels(Kernels):
-    """The kernels for GPUs."""
+    """The GPU kernels, called with CuPy arrays."""
 
     def __init__(self, adapter: Any) -> None:
         super().__init__()
         self._adapter = adapter
 
     def why_unavailable(self, device: str) -> Unsupported | None:
-        """Return why there are none: Triton is missing, or a first kernel failed."""
+        """Return why kernels are unavailable: Triton is missing, or the probe failed."""
         return why_unavailable(int(device.partition(":")[2] or 0))
 
     def forward(self, x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -> Any:
@@ -78,7 +78,7 @@ class CupyKernels(Kernels):
         if isinstance(call, Unsupported):
             return call
         with x.device:
-            # The caller may change parameters in place before the pullback is called.
+            # The caller may modify parameters in place before calling the pullback.
             copies = {
                 n: None if (p := call.arrays[n]) is None else p.copy() for n in ("scale", "bias")
             }
@@ -160,7 +160,7 @@ def run(program: gpu.LaunchSequence, arrays: dict[str, Any]) -> None:
     for name, elements in program.shared:
         arrays[name] = cupy.empty(elements, np.float32)
     for step in program.launches:
-        # A pointer that is not used must be one all the same.
+        # An unused pointer must still be valid.
         pointers = [x if (a := arrays.get(name)) is None else a for name in step.arrays]
         launch(step, pointers)
 
@@ -172,9 +172,9 @@ def launch(step: gpu.Launch, pointers: list[Any]) -> None:
     device = cupy.cuda.Device().id
     built, arguments = build(step, dtypes, aligned, _capability(device), False)
     scalars = [np.int32(v) if kind == "i32" else np.int64(v) for kind, v in arguments]
-    nothing = [np.uint64(0)] * built.scratch
+    null_pointers = [np.uint64(0)] * built.scratch
     _loaded(built.cubin_path, built.name, device)(
-        (*step.grid, 1, 1)[:3], (built.threads, 1, 1), (*pointers, *scalars, *nothing),
+        (*step.grid, 1, 1)[:3], (built.threads, 1, 1), (*pointers, *scalars, *null_pointers),
         shared_mem=built.shared,
     )  # fmt: skip
 
@@ -197,7 +197,7 @@ def captures() -> bool:
 def _compute(device: int, array: Any, program: gpu.LaunchSequence) -> Any:
     with cupy.cuda.Device(device):
         x = cupy.asarray(array)
-        y, statistics = cupy.empty_like(x), cupy.empty_like(x)  # of the latter there are fewer
+        y, statistics = cupy.empty_like(x), cupy.empty_like(x)  # statistics are smaller
         run(program, {"x": x, "y": y, "statistics": statistics})
         return cupy.asnumpy(y)
 
@@ -206,5 +206,5 @@ _probe = DeviceProbe("CuPy", lambda device: why_too_old(_capability(device)), ca
 
 
 def why_unavailable(device: int) -> Unsupported | None:
-    """Say why no kernels run on a device, if so. The first time one is tried out."""
+    """Return why kernels cannot run on a device; None if they can. The first call probes it."""
     return _probe.why_unavailable(device)

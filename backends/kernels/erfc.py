@@ -1,4 +1,4 @@
-"""The complementary error function in float32: the coefficients of all kernels."""
+"""The complementary error function in float32: the coefficients that all kernels use."""
 
 import numpy as np
 

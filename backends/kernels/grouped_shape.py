@@ -1,4 +1,4 @@
-"""The shape that kernels see."""
+"""The shape that kernels work with."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ __all__ = ["GroupedShape"]
 
 
 class GroupedShape(NamedTuple):
-    """An array as kernels see it: samples, then channels and positions in either order."""
+    """An array's shape: samples, then channels and positions in either order."""
 
     samples: int
     groups: int

@@ -1,4 +1,4 @@
-"""Eager calls of PyTorch's kernels: bound to an engine, as one function of autograd.
+"""Eager calls of kernels in PyTorch: bound to an engine, as one autograd function.
 
 When PyTorch must see the individual operations (export, torch.func, forward mode, dispatch modes,
 double backward), the portable implementation is used.
@@ -28,13 +28,13 @@ __all__ = ["TorchKernels", "as_parameter", "bind_call", "engine_for"]
 
 
 class TorchKernels(Kernels):
-    """The kernels for CPUs and GPUs.
+    """The kernels for CPUs and GPUs, called with tensors.
 
     Parameters
     ----------
     adapter : Adapter
     traced : callable
-        Computes what torch.compile traces: `custom_op.traced`.
+        Called instead while torch.compile traces: `custom_op.traced`.
     """
 
     def __init__(self, adapter: Any, traced: Callable[..., Any]) -> None:
@@ -42,7 +42,7 @@ class TorchKernels(Kernels):
         self._adapter, self._traced = adapter, traced
 
     def why_unavailable(self, device: str) -> Unsupported | None:
-        """Return why there are none: numba is missing on a CPU, or Triton on an NVIDIA GPU."""
+        """Return why kernels are unavailable: a CPU needs numba, an NVIDIA GPU Triton."""
         where = torch.device(device)
         return engine_for(where).why_unavailable(where)
 
@@ -56,7 +56,7 @@ class TorchKernels(Kernels):
     def vjp(self, x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -> Any:
         """Return y and its pullback, or `Unsupported`."""
         if torch.compiler.is_compiling():
-            return Unsupported("torch.compile traces this")
+            return Unsupported("torch.compile traces this call")
         call = bind_call(self._adapter, x, scale, bias, mask, options)
         if isinstance(call, Unsupported):
             return call
@@ -70,19 +70,19 @@ _CPU, _GPU = CpuEngine(), GpuEngine()
 
 
 def engine_for(device: torch.device) -> Engine:
-    """Return what computes tensors on a device."""
+    """Return the engine for tensors on a device."""
     return _CPU if device.type == "cpu" else _GPU
 
 
 def bind_call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -> Any:
-    """Return the call that a kernel computes, or `Unsupported`."""
+    """Return the call, bound to an engine's kernels, or `Unsupported`."""
     if is_seen_through():
         return Unsupported("PyTorch has to see the individual operations of this computation")
-    # Written out, and cheap checks first: this is much of the time of a small call.
+    # Inlined, cheap checks first: this is a large part of the time of a small call.
     for name, a in (("x", x), ("scale", scale), ("bias", bias)):
         if type(a) in PLAIN:
             if a.layout is not torch.strided or a.is_neg() or is_wrapped(a):
-                return Unsupported(f"{name} is no plain tensor")
+                return Unsupported(f"{name} is not a plain tensor")
         elif a is not None and (a is x or type(a) is not np.ndarray):
             return Unsupported(f"{name} is of type {type(a).__name__}")
     return engine_for(x.device).bind(adapter, x, scale, bias, mask, options)
@@ -92,7 +92,7 @@ def bind_call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: C
 
 
 class _ByKernels(torch.autograd.Function):
-    """The kernels forward and backward; derivatives of the gradient are those of portable code."""
+    """The kernels forward and backward; double backward uses the portable implementation."""
 
     @staticmethod
     def forward(ctx: Any, x: Any, scale: Any, bias: Any, call: Any) -> Any:
@@ -118,7 +118,7 @@ class _ByKernels(torch.autograd.Function):
         )
 
 
-# No tensor of torch.func's transforms gets here.
+# Tensors of torch.func's transforms never get here.
 _apply: Any = apply_without_transforms(_ByKernels)
 
 
@@ -132,11 +132,11 @@ def _portable_gradients(call: Any, inputs: Any, wanted: Any, dy: Any) -> list[An
 
 
 def _differentiable(call: Any, x: Any, scale: Any, bias: Any) -> Any:
-    """Return y of a bound call, which autograd can differentiate."""
+    """Compute a bound call; autograd can differentiate the result."""
     if torch.is_grad_enabled() and (
         x.requires_grad or _requires_grad(scale) or _requires_grad(bias)
     ):
-        # Constants from the host are in the call; autograd takes tensors only.
+        # Host constants are stored in the call; autograd accepts tensors only.
         scale = scale if isinstance(scale, torch.Tensor) else None
         bias = bias if isinstance(bias, torch.Tensor) else None
         return _apply(x, scale, bias, call)
@@ -150,7 +150,7 @@ def _requires_grad(a: Any) -> bool:
 def _with_pullback(
     adapter: Any, call: Any, x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions
 ) -> Any:
-    """Return y of a bound call, and its pullback."""
+    """Compute a bound call; return y and its pullback."""
     y, saved = call.forward(x)
 
     def pullback(dy: Any) -> Gradients:
@@ -164,7 +164,7 @@ def _with_pullback(
 
 
 def as_parameter(gradient: Any, parameter: Any) -> Any:
-    """Return a parameter's gradient, given flat in float32, in its shape and dtype."""
+    """Convert a flat float32 gradient to its parameter's shape and dtype."""
     if parameter is None:
         return None
     found = gradient if parameter.ndim == 1 else gradient.reshape(parameter.shape)

@@ -32,7 +32,7 @@ class TorchGroupNorm(GroupNorm, torch.nn.Module):
             """Normalize x; see `update`."""
             return x
     else:
-        # Module's own, for its hooks; forward is where the work is.
+        # nn.Module's, which runs hooks and calls `forward`.
         __call__ = torch.nn.Module.__call__
 
     def _setup(self, config: LayerConfig, scale: Any, bias: Any) -> None:
@@ -46,14 +46,14 @@ class TorchGroupNorm(GroupNorm, torch.nn.Module):
                 self.register_parameter(name, None)
             else:
                 setattr(self, name, wrap(value.reshape(-1), config.param_type))
-        # nn.GroupNorm's names, which tools read.
+        # nn.GroupNorm's attributes, which other tools read.
         self.num_channels = config.num_groups * config.group_size
         self.eps = config.options.epsilon
         self.affine = config.use_scale
 
     def forward(self, x: Any, mask: Any = None) -> Any:
         """Normalize x; see `update`."""
-        if type(x) is torch.Tensor:  # of this library, and no DTensor
+        if type(x) is torch.Tensor:  # a plain tensor, not a DTensor
             return compute_local(
                 torch_adapter, x, self.scale, self.bias, mask, self._config.options
             )

@@ -141,13 +141,13 @@ NAME_ERRORS = {
 # Each of these is also bound to a name, and used in a tuple with a correct one.
 FOREIGN = {
     "torch": {
-        "not a member": ("axis_name=", "new_group()", "no member", "members only"),
-        "not in the mesh": ("axis_name=DeviceMesh(", "no member", "members only"),
+        "not a member": ("axis_name=", "new_group()", "not a member", "members only"),
+        "not in the mesh": ("axis_name=DeviceMesh(", "not a member", "members only"),
         "mesh of two dimensions": ("axis_name=DeviceMesh(", "2 dimensions", "mesh['rows']"),
     },
     "mpi": {
-        "not a member": ("axis_name", "MPI.COMM_NULL", "no member", "members only"),
-        "COMM_NULL": ("axis_name", "MPI.COMM_NULL", "no member", "members only"),
+        "not a member": ("axis_name", "MPI.COMM_NULL", "not a member", "members only"),
+        "COMM_NULL": ("axis_name", "MPI.COMM_NULL", "not a member", "members only"),
         "intercommunicator": ("axis_name=<mpi4py.MPI.Intercomm", "Intracomm", "bind_axis"),
     },
 }

@@ -79,7 +79,7 @@ def jax(lowered_to, monkeypatch, another_adapter):
         pytest.importorskip("numba", reason="kernels need numba")
         return module
     availability = importlib.import_module("groupnorm.backends.kernels.cpu.availability")
-    monkeypatch.setattr(availability, "unavailable", lambda _: Unsupported("not now"))
+    monkeypatch.setattr(availability, "why_unavailable", lambda _: Unsupported("not now"))
     # There is no implementation of this name.
     monkeypatch.setitem(IMPLEMENTATION, "implementation", None)
     kernels = importlib.import_module("groupnorm.backends.jax.kernels")

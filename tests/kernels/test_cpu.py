@@ -268,7 +268,7 @@ def test_bits_depend_only_on_the_data(name, rng, monkeypatch):
     for count, apart in ((1, 0), (2, 1 << 30), (2, 0), (5, 0)):
         monkeypatch.setattr(threads, "thread_count", lambda count=count: count)
         monkeypatch.setattr(threads, "WORTH_A_THREAD", 1)
-        for limit in ("APART", "APART_IF_EVEN"):
+        for limit in ("SMALL_SAMPLE", "SMALL_SAMPLE_IF_EVEN"):
             monkeypatch.setattr(frames, limit, apart)
         for remembered in (frames.template, cpu_launch.planned):
             remembered.cache_clear()
@@ -321,8 +321,12 @@ def test_a_forked_process(rng):
         (np.ones((2, 3, 4), np.complex64), {}, "real floating"),
         (np.ones((2, 3, 4), int), {}, "real floating"),
         (np.ones((2, 3, 4), np.float32), {"axis_name": "rows"}, "replicas"),
-        (np.ones((0, 3, 4), np.float32), {}, "nothing to compute"),
-        (np.ones((2, 3, 4), np.float32), {"mask": np.ones(4, bool)}, "tells channels apart"),
+        (np.ones((0, 3, 4), np.float32), {}, "x has no elements"),
+        (
+            np.ones((2, 3, 4), np.float32),
+            {"mask": np.ones(4, bool)},
+            "varies along the feature axes",
+        ),
         (np.ones((2, 3, 4, 5), np.float32), {"feature_axis": 2}, "order is KPCP"),
     ],
 )

@@ -45,9 +45,9 @@ def test_a_correct_device_is_probed_once():
 def test_a_device_with_wrong_results_is_not_used(factor, caplog):
     device = Device(factor)
     for _ in range(2):
-        assert "computed something else" in device.trials.why_unavailable(1).reason
+        assert "returned a wrong result" in device.trials.why_unavailable(1).reason
     assert device.count == 1
-    assert caplog.text.count("computes portably on cuda:1 in PyTorch") == 1
+    assert caplog.text.count("uses the portable implementation on cuda:1 in PyTorch") == 1
 
 
 def test_a_device_that_raises_is_not_used(caplog):

@@ -11,7 +11,7 @@ from groupnorm.backends.kernels.gpu import program as gpu
 from groupnorm.backends.kernels.gpu.tiling import (
     CHUNK_BACKWARD,
     CHUNK_FORWARD,
-    FARTHEST,
+    MAX_OFFSET,
     WHOLE_BACKWARD,
     WHOLE_FORWARD,
     Tiles,
@@ -97,7 +97,7 @@ def test_channels_last_tiles_are_not_narrow():
 def test_addresses_within_a_tile_stay_in_32_bits():
     form = GroupedShape(1, 1 << 20, 32, 1 << 14, False, 2)
     tiles = tile_parts(form, CHUNK_FORWARD)
-    assert 1 <= tiles.length * form.channels <= FARTHEST
+    assert 1 <= tiles.length * form.channels <= MAX_OFFSET
     assert tile_whole_groups(GroupedShape(1, 1 << 17, 16, 2000, False, 2), WHOLE_FORWARD[0]) is None
 
 

@@ -1,4 +1,4 @@
-"""What of a call on a GPU does not depend on values, for every library that launches kernels."""
+"""Launch planning for GPU kernels that does not depend on the library or on values."""
 
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from groupnorm.adapter import Unsupported
 from groupnorm.arguments import CallOptions
 from groupnorm.backends.kernels.gpu import program as gpu
-from groupnorm.backends.kernels.gpu.tiling import FARTHEST
+from groupnorm.backends.kernels.gpu.tiling import MAX_OFFSET
 from groupnorm.backends.kernels.grouped_shape import GroupedShape
 from groupnorm.backends.kernels.layout import (
     KernelDtypes,
@@ -22,7 +22,7 @@ ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 class Work(NamedTuple):
-    """A normalization of arrays that lie in memory in one way, of any values."""
+    """A normalization planned for one memory layout, whatever the values."""
 
     layout: MemoryLayout
     dtypes: KernelDtypes
@@ -38,13 +38,13 @@ class Work(NamedTuple):
     def forward(
         self, mask_elements: int, scale: bool, bias: bool, waves: bool
     ) -> gpu.LaunchSequence:
-        """Return what computes y and the statistics, for a mask of so many elements, or of 0."""
+        """Return the launches that compute y and the statistics; without a mask, its size is 0."""
         return gpu.forward(self.shape, self._options(mask_elements, scale, bias, waves))
 
     def backward(
         self, mask_elements: int, scale: bool, bias: bool, waves: bool
     ) -> gpu.LaunchSequence:
-        """Return what computes dx, dscale and dbias."""
+        """Return the launches that compute dx, dscale and dbias."""
         return gpu.backward(self.shape, self._options(mask_elements, scale, bias, waves))
 
     def _options(
@@ -60,7 +60,7 @@ class Work(NamedTuple):
 def planned(
     adapter: Any, shape: Any, strides: Any, x: Any, scale: Any, bias: Any, options: CallOptions
 ) -> Work | Unsupported:
-    """Plan for a shape, strides in elements, and dtypes, those of parameters there are not None."""
+    """Plan a call by its shape, strides in elements and dtypes; None for a missing parameter's."""
     dtypes = kernel_dtypes(adapter, x, scale, bias, options)
     if isinstance(dtypes, Unsupported):
         return dtypes
@@ -69,18 +69,22 @@ def planned(
         return layout
     kept = [a for a in layout.order or () if a in _kept(layout)]
     if kept != sorted(kept):
-        # What is saved for backward has the samples in the order of x's axes.
-        return Unsupported("the axes of the samples are permuted in memory")
+        # The saved statistics have the samples in the order of x's axes.
+        return Unsupported("the kept axes (samples) are permuted in memory")
     grouped = layout.grouped._replace(item_bytes=ITEM_BYTES[dtypes.x])
-    if grouped.channels > FARTHEST:
-        return Unsupported(f"there are {grouped.channels} channels")
+    if grouped.channels > MAX_OFFSET:
+        return Unsupported(f"{grouped.channels} channels exceed the kernels' limit of {MAX_OFFSET}")
     if grouped.positions < FEW_POSITIONS and grouped.elements > MANY_ELEMENTS:
-        # The gradients of scale and bias would take as much memory again for each sample.
-        return Unsupported(f"{grouped.positions} positions are too few for so many samples")
+        # The sums for the gradients of scale and bias, one row per sample, would be about as large
+        # as x.
+        return Unsupported(
+            f"{grouped.positions} positions are too few for {grouped.samples} samples: beyond "
+            f"{MANY_ELEMENTS} elements the kernels need {FEW_POSITIONS} positions"
+        )
     return Work(layout, dtypes, grouped, options.epsilon, options.activation)
 
 
 def _kept(layout: MemoryLayout) -> set[int]:
-    """Return the axes of x that statistics are separate for."""
+    """Return the axes of x that have separate statistics."""
     order = layout.order or tuple(range(len(layout.shape)))
     return {order[a] for a in layout.plan.kept_axes}

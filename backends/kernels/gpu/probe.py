@@ -13,17 +13,17 @@ from groupnorm.backends.kernels.grouped_shape import GroupedShape
 
 __all__ = ["DeviceProbe", "probe_case", "why_too_old"]
 
-# What the kernels need: bfloat16, and copies of 16 bytes.
+# The kernels need bfloat16, and copies of 16 bytes.
 LEAST_CAPABILITY = 80
 
 _log = logging.getLogger("groupnorm")
 
 
 def probe_case() -> tuple[Any, gpu.LaunchSequence, Callable[[Any], bool]]:
-    """Return an array of NumPy, what normalizes it, and what says whether a result is right.
+    """Return a NumPy array, the launches that normalize it, and a function that checks the result.
 
-    For a first call on a device, where what launches kernels may not work. The program is of one
-    step, without parameters and mask.
+    For the first call on a device, where launching kernels may not work. There is one launch,
+    without parameters and mask.
     """
     x = np.arange(256, dtype=np.float32).reshape(2, 8, 16)
     program = gpu.forward(
@@ -39,7 +39,7 @@ def probe_case() -> tuple[Any, gpu.LaunchSequence, Callable[[Any], bool]]:
 
 
 def why_too_old(capability: int) -> Unsupported | None:
-    """Say why the kernels are not for a GPU of this compute capability, such as 90."""
+    """Return why GPUs of this compute capability, such as 90, are unsupported, or None."""
     if capability >= LEAST_CAPABILITY:
         return None
     return Unsupported(
@@ -49,18 +49,18 @@ def why_too_old(capability: int) -> Unsupported | None:
 
 
 class DeviceProbe:
-    """Which devices a library's launches work on, each tried out once.
+    """Whether a library's launches work on a device; each device is probed once.
 
     Parameters
     ----------
     library : str
-        What messages call it.
+        Its name in messages.
     why_unsupported : callable
-        Says why there are no kernels for a device, by its index, or returns None.
+        Returns why a device, given by its index, is unsupported, or None.
     busy : callable
-        Whether nothing can be tried out now; then launches are taken to work.
+        Whether probing is impossible now; then launches are assumed to work.
     compute : callable
-        Runs a `trial`'s program on its array on a device, and returns the result on the host.
+        Runs the launches of `probe_case` on a device, and returns the result on the host.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class DeviceProbe:
         self._found: dict[int, Unsupported | None] = {}
 
     def why_unavailable(self, device: int) -> Unsupported | None:
-        """Say why no kernels run on a device, if so."""
+        """Return why kernels cannot run on a device; None if they can."""
         if device not in self._found:
             why = build.why_unavailable() or self._why_unsupported(device)
             if why is None and self._busy():
@@ -91,12 +91,12 @@ class DeviceProbe:
         array, program, passed = probe_case()
         try:
             if not passed(self._compute(device, array, program)):
-                raise ArithmeticError("a first kernel computed something else")
-        except Exception as error:  # of Triton, a C compiler that is missing, the driver
+                raise ArithmeticError("the probe kernel returned a wrong result")
+        except Exception as error:  # from Triton, a missing C compiler, the driver
             why = f"{type(error).__name__}: {error}"
             _log.warning(
-                "groupnorm computes portably on cuda:%d in %s: Triton's kernels failed there: %s",
-                device, self._library, why,
+                "groupnorm uses the portable implementation on cuda:%d in %s: Triton's kernels "
+                "failed there: %s", device, self._library, why,
             )  # fmt: skip
             return Unsupported(f"Triton's kernels do not work on cuda:{device}: {why}")
         return None

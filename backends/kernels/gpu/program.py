@@ -1,12 +1,12 @@
-"""What the kernels for GPUs are called with: a list of launches for a shape, made once.
+"""The launches of GPU kernels that compute a call, planned once per shape.
 
-Plan A: groups that fit the registers are read once, by one kernel. Plan B: the rest is measured by
-tiles, merged, and read again. Plan C: large arrays take plan B by waves that stay in the cache, in
-a CUDA graph, since outside of one it takes longer to launch a wave than to compute it.
-How groups are cut depends on the shape alone, and there are no atomics: the same call gives the
-same bits.
+Plan A: groups that fit the registers are read once, by one kernel. Plan B: larger groups are
+measured by tiles, merged, and read again. Plan C: large arrays take plan B in waves that stay in
+the cache; only in a CUDA graph, since outside of one launching a wave takes longer than computing
+it. The division of groups depends on the shape alone, and there are no atomics: the same call gives
+the same bits.
 
-Launchers run the launches: by Triton itself for PyTorch, as cubins for CuPy, as PTX for JAX.
+Each library runs the launches: PyTorch by Triton's launcher, CuPy as cubins, JAX as PTX.
 """
 
 import math
@@ -31,11 +31,11 @@ from groupnorm.backends.kernels.variants import ACTIVATIONS
 __all__ = ["KernelOptions", "Launch", "LaunchSequence", "backward", "forward", "statistics_shape"]
 
 MASKS = {None: 0, "one": 1, "each": 2}
-# Parts of a group that a tile merges itself; more are merged by a kernel of their own.
+# The most parts of a group that every tile merges itself; more are merged by a separate kernel.
 FEW_PARTS = 128
 MERGED_AT_ONCE = 1024
-# Arrays above `LARGE` bytes are computed in waves of at most `WAVE`, which the second-level cache
-# holds: 40 MB and more on the GPUs this is for.
+# Arrays above `LARGE` bytes are computed in waves of at most `WAVE` bytes, which fit the L2 cache:
+# 40 MB and more on the GPUs that are supported.
 LARGE, WAVE = 30_000_000, 24_000_000
 ROWS_AT_ONCE, CHANNELS_AT_ONCE = 32, 32
 MANY_ROWS, ROWS_OF_A_BLOCK = 512, 128
@@ -43,14 +43,14 @@ SUMS = ("products", "gradients")
 
 
 class KernelOptions(NamedTuple):
-    """What is computed, beside the shape."""
+    """Kernel options that are independent of the shape."""
 
     epsilon: float
     activation: str | None
-    mask: str | None  # "one" for all samples, one for "each", or None
+    mask: str | None  # "one" for all samples, "each" for one per sample, or None
     scale: bool
     bias: bool
-    waves: bool = False  # where launches cost next to nothing; they do not change what is computed
+    waves: bool = False  # if launches are cheap; results do not depend on it
 
 
 class Launch(NamedTuple):
@@ -59,15 +59,15 @@ class Launch(NamedTuple):
     module: str  # of `backends.kernels`
     kernel: str
     grid: tuple[int, ...]
-    arrays: tuple[str, ...]  # in the order of the kernel's pointers; "" for one that is not used
-    written: int  # how many of them, from the last on
+    arrays: tuple[str, ...]  # in the order of the kernel's pointers; "" if unused
+    written: int  # how many of them, the last ones, are written
     scalars: tuple[tuple[str, int], ...]
     constants: tuple[tuple[str, Any], ...]
     warps: int
 
 
 class LaunchSequence(NamedTuple):
-    """Steps, and how many elements of float32 each array takes that they share."""
+    """Launches, and the names and float32 sizes of the temporary arrays that they share."""
 
     launches: tuple[Launch, ...]
     shared: tuple[tuple[str, int], ...]
@@ -80,7 +80,7 @@ def statistics_shape(shape: GroupedShape) -> tuple[int, int, int]:
 
 @lru_cache(maxsize=4096)
 def forward(shape: GroupedShape, options: KernelOptions) -> LaunchSequence:
-    """Return what computes y and the statistics."""
+    """Return the launches that compute y and the statistics."""
     arrays = ("x", "scale", "bias", "mask")
     epsilon, unit = ("EPSILON", options.epsilon), ("LARGEST_UNIT", _largest_unit(options.epsilon))
     mask, *rest = _flags(options)
@@ -107,9 +107,9 @@ def forward(shape: GroupedShape, options: KernelOptions) -> LaunchSequence:
 
 @lru_cache(maxsize=4096)
 def backward(shape: GroupedShape, options: KernelOptions, batches: int = 1) -> LaunchSequence:
-    """Return what computes dx, and dscale and dbias, (batches, channels).
+    """Return the launches that compute dx, and dscale and dbias, (batches, channels).
 
-    The latter are apart for so many parts of the samples.
+    The samples are divided into `batches`, with separate dscale and dbias.
     """
     arrays = ("dy", "x", "scale", "bias", "mask", "statistics")
     flags = _flags(options)
@@ -144,13 +144,13 @@ def backward(shape: GroupedShape, options: KernelOptions, batches: int = 1) -> L
 
 
 def _limit(limits: tuple[int, int], shape: GroupedShape, options: KernelOptions) -> int:
-    """Return the most elements of a group that one tile keeps in the registers."""
+    """Return the most elements of a group that a tile can keep in registers."""
     halvings = (options.mask is not None) + (options.activation == "gelu")
     return limits[0 if shape.item_bytes == 2 else 1] >> halvings
 
 
 class _Wave(NamedTuple):
-    """Tiles that are computed together, and the groups they are of."""
+    """Tiles that are computed together, and their groups."""
 
     begin: int
     tiles: int
@@ -164,11 +164,11 @@ def _all(shape: GroupedShape, tiles: Tiles) -> _Wave:
 
 
 def _waves(shape: GroupedShape, tiles: Tiles, item: int, wanted: bool) -> Iterator[_Wave]:
-    """Split by groups, or by samples where the channels of all groups lie together."""
+    """Split tiles into waves of whole groups, or of whole samples if tiles span groups."""
     everything = _all(shape, tiles)
     total = shape.samples * shape.channels * shape.positions * item
-    apart = shape.channels_first and tiles.groups(shape) == 1
-    units = shape.samples * shape.groups if apart else shape.samples
+    by_group = shape.channels_first and tiles.groups(shape) == 1
+    units = shape.samples * shape.groups if by_group else shape.samples
     if not wanted or total <= LARGE or total > units * WAVE:
         yield everything
         return
@@ -199,7 +199,7 @@ def _launch(
             ("BLOCKS", tiles.blocks(shape)), ("GROUPS_P2", power_of_two(tiles.groups(shape))),
             ("CHANNELS_FIRST", int(shape.channels_first)), ("FULL", int(tiles.full(shape))),
         ),
-        # Backward a thread holds two arrays.
+        # In the backward pass a thread holds two arrays.
         warps_for(tiles.elements() * (2 if "dy" in arrays else 1)),
     )  # fmt: skip
 
@@ -252,7 +252,7 @@ def _flags(options: KernelOptions) -> tuple[tuple[str, int], ...]:
 def _largest_unit(epsilon: float) -> float:
     """Return the largest power of two that deviations may be multiplied by.
 
-    Then epsilon in the unit squared does not overflow. Data below that scale is nothing beside it.
+    With it, epsilon * unit**2 does not overflow. Smaller deviations are negligible next to epsilon.
     """
     exponent = 100.0 if epsilon == 0 else min(50.0 - 0.5 * math.log2(epsilon), 100.0)
     return 2.0 ** math.floor(exponent)

@@ -1,12 +1,12 @@
 """Loops over bands of rows, channels last, and their tables, compiled by numba.
 
-A band is so many rows of all channels that loops over it are long, and lies beside tables in which
-each channel's number is repeated as often. See `numba_last`.
+A band is several rows of all channels, enough for long loops. Tables of the same length repeat each
+per-channel value for every row. See ``channels_last.py``.
 
-Sums take four bands at once, so that they are read and written once for four; maps take two. The
-bands of a chunk that go together are a quarter, or half, of it apart: memory is fast where it is
-read in a few long streams. Neighbouring bands would make streams so short that it took four times
-as long.
+Sums take four bands at once, so that the totals are read and written once for all four; maps take
+two. The bands processed together are a quarter, or half, of a chunk apart: memory is fast when it
+is read in a few long streams. With neighbouring bands the streams were so short that it took four
+times as long.
 """
 
 import numpy as np
@@ -14,10 +14,10 @@ import numpy as np
 from groupnorm.backends.kernels.cpu.compiled.elements import (
     MAPS,
     activated,
+    activation_vjp,
     clamp_masked,
     jit,
     load,
-    pulled_back,
     store,
     store_gradient,
 )
@@ -30,9 +30,9 @@ __all__ = [
     "add_products_of_four",
     "apply",
     "apply_to_two",
-    "pull_back",
-    "pull_back_invalid",
-    "pull_back_two",
+    "input_gradient",
+    "input_gradient_of_invalid",
+    "input_gradient_of_two",
     "repeat_rows",
     "sum_rows",
 ]
@@ -71,12 +71,12 @@ def add_moments_of_four(x, a, b, c, d, centre, total, squares):
 
 @jit(MAPS)
 def add_products(x, dy, a, n, valid, centre, factor, term, activation, total, weighted):
-    """Add dy, pulled back through the activation, and its product with x - centre."""
+    """Add g = `activation_vjp` of dy, and g * (x - centre), to the totals."""
     a = U(a)
     for i in range(n):
         value = load(x, a + U(i))
         d = (value if valid else clamp_masked(value)) - centre[i]
-        g = pulled_back(d * factor[i] + term[i], load(dy, a + U(i)), activation)
+        g = activation_vjp(d * factor[i] + term[i], load(dy, a + U(i)), activation)
         total[i] += g
         weighted[i] += g * d
 
@@ -91,17 +91,17 @@ def add_products_of_four(
         mean, f, t, j = centre[i], factor[i], term[i], U(i)
         p, q = load(x, a + j) - mean, load(x, b + j) - mean
         r, s = load(x, c + j) - mean, load(x, d + j) - mean
-        k = pulled_back(p * f + t, load(dy, a + j), activation)
-        m = pulled_back(q * f + t, load(dy, b + j), activation)
-        n = pulled_back(r * f + t, load(dy, c + j), activation)
-        o = pulled_back(s * f + t, load(dy, d + j), activation)
+        k = activation_vjp(p * f + t, load(dy, a + j), activation)
+        m = activation_vjp(q * f + t, load(dy, b + j), activation)
+        n = activation_vjp(r * f + t, load(dy, c + j), activation)
+        o = activation_vjp(s * f + t, load(dy, d + j), activation)
         total[i] += (k + m) + (n + o)
         weighted[i] += (k * p + m * q) + (n * r + o * s)
 
 
 @jit(MAPS)
 def apply(x, y, a, n, valid, centre, factor, term, activation):
-    """Y = (x - centre) * factor + term, activated; masked-out x is clamped."""
+    """Apply y = activation((x - centre) * factor + term); masked-out x is clamped."""
     a = U(a)
     for i in range(n):
         k = a + U(i)
@@ -121,40 +121,40 @@ def apply_to_two(x, y, a, b, centre, factor, term, activation):
 
 
 @jit(MAPS)
-def pull_back(x, dy, dx, a, n, centre, factor, term, rstd, slope, offset, activation):
-    """Dy * factor - ((x - centre) * rstd * slope + offset), dy pulled back through activation."""
+def input_gradient(x, dy, dx, a, n, centre, factor, term, rstd, slope, offset, activation):
+    """Store g * factor - ((x - centre) * rstd * slope + offset), g = `activation_vjp` of dy."""
     a = U(a)
     for i in range(n):
         k = a + U(i)
         d = load(x, k) - centre[i]
-        g = pulled_back(d * factor[i] + term[i], load(dy, k), activation)
+        g = activation_vjp(d * factor[i] + term[i], load(dy, k), activation)
         store_gradient(dx, k, g * factor[i] - (d * rstd[i] * slope[i] + offset[i]))
 
 
 @jit(MAPS)
-def pull_back_two(x, dy, dx, a, b, centre, factor, term, rstd, slope, offset, activation):
-    """As `pull_back`, of two bands."""
+def input_gradient_of_two(x, dy, dx, a, b, centre, factor, term, rstd, slope, offset, activation):
+    """As `input_gradient`, of two bands."""
     a, b = U(a), U(b)
     for i in range(centre.size):
         m, f, t, j, k = centre[i], factor[i], term[i], a + U(i), b + U(i)
         r, s, o = rstd[i], slope[i], offset[i]
         d, e = load(x, j) - m, load(x, k) - m
-        g = pulled_back(d * f + t, load(dy, j), activation)
-        h = pulled_back(e * f + t, load(dy, k), activation)
+        g = activation_vjp(d * f + t, load(dy, j), activation)
+        h = activation_vjp(e * f + t, load(dy, k), activation)
         store_gradient(dx, j, g * f - (d * r * s + o))
         store_gradient(dx, k, h * f - (e * r * s + o))
 
 
 @jit(MAPS)
-def pull_back_invalid(x, dy, dx, a, n, centre, factor, term, activation):
-    """As `pull_back`, of a row that is masked out: x has no part in the statistics."""
+def input_gradient_of_invalid(x, dy, dx, a, n, centre, factor, term, activation):
+    """As `input_gradient`, for a masked-out row: the statistics do not depend on it."""
     a = U(a)
     for i in range(n):
         k = a + U(i)
         value = load(x, k)
         z = (clamp_masked(value) - centre[i]) * factor[i] + term[i]
-        g = pulled_back(z, load(dy, k), activation) * factor[i]
-        # What was taken as 0 has no gradient.
+        g = activation_vjp(z, load(dy, k), activation) * factor[i]
+        # A non-finite element was replaced by 0, and has no gradient.
         store_gradient(dx, k, g if value - value == 0 else F(0))
 
 
@@ -163,7 +163,7 @@ def pull_back_invalid(x, dy, dx, a, n, centre, factor, term, activation):
 
 @jit()
 def sum_rows(sums, channels, out):
-    """Add up in float64 what the rows of a band have for each channel."""
+    """Sum a band over its rows, in float64: one value per channel."""
     for c in range(channels):
         out[c] = np.float64(sums[c])
     for at in range(channels, sums.size, channels):
@@ -173,7 +173,7 @@ def sum_rows(sums, channels, out):
 
 @jit()
 def repeat_rows(values, channels):
-    """Repeat what the first row of a band has."""
+    """Copy the first row of a band to its other rows."""
     for at in range(channels, values.size, channels):
         for c in range(channels):
             values[at + c] = values[c]

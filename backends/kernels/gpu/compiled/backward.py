@@ -1,9 +1,9 @@
-"""The pullback in Triton: whole groups in one tile each, or sums by tiles, then apply.
+"""The backward pass in Triton: whole groups in one tile each, or sums by tiles, then apply.
 
-With the activation pulled back first, ``g``, and sums over the positions of a channel,
-``S1 = sum(g)`` and ``S2 = sum(g xhat)``, these are the gradients of bias and scale, but for the sum
-over samples; and with ``p`` and ``q`` the sums of ``scale S1`` and ``scale S2`` over a group,
-divided by its count, ``dx = rstd (scale g - m (p + xhat q))``.
+Let ``g`` be the gradient before the activation, and ``S1 = sum(g)`` and ``S2 = sum(g xhat)`` the
+sums over the positions of a channel. Summed over samples, S1 and S2 are the gradients of bias and
+scale. With ``p`` and ``q`` the sums of ``scale S1`` and ``scale S2`` over a group, divided by its
+count, and ``m`` the mask, ``dx = rstd (scale g - m (p + xhat q))``.
 
 S2 and S1 are written as ``products`` and ``gradients``, (rows, channels), with a row for each chunk
 of each sample. Parts are ``(samples * groups, tiles of a group, 2)``.
@@ -12,7 +12,7 @@ of each sample. Parts are ``(samples * groups, tiles of a group, 2)``.
 import triton
 import triton.language as tl
 
-from groupnorm.backends.kernels.gpu.compiled.elements import clamp_masked, finite, pulled_back
+from groupnorm.backends.kernels.gpu.compiled.elements import activation_vjp, clamp_masked, finite
 from groupnorm.backends.kernels.gpu.compiled.tiles import (
     UNSPECIALIZED,
     chunks_of,
@@ -30,16 +30,16 @@ __all__ = ["apply", "measure", "merge", "sum_rows", "whole"]
 
 
 @triton.jit
-def _pulled_back(
+def _load_tile(
     dy, x, scale, bias, statistics, groups, begin, offsets, exists, counted, first, sample,
     channel_exists, CHANNELS: tl.constexpr, GROUP_SIZE: tl.constexpr,
     TILE_CHANNELS_P2: tl.constexpr, CHANNELS_FIRST: tl.constexpr, MASK: tl.constexpr,
     SCALE: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """Return xhat, the cotangent before the activation, and what is one number a lane."""
+    """Return xhat, the gradient before the activation, and per-channel values."""
     given = tl.load(x + begin + offsets, mask=exists, other=0.0).to(tl.float32)
     gradient = tl.load(dy + begin + offsets, mask=exists, other=0.0).to(tl.float32)
-    constant = tl.zeros_like(exists)  # what is masked out and not finite, 0 in its place
+    constant = tl.zeros_like(exists)  # masked-out, non-finite elements, replaced by 0
     if MASK != 0:
         constant = (counted == 0) & (finite(given) == 0)
         given = tl.where(counted, given, clamp_masked(given))
@@ -51,11 +51,11 @@ def _pulled_back(
     low = tl.load(where + 1, mask=channel_exists, other=0.0)
     where += tl.cast(groups, tl.int64) * 2
     rstd = tl.load(where, mask=channel_exists, other=0.0)
-    share = tl.load(where + 1, mask=channel_exists, other=0.0)
+    inv_count = tl.load(where + 1, mask=channel_exists, other=0.0)
     xhat = ((given - spread(high, CHANNELS_FIRST)) - spread(low, CHANNELS_FIRST)) * spread(
         rstd, CHANNELS_FIRST
     )
-    xhat = tl.where(exists, xhat, 0.0)  # or what is not there could overflow, and 0 * inf be summed
+    xhat = tl.where(exists, xhat, 0.0)  # padding could overflow, and 0 * inf be summed
     factor = tl.zeros([TILE_CHANNELS_P2], tl.float32) + 1.0
     if SCALE:
         factor = parameter_of(scale, first, channel_exists, TILE_CHANNELS_P2)
@@ -63,8 +63,8 @@ def _pulled_back(
         z = xhat * spread(factor, CHANNELS_FIRST)
         if BIAS:
             z += spread(parameter_of(bias, first, channel_exists, TILE_CHANNELS_P2), CHANNELS_FIRST)
-        gradient = pulled_back(z, gradient, ACTIVATION)
-    return xhat, gradient, constant, factor, rstd, share
+        gradient = activation_vjp(z, gradient, ACTIVATION)
+    return xhat, gradient, constant, factor, rstd, inv_count
 
 
 @triton.jit
@@ -100,7 +100,7 @@ def whole(
     CHANNELS_FIRST: tl.constexpr, MASK: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """Pull back groups that fit a tile."""
+    """Compute dx of groups that fit a tile."""
     pid = tl.program_id(0) + begin_at
     sample, first, _, _, begin, offsets, exists, channel_exists, counted = tile_of(
         pid,
@@ -118,15 +118,17 @@ def whole(
         FULL,
         MASK,
     )
-    xhat, gradient, constant, factor, rstd, share = _pulled_back(
+    xhat, gradient, constant, factor, rstd, inv_count = _load_tile(
         dy, x, scale, bias, statistics, groups, begin, offsets, exists, counted, first, sample,
         channel_exists, CHANNELS, GROUP_SIZE, TILE_CHANNELS_P2, CHANNELS_FIRST, MASK, SCALE, BIAS,
         ACTIVATION,
     )  # fmt: skip
     of_gradients = over_positions(gradient, CHANNELS_FIRST)
     of_products = over_positions(gradient * xhat, CHANNELS_FIRST)
-    mean = over_group(of_gradients * factor, GROUP_SIZE, TILE_CHANNELS_P2, GROUPS_P2) * share
-    mean_product = over_group(of_products * factor, GROUP_SIZE, TILE_CHANNELS_P2, GROUPS_P2) * share
+    mean = over_group(of_gradients * factor, GROUP_SIZE, TILE_CHANNELS_P2, GROUPS_P2) * inv_count
+    mean_product = (
+        over_group(of_products * factor, GROUP_SIZE, TILE_CHANNELS_P2, GROUPS_P2) * inv_count
+    )
     _write(
         dx, xhat, gradient, constant, counted, factor, rstd, mean, mean_product, begin, offsets,
         exists, CHANNELS_FIRST, MASK,
@@ -146,7 +148,7 @@ def measure(
     CHANNELS_FIRST: tl.constexpr, MASK: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """Sum what of each group lies in a tile."""
+    """Sum the part of each group that is in a tile."""
     pid = tl.program_id(0) + begin_at
     sample, first, part, chunk, begin, offsets, exists, channel_exists, counted = tile_of(
         pid,
@@ -164,7 +166,7 @@ def measure(
         FULL,
         MASK,
     )
-    xhat, gradient, _, factor, _, _ = _pulled_back(
+    xhat, gradient, _, factor, _, _ = _load_tile(
         dy, x, scale, bias, statistics, groups, begin, offsets, exists, counted, first, sample,
         channel_exists, CHANNELS, GROUP_SIZE, TILE_CHANNELS_P2, CHANNELS_FIRST, MASK, SCALE, BIAS,
         ACTIVATION,
@@ -206,7 +208,7 @@ def _merged(parts, group, exists, begin, tiles, MERGE_P2: tl.constexpr):
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def merge(parts, merged, tiles, begin_at, MERGE_P2: tl.constexpr):
-    """Sum all parts of a group to one, where they are many."""
+    """Sum all parts of a group, if there are many."""
     group = (tl.program_id(0) + begin_at).to(tl.int64) + tl.arange(0, 1)
     exists = group >= 0
     of_gradients = tl.zeros([1], tl.float64)
@@ -228,8 +230,8 @@ def apply(
     GROUPS_P2: tl.constexpr, CHANNELS_FIRST: tl.constexpr, MASK: tl.constexpr, SCALE: tl.constexpr,
     BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """Pull back by parts, MERGE_P2 at most."""
-    # From the end: what was measured last may still be in the cache.
+    """Compute dx from at most MERGE_P2 parts of each group."""
+    # In reverse order: the tiles measured last may still be in the cache.
     pid = tl.num_programs(0) - 1 - tl.program_id(0) + begin_at
     sample, first, _, _, begin, offsets, exists, channel_exists, counted = tile_of(
         pid,
@@ -247,7 +249,7 @@ def apply(
         FULL,
         MASK,
     )
-    xhat, gradient, constant, factor, rstd, share = _pulled_back(
+    xhat, gradient, constant, factor, rstd, inv_count = _load_tile(
         dy, x, scale, bias, statistics, groups, begin, offsets, exists, counted, first, sample,
         channel_exists, CHANNELS, GROUP_SIZE, TILE_CHANNELS_P2, CHANNELS_FIRST, MASK, SCALE, BIAS,
         ACTIVATION,
@@ -257,8 +259,8 @@ def apply(
     mean, mean_product = _merged(parts, group, number < CHANNELS // GROUP_SIZE, 0, tiles, MERGE_P2)
     _write(
         dx, xhat, gradient, constant, counted, factor, rstd,
-        spread_groups(mean, GROUP_SIZE, TILE_CHANNELS_P2, GROUPS_P2) * share,
-        spread_groups(mean_product, GROUP_SIZE, TILE_CHANNELS_P2, GROUPS_P2) * share, begin,
+        spread_groups(mean, GROUP_SIZE, TILE_CHANNELS_P2, GROUPS_P2) * inv_count,
+        spread_groups(mean_product, GROUP_SIZE, TILE_CHANNELS_P2, GROUPS_P2) * inv_count, begin,
         offsets, exists, CHANNELS_FIRST, MASK,
     )  # fmt: skip
 
@@ -268,7 +270,7 @@ def sum_rows(
     products, gradients, product_sums, gradient_sums, rows, ROWS_PER_BLOCK, CHANNELS: tl.constexpr,
     ROWS_P2: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Sum each ROWS_PER_BLOCK rows, ROWS_P2 at once, in float64, for BLOCK_CHANNELS channels."""
+    """Sum ROWS_PER_BLOCK rows of BLOCK_CHANNELS channels in float64, ROWS_P2 rows at once."""
     pieces: tl.constexpr = (CHANNELS + BLOCK_CHANNELS - 1) // BLOCK_CHANNELS
     channel = tl.program_id(0) % pieces * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     channel_exists = channel < CHANNELS

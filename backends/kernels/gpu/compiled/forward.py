@@ -1,11 +1,11 @@
 """The normalization in Triton: whole groups in one tile each, or statistics by tiles, then apply.
 
-A tile's numbers are measured relative to an element of it, on a scale of its own, and corrected for
-what rounding the mean missed. Tiles are merged in float64, in an order that depends on the shape
-alone. A group's mean stays a pair, of which the first is subtracted before the second.
+A tile's statistics are measured relative to one of its elements, with a scale per group, and
+corrected for the rounding error of the mean. Tiles are merged in float64, in an order that depends
+on the shape alone. A group's mean is kept as a pair (high, low), which is subtracted in this order.
 
-Statistics are ``(2, samples * groups, 2)``: the mean's two parts; 1 / sqrt(var + epsilon) and the
-share of one element in the mean. Parts are ``(samples * groups, tiles of a group, 5)``.
+Statistics are ``(2, samples * groups, 2)``: the mean's two parts; 1 / sqrt(var + epsilon) and
+1 / count. Parts are ``(samples * groups, tiles of a group, 5)``.
 """
 
 import triton
@@ -27,8 +27,8 @@ from groupnorm.backends.kernels.gpu.compiled.tiles import (
 
 __all__ = ["apply", "measure", "merge", "whole"]
 
-# Sums of so many times smaller deviations do not overflow. What vanishes then is found by the
-# second sum, of deviations from the mean.
+# Sums of deviations multiplied by this do not overflow. Deviations that underflow are corrected by
+# the second sum, of deviations from the mean.
 SHRINK = tl.constexpr(2.0**-24)
 
 
@@ -39,10 +39,10 @@ def _measured(
     PARTS: tl.constexpr, GROUPS_P2: tl.constexpr, MASK: tl.constexpr, CHANNELS_FIRST: tl.constexpr,
     LARGEST_UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Return each lane's count, mean, what it missed, sum of squares, and the unit of these two."""
+    """Return per lane: count, max(count, 1), mean, its error, sum of squares; the unit of both."""
     if MASK == 0:
         count = tl.zeros([TILE_CHANNELS_P2], tl.float32) + elements
-        # The first element of the group, or of the tile where it is a part of one.
+        # The first element of the group, or of the tile if it is a part of a group.
         if PARTS == 1:
             lane = tl.arange(0, TILE_CHANNELS_P2)
             there = tl.minimum(lane // GROUP_SIZE * GROUP_SIZE, CHANNELS - 1 - first)
@@ -76,7 +76,7 @@ def _measured(
         / enough
         / SHRINK
     )
-    # Squares must neither overflow nor vanish: a power of two brings deviations near 1.
+    # Squares must neither overflow nor underflow: a power of two scales deviations to about 1.
     exponent = reach.to(tl.int32, bitcast=True) & 0x7F800000
     exponent = tl.minimum(tl.maximum(exponent, 1 << 23), 253 << 23)
     unit = tl.minimum(((254 << 23) - exponent).to(tl.float32, bitcast=True), LARGEST_UNIT)
@@ -87,7 +87,7 @@ def _measured(
         summed(valid * valid, GROUP_SIZE, TILE_CHANNELS_P2, GROUPS_P2, CHANNELS_FIRST)
         - count * missed * missed
     )
-    squares = tl.where(squares < 0, 0.0, squares)  # NaN stays NaN
+    squares = tl.where(squares < 0, 0.0, squares)  # keeps NaN
     return count, enough, mean, missed, squares, unit
 
 
@@ -105,7 +105,7 @@ def _write(
     TILE_CHANNELS_P2: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
     CHANNELS_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Write normalized * factor + bias, activated."""
+    """Write activation(normalized * factor + bias)."""
     z = normalized * spread(factor, CHANNELS_FIRST)
     if BIAS:
         z += spread(parameter_of(bias, first, channel_exists, TILE_CHANNELS_P2), CHANNELS_FIRST)
@@ -113,14 +113,14 @@ def _write(
 
 
 @triton.jit
-def _keep(statistics, group, groups, mean, missed, rstd, share, write):
-    """Write statistics of groups."""
+def _keep(statistics, group, groups, mean, missed, rstd, inv_count, write):
+    """Write the statistics of groups."""
     where = statistics + group * 2
     tl.store(where, mean, mask=write)
     tl.store(where + 1, missed, mask=write)
     where += tl.cast(groups, tl.int64) * 2
     tl.store(where, rstd, mask=write)
-    tl.store(where + 1, share, mask=write)
+    tl.store(where + 1, inv_count, mask=write)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -157,10 +157,10 @@ def whole(
         DIVISOR, PARTS, GROUPS_P2, MASK, CHANNELS_FIRST, LARGEST_UNIT,
     )  # fmt: skip
     variance = squares / enough + EPSILON * unit * unit
-    variance = tl.where(variance == 0, 1.0, variance)  # any finite number will do
+    variance = tl.where(variance == 0, 1.0, variance)  # any finite value
     rstd = unit / tl.sqrt_rn(variance)
     missed /= unit
-    if MASK != 0:  # of nothing the mean is 0, the variance 1
+    if MASK != 0:  # empty groups have mean 0 and variance 1
         rstd = tl.where(count > 0, rstd, 1.0 / (1.0 + EPSILON) ** 0.5)
     factor = rstd
     if SCALE:
@@ -173,9 +173,9 @@ def whole(
     group = sample.to(tl.int64) * (CHANNELS // GROUP_SIZE) + group_of(
         first, GROUP_SIZE, TILE_CHANNELS_P2
     )
-    share = tl.where(count > 0, 1.0 / enough, 0.0)
+    inv_count = tl.where(count > 0, 1.0 / enough, 0.0)
     write = leads(GROUP_SIZE, TILE_CHANNELS_P2, PARTS) & channel_exists
-    _keep(statistics, group, groups, mean, missed, rstd, share, write)
+    _keep(statistics, group, groups, mean, missed, rstd, inv_count, write)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -185,7 +185,7 @@ def measure(
     TILE_POSITIONS: tl.constexpr, DIVISOR: tl.constexpr, PARTS: tl.constexpr, BLOCKS: tl.constexpr,
     FULL: tl.constexpr, GROUPS_P2: tl.constexpr, CHANNELS_FIRST: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """Measure what of each group lies in a tile."""
+    """Measure the part of each group that is in a tile."""
     pid = tl.program_id(0) + begin_at
     sample, first, part, chunk, begin, offsets, exists, channel_exists, counted = tile_of(
         pid,
@@ -239,7 +239,7 @@ def _merged(parts, group, exists, begin, tiles, MERGE_P2: tl.constexpr):
     missed = tl.load(where + 2, mask=there, other=0.0)
     squares = tl.load(where + 3, mask=there, other=0.0)
     unit = tl.load(where + 4, mask=there, other=1.0)
-    # Relative to one of the means, so that equal ones are merged exactly.
+    # Relative to one of the means, so that equal means are merged exactly.
     base = tl.max(tl.where(count > 0, mean, float("-inf")), 0)
     total = tl.sum(count.to(tl.float64), 0)
     base = tl.where(total > 0, base, 0.0).to(tl.float64)
@@ -256,7 +256,7 @@ def _merged(parts, group, exists, begin, tiles, MERGE_P2: tl.constexpr):
 
 @triton.jit
 def _finished(total, mean, squares, EPSILON: tl.constexpr):
-    """Return the mean as a pair, 1 / sqrt(var + epsilon), and one element's share, in float32."""
+    """Return the mean as a pair, 1 / sqrt(var + epsilon), and 1 / count, in float32."""
     enough = tl.where(total > 0, total, 1.0)
     variance = squares / enough + EPSILON
     variance = tl.where(variance == 0, 1.0, variance)
@@ -264,27 +264,27 @@ def _finished(total, mean, squares, EPSILON: tl.constexpr):
     rstd = (1.0 / tl.sqrt(variance)).to(tl.float32)
     high = mean.to(tl.float32)
     low = (mean - high.to(tl.float64)).to(tl.float32)
-    share = tl.where(total > 0, 1.0 / enough, 0.0).to(tl.float32)
-    return high, low, rstd, share
+    inv_count = tl.where(total > 0, 1.0 / enough, 0.0).to(tl.float32)
+    return high, low, rstd, inv_count
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def merge(
     parts, statistics, tiles, begin_at, groups, EPSILON: tl.constexpr, MERGE_P2: tl.constexpr
 ):
-    """Merge all tiles of a group, where they are many."""
+    """Merge all tiles of a group, if there are many."""
     group = (tl.program_id(0) + begin_at).to(tl.int64) + tl.arange(0, 1)
     exists = group >= 0
     total, mean, squares = _merged(parts, group, exists, 0, tiles, MERGE_P2)
     for begin in range(MERGE_P2, tiles, MERGE_P2):
         more, other, other_squares = _merged(parts, group, exists, begin, tiles, MERGE_P2)
         both = tl.where(total + more > 0, total + more, 1.0)
-        apart = tl.where((total > 0) & (more > 0), other - mean, 0.0)
-        mean = tl.where(total > 0, mean, other) + apart * (more / both)
-        squares += other_squares + apart * apart * (total * more / both)
+        delta = tl.where((total > 0) & (more > 0), other - mean, 0.0)
+        mean = tl.where(total > 0, mean, other) + delta * (more / both)
+        squares += other_squares + delta * delta * (total * more / both)
         total += more
-    high, low, rstd, share = _finished(total, mean, squares, EPSILON)
-    _keep(statistics, group, groups, high, low, rstd, share, exists)
+    high, low, rstd, inv_count = _finished(total, mean, squares, EPSILON)
+    _keep(statistics, group, groups, high, low, rstd, inv_count, exists)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -296,8 +296,8 @@ def apply(
     GROUPS_P2: tl.constexpr, CHANNELS_FIRST: tl.constexpr, MASK: tl.constexpr, SCALE: tl.constexpr,
     BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """Normalize by at most MERGE_P2 parts, and keep the statistics; if 0, by these instead."""
-    # From the end: what was measured last may still be in the cache.
+    """Normalize from at most MERGE_P2 parts and write the statistics; if 0, read them instead."""
+    # In reverse order: the tiles measured last may still be in the cache.
     pid = tl.num_programs(0) - 1 - tl.program_id(0) + begin_at
     sample, first, part, chunk, begin, offsets, exists, channel_exists, counted = tile_of(
         pid,
@@ -330,10 +330,10 @@ def apply(
         group = sample.to(tl.int64) * (CHANNELS // GROUP_SIZE) + number
         there = number < CHANNELS // GROUP_SIZE
         total, mean, squares = _merged(parts, group, there, 0, PARTS * chunks, MERGE_P2)
-        high, low, rstd, share = _finished(total, mean, squares, EPSILON)
+        high, low, rstd, inv_count = _finished(total, mean, squares, EPSILON)
         if (part == 0) & (chunk == 0):
             mine = there & (tl.arange(0, GROUPS_P2) * GROUP_SIZE < TILE_CHANNELS)
-            _keep(statistics, group, groups, high, low, rstd, share, mine)
+            _keep(statistics, group, groups, high, low, rstd, inv_count, mine)
         high = spread_groups(high, GROUP_SIZE, TILE_CHANNELS_P2, GROUPS_P2)
         low = spread_groups(low, GROUP_SIZE, TILE_CHANNELS_P2, GROUPS_P2)
         rstd = spread_groups(rstd, GROUP_SIZE, TILE_CHANNELS_P2, GROUPS_P2)

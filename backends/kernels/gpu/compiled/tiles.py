@@ -1,8 +1,8 @@
 """Tiles: how a program of a Triton grid finds its elements, and sums over groups.
 
 An array is (samples, channels, positions) or (samples, positions, channels), without gaps. A tile
-is of some channels, whole groups or a part of one, and some positions, all of them or a chunk. It
-has the axis that is contiguous in memory last, so that the same code serves both orders.
+has some channels, of whole groups or a part of one, and some positions, all of them or a chunk. The
+axis that is contiguous in memory is its last, so that the same code handles both orders.
 
 Per-channel values are vectors of TILE_CHANNELS_P2 lanes. Per-group values are such vectors as well,
 equal on all lanes of a group.
@@ -18,9 +18,9 @@ DIVISOR
 TILE_CHANNELS, TILE_POSITIONS
     channels and positions of a tile; TILE_CHANNELS_P2 is the next power of two of the former;
 PARTS
-    tiles side by side for the channels of one group; 1 where a tile holds whole groups;
+    tiles that cover the channels of one group; 1 if a tile holds whole groups;
 BLOCKS
-    tiles side by side for all channels;
+    tiles that cover all channels;
 GROUPS_P2
     the next power of two of the groups of a tile;
 FULL
@@ -46,13 +46,13 @@ __all__ = [
     "top_of_group",
 ]
 
-# Arguments that Triton compiles nothing anew for, whether they are 1, or multiples of 16, or not.
+# Arguments that Triton does not specialize for being 1 or a multiple of 16.
 UNSPECIALIZED = ("begin_at", "groups", "tiles", "rows", "ROWS_PER_BLOCK")
 
 
 @triton.jit
 def chunks_of(steps, DIVISOR: tl.constexpr, TILE_POSITIONS: tl.constexpr):
-    """Return how many tiles all positions take."""
+    """Return the number of tiles that cover all positions."""
     return tl.cdiv(tl.cast(steps, tl.int64) * DIVISOR, TILE_POSITIONS).to(tl.int32)
 
 
@@ -64,7 +64,7 @@ def place(
 ):  # fmt: skip
     """Return a tile's sample, first channel, part of the group, and chunk of the positions.
 
-    Tiles that follow each other lie side by side in memory.
+    Consecutive tiles are adjacent in memory.
     """
     chunks = chunks_of(steps, DIVISOR, TILE_POSITIONS)
     if CHANNELS_FIRST:
@@ -91,7 +91,7 @@ def offsets_of(
 ):  # fmt: skip
     """Return where a tile begins, the offsets of its elements, and which of them exist.
 
-    The latter for the tile, for its channels and for its positions.
+    The last as three masks: of the tile, of its channels and of its positions.
     """
     lane = tl.arange(0, TILE_CHANNELS_P2)
     step = tl.arange(0, TILE_POSITIONS)
@@ -114,7 +114,7 @@ def offsets_of(
         begin += start * CHANNELS + first
         offsets = (step * CHANNELS)[:, None] + lane[None, :]
         exists = position_exists[:, None] & channel_exists[None, :]
-    if FULL:  # a constant, of which nothing is left in the program
+    if FULL:  # constant-folded
         channel_exists = tl.full([TILE_CHANNELS_P2], 1, tl.int1)
         position_exists = tl.full([TILE_POSITIONS], 1, tl.int1)
         exists = tl.full(
@@ -132,7 +132,7 @@ def counted_in(
     mask, sample, chunk, steps, exists, position_exists, TILE_POSITIONS: tl.constexpr,
     DIVISOR: tl.constexpr, MASK: tl.constexpr, CHANNELS_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Return which elements of a tile count: MASK is 0 for all, 1 for one mask, 2 for each its."""
+    """Return the valid elements; MASK is 0 for none, 1 for one mask, 2 for one per sample."""
     counted = exists
     if MASK != 0:
         begin = chunk.to(tl.int64) * TILE_POSITIONS
@@ -155,7 +155,7 @@ def tile_of(
     DIVISOR: tl.constexpr, PARTS: tl.constexpr, BLOCKS: tl.constexpr, CHANNELS_FIRST: tl.constexpr,
     FULL: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """Return what `place` and `offsets_of` do, but for positions, and which elements count."""
+    """Return the results of `place` and `offsets_of` except positions, and the valid elements."""
     sample, first, part, chunk = place(
         pid,
         steps,
@@ -192,7 +192,7 @@ def tile_of(
 
 @triton.jit
 def spread(value, CHANNELS_FIRST: tl.constexpr):
-    """Bring what is one number a lane to a shape that broadcasts to the tile."""
+    """Reshape per-channel values so that they broadcast to the tile."""
     if CHANNELS_FIRST:
         value = value[:, None]
     else:
@@ -202,7 +202,7 @@ def spread(value, CHANNELS_FIRST: tl.constexpr):
 
 @triton.jit
 def over_positions(tile, CHANNELS_FIRST: tl.constexpr):
-    """Sum a tile to one number a channel."""
+    """Sum a tile over positions: one value per channel."""
     return tl.sum(tile, 1 if CHANNELS_FIRST else 0)
 
 
@@ -218,7 +218,7 @@ def members(GROUP_SIZE: tl.constexpr, TILE_CHANNELS_P2: tl.constexpr, GROUPS_P2:
 def spread_groups(
     value, GROUP_SIZE: tl.constexpr, TILE_CHANNELS_P2: tl.constexpr, GROUPS_P2: tl.constexpr
 ):
-    """Bring one number a group, (GROUPS_P2,), to the lanes of the group."""
+    """Copy per-group values, (GROUPS_P2,), to the lanes of each group."""
     if GROUPS_P2 == 1:
         found = tl.zeros([TILE_CHANNELS_P2], value.dtype) + tl.sum(value, 0)
     else:
@@ -232,7 +232,7 @@ def spread_groups(
 def over_group(
     value, GROUP_SIZE: tl.constexpr, TILE_CHANNELS_P2: tl.constexpr, GROUPS_P2: tl.constexpr
 ):
-    """Sum what is one number a channel, 0 where there is none, over the channels of each group."""
+    """Sum per-channel values over each group; lanes without a channel must be 0."""
     if GROUPS_P2 == 1:
         found = tl.zeros([TILE_CHANNELS_P2], value.dtype) + tl.sum(value, 0)
     else:
@@ -260,7 +260,7 @@ def top_of_group(
     tile, LOW: tl.constexpr, GROUP_SIZE: tl.constexpr, TILE_CHANNELS_P2: tl.constexpr,
     GROUPS_P2: tl.constexpr, CHANNELS_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Return the largest of a tile, at least LOW, for each group."""
+    """Return the maximum of each group in a tile, at least LOW."""
     top = tl.max(tile, 1 if CHANNELS_FIRST else 0)
     if GROUPS_P2 == 1:
         found = tl.zeros([TILE_CHANNELS_P2], tl.float32) + tl.maximum(tl.max(top, 0), LOW)
@@ -273,13 +273,13 @@ def top_of_group(
 
 @triton.jit
 def group_of(first, GROUP_SIZE: tl.constexpr, TILE_CHANNELS_P2: tl.constexpr):
-    """Return the number of each lane's group within the sample."""
+    """Return the index of each lane's group within the sample."""
     return (first + tl.arange(0, TILE_CHANNELS_P2)) // GROUP_SIZE
 
 
 @triton.jit
 def leads(GROUP_SIZE: tl.constexpr, TILE_CHANNELS_P2: tl.constexpr, PARTS: tl.constexpr):
-    """Return which lanes are to write what is one number a group."""
+    """Return the lanes that write per-group values."""
     lane = tl.arange(0, TILE_CHANNELS_P2)
     if PARTS == 1:
         found = lane % GROUP_SIZE == 0
@@ -290,6 +290,6 @@ def leads(GROUP_SIZE: tl.constexpr, TILE_CHANNELS_P2: tl.constexpr, PARTS: tl.co
 
 @triton.jit
 def parameter_of(parameter, first, channel_exists, TILE_CHANNELS_P2: tl.constexpr):
-    """Read one number a channel."""
+    """Read a parameter: one value per channel."""
     where = parameter + first + tl.arange(0, TILE_CHANNELS_P2)
     return tl.load(where, mask=channel_exists, other=0.0).to(tl.float32)

@@ -1,7 +1,7 @@
-"""Draws the two pictures of the documentation, docs/accuracy.png and docs/speed.png.
+"""Draw the two figures of the documentation, docs/accuracy.png and docs/speed.png.
 
-The data are the newest committed results of accuracy.py and cpu.py, so that everybody can draw the
-same pictures without measuring::
+The data are the newest committed results of accuracy.py and cpu.py, so that anyone can reproduce
+the figures without measuring::
 
     python benchmarks/_doc_figures.py [--out DIR]
 """
@@ -32,7 +32,7 @@ RESULTS, DOCS = HERE / "results", HERE.parent / "docs"
 BLUE, ORANGE, RED, GREEN, PINK, SKY, BLACK, GREY = (
     *("#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000", "#5a5a5a"),
 )
-DARKER = {ORANGE: "#a86f00", SKY: "#1f7fb0"}  # for text, which is thin
+DARKER = {ORANGE: "#a86f00", SKY: "#1f7fb0"}  # darker, for thin text
 STYLE = {
     "font.size": 11,
     "axes.spines.top": False,
@@ -110,7 +110,7 @@ def draw_accuracy(result: dict[str, Any]) -> Figure:
 
 
 def largest(rows: Iterable[dict[str, float | None]]) -> list[float | None]:
-    """The largest error of several rows at each offset; None where one of them has NaN."""
+    """The largest error of several rows at each offset; None if one of them is NaN."""
     rows = list(rows)
     columns = [[row[offset] for row in rows] for offset in OFFSETS]
     return [None if None in column else max(column) for column in columns]

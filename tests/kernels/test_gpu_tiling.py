@@ -174,7 +174,7 @@ def test_gradients_of_batches_are_apart():
     [*_, last] = gpu.backward(form, PLAIN, batches=3).launches
     assert last.kernel == "sum_rows"
     assert last.grid == (3,)
-    assert dict(last.scalars) == {"rows": 6, "R": 2}
+    assert dict(last.scalars) == {"rows": 6, "ROWS_PER_BLOCK": 2}
 
 
 def test_what_a_square_may_be_multiplied_by():

@@ -1,4 +1,4 @@
-"""All checks and chores of this repository: `nox -l` lists them, `nox -s NAME -- ARGS` runs one."""
+"""All checks and tasks of this repository: `nox -l` lists them, `nox -s NAME -- ARGS` runs one."""
 
 import shutil
 import tarfile
@@ -9,25 +9,25 @@ import nox
 nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "venv"  # pip finds a CPU build of torch where uv does not
 nox.options.reuse_existing_virtualenvs = True
-nox.options.sessions = ["lint", "types", "tests"]
+nox.options.sessions = ["quick", "lint", "types", "tests"]
 nox.options.error_on_missing_interpreters = True
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 LOWEST = [
     requirement.replace(">=", "==") + ".*" for requirement in PYPROJECT["project"]["dependencies"]
 ]
-MAX_TEST_PROCESSES = 4  # each loads every framework: about 1 GB
-QUIET_SKIPS = ("-r", "fE")  # where backends are left out on purpose, their skips are no news
-WHEEL_BACKENDS = "numpy,array_api_strict"
-# Tests whose PyTorch rows Triton's kernels are to pass, and first the kernels' own.
+MAX_TEST_PROCESSES = 4  # each imports every framework, which takes about 1 GB
+QUIET_SKIPS = ("-r", "fE")  # do not report skips where backends are excluded on purpose
+PURE_BACKENDS = "numpy,array_api_strict"  # installed in seconds, and without compilation
+# The kernels' own tests, and the tests whose PyTorch rows Triton's kernels must pass.
 INTERPRETED = [
-    f"tests/test_{name}.py"
-    for name in (
-        "triton_interpreted", "accuracy", "activation", "corner_cases", "dtypes", "empty",
-        "gradients", "layouts", "masks",
-    )
-]  # fmt: skip
-PACKAGES = ("groupnorm", "backends")  # what a test of the wheel must not find in its folder
+    "tests/kernels/test_gpu_interpreted.py",
+    *(
+        f"tests/portable/test_{name}.py"
+        for name in ("accuracy", "activation", "dtypes", "empty", "gradients", "layouts", "masks")
+    ),
+]
+PACKAGES = ("groupnorm", "backends")  # removed from the sdist, so that the wheel is tested
 
 
 def group(name: str) -> list[str]:
@@ -36,7 +36,7 @@ def group(name: str) -> list[str]:
 
 
 def install(session: nox.Session, *requirements: str) -> None:
-    """Install torch first and alone, so that whatever else wants torch finds the pinned build."""
+    """Install torch first and separately, so that the pinned build satisfies other requirements."""
     torch = [r for r in requirements if r.startswith("torch==")]
     if torch:
         session.install(*torch)
@@ -44,22 +44,22 @@ def install(session: nox.Session, *requirements: str) -> None:
 
 
 def pytest(session: nox.Session, *arguments: str, **options) -> None:
-    """Run pytest on all cores (up to a limit), or as posargs say."""
+    """Run pytest on all cores (up to a limit), unless posargs specify otherwise."""
     parallel = ("-n", "auto", "--maxprocesses", str(MAX_TEST_PROCESSES))
     session.run("python", "-m", "pytest", *parallel, *arguments, *session.posargs, **options)
 
 
 def cuda_plugin(session: nox.Session) -> str:
-    """Install JAX's plugin for CUDA beside the other packages, and return where, or "".
+    """Install JAX's CUDA plugin in a separate folder and return its path, or "" if that fails.
 
-    Among them it would be loaded into every process, which has no GPU, and say so.
+    In the environment itself, every process would load it and report that there is no GPU.
     """
     folder = Path(session.virtualenv.location) / "cuda_plugin"
     if not folder.exists():
         try:
             session.install("--no-deps", "--target", str(folder), *group("cuda-plugin"))
         except nox.command.CommandFailed:
-            session.warn("JAX's plugin for CUDA cannot be installed; what needs it is skipped")
+            session.warn("JAX's CUDA plugin cannot be installed; tests that need it are skipped")
             shutil.rmtree(folder, ignore_errors=True)
             return ""
     return str(folder.resolve())
@@ -67,7 +67,7 @@ def cuda_plugin(session: nox.Session) -> str:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Train a digit classifier in JAX, go on in PyTorch, evaluate in NumPy, and compare them."""
+    """Train a digit classifier in JAX, continue in PyTorch, evaluate in NumPy, and compare them."""
     install(session, *group("demo"))
     session.install("-e", ".")
     session.run("python", "examples/digits.py", *session.posargs)
@@ -75,12 +75,21 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def examples(session: nox.Session) -> None:
-    """Run the examples of several devices, or the ones named in posargs."""
+    """Run the multi-device examples, or those named in posargs."""
     install(session, *group("demo"))
     session.install("-e", ".")
     several = ("examples/tiled_image.py", "examples/spatial_parallel_training.py")
     for script in session.posargs or several:
         session.run("python", script)
+
+
+@nox.session
+def quick(session: nox.Session) -> None:
+    """Run the fast tests on NumPy and array-api-strict in a minute, for use while editing."""
+    # Without numba, whose compilations take minutes, only the portable implementation is used.
+    install(session, *group("runner"), *group("pure"))
+    session.install("-e", ".")
+    pytest(session, "--backends", f"{PURE_BACKENDS},toy", "-m", "not slow", *QUIET_SKIPS)
 
 
 @nox.session
@@ -92,10 +101,11 @@ def tests(session: nox.Session) -> None:
     pytest(session)
     if session.posargs:
         return
-    # With one device JAX's arrays are computed by other code than with several.
-    pytest(session, "--backends", "jax", "--jax-devices", "1", *QUIET_SKIPS)
-    # The kernels for GPUs, interpreted: PyTorch's rows of the suite, and all of their own tests.
-    # Both variance modes are one to them, and compiled programs call them as eager ones do.
+    # With one device, JAX arrays use other code than with several.
+    one_device = ("--backends", "jax", "--backends-only", "--jax-devices", "1")
+    pytest(session, *one_device, *QUIET_SKIPS)
+    # The GPU kernels, interpreted: PyTorch's rows of the suite, and all of the kernels' own tests.
+    # The kernels ignore the variance mode, and compiled programs call them as eager ones do.
     apart = ("-m", "not slow", "-k", "not two-pass and not compile and not thread_count")
     pytest(session, "--interpret", "--backends", "torch", *apart, *INTERPRETED, *QUIET_SKIPS)
     others = ("--backends", "jax,cupy", "--jax-devices", "1")
@@ -104,7 +114,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def minimal(session: nox.Session) -> None:
-    """Import and test with NumPy and array-api-compat alone, in the oldest versions supported."""
+    """Import and test with only NumPy and array-api-compat, in the oldest supported versions."""
     install(session, *LOWEST, *group("runner"))
     session.install("-e", ".")
     session.run("python", "tests/programs/check_minimal.py")
@@ -115,8 +125,8 @@ def minimal(session: nox.Session) -> None:
 @nox.session
 def wheel(session: nox.Session) -> None:
     """Build sdist and wheel, and run the sdist's tests against the installed wheel."""
-    # The tests session has run every backend. What can differ here is which files there are and
-    # where they lie, so the two quickest will do here, and the self-check adds JAX and the extras.
+    # The tests session runs every backend. Only the set of files and their locations can differ
+    # here, so the two fastest backends are enough; the self-check adds JAX and the extras.
     session.install("build")
     folder = Path(session.create_tmp()).resolve()
     shutil.rmtree(folder)
@@ -126,7 +136,7 @@ def wheel(session: nox.Session) -> None:
     [built] = folder.glob("*.whl")
     [sdist] = folder.glob("*.tar.gz")
 
-    install(session, *group("runner"), "array-api-strict", "ml_dtypes", f"{built}[cli,jax]")
+    install(session, *group("runner"), *group("pure"), f"{built}[cli,jax]")
     session.install("--force-reinstall", "--no-deps", str(built))
 
     with tarfile.open(sdist) as archive:
@@ -138,12 +148,12 @@ def wheel(session: nox.Session) -> None:
         version = PYPROJECT["project"]["version"]
         session.run("python", "tests/programs/check_wheel.py", version)
         session.run("python", "-m", "groupnorm")
-        pytest(session, "--backends", WHEEL_BACKENDS, *QUIET_SKIPS)
+        pytest(session, "--backends", PURE_BACKENDS, *QUIET_SKIPS)
 
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Type-check the package and a user's view of it with mypy (strict) and pyright."""
+    """Type-check the package and its public API with mypy (strict) and pyright."""
     install(session, *group("types"))
     session.install("-e", ".")
     session.run("mypy", "-p", "groupnorm", *session.posargs)
@@ -153,10 +163,11 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style and formatting with ruff; `-- --fix` repairs what can be repaired."""
+    """Check style and formatting with ruff, and the import rules; `-- --fix` repairs style."""
     session.install(*group("lint"))
     session.run("ruff", "check", *session.posargs)
     session.run("ruff", "format", *(() if "--fix" in session.posargs else ("--check", "--diff")))
+    session.run("lint-imports", "--no-cache")
 
 
 @nox.session
@@ -165,6 +176,6 @@ def bench(session: nox.Session) -> None:
     install(session, *group("bench"))
     session.install("-e", ".")
     for script in session.posargs or sorted(map(str, Path("benchmarks").glob("[!_]*.py"))):
-        # 2 is what the benchmark of GPUs says where there is none.
+        # The GPU benchmark exits with 2 if there is no GPU.
         codes = [0, 2] if Path(script).name == "gpu.py" else [0]
         session.run("python", script, success_codes=codes)

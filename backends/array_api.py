@@ -1,4 +1,4 @@
-"""Any other array API library: array-api-strict, Dask, sparse, MLX ... Nothing is assumed of it."""
+"""Any other array API library: array-api-strict, Dask, sparse, MLX and so on."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ __all__ = ["GenericAdapter", "generic_adapter_of"]
 
 
 class GenericAdapter(Adapter):
-    """The portable implementation on a library this package does not know."""
+    """The adapter of libraries that this package has no specific adapter for."""
 
     def __init__(self, xp: Any) -> None:
         super().__init__(xp)
@@ -20,13 +20,13 @@ class GenericAdapter(Adapter):
         self.array_name = f"{library} arrays"
 
     def is_array(self, x: object) -> bool:
-        """Whether the namespace is this one."""
+        """Whether x is an array of this adapter's namespace."""
         return (
             array_api_compat.is_array_api_obj(x) and array_api_compat.array_namespace(x) is self.xp
         )
 
     def admit(self, x: Any, argument: str = "x") -> Any:
-        """Refuse sizes that are not known yet; drop Dask's empty chunks."""
+        """Reject unknown sizes; drop Dask's empty chunks."""
         if any(not isinstance(size, int) for size in x.shape):
             raise ArgumentValueError(
                 f"{argument} has shape {x.shape} with unknown sizes: statistics need the number of "
@@ -35,11 +35,11 @@ class GenericAdapter(Adapter):
         chunks = getattr(x, "chunks", ())
         if all(size for sizes in chunks for size in sizes):
             return x
-        # Dask's own max and min fail in empty chunks (2026.8).
+        # Dask's max and min fail for empty chunks (2026.8).
         return x.rechunk(tuple(tuple(filter(None, sizes)) or (0,) for sizes in chunks))
 
     def planning(self, shape: tuple[int, ...]) -> Planning:
-        """Leave blocks to Dask: it may split an array along any axis."""
+        """Disable blocked sums for Dask: it may split an array along any axis."""
         return Planning(blocked_sums=not array_api_compat.is_dask_namespace(self.xp))
 
 
@@ -47,7 +47,7 @@ _adapters: dict[str, GenericAdapter] = {}
 
 
 def generic_adapter_of(x: Any) -> GenericAdapter | None:
-    """Return the one adapter of an array's namespace; None if x is no array."""
+    """Return the adapter of an array's namespace; None if x is not an array."""
     if not array_api_compat.is_array_api_obj(x):
         return None
     xp = array_api_compat.array_namespace(x)

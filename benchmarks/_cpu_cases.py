@@ -18,7 +18,7 @@ SHAPES = {
     "small": (16, 32, 8, 8),
     "speech": (4, 512, 8000),
     "video": (1, 128, 8, 64, 64),
-    "tiny": (2, 32, 4, 4),  # for the overhead of a call alone
+    "tiny": (2, 32, 4, 4),  # for the call overhead only
 }
 MEASURED = tuple(name for name in SHAPES if name != "tiny")
 QUICK = ("ResNet", "small")
@@ -30,7 +30,7 @@ NUMPY, TORCH, JAX = FRAMEWORKS = ("NumPy", "PyTorch", "JAX")
 GROUPS = 32
 EPSILON = 1e-6
 SEED = 20240607
-VALID = 0.8  # the share of positions that a mask counts
+VALID = 0.8  # the fraction of valid positions in a mask
 
 # The names that the tables, the targets and the plots share.
 LIMIT, TEXTBOOK, OURS, PORTABLE = "copy", "textbook", "ours", "ours portable"
@@ -42,12 +42,12 @@ Maker = Callable[[], Call]
 
 
 class LeftOut(Exception):
-    """Why a contender does not take part."""
+    """Why a contender is left out."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row: what is computed, on what, in which framework."""
+    """One row: task, shape, layout, dtype and framework."""
 
     framework: str
     task: str
@@ -63,7 +63,7 @@ class Case:
 
     @property
     def label(self) -> str:
-        """What tells this row from the others of its table."""
+        """The label that distinguishes this row in its table."""
         extra = "" if self.dtype == "float32" else f" {self.dtype}"
         if self.groups != GROUPS:
             extra += f" {self.groups} group{'s' if self.groups > 1 else ''}"
@@ -80,13 +80,13 @@ class Case:
 
     @property
     def is_main(self) -> bool:
-        """Whether it counts for the geometric means over the shapes: float32 in 32 groups."""
+        """Whether geometric means over shapes include it: float32 in 32 groups."""
         return self.dtype == "float32" and self.groups == GROUPS
 
 
 @dataclass
 class Data:
-    """Inputs in float32, in memory as the layout says; values that the row's dtype holds exactly.
+    """Inputs in float32, in the memory order of the layout; exact in the row's dtype.
 
     `x` and `dy` are (N, C, *spatial) or (N, *spatial, C); `mask` has 1 for the channels.
     """
@@ -102,9 +102,9 @@ class Data:
 class Contest:
     """The contenders of one row, and how to read what they return.
 
-    A maker returns the call to time. It and the call may raise, which leaves that one out. A call
-    returns y, or (y, dx, ...) where the gradient is asked for; `read` makes NumPy arrays
-    (channels of the first group, *spatial) of the first sample of those two.
+    A maker returns the call to time. A contender whose maker or call raises is left out. A call
+    returns y, or (y, dx, ...) if the task includes the gradient; `read` converts the first sample
+    of these two to NumPy arrays (channels of the first group, *spatial).
     """
 
     makers: dict[str, Maker]
@@ -141,7 +141,7 @@ def cases_of(framework: str, quick: bool) -> Iterator[Case]:
 
 
 def half_cases(framework: str, quick: bool) -> Iterator[Case]:
-    """The 16-bit rows; with backward in PyTorch only, where training in them is common."""
+    """The 16-bit rows; with backward in PyTorch only, where 16-bit training is common."""
     if quick:
         yield Case(framework, FORWARD, "ResNet", LAST, "bfloat16")
         return
@@ -193,10 +193,10 @@ def first_group(array: Array, case: Case, channel_axis: int) -> Array:
 
 
 def truth(case: Case, data: Data) -> list[Array]:
-    """Y and, where asked for, dx of the first group of the first sample, in float64."""
+    """Y and, if requested, dx of the first group of the first sample, in float64."""
     axis = 1 if case.layout == FIRST else -1
     x = first_group(data.x, case, axis)
-    # A mask has one channel; as many groups as channels make that its first group.
+    # A mask has one channel: with num_groups equal to the channels, that is its first group.
     keep = np.ones_like(x) if data.mask is None else np.moveaxis(data.mask[0], axis - (axis > 0), 0)
     keep = np.broadcast_to(keep, x.shape)
     count = keep.sum()

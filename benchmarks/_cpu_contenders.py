@@ -1,4 +1,4 @@
-"""Who takes part in cpu.py in NumPy and PyTorch: a copy, the peers, and this library's layer.
+"""The contenders of cpu.py in NumPy and PyTorch: a copy, the peers, and this library's layer.
 
 Every contender has scale and bias of the input's dtype and returns a new array. NumPy's own
 operations use one thread, PyTorch's `torch.get_num_threads()`, ours up to all usable CPUs.
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 def our_layer(backend: str, case: Case, **options: Any) -> Any:
-    """The library's layer for a row; versions without one of the options leave it out."""
+    """The library's layer for a row; left out if this version lacks one of the options."""
     from groupnorm import GroupNorm
 
     first = backend == "torch" or case.layout == FIRST
@@ -105,7 +105,7 @@ def numpy_vjp(layer: Any, x: Array, dy: Array) -> tuple[Array, ...]:
 
 
 def grouped_axes(case: Case) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Shape with the groups apart, the axes of a group in it, and the shape of a parameter."""
+    """The shape with a group axis, the reduced axes in it, and the shape of a parameter."""
     samples, channels, *space = case.dims
     apart = (case.groups, channels // case.groups)
     if case.layout == FIRST:
@@ -116,7 +116,7 @@ def grouped_axes(case: Case) -> tuple[tuple[int, ...], tuple[int, ...], tuple[in
 
 
 def textbook_parts(case: Case, x: Array, mask: Array | None) -> tuple[Array, Array]:
-    """Normalized values and 1 / standard deviation, with the groups apart."""
+    """Normalized values and 1 / standard deviation, with a group axis."""
     shape, axes, _ = grouped_axes(case)
     grouped = x.reshape(shape)
     where = True if mask is None else np.expand_dims(mask, 1 if case.layout == FIRST else -1)
@@ -127,12 +127,12 @@ def textbook_parts(case: Case, x: Array, mask: Array | None) -> tuple[Array, Arr
 
 
 def in_float32(*arrays: Array) -> list[Array]:
-    """16-bit arrays widened, as whoever knows NumPy does: bfloat16 sums lose all digits there."""
+    """16-bit arrays converted to float32: NumPy's bfloat16 sums lose all accuracy."""
     return [array.astype(np.float32, copy=False) for array in arrays]
 
 
 def textbook(case: Case, x: Array, scale: Array, bias: Array, mask: Array | None) -> Array:
-    """Group normalization as it is usually written down."""
+    """Textbook group normalization."""
     each = grouped_axes(case)[2]
     wide, wide_scale, wide_bias = in_float32(x, scale, bias)
     normalized, _ = textbook_parts(case, wide, mask)
@@ -166,10 +166,10 @@ def textbook_vjp(
 
 
 def torch_contest(case: Case, data: Data, compiles: bool = True) -> Contest:
-    """The row's contenders; `compiles=False` spares the compiler, several seconds a row."""
+    """The row's contenders; `compiles=False` avoids compilation, several seconds per row."""
     import torch
 
-    # Dynamo gives up on a function after 8 shapes and runs it uncompiled, without saying so.
+    # Dynamo gives up on a function after 8 shapes and silently runs it uncompiled.
     torch.compiler.reset()
     dtype = getattr(torch, case.dtype)
     x, dy, mask = (torch_input(array, case) for array in (data.x, data.dy, data.mask))
@@ -182,7 +182,7 @@ def torch_contest(case: Case, data: Data, compiles: bool = True) -> Contest:
     silu = torch.nn.functional.silu if case.task == SILU else lambda y: y
 
     def calling(norm: Callable[..., Any], *parameters: Any) -> Call:
-        """A call of `norm` on x, with the gradients of x and `parameters` where asked for."""
+        """A call of `norm` on x, with the gradients of x and `parameters` if requested."""
         if case.task == BOTH:
             return functools.partial(torch_vjp, norm, x, parameters, dy)
         return lambda: norm(x)
@@ -229,7 +229,7 @@ def torch_input(array: Array | None, case: Case) -> Any:
 
 
 def torch_textbook(x: Any, weight: Any, bias: Any, groups: int, mask: Any = None) -> Any:
-    """Group normalization as it is usually written down, with a mask (N, 1, *spatial) if given."""
+    """Textbook group normalization, with a mask (N, 1, *spatial) if given."""
     import torch
 
     grouped = x.reshape(x.shape[0], groups, -1, *x.shape[2:])

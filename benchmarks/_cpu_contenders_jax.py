@@ -1,7 +1,7 @@
-"""Who takes part in cpu.py in JAX, each under jit: flax, equinox, brainstate, and our layer.
+"""The contenders of cpu.py in JAX, each under jit: flax, equinox, brainstate, and our layer.
 
-A peer that knows one layout only has its input and output transposed inside the compiled function,
-as its user has to. XLA's pool has one thread for each usable CPU.
+For a peer with only one layout, input and output are transposed inside the compiled function, as
+its users have to. XLA's pool has one thread for each usable CPU.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def read(case: Case, result: Any) -> list[Array]:
 
 
 def adapted(case: Case, knows: str, norm: Norm) -> Norm:
-    """`norm` of a peer that knows one layout, for the row's, and followed by the activation."""
+    """`norm` of a peer with only one layout, for the row's, followed by the activation."""
     there, back = (-1, 1) if knows == FIRST else (1, -1)
 
     def call(parameters: Any, x: Any, mask: Any) -> Any:
@@ -147,7 +147,7 @@ def equinox(case: Case, data: Data) -> tuple[Any, Norm]:
 def brainstate(case: Case, data: Data) -> tuple[Any, Norm]:
     import brainstate as bst
 
-    # A complete in_size is refused ("only supports 1D feature axis"), and so is any other axis.
+    # A complete in_size raises ("only supports 1D feature axis"), and so does any other axis.
     layer = bst.nn.GroupNorm(case.channels, num_groups=case.groups, epsilon=EPSILON)
     layer.weight.value = {"scale": jnp.asarray(data.scale), "bias": jnp.asarray(data.bias)}
     graph, state = bst.graph.treefy_split(layer)

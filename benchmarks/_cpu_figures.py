@@ -1,8 +1,8 @@
 """Draws the figures of cpu.py: the time of every contender as a multiple of ours.
 
 One dot is the median time of one contender over that of ours, on a logarithmic axis, so that twice
-as fast and twice as slow lie equally far from the blue line, which is ours. A bar marks the plain
-copy, below which no implementation can get::
+as fast and twice as slow are equally far from the blue line, which is ours. A bar marks the plain
+copy, the lower bound of every implementation::
 
     python benchmarks/cpu.py --from-json FILE --plots DIR
 """
@@ -68,7 +68,7 @@ STYLE = {
 
 
 def draw_all(result: dict[str, Any], folder: Path) -> list[Path]:
-    """Write the PNG files into `folder`, made if need be, and return their paths."""
+    """Write the PNG files into `folder`, created if necessary, and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [row for row in result["rows"] if OURS in row["times"]]
     figures = {
@@ -88,7 +88,7 @@ def draw_all(result: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def conditions(result: dict[str, Any]) -> str:
-    """One line that says where the figures come from."""
+    """One line that states the origin of the figures."""
     found, computer = result["versions"], result["machine"]
     packages = ("numpy", "torch", "jax", "flax")
     names = [f"{name} {found[name]}" for name in packages if name in found]
@@ -165,7 +165,7 @@ def finish(figure: Figure, title: str) -> None:
 
 
 def draw_panel(axes: Axes, rows: Rows, labels: Sequence[str]) -> None:
-    """A line of dots for each row, and our own time beside its name."""
+    """A line of dots for each row, and our own time next to its name."""
     axes.axvline(1, color=BLUE, linewidth=2, zorder=2)
     for height, row in enumerate(rows):
         ours = row["times"][OURS]["median_ms"]
@@ -194,7 +194,7 @@ def draw_panel(axes: Axes, rows: Rows, labels: Sequence[str]) -> None:
 
 
 def draw_order(names: Iterable[str]) -> list[str]:
-    """Contenders with a look of their own, the copy on top; ours is the line."""
+    """Contenders with their own markers, the copy on top; ours is the line."""
     return sorted((name for name in names if name in LOOKS), key=lambda name: name == LIMIT)
 
 

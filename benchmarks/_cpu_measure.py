@@ -1,4 +1,4 @@
-"""Measures one row of cpu.py: every contender is checked against float64, then they take turns."""
+"""Measure one row of cpu.py: check every contender against float64, then time them in turns."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from _cpu_cases import (
 from _cpu_contenders import numpy_contest, torch_contest
 from _report import in_turns, summary
 
-# What separates a contender that computes something else from one with rounding of its own.
+# Separates contenders that compute something else from those that only round differently.
 TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 
 AlsoMakers = Callable[[Case, Data], dict[str, Maker]]
@@ -31,7 +31,7 @@ AlsoMakers = Callable[[Case, Data], dict[str, Maker]]
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure: seconds and turns of a row, and whether to wait for the compiler."""
+    """How long to measure: seconds and turns per row, and whether to wait for the compiler."""
 
     seconds: float = 1.5
     rounds: int = 50
@@ -52,9 +52,9 @@ def contest_of(case: Case, data: Data, compiles: bool = True) -> Contest:
 def measure(
     case: Case, effort: Effort, also: AlsoMakers | None = None, only: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """The figures of a row in JSON's types: times and errors by contender, and who is left out.
+    """The figures of a row in JSON types: times and errors by contender, and those left out.
 
-    `also` adds contenders, `only` names those of the usual ones that take part.
+    `also` adds contenders, `only` selects some of the usual ones.
     """
     row: dict[str, Any] = {
         "name": case.name, "framework": case.framework, "task": case.task, "shape": case.shape,
@@ -81,7 +81,7 @@ def measure(
                 calls[name] = call
             except Exception as error:  # one broken contender must not hide the others
                 row["left_out"][name] = reason(error)
-            result = None  # what one contender returned is not to lie in the next one's way
+            result = None  # free the result of one contender before the next one
         times = in_turns(calls, effort.seconds, effort.rounds, effort.fewest)
     row["times"] = {name: {**summary(t), "turns": len(t)} for name, t in times.items()}
     return row
@@ -100,7 +100,7 @@ def reason(error: Exception) -> str:
 
 
 def failures(row: dict[str, Any]) -> dict[str, str]:
-    """What is wrong, by contender: it raised, or it computed something else."""
+    """The errors by contender: it raised, or its result is wrong."""
     raised = {name: why for name, why in row["left_out"].items() if why.startswith("RAISED")}
     wrong = {
         name: f"is wrong by {error}"

@@ -1,6 +1,6 @@
-"""What cpu.py measures besides its tables: a call's overhead, extra memory, and keras.
+"""The measurements of cpu.py besides its tables: call overhead, extra memory, and keras.
 
-Memory and keras need processes of their own: `in_child` starts cpu.py again to run one of `PROBES`.
+Memory and keras need separate processes: `in_child` starts cpu.py again to run one of `PROBES`.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ MEGABYTE = 1e6
 
 
 def overhead(quick: bool) -> Iterator[dict[str, Any]]:
-    """Microseconds of eager calls on an array so small that its arithmetic takes next to none.
+    """Microseconds of eager calls on an array so small that its arithmetic is negligible.
 
-    PyTorch with one thread: F.group_norm wakes the others even for this array, and what it then
-    waits for on a busy machine would pass for a low overhead of ours.
+    PyTorch with one thread: F.group_norm wakes the others even for this array, and its waiting for
+    them on a busy machine would make our overhead look low.
     """
     for framework, task in ((NUMPY, FORWARD), (NUMPY, BOTH), (TORCH, FORWARD), (TORCH, BOTH)):
         row: dict[str, Any] = {"framework": framework, "task": task, "times": {}, "left_out": {}}
@@ -69,7 +69,7 @@ def overhead(quick: bool) -> Iterator[dict[str, Any]]:
                     calls[name]()
                 except Exception as error:
                     row["left_out"][name] = reason(error)
-            # Turns of 2 ms, some 50 calls: the clock does not show, one interruption spoils one.
+            # Turns of 2 ms, about 50 calls: the timer is negligible, an interruption affects one.
             times = in_turns(calls, 1.0 if quick else 4.0, rounds=200, shortest=2e-3)
         row["times"] = {name: summary(values) for name, values in times.items()}
         row["above_us"] = above(row["times"], BASELINE[framework])
@@ -120,10 +120,10 @@ def memory(quick: bool) -> Iterator[dict[str, Any]]:
 
 
 def memory_probe(framework: str, contender: str) -> list[dict[str, Any]]:
-    """Measure one contender in this process, which has done nothing else.
+    """Measure one contender in this process, which has run nothing else.
 
     The kernel's high-water mark of resident memory (VmHWM) is exact, where a thread that samples
-    /proc/self/statm can miss a peak of a few milliseconds and gets in the way of the computation.
+    /proc/self/statm can miss a peak of a few milliseconds and disturbs the computation.
     It is read from /proc/self/status after a reset, since `resource.ru_maxrss` cannot be reset and
     starts in a child process at what its parent had at most.
     """
@@ -169,7 +169,7 @@ KERAS_ENGINES = {"torch": TORCH, "jax": JAX}
 
 
 def keras(quick: bool, effort: Effort) -> Iterator[dict[str, Any]]:
-    """Rows of keras beside ours and a copy; keras fixes its backend when it is imported."""
+    """Rows of keras next to ours and a copy; keras fixes its backend at import."""
     for engine in KERAS_ENGINES:
         request = {"probe": "keras", "engine": engine, "quick": quick, "effort": vars(effort)}
         found = in_child(request, KERAS_BACKEND=engine)
@@ -236,7 +236,7 @@ PROBES = {"memory": memory_probe, "keras": keras_probe}
 
 
 def in_child(request: dict[str, Any], **environment: str) -> Any:
-    """What a probe returns in a fresh process, or in words why it does not."""
+    """The result of a probe in a fresh process, or the reason why there is none."""
     command = [sys.executable, str(Path(__file__).with_name("cpu.py")), "--child"]
     child = subprocess.run(
         [*command, json.dumps(request)],
@@ -252,7 +252,7 @@ def in_child(request: dict[str, Any], **environment: str) -> Any:
 
 
 def answer(request: dict[str, Any]) -> None:
-    """What the child does: the result is the last line of its output, an excuse that of stderr."""
+    """Run in the child: the result is the last line of its output, a reason that of stderr."""
     probe = PROBES[request.pop("probe")]
     try:
         found = probe(**request)

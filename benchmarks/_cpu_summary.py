@@ -33,9 +33,8 @@ MEAN, LEAST, MOST = "mean", "least", "most"
 class Aim:
     """A bound on the ratio of two contenders' times over some rows.
 
-    Of several rows the geometric mean counts, or the least or most of them; `bound` is the least
-    allowed where `at_least`, else the most. Small is judged apart: there a call is nearly all
-    overhead.
+    Several rows are reduced to their geometric mean, minimum or maximum; `bound` is a lower bound
+    if `at_least`, else an upper bound. Small is judged separately: its calls are mostly overhead.
     """
 
     framework: str
@@ -153,7 +152,7 @@ def summarize(
     overhead: Sequence[dict[str, Any]],
     memory: Sequence[dict[str, Any]],
 ) -> list[dict[str, Any]]:
-    """Every aim with what was reached; an aim none of whose rows was asked for is left out."""
+    """Every aim with the value reached; aims without a selected row are left out."""
     asked = [aim for aim in aims() if any(aim.takes(row) for row in rows)]
     return [
         *(aim.judge(rows) for aim in asked),

@@ -1,4 +1,4 @@
-"""What gpu.py measures: rows in order of importance, and how fast memory lets them be."""
+"""The rows of gpu.py, in order of importance, and their lower bounds by memory bandwidth."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# The most important first: what does not fit into the time is left out from the end.
+# The most important first: when time is short, rows are left out from the end.
 SHAPES = {
     "UNet 16x320@64x64": (16, 320, 64, 64),
     "VAE 1x512@256x256": (1, 512, 256, 256),
@@ -30,7 +30,7 @@ ACTIVATION = "silu"
 ITEM = 2  # bytes of a bfloat16, or a float16
 SEED = 20240607
 
-# The buffers of a row are more than any second-level cache holds.
+# The buffers of a row exceed every second-level cache.
 ROTATED_BYTES = 120_000_000
 FEWEST_BUFFERS, MOST_BUFFERS = 2, 512
 
@@ -39,10 +39,10 @@ EAGER, COMPILED, APEX = "eager", "compile", "apex"
 FLAX, FLAX_TWO_PASSES = "flax nnx", "flax nnx, use_fast_variance=False"
 TEXTBOOK = "textbook"
 UNGRAPHED = ", no graph"
-# What our result is compared with in each row.
+# The reference for our result in each row.
 PEER = {TORCH: EAGER, JAX: FLAX_TWO_PASSES, CUPY: TEXTBOOK}
 
-# Bytes moved, as multiples of x's.
+# Bytes moved, as multiples of the size of x.
 TRAFFIC = {
     "forward": {"one_read": 2, "two_read": 3},
     "backward": {"one_read": 3, "two_read": 5},
@@ -50,12 +50,12 @@ TRAFFIC = {
 
 
 class LeftOut(Exception):
-    """Why a contender does not take part."""
+    """Why a contender is left out."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row: what is computed, on what, by which library."""
+    """One row: task, shape, layout, dtype and library."""
 
     library: str
     task: str
@@ -85,13 +85,13 @@ class Case:
 
     @property
     def buffers(self) -> int:
-        """How many inputs the calls of this row take in turn."""
+        """The number of input buffers that the calls of this row cycle through."""
         wanted = -(-ROTATED_BYTES // self.bytes)
         return min(max(wanted, FEWEST_BUFFERS), MOST_BUFFERS)
 
     @property
     def array_dims(self) -> tuple[int, ...]:
-        """The shape of an array whose axes lie in memory as the layout says."""
+        """The shape of an array with its axes in the memory order of the layout."""
         samples, channels, *space = self.dims
         return self.dims if self.first else (samples, *space, channels)
 
@@ -105,22 +105,22 @@ def plan(library: str, quick: bool) -> list[Case]:
 
 
 def kernels(case: Case) -> dict[str, Any]:
-    """Which plan our kernels take forward and backward, and how many launches that is."""
+    """The plans of our kernels forward and backward, and their numbers of launches."""
     try:
         from groupnorm.backends.kernels.gpu import program as gpu
-        from groupnorm.backends.kernels.gpu.tiling import Form
+        from groupnorm.backends.kernels.grouped_shape import GroupedShape
 
         samples, channels, *space = case.dims
-        form = Form(
+        form = GroupedShape(
             samples, GROUPS, channels // GROUPS, math.prod(space), case.first, ITEM
         )  # fmt: skip
         waves = case.library != JAX
-        asked = gpu.Asked(EPSILON, ACTIVATION, None, True, True, waves)
+        asked = gpu.KernelOptions(EPSILON, ACTIVATION, None, True, True, waves)
         programs = {"forward": gpu.forward(form, asked), "backward": gpu.backward(form, asked)}
-    except Exception as error:  # of another version of the library: then floors are of two reads
+    except Exception as error:  # another version of the library: then floors assume two reads
         why = f"{type(error).__name__}: {error}"
         return {"plan": {"forward": None, "backward": None}, "planned_launches": None, "why": why}
-    steps = {name: [step.kernel for step in program.steps] for name, program in programs.items()}
+    steps = {name: [step.kernel for step in program.launches] for name, program in programs.items()}
     counted = steps if case.both else {"forward": steps["forward"]}
     return {
         "plan": {name: plan_of(names) for name, names in steps.items()},
@@ -129,7 +129,7 @@ def kernels(case: Case) -> dict[str, Any]:
 
 
 def plan_of(names: list[str]) -> str:
-    """A reads once, B twice, C twice by waves that the cache holds."""
+    """A reads once, B twice, C twice in waves that fit the cache."""
     if "whole" in names:
         return "A"
     return "C" if names.count("measure") > 1 else "B"
@@ -138,7 +138,7 @@ def plan_of(names: list[str]) -> str:
 def floors(
     size: int, task: str, plans: Mapping[str, str | None], bytes_per_second: float
 ) -> dict[str, float]:
-    """Microseconds that moving the bytes takes: if x is read once, twice, or as the plans do."""
+    """Microseconds to move the bytes: with x read once, twice, or as the plans do."""
     passes = ("forward", "backward") if task == BOTH else ("forward",)
     reads = {name: "one_read" if plans.get(name) == "A" else "two_read" for name in passes}
     times = {

@@ -1,4 +1,4 @@
-"""What gpu.py checks before it measures: fused results and gradients against float64, twice.
+"""The checks of gpu.py before it measures: fused results and gradients against float64, twice.
 
 The reference is written from the definition in NumPy and shares no code with the package.
 """
@@ -15,11 +15,11 @@ from _gpu_cases import ACTIVATION, FIRST, LAYOUTS, SEED
 from _gpu_measure import reason
 
 EPSILON = 1e-6
-VALID = 0.7  # the share of positions that the mask counts
+VALID = 0.7  # the fraction of valid positions in the mask
 OFFSET = 1e4
-# Of float32 the values and the sums, of bfloat16 its own rounding, and a little more.
+# float32: of values and sums; bfloat16: its rounding; both with a small margin.
 BOUNDS = {"float32": {"y": 1e-5, "gradient": 1e-5}, "bfloat16": {"y": 4.2e-3, "gradient": 4.2e-3}}
-# (N, C, *spatial) and groups: one for each plan of the kernels, and odd numbers.
+# (N, C, *spatial) and groups: one for each plan of the kernels, and odd sizes.
 SHAPES = {
     "whole groups": ((4, 64, 16, 16), 8),
     "tiles": ((2, 64, 96, 80), 4),
@@ -28,7 +28,7 @@ SHAPES = {
 FORMS = {
     "float32": {"masked": True, "offset": OFFSET, "activation": None},
     "bfloat16": {"masked": False, "offset": 0.0, "activation": ACTIVATION},
-    # Both of them at once, and the activation behind an offset.
+    # Both of them at once, and the activation after an offset.
     "float32, silu": {"masked": False, "offset": OFFSET, "activation": ACTIVATION},
     "bfloat16, mask": {"masked": True, "offset": OFFSET, "activation": None},
 }
@@ -66,7 +66,7 @@ def plan() -> list[Check]:
 
 
 def make_arrays(check: Check) -> dict[str, Any]:
-    """Inputs in float32, of values that the dtype holds exactly; `mask` has 1 for the channels."""
+    """Inputs in float32, exact in the row's dtype; `mask` has 1 for the channels."""
     rng, form = np.random.default_rng(SEED), FORMS[check.form]
     dims, _ = SHAPES[check.shape]
     samples, channels, *space = dims
@@ -77,7 +77,7 @@ def make_arrays(check: Check) -> dict[str, Any]:
         "bias": rng.standard_normal(channels, np.float32),
     }
     if check.dtype == "bfloat16":
-        if form["offset"]:  # whose neighbours are 64 away from each other
+        if form["offset"]:  # with a spacing of 64
             arrays["x"] += 200 * rng.standard_normal(dims, np.float32)
         arrays = {name: rounded(a) for name, a in arrays.items()}
     mask = rng.random((samples, 1, *space)) < VALID if form["masked"] else None
@@ -116,7 +116,7 @@ def reference(check: Check, arrays: dict[str, Any]) -> list[np.ndarray]:
         dy = dy * sigmoid * (1 + y * (1 - sigmoid))
         y = y * sigmoid
     dhat = dy * scale
-    # All positions are normalized with the statistics, only the valid ones make them.
+    # All positions are normalized; only the valid ones contribute to the statistics.
     dx = (dhat - weight * (total(dhat) + hat * total(dhat * hat)) / count) / std
     dscale, dbias = ((a.sum((0, 3))).reshape(-1) for a in (dy * hat, dy))
     return [y.reshape(dims), dx.reshape(dims), dscale, dbias]
@@ -126,7 +126,7 @@ def run(
     check: Check, library: str, vjp: Callable[..., list[np.ndarray]],
     implementation: str | None = "fused",
 ) -> dict[str, Any]:  # fmt: skip
-    """Compare one call, and whether it gives the same bits again; in JSON's types."""
+    """Compare one call, and check that a repetition gives the same bits; in JSON types."""
     found: dict[str, Any] = {"kind": "check", "library": library, "name": check.name,
                              "errors": {}, "repeats": None, "failure": None}  # fmt: skip
     try:
@@ -151,7 +151,7 @@ def run(
 
 
 def package_checks() -> list[dict[str, Any]]:
-    """What `groupnorm.selfcheck` finds on devices that are not the CPU."""
+    """The results of `groupnorm.selfcheck` on devices other than the CPU."""
     from groupnorm.selfcheck import check_backends
 
     return [

@@ -1,7 +1,7 @@
-"""Who takes part in gpu.py in CuPy: group normalization as it is usually written down, and ours.
+"""The contenders of gpu.py in CuPy: textbook group normalization, and ours.
 
-The textbook computes in float32, as whoever knows 16-bit sums does. With NumPy for CuPy all of it
-runs on a CPU, but for the timers.
+The textbook version computes in float32, as 16-bit sums require. With NumPy in place of CuPy
+everything but the timers runs on a CPU.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import numpy as np
 from _gpu_cases import ACTIVATION, EPSILON, GROUPS, OURS, SEED, TEXTBOOK, Case
 from _gpu_measure import Call, Timer, both_timers, elements, graph_launches, named
 
-BLOCK = 2**22  # elements of which larger arrays are repetitions
+BLOCK = 2**22  # elements; larger arrays repeat them
 
 
 def missing() -> str | None:
-    """Why there is no GPU to measure, if so."""
+    """Why there is no usable GPU, or None."""
     try:
         return None if cupy.cuda.runtime.getDeviceCount() else "CuPy finds no GPU"
     except cupy.cuda.runtime.CUDARuntimeError as error:
@@ -32,13 +32,13 @@ def gpu_name() -> str:
 
 
 def release() -> None:
-    """Give memory back between rows."""
+    """Release memory between rows."""
     gc.collect()
     cupy.get_default_memory_pool().free_all_blocks()
 
 
 def small_dtype(xp: Any) -> np.dtype:
-    """bfloat16 where this CuPy computes it, else float16."""
+    """bfloat16 if this CuPy supports it, else float16."""
     try:
         import ml_dtypes
 
@@ -126,7 +126,7 @@ class Contest:
 
 
 def difference(xp: Any, a: Any, b: Any) -> float:
-    """Largest difference; of sums over the samples, relative to their largest."""
+    """Largest difference; for sums over the samples, relative to their largest."""
     a, b = a.astype(np.float32), b.astype(np.float32)
     size = xp.maximum(abs(b), 1)
     return float((abs(a - b) / (size.max() if b.ndim == 1 else size)).max())
@@ -136,7 +136,7 @@ def difference(xp: Any, a: Any, b: Any) -> float:
 
 
 def grouped_axes(case: Case) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Shape with the groups apart, the axes of a group in it, and the shape of a parameter."""
+    """The shape with a group axis, the reduced axes in it, and the shape of a parameter."""
     samples, channels, *space = case.dims
     apart = (GROUPS, channels // GROUPS)
     if case.first:
@@ -147,7 +147,7 @@ def grouped_axes(case: Case) -> tuple[tuple[int, ...], tuple[int, ...], tuple[in
 
 
 def normalized_parts(case: Case, x: Any) -> tuple[Any, Any]:
-    """Normalized values and 1 / standard deviation, with the groups apart."""
+    """Normalized values and 1 / standard deviation, with a group axis."""
     shape, axes, _ = grouped_axes(case)
     grouped = x.astype(np.float32).reshape(shape)
     mean = grouped.mean(axes, keepdims=True)
@@ -156,7 +156,7 @@ def normalized_parts(case: Case, x: Any) -> tuple[Any, Any]:
 
 
 def textbook(xp: Any, case: Case, x: Any, scale: Any, bias: Any) -> Any:
-    """Group normalization and SiLU as they are usually written down."""
+    """Textbook group normalization and SiLU."""
     each = grouped_axes(case)[2]
     scale, bias = (p.astype(np.float32).reshape(each) for p in (scale, bias))
     y = normalized_parts(case, x)[0].reshape(x.shape) * scale + bias
@@ -186,10 +186,10 @@ def textbook_vjp(xp: Any, case: Case, x: Any, scale: Any, bias: Any, dy: Any) ->
 
 
 def graphed(call: Call, count: int) -> Timer:
-    """Launches of a graph of one call for each buffer; every call has a result of its own.
+    """Launches of a graph of one call for each buffer; every call has a separate result.
 
-    What it allocates while it is captured is of a pool of its own, filled by calls before: a
-    capture cannot allocate, and memory that went back to a common pool would be others' as well.
+    Allocations during capture come from a separate pool, filled by earlier calls: a capture cannot
+    allocate, and memory returned to a common pool could be reused by others.
     """
     stream, pool = cupy.cuda.Stream(non_blocking=True), cupy.cuda.MemoryPool()
     cupy.cuda.runtime.deviceSynchronize()
@@ -214,7 +214,7 @@ def graphed(call: Call, count: int) -> Timer:
 
 
 def evented(call: Call, count: int) -> Timer:
-    """Calls one after the other, the host's time included where it is the longer one."""
+    """Calls one after the other, including the host's time if that is longer."""
 
     def calls(repeats: int) -> None:
         kept = [None] * count
@@ -227,7 +227,7 @@ def evented(call: Call, count: int) -> Timer:
 
 
 def timed(work: Callable[[], Any], stream: Any) -> float:
-    """Microseconds on the device between the begin and the end of some work."""
+    """Microseconds on the device between start and end of some work."""
     start, end = cupy.cuda.Event(), cupy.cuda.Event()
     cupy.cuda.runtime.deviceSynchronize()
     start.record(stream)
@@ -259,7 +259,7 @@ def vjp(arrays: dict[str, Any], dtype: str, first: bool, options: dict[str, Any]
         xp: Any = cupy) -> list[np.ndarray]:  # fmt: skip
     """Y and the gradients of x, scale and bias as NumPy's float32, by `group_norm_vjp`.
 
-    Arrays are of NumPy: x, dy (N, C, *spatial), scale, bias, and mask (N, 1, *spatial) or None.
+    NumPy arrays: x, dy (N, C, *spatial), scale, bias, and mask (N, 1, *spatial) or None.
     """
     from groupnorm import group_norm_vjp
 

@@ -1,4 +1,4 @@
-"""Draws the figure of gpu.py: what share of the memory's speed each contender reaches."""
+"""Draw the figure of gpu.py: the fraction of memory bandwidth that each contender reaches."""
 
 from __future__ import annotations
 

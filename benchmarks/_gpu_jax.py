@@ -1,8 +1,8 @@
-"""Who takes part in gpu.py in JAX, each under jit: flax's layer followed by SiLU, and ours.
+"""The contenders of gpu.py in JAX, each under jit: flax's layer followed by SiLU, and ours.
 
-flax knows channels-last alone; for the other layout its input and output are transposed inside the
-compiled function, as its user has to. Calls are dispatched one after the other, and waited for at
-the end: what shows is the device's time or the host's, whichever is longer.
+flax only supports channels-last; for the other layout its input and output are transposed inside
+the compiled function, as its users have to. Calls are dispatched one after the other, with one wait
+at the end: the result is the device's time or the host's, whichever is longer.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Norm = Callable[[Any, Any], Any]
 
 
 def missing() -> str | None:
-    """Why there is no GPU to measure, if so."""
+    """Why there is no usable GPU, or None."""
     found = jax.default_backend()
     return None if found == "gpu" else f"JAX's default backend is its {found}"
 
@@ -43,7 +43,7 @@ def gpu_name() -> str:
 
 
 def release() -> None:
-    """Give memory back between rows."""
+    """Release memory between rows."""
     gc.collect()
 
 
@@ -176,7 +176,7 @@ def vjp(
 ) -> list[np.ndarray]:
     """Y and the gradients of x, scale and bias as NumPy's float32, by `group_norm_vjp`.
 
-    Arrays are of NumPy: x, dy (N, C, *spatial), scale, bias, and mask (N, 1, *spatial) or None.
+    NumPy arrays: x, dy (N, C, *spatial), scale, bias, and mask (N, 1, *spatial) or None.
     """
     from groupnorm import group_norm_vjp
 

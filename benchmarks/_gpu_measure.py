@@ -1,4 +1,4 @@
-"""Measures one row of gpu.py: every contender is called, then they take turns."""
+"""Measure one row of gpu.py: call every contender, then time them in turns."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ from _gpu_cases import (
 )  # fmt: skip
 
 ROUNDS, FEWEST = 25, 3
-SHORTEST = 1000.0  # microseconds of a turn
+SHORTEST = 1000.0  # microseconds per turn
 SECONDS = 0.6
-# Between ours, rounded once, and a peer that rounds to bfloat16 before the activation as well.
+# Between ours, rounded once, and a peer that also rounds to bfloat16 before the activation.
 DISAGREEMENT = 0.1
 COPY_BYTES = (5_000_000, 20_000_000, 50_000_000, 270_000_000)
 
 Call = Callable[[int], Any]
-"""Computes on the buffers of a number."""
+"""Computes on the buffers of the given index."""
 
 
 class DeviceLost(Exception):
-    """The device computes no more in this process."""
+    """The device is no longer usable in this process."""
 
 
 @dataclass(frozen=True)
 class Timer:
-    """What times a contender: `run(repeats)` is microseconds for so many times `calls` calls."""
+    """A contender's timer: `run(repeats)` returns microseconds of `repeats * calls` calls."""
 
     how: str
     run: Callable[[int], float]
     calls: int
-    launches: float | None = None  # of one call, if a graph tells
+    launches: float | None = None  # of one call, if known from a graph
 
 
 class Contest(Protocol):
@@ -62,7 +62,7 @@ class Contest(Protocol):
 
 
 def measure(case: Case, make_contest: Callable[[], Contest], seconds: float) -> dict[str, Any]:
-    """The figures of a row in JSON's types."""
+    """The figures of a row in JSON types."""
     begun = time.monotonic()
     row: dict[str, Any] = {
         "kind": "row", "name": case.name, "library": case.library, "task": case.task,
@@ -104,7 +104,7 @@ def measure(case: Case, make_contest: Callable[[], Contest], seconds: float) -> 
 
 
 def disagreement(contest: Contest, results: dict[str, Any], peer: str) -> Any:
-    """Largest differences of ours from the peer, or why they are not known."""
+    """Largest differences of ours from the peer, or why they are unknown."""
     ours = OURS if OURS in results else PORTABLE
     if not {ours, peer} <= results.keys():
         return None
@@ -115,7 +115,7 @@ def disagreement(contest: Contest, results: dict[str, Any], peer: str) -> Any:
 
 
 def disagrees(row: dict[str, Any]) -> bool:
-    """Whether ours was compared with the peer, and is something else."""
+    """Whether ours was compared with the peer and differs."""
     found = row["disagreement"]
     return isinstance(found, dict) and not all(d <= DISAGREEMENT for d in found.values())
 
@@ -180,12 +180,12 @@ def copies(make_timer: Callable[[int, int], Timer]) -> dict[str, Any]:
 
 
 def elements(size: int) -> int:
-    """How many 16-bit elements a number of bytes is."""
+    """The number of 16-bit elements in a number of bytes."""
     return size // ITEM
 
 
 def graph_launches(handle: int) -> int | None:
-    """How many kernels, copies and fills a CUDA graph launches, as the driver counts them."""
+    """The number of kernels, copies and fills of a CUDA graph, as counted by the driver."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -210,7 +210,7 @@ def both_timers(
     name: str, call: Call, count: int, graphed: Callable[[Call, int], Timer],
     evented: Callable[[Call, int], Timer],
 ) -> dict[str, Timer]:  # fmt: skip
-    """A library's timers by graph and by events; by events alone where no graph is captured."""
+    """A library's timers by graph and by events; by events alone if no graph can be captured."""
     plain = evented(call, count)
     try:
         return {name: graphed(call, count), name + UNGRAPHED: plain}
@@ -220,14 +220,14 @@ def both_timers(
 
 
 def named(found: Any, expected: Any, case: Case) -> Iterator[tuple[str, Any, Any]]:
-    """The results of a row's call, by name, beside what is expected of them."""
+    """The results of a row's call, by name, with the expected ones."""
     pairs = zip(found, expected, strict=True) if case.both else [(found, expected)]
     for name, (ours, theirs) in zip(("y", "dx", "dscale", "dbias"), pairs, strict=False):
         yield name, ours, theirs
 
 
 def reason(error: BaseException) -> str:
-    """Why someone is left out, in one line."""
+    """Why a contender is left out, in one line."""
     if isinstance(error, LeftOut):
         return str(error)
     if isinstance(error, ImportError):

@@ -1,4 +1,4 @@
-"""What gpu.py says beside its figures: what is missing, what was skipped, and what is wrong."""
+"""The notes of gpu.py to its figures: what is missing, was skipped, or is wrong."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from _gpu_measure import DISAGREEMENT, disagrees
 
 
 def failures(records: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """What is wrong of ours, or broke."""
+    """The errors and failures of our rows."""
     for record in records:
         kind, where = (
             record["kind"],
@@ -33,7 +33,7 @@ def failures(records: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def notes(records: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Who was left out and why, each reason once, and what there was no time for."""
+    """Contenders left out and why, each reason once, and rows without time."""
     found: dict[tuple[str, str], list[str]] = {}
     for record in records:
         if record["kind"] == "probe" and record["why"]:

@@ -1,4 +1,4 @@
-"""What gpu.py makes of its records: floors, ratios, the table and the aims."""
+"""The evaluation of gpu.py's records: floors, ratios, the table and the aims."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def short_name(gpu: str) -> str:
 
 
 def add_floors(rows: Sequence[Row], copies: dict[str, float]) -> None:
-    """Give rows their floors, shares of them and ratios to ours, by the copies' bandwidth."""
+    """Add floors, fractions of them and ratios to ours to the rows, by the copies' bandwidth."""
     for row in rows:
         ours = row["times"].get(OURS)
         row["ratios"] = {
@@ -93,7 +93,7 @@ HEADER = (
 
 
 def table(rows: Sequence[Row]) -> list[list[str]]:
-    """Lines of `HEADER`: microseconds, shares of the plan's floor, and peers' times over ours."""
+    """Lines of `HEADER`: microseconds, fractions of the plan's floor, and peers' times / ours."""
     found, lines = finished(rows), []
     for shape in SHAPES:
         for layout in LAYOUTS:
@@ -136,7 +136,7 @@ def micros(row: Row | None, name: str = OURS) -> str:
 
 
 def launches(row: Row | None) -> str:
-    """Of ours, eager and compiled, as their graphs count them."""
+    """Launches of ours, eager and compiled, as counted in their graphs."""
     found = (row or {}).get("launches", {})
     names = (OURS, EAGER, COMPILED)
     return "/".join(f"{found[n]:.0f}" if n in found else "-" for n in names) if found else "-"
@@ -157,7 +157,7 @@ def ratio(row: Row | None, name: str) -> str:
 
 @dataclass(frozen=True)
 class Aim:
-    """The least value over some rows, of shares or ratios, that is aimed at."""
+    """A lower bound on fractions or ratios over some rows."""
 
     title: str
     library: str
@@ -238,7 +238,7 @@ def aims() -> list[Aim]:
 
 
 def judge(rows: Sequence[Row], checks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every aim with what was reached at least; the last one is that calls give the same bits."""
+    """Every aim with the least value reached; the last one is that calls give the same bits."""
     repeats = [check["repeats"] for check in checks if check["repeats"] is not None]
     same = sum(repeats) / len(repeats) if repeats else None
     return [

@@ -1,7 +1,7 @@
-"""Who takes part in gpu.py in PyTorch: F.group_norm and F.silu, eager and compiled, apex, ours.
+"""The contenders of gpu.py in PyTorch: F.group_norm and F.silu, eager and compiled, apex, ours.
 
-Calls are captured into a CUDA graph, one call for each buffer, and the graph is replayed; and they
-are timed without a graph, where the time the host takes shows.
+Calls are captured into a CUDA graph, one call for each buffer, and the graph is replayed; they are
+also timed without a graph, which includes the host's time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def missing() -> str | None:
-    """Why there is no GPU to measure, if so."""
+    """Why there is no usable GPU, or None."""
     if torch.version.cuda is None:
         return "PyTorch is built without CUDA"
     return None if torch.cuda.is_available() else "PyTorch finds no GPU"
@@ -41,9 +41,9 @@ def gpu_name() -> str:
 
 
 def release() -> None:
-    """Give memory back between rows, and let Dynamo forget.
+    """Release memory between rows, and reset Dynamo.
 
-    It gives up on a function after 8 shapes and runs it uncompiled, without saying so.
+    Dynamo gives up on a function after 8 shapes and silently runs it uncompiled.
     """
     gc.collect()
     torch.compiler.reset()
@@ -81,7 +81,7 @@ class Contest:
         return made if self.case.first else made.movedim(-1, 1)
 
     def _call(self, norm: Callable[..., Any], *parameters: Any) -> Call:
-        """A call of `norm`, with the gradients of x and `parameters` where asked for."""
+        """A call of `norm`, with the gradients of x and `parameters` if requested."""
         if not self.case.both:
             return lambda i: norm(self.x[i])
 
@@ -143,7 +143,7 @@ class Contest:
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Largest difference; of sums over the samples, relative to their largest."""
+    """Largest difference; for sums over the samples, relative to their largest."""
     a, b = a.detach().float(), b.detach().float()
     largest = b.abs().max().clamp(min=1) if b.ndim == 1 else b.abs().clamp(min=1)
     return ((a - b).abs() / largest).max().item()
@@ -153,7 +153,7 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def graphed(call: Call, count: int) -> Timer:
-    """Replays of a graph of one call for each buffer; every call has a result of its own."""
+    """Replays of a graph of one call for each buffer; every call has a separate result."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -165,7 +165,7 @@ def graphed(call: Call, count: int) -> Timer:
         kept = [call(i) for i in range(count)]
     nodes = graph_launches(graph.raw_cuda_graph())
     graph.instantiate()
-    del kept  # the memory stays the graph's
+    del kept  # the graph keeps the memory
 
     def run(repeats: int) -> float:
         return timed(lambda: [graph.replay() for _ in range(repeats)])
@@ -174,7 +174,7 @@ def graphed(call: Call, count: int) -> Timer:
 
 
 def evented(call: Call, count: int) -> Timer:
-    """Calls one after the other, the host's time included where it is the longer one."""
+    """Calls one after the other, including the host's time if that is longer."""
 
     def calls(repeats: int) -> None:
         kept = [None] * count
@@ -186,7 +186,7 @@ def evented(call: Call, count: int) -> Timer:
 
 
 def timed(work: Callable[[], Any]) -> float:
-    """Microseconds on the device between the begin and the end of some work."""
+    """Microseconds on the device between start and end of some work."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
@@ -218,7 +218,7 @@ def vjp(arrays: dict[str, Any], dtype: str, first: bool, options: dict[str, Any]
         device: str = "cuda") -> list[np.ndarray]:  # fmt: skip
     """Y and the gradients of x, scale and bias as NumPy's float32, by `group_norm_vjp`.
 
-    Arrays are of NumPy: x, dy (N, C, *spatial), scale, bias, and mask (N, 1, *spatial) or None.
+    NumPy arrays: x, dy (N, C, *spatial), scale, bias, and mask (N, 1, *spatial) or None.
     """
     from groupnorm import group_norm_vjp
 

@@ -24,7 +24,7 @@ from _gpu_cases import LIBRARIES, Case, plan
 from _gpu_measure import SECONDS, DeviceLost, copies, measure, reason
 
 LOST = 3  # exit status of a child whose device does not answer
-GRACE = 30.0  # seconds beyond its time after which a child is killed
+GRACE = 30.0  # seconds beyond its limit after which a child is killed
 MOST_CHILDREN = 25
 # Shares of the time, for those that are still to come; what one leaves is the others'.
 SHARES = {"torch": 0.45, "jax": 0.35, "cupy": 0.2}
@@ -39,13 +39,13 @@ def engine_of(library: str) -> Any:
 
 
 def names_of(library: str, quick: bool) -> list[str]:
-    """The items of a library; known without the library."""
+    """The items of a library, listed without importing it."""
     checks = [f"{library}/check/{check.name}" for check in _gpu_checks.plan()]
     return [f"{library}/copies", *checks, *(case.name for case in plan(library, quick))]
 
 
 def items_of(library: str, quick: bool) -> list[Item]:
-    """What a child does, under the same names."""
+    """The work of a child, with the same item names."""
     engine = engine_of(library)
 
     def copied() -> list[Record]:
@@ -70,7 +70,7 @@ def items_of(library: str, quick: bool) -> list[Item]:
 
 
 def child(request: dict[str, Any]) -> int:
-    """Do a request's items from `begin` on, while there are seconds left."""
+    """Process a request's items from `begin` on while time is left."""
     end = time.monotonic() + request["seconds"]
     with Path(request["file"]).open("a") as file:
 
@@ -99,13 +99,13 @@ def child(request: dict[str, Any]) -> int:
                 return LOST
             except Exception as error:
                 write({"kind": "failure", "name": name, "why": reason(error)})
-            # The next row is as long as one of late, or the time is over before it ends.
+            # Assume that the next row takes as long as recent ones: stop if it would not finish.
             longest = max(0.7 * longest, time.monotonic() - begun)
     return 0
 
 
 def answers(library: str) -> bool:
-    """Whether the device still does, after a failure."""
+    """Whether the device still works after a failure."""
     try:
         engine_of(library).wait()
     except Exception:
@@ -114,7 +114,7 @@ def answers(library: str) -> bool:
 
 
 def probe(libraries: Sequence[str], write: Callable[[Record], None]) -> None:
-    """Say which libraries have a GPU, and if any does what the package's own check finds."""
+    """Report which libraries have a GPU, and if any does, the package's self-check."""
     any_gpu = False
     for library in libraries:
         record: Record = {"kind": "probe", "library": library, "why": None, "gpu": None}
@@ -137,7 +137,7 @@ def probe(libraries: Sequence[str], write: Callable[[Record], None]) -> None:
 
 
 def line_of(name: str, record: Record) -> str:
-    """What the user sees of an item when it is done."""
+    """The line printed for a finished item."""
     if record["kind"] == "check":
         return f"{name}: {'right' if record['passed'] else 'WRONG'}"
     if record["kind"] == "row":
@@ -151,12 +151,12 @@ def line_of(name: str, record: Record) -> str:
 
 
 def run_child(request: dict[str, Any], seconds: float) -> tuple[int, list[Record]]:
-    """Run a child for so many seconds and a little more; return its exit status and records."""
+    """Run a child with a time limit and some grace; return its exit status and records."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "records"
         request = {**request, "seconds": seconds, "file": str(file)}
         command = [sys.executable, str(Path(__file__).with_name("gpu.py")), "--child"]
-        # JAX would take most of the memory, of which others compute in the same process.
+        # JAX would reserve most of the memory, but other libraries run in the same process.
         environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
         process = subprocess.Popen([*command, json.dumps(request)], env=environment)
         try:
@@ -172,13 +172,13 @@ def run_child(request: dict[str, Any], seconds: float) -> tuple[int, list[Record
     for line in lines:
         try:
             records.append(json.loads(line))
-        except ValueError:  # cut off where the child died
+        except ValueError:  # truncated when the child died
             continue
     return status, records
 
 
 def run_library(library: str, quick: bool, seconds: float) -> list[Record]:
-    """All records of a library, with what failed and what there was no time for."""
+    """All records of a library, with its failures and the items without time."""
     end = time.monotonic() + seconds
     names = names_of(library, quick)
     found: list[Record] = []

@@ -1,4 +1,4 @@
-"""What the benchmarks share: tables with and without rich, versions, machine, timing, JSON."""
+"""Shared by the benchmarks: tables with and without rich, versions, machine, timing, JSON."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from typing import Any
 def print_table(
     title: str, header: Sequence[str], rows: Sequence[Sequence[str]], styles: Sequence[str] = ()
 ) -> None:
-    """Print `rows` under `header`, with rich where it is installed and as plain text elsewhere.
+    """Print `rows` under `header`, with rich if it is installed and as plain text otherwise.
 
-    `styles` holds one rich style a row ("" for none) and is ignored in plain text, so nothing may
-    be said by colour alone.
+    `styles` holds one rich style per row ("" for none) and is ignored in plain text, so no
+    information may be in the colour alone.
     """
     try:
         from rich.console import Console
@@ -36,7 +36,7 @@ def print_table(
     for index, row in enumerate(rows):
         style = styles[index] if styles else ""
         table.add_row(*(Text(cell) for cell in row), style=style or None)
-    # Figures cut off to fit a narrow terminal, or a pipe's 80 columns, would be worth nothing.
+    # Figures truncated to a narrow terminal, or a pipe's 80 columns, would be useless.
     natural = sum(max(map(len, column)) + 3 for column in zip(header, *rows, strict=True)) + 1
     console = Console(width=max(natural, len(title), Console().width))
     console.print(title, style="bold", highlight=False)
@@ -44,7 +44,7 @@ def print_table(
 
 
 def plain_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The same table in characters only."""
+    """The same table as plain text."""
     cells = [list(header), *map(list, rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     lines = [
@@ -76,7 +76,7 @@ def usable_cpus() -> int:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on besides the software, as far as this system tells."""
+    """The hardware that the figures depend on, as far as the system reports it."""
     return {
         "cpu": cpu_model(),
         "cpus": os.cpu_count(),
@@ -111,14 +111,14 @@ def cpu_caches() -> dict[str, str]:
 
 
 def write_json(path: Path | None, result: dict[str, Any]) -> None:
-    """Write `result` to `path`, where one was asked for."""
+    """Write `result` to `path`, if one is given."""
     if path is not None:
         path.write_text(json.dumps(result, indent=2) + "\n")
         print(f"written: {path}")
 
 
 def interleaved(contenders: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of every call, the contenders taking turns so that all see the same weather."""
+    """Milliseconds of every call; contenders take turns, so that all see the same machine load."""
     names = list(contenders)
     for name in names:
         for _ in range(3):  # compilation, first-touch memory, thread pools
@@ -139,12 +139,12 @@ def in_turns(
     fewest: int = 3,
     shortest: float = 2e-4,
 ) -> dict[str, list[float]]:
-    """Milliseconds a call, the contenders taking turns, in about `seconds` for all of them.
+    """Milliseconds per call; contenders take turns, in about `seconds` for all of them.
 
-    Every contender has the same share of the time: up to `rounds` turns, at least `fewest`. Where
-    a slow one gets fewer, its turns are spread evenly between the others', so that all of them see
-    the same weather. A turn of a call shorter than `shortest` seconds is as many calls as last that
-    long, and their mean is one figure: the clock's and the loop's own time must not show.
+    Every contender gets the same time: up to `rounds` turns, at least `fewest`. If a slow one gets
+    fewer, its turns are spread evenly between the others', so that all see the same machine load.
+    A call shorter than `shortest` seconds is repeated until a turn lasts that long, and their mean
+    is one figure: the overhead of clock and loop must be negligible.
     """
     costs = {name: warm_up(call) for name, call in contenders.items()}
     repeats = {name: max(1, math.ceil(shortest / cost)) for name, cost in costs.items()}
@@ -168,10 +168,10 @@ def in_turns(
 
 
 def settle_allocator() -> None:
-    """Let glibc serve arrays of up to 32 MB from its heap, as it does in any long-running program.
+    """Let glibc allocate arrays of up to 32 MB on its heap, as in any long-running program.
 
-    At first it maps and unmaps each array above 128 kB; freeing a large one raises that limit for
-    good. Without this the first contenders pay for page faults that the later ones do not see.
+    At first it maps and unmaps each array above 128 kB; freeing a large one raises that limit
+    permanently. Without this the first contenders pay for page faults that later ones avoid.
     """
     large = bytearray(31 * 2**20)
     del large
@@ -190,7 +190,7 @@ def warm_up(call: Callable[[], Any], calls: int = 3, seconds: float = 0.3) -> fl
 
 
 def mean_time(call: Callable[[], Any], repeats: int) -> float:
-    """Seconds of one call, the mean of `repeats`; what freeing the last result takes is not in."""
+    """Seconds per call, the mean of `repeats`; without the time to free the last result."""
     kept = None
     start = time.perf_counter()
     for _ in range(repeats):
@@ -201,5 +201,5 @@ def mean_time(call: Callable[[], Any], repeats: int) -> float:
 
 
 def summary(times: Sequence[float]) -> dict[str, float]:
-    """Least and median of `times`."""
+    """Minimum and median of `times`."""
     return {"min_ms": min(times), "median_ms": statistics.median(times)}

@@ -54,14 +54,14 @@ Arrays = dict[str, np.ndarray]
 
 
 def shards_of(case: Case, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Return one rank's x, dy and mask, in order in memory."""
+    """Return one rank's x, dy and mask, C-contiguous."""
     whole = data(case)
     mask = None if whole.mask is None else case.split(whole.mask)[rank].copy()
     return case.split(whole.x)[rank].copy(), case.split(whole.dy)[rank].copy(), mask
 
 
 def joined(shards: list[Arrays]) -> Arrays:
-    """Put shards of y and dx together, and add up the parameters' gradients."""
+    """Concatenate shards of y and dx, and sum the parameter gradients."""
     out = {k: np.concatenate([shard[k] for shard in shards], axis=1) for k in ("y", "dx")}
     return out | {k: sum(shard[k] for shard in shards) for k in ("dscale", "dbias")}
 
@@ -151,7 +151,7 @@ def jax_unchecked(case: Case) -> Arrays:
 
 
 def by_parts(case: Case, parts: list, masks: list, scale, bias) -> list:
-    """Normalize shards by `GroupStatistics` that are merged between the two passes."""
+    """Normalize shards with `GroupStatistics` that are merged between the two passes."""
     out: list = [None] * RANKS
     for group in case.index_groups or (range(RANKS),):
         merged = merge_statistics(
@@ -296,7 +296,7 @@ def dtensor_rank(rank: int, folder: Path) -> Callable[[Case], Arrays]:
             leaf.requires_grad_()
         y = group_norm(*leaves, mask=whole.mask, **case.keywords)
         y.backward(dy)
-        share = 1 / RANKS  # each rank has the whole gradient, and the parent adds them up
+        share = 1 / RANKS  # each rank has the full gradient, and the parent sums them
         return {
             "y": y.detach().to_local().numpy(),
             "dx": x.grad.to_local().numpy(),
@@ -337,7 +337,7 @@ def run_processes(engine: str, folder: Path) -> dict[str, Arrays]:
 
 
 def work(engine: str, rank: str, folder: Path) -> None:
-    """Be one process of an engine."""
+    """Run one process of an engine."""
     if engine == "mpi":
         from mpi4py import MPI
 

@@ -1,18 +1,21 @@
 """Accuracy of every backend and of its peers, as one table.
 
 Every implementation normalizes the same float32 arrays; a float64 computation of those same
-float32 values is the truth. A cell is max |error| / max(1, |true value|). The library's contract
-is 5e-6 in every cell; the exit status is 1 when one of its own rows is above that.
+float32 values is the reference. A cell is max |error| / max(1, |reference|). The library's contract
+is 5e-6 in every cell; the exit status is 1 if one of its own rows exceeds that.
 
-Run in an environment where the library and the peers are installed; what is missing is named and
-left out::
+Run in an environment with the library and the peers installed; missing ones are listed and left
+out::
 
     python benchmarks/accuracy.py [--json FILE]
+
+The figures of the documentation are drawn from a committed FILE, see _doc_figures.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import functools
 import io
 import itertools
@@ -27,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _report import print_table, versions, write_json
+from _report import machine, print_table, versions, write_json
 
 BOUND = 5e-6
 SHAPE = (2, 16, 16, 64)
@@ -38,8 +41,9 @@ FIRST, LAST, MEMORY = "channels first", "channels last", "channels_last memory"
 SEED = 20240607
 PACKAGES = (
     *("groupnorm", "numpy", "jax", "torch", "array-api-strict"),
-    *("flax", "equinox", "brainstate", "keras"),
+    *("flax", "equinox", "brainstate", "dm-haiku", "keras"),
 )
+KERAS_BACKENDS = ("torch", "jax", "numpy")
 
 Array = np.ndarray
 Norm = Callable[[Array], Array]
@@ -48,9 +52,9 @@ Norm = Callable[[Array], Array]
 
 @dataclass
 class Row:
-    """One implementation: its errors a case, or why there are none.
+    """One implementation: its error per case, or why there are none.
 
-    `skipped` says what is not installed; `raised` what a working installation raised.
+    `skipped` names what is not installed; `raised` is the exception of a working installation.
     """
 
     name: str
@@ -76,7 +80,7 @@ def make_cases() -> dict[str, Array]:
         }.items()
     }  # fmt: skip
     spike = noise.copy()
-    spike[:, 0, 0, :] = 1e3  # where a pivot taken from one element or one position would land
+    spike[:, 0, 0, :] = 1e3  # where a pivot from one element or one position would be
     cases["spike"] = spike
     cases["ramp"] = noise + np.linspace(0.0, 1e4, positions).reshape(1, *SHAPE[1:3], 1)
     cases["sorted"] = np.sort(noise.reshape(SHAPE[0], positions, CHANNELS), axis=1).reshape(SHAPE)
@@ -100,7 +104,7 @@ def truth(x: Array) -> Array:
 
 
 def largest_error(norm: Norm, x: Array, expected: Array) -> float:
-    """Max |error| / max(1, |expected|); infinity where the result has a NaN."""
+    """Max |error| / max(1, |expected|); infinity if the result has a NaN."""
     error = np.abs(norm(x).astype(np.float64) - expected) / np.maximum(1.0, np.abs(expected))
     return float(np.max(np.where(np.isnan(error), np.inf, error)))
 
@@ -164,7 +168,7 @@ def ours_torch(layout: str, fast: bool) -> Norm:
 def ours_torch_compiled(layout: str, fast: bool) -> Norm:
     import torch
 
-    torch.compiler.reset()  # one layer's graphs must not count against the next one's cache
+    torch.compiler.reset()  # one layer's graphs must not fill the cache of the next one
     return through_torch(layout, torch.compile(our_layer("torch", layout, fast), fullgraph=True))
 
 
@@ -242,9 +246,19 @@ def equinox() -> Norm:
 def brainstate(fast: bool) -> Norm:
     import brainstate as bst
 
-    # A complete in_size, (H, W, C), is refused: "only supports 1D feature axis".
+    # A complete in_size, (H, W, C), raises: "only supports 1D feature axis".
     layer = bst.nn.GroupNorm(CHANNELS, num_groups=GROUPS, epsilon=EPSILON, use_fast_variance=fast)
     return lambda x: np.asarray(layer(x))
+
+
+def haiku() -> Norm:
+    import haiku as hk
+    import jax
+
+    network = hk.without_apply_rng(hk.transform(lambda x: hk.GroupNorm(GROUPS, eps=EPSILON)(x)))
+    parameters = network.init(jax.random.key(0), np.zeros(SHAPE, np.float32))
+    call = jax.jit(network.apply)
+    return lambda x: np.asarray(call(parameters, x))
 
 
 def keras_layer() -> Norm:
@@ -264,13 +278,14 @@ def peer_rows() -> Iterator[tuple[str, Callable[[], Norm]]]:
     yield "equinox, jit", equinox
     yield "brainstate, fast (default)", functools.partial(brainstate, True)
     yield "brainstate, two-pass", functools.partial(brainstate, False)
+    yield "haiku, jit", haiku
 
 
 # ---- running ------------------------------------------------------------------------------------
 
 
 def measure(name: str, ours: bool, make: Callable[[], Norm]) -> Row:
-    """Every case through one implementation; a library that is not installed is a skipped row."""
+    """Run all cases with one implementation; without its library the row is skipped."""
     try:
         return Row(name, ours, errors_of(make()))
     except ImportError as error:
@@ -285,7 +300,7 @@ def errors_of(norm: Norm) -> dict[str, float]:
 
 
 def measure_keras(backend: str) -> Row:
-    """Keras fixes its backend at import, so each one gets a process of its own."""
+    """Keras fixes its backend at import, so each one gets a separate process."""
     name = f"keras, {backend} backend"
     child = subprocess.run(
         [sys.executable, __file__, "--keras-child"],
@@ -301,7 +316,7 @@ def measure_keras(backend: str) -> Row:
 
 
 def keras_child() -> None:
-    """What the Keras process does: print its errors as the last line of its output."""
+    """Run in the Keras process: print its errors as the last line of its output."""
     with redirect_stderr(io.StringIO()):
         norm = keras_layer()
     print(json.dumps(errors_of(norm)))
@@ -312,7 +327,7 @@ def measure_all() -> Iterator[Row]:
         yield measure(name, True, make)
     for name, make in peer_rows():
         yield measure(name, False, make)
-    for backend in ("torch", "jax"):
+    for backend in KERAS_BACKENDS:
         yield measure_keras(backend)
 
 
@@ -320,7 +335,7 @@ def measure_all() -> Iterator[Row]:
 
 
 def show_cell(error: float) -> str:
-    """Two digits, and a mark on what breaks the contract."""
+    """Two digits, and a mark if the contract is violated."""
     text = "NaN" if np.isinf(error) else f"{error:.0e}".replace("e-0", "e-").replace("e+0", "e")
     return text + ("!" if error > BOUND else " ")
 
@@ -341,7 +356,7 @@ def row_style(row: Row) -> str:
 
 
 def as_dict(row: Row) -> dict[str, Any]:
-    """The row in JSON's types; JSON has no NaN, so null stands for it."""
+    """The row in JSON types, with null for NaN."""
     errors = {case: None if np.isinf(error) else error for case, error in row.errors.items()}
     return {"name": row.name, "ours": row.ours, "errors": errors, "meets": row.meets,
             "skipped": row.skipped, "raised": row.raised}  # fmt: skip
@@ -382,6 +397,8 @@ def main() -> int:
     found = versions(*PACKAGES)
     report(rows, found)
     write_json(options.json, {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
         "bound": BOUND, "shape": SHAPE, "groups": GROUPS, "epsilon": EPSILON, "versions": found,
         "rows": [as_dict(row) for row in rows],
     })  # fmt: skip

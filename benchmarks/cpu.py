@@ -1,10 +1,10 @@
 """Speed, call overhead and memory on a CPU, next to a plain copy and to every peer.
 
 A row is a shape, a layout, a dtype and a task; its contenders run in one process and take turns,
-so that all see the same machine. Every result is checked against float64 first. A cell gives the
-least and the median milliseconds, and the median as a multiple of ours. At the end, the aims and
-whether they are met; the exit status is 1 only when one of our own calls raised or was wrong, never
-because of time. What this version of the library or this machine lacks is named and left out::
+so that all see the same machine load. Every result is first checked against float64. A cell gives
+the minimum and the median in milliseconds, and the median as a multiple of ours. At the end, the
+aims and whether they are met; the exit status is 1 only if one of our own calls raised or was
+wrong, never because of time. Missing features and libraries are listed and left out::
 
     python benchmarks/cpu.py [--quick] [--rounds N] [--only REGEX] [--json FILE] [--plots DIR]
     nox -s bench -- benchmarks/cpu.py
@@ -118,7 +118,7 @@ def show_memory(rows: list[dict[str, Any]]) -> None:
 
 
 def show_notes(rows: Iterable[dict[str, Any]]) -> None:
-    """Who was left out and why, each reason once, with the number of rows it holds for."""
+    """Contenders left out and why, each reason once, with the number of rows it applies to."""
     found: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         left_out = row.get("left_out", {})
@@ -133,7 +133,7 @@ def show_notes(rows: Iterable[dict[str, Any]]) -> None:
 
 
 def show_failures(rows: Iterable[dict[str, Any]]) -> bool:
-    """Print what raised or was wrong; return whether one of ours did, or none took part at all."""
+    """Print errors and wrong results; return whether one of ours failed, or none was run."""
     rows = list(rows)
     found = bool(rows) and not any(OURS in row.get("times", {}) for row in rows)
     for row in rows:
@@ -147,7 +147,7 @@ def show_failures(rows: Iterable[dict[str, Any]]) -> bool:
 
 
 def threads() -> dict[str, Any]:
-    """How many threads each kind of contender may use."""
+    """The number of threads that each kind of contender may use."""
     found: dict[str, Any] = {"NumPy peers": 1, "ours in NumPy, at most": usable_cpus()}
     try:
         import torch
@@ -195,7 +195,7 @@ def show_conditions(conditions: dict[str, Any], effort: Effort) -> None:
 
 
 def measure_rows(options: argparse.Namespace, effort: Effort) -> Iterator[dict[str, Any]]:
-    """Every row that is asked for; a table is printed as soon as it is complete."""
+    """Measure every selected row; a table is printed as soon as it is complete."""
     cases = [case for case in plan(options.quick) if re.search(options.only, case.name)]
     for _, group in itertools.groupby(cases, key=lambda case: (case.framework, case.task)):
         rows = []
@@ -216,7 +216,7 @@ def measure_keras(options: argparse.Namespace, effort: Effort) -> list[dict[str,
 
 
 def run(options: argparse.Namespace, effort: Effort) -> dict[str, Any]:
-    """Measure and print everything; return it in JSON's types."""
+    """Measure and print everything; return it in JSON types."""
     start = time.monotonic()
     conditions = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

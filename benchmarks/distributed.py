@@ -1,8 +1,8 @@
-"""Every engine's results on four shards beside the whole's, and beside naive pooling, as tables.
+"""Compare every engine's results on four shards with the whole array's and naive pooling.
 
 A float32 array (2, 11, 8) in 4 groups is split along axis 1 into 5, 2, 3 and 1 (or 4, 0, 3 and 2),
 masked or not, with an offset or not. Every engine computes forward and backward on its shards; a
-float64 computation on the whole array is the truth. The naive scheme averages local means and
+float64 computation on the whole array is the reference. The naive scheme averages local means and
 local mean squares, unweighted, as is usual. The exit status is 1 when one of our rows misses the
 contract: forward max |error| / max(1, |value|) <= 5e-6; gradients relative to their largest value
 <= 2e-6 (dx and dscale 1e-4 with an offset up to 1000; nothing is promised beyond).
@@ -74,7 +74,7 @@ def gradient_error(got: np.ndarray, want: np.ndarray) -> float:
 
 
 def worst(errors: np.ndarray) -> float:
-    """The largest; inf where there is a NaN."""
+    """The largest; inf if there is a NaN."""
     return float(np.nan_to_num(errors, nan=np.inf).max())
 
 

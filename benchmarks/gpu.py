@@ -1,16 +1,16 @@
 """Correctness and speed on an NVIDIA GPU, next to a plain copy and to every peer.
 
-First, results and gradients of the kernels are compared with float64, and calls are repeated: the
-bits must be the same. Then copies tell how fast the memory is, and so the least time that reading
-and writing takes (the floor). Then rows in bfloat16 with SiLU, forward and forward+backward, in
-PyTorch, JAX and CuPy, those that are here: the contenders of a row take turns. Each library has a
-process of its own. What there is no time for is named and left out; what is wrong or broke is
-printed, written down, and makes the exit status 1. It is 2 where there is no GPU::
+First, results and gradients of the kernels are compared with float64, and repeated calls must give
+the same bits. Then copies measure the memory bandwidth, and with it the minimum time for reading
+and writing (the floor). Then follow rows in bfloat16 with SiLU, forward and forward+backward, in
+PyTorch, JAX and CuPy, as far as installed: the contenders of a row take turns. Each library runs in
+a separate process. Rows without time are listed and left out; errors and wrong results are printed
+and recorded, and make the exit status 1. It is 2 if there is no GPU::
 
     python benchmarks/gpu.py [--quick] [--seconds N] [--only torch,cupy,jax] [--into DIR]
     python benchmarks/gpu.py --from-json FILE
 
-The figures go to DIR/<gpu>-<date>.json and, with matplotlib, a PNG beside it.
+The figures go to DIR/<gpu>-<date>.json and, with matplotlib, a PNG next to it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ RESULTS = Path(__file__).with_name("results")
 
 
 def commit() -> tuple[str, bool | None]:
-    """The checkout's commit, and whether it was edited; unknown where there is no git."""
+    """The checkout's commit, and whether it was edited; unknown without git."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -59,7 +59,7 @@ def commit() -> tuple[str, bool | None]:
 
 
 def driver() -> str | None:
-    """The driver's version, clocks and power limit, as its own tool tells them."""
+    """The driver's version, clocks and power limit, as reported by its own tool."""
     query = "driver_version,clocks.max.sm,clocks.max.mem,power.limit,ecc.mode.current"
     try:
         return subprocess.run(
@@ -71,9 +71,9 @@ def driver() -> str | None:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any] | str:
-    """Everything in JSON's types, or why there is nothing to measure."""
+    """Everything in JSON types, or why there is nothing to measure."""
     begun = time.monotonic()
-    # Each library's process may end with a row that takes longer than thought.
+    # Each library's process may end with a row that takes longer than expected.
     end = begun + options.seconds
     status, records = run_child({"library": PROBE, "libraries": options.only}, 90)
     records = [record for record in records if record["kind"] != "begun"]
@@ -103,7 +103,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any] | str:
 
 
 def sorted_out(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Records by their kinds, rows with floors, and the aims."""
+    """Records by kind, rows with floors, and the aims."""
     rows, checks, copied = (
         [record for record in records if record["kind"] == kind]
         for kind in ("row", "check", "copy")
@@ -118,7 +118,7 @@ def sorted_out(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> None:
-    """What is missing and what is wrong, and last the table and the aims."""
+    """Print what is missing and what is wrong, then the table and the aims."""
     rows, checks = result["rows"], result["checks"]
     for note in notes([*result["copies"], *rows, *result["others"]]):
         print(note)
@@ -175,7 +175,7 @@ def parse() -> argparse.Namespace:
 
 
 def file_name(result: dict[str, Any]) -> str:
-    """Runs of a part do not overwrite those of all."""
+    """Partial runs do not overwrite complete ones."""
     part = ["quick"] if result["quick"] else []
     part += result["only"] if len(result["only"]) < len(LIBRARIES) else []
     return "-".join([short_name(result["gpu"]), result["date"][:10], *part]) + ".json"

@@ -1,8 +1,8 @@
 """Time of `import groupnorm` next to that of importing its two dependencies alone.
 
 Fresh processes in turns, timed inside the process from before to after the import, so that the
-interpreter's own start does not water the ratio down. Exit status 1 when the ratio of medians is
-1.3 or more, or when `import groupnorm` loads one of the heavy libraries::
+interpreter's startup does not dilute the ratio. The exit status is 1 if the ratio of medians is
+1.3 or more, or if `import groupnorm` loads one of the heavy libraries::
 
     python benchmarks/import_time.py [--pairs N] [--json FILE]
 """

@@ -1,9 +1,9 @@
 """Speed of the portable implementation, without any fused kernel, next to its peers in one run.
 
 Float32, channels last, (8, 56, 56, 64) in 32 groups, forward pass of a layer with scale and bias.
-The contenders of a library take turns call by call, so that both see the same machine. The aims:
-JAX (jit) at least 3x faster than flax nnx, NumPy at least 8x faster than the textbook lines.
-PyTorch is shown for information. Nothing fails on time; a busy machine is no bug::
+The contenders of a library alternate call by call, so that both see the same machine load. Aims:
+JAX (jit) at least 3x faster than flax nnx, NumPy at least 8x faster than the textbook version.
+PyTorch is shown for information. Times never cause a failure: a busy machine is not a bug::
 
     python benchmarks/portable_speed.py [--rounds N] [--json FILE]
 """
@@ -49,7 +49,7 @@ def our_layer(backend: str):
 
 
 def textbook(x: np.ndarray, scale: np.ndarray, bias: np.ndarray) -> np.ndarray:
-    """Group normalization as it is usually written down."""
+    """Textbook group normalization."""
     n, h, w, c = x.shape
     grouped = x.reshape(n, h, w, GROUPS, c // GROUPS)
     mean = grouped.mean(axis=(1, 2, 4), keepdims=True)
@@ -73,7 +73,7 @@ def jax_contest(x: np.ndarray) -> Contest:
     graph, state = nnx.split(
         nnx.GroupNorm(CHANNELS, num_groups=GROUPS, epsilon=EPSILON, rngs=nnx.Rngs(0))
     )
-    # On both sides the parameters are arguments: as constants XLA could fold them away.
+    # For both the parameters are arguments: as constants XLA could fold them away.
     call_ours = jax.jit(lambda layer, x: layer(x))
     call_flax = jax.jit(lambda state, x: nnx.merge(graph, state)(x))
     calls = {
@@ -131,7 +131,7 @@ def run(contest: Contest, rounds: int) -> dict[str, Any]:
 
 
 def verdict(contest: Contest, ratios: dict[str, float]) -> str:
-    """One line: how much faster, and whether that is the aim."""
+    """One line: the speedup, and whether the aim is met."""
     line = (
         f"{contest.title}: {ratios['median']:.1f}x faster than {contest.peer} by medians, "
         f"{ratios['min']:.1f}x by minima"

@@ -1,8 +1,8 @@
-"""Handwritten digits: train in JAX, go on in PyTorch, evaluate in NumPy, with the same layers.
+"""Handwritten digits: train in JAX, continue in PyTorch, evaluate in NumPy, with the same layers.
 
 A small convolutional classifier (digits_model.py) is trained with optax on scikit-learn's bundled
-digits. Its GroupNorm layers are then carried over by ``to_backend("torch")`` and trained on for an
-epoch there, and carried on to NumPy and back to JAX. At the end all three compute the test set's
+digits. Its GroupNorm layers are then converted by ``to_backend("torch")``, trained for another
+epoch there, and converted to NumPy and back to JAX. At the end all three compute the test set's
 logits and the gradients of the loss with respect to every GroupNorm parameter and to the images,
 and must agree: logits to 1e-4, gradients to 1e-4 of the largest one. The exit status is 1 when
 they do not. The loss and the activations around the first GroupNorm are drawn to digits.png::
@@ -48,14 +48,14 @@ class Digits(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What one backend computes on the test set."""
+    """The results of one backend on the test set."""
 
     logits: np.ndarray
     gradients: Gradients
 
 
 class Difference(NamedTuple):
-    """How far two backends are apart."""
+    """The differences between two backends."""
 
     pair: tuple[str, str]
     logits: float
@@ -63,7 +63,7 @@ class Difference(NamedTuple):
 
 
 def load(seed: int) -> Digits:
-    """A fifth of the images is kept for the test, every digit in proportion."""
+    """Load the digits, with a stratified fifth of them as test set."""
     digits = load_digits()
     images = (digits.images[..., None] / 16.0).astype(np.float32)
     labels = digits.target.astype(np.int64)
@@ -95,7 +95,7 @@ def say(framework: str, epoch: int, losses: list[float], test: float, start: flo
 def train_in_jax(
     parameters: Parameters, digits: Digits, epochs: int, rng: np.random.Generator
 ) -> tuple[Parameters, list[float]]:
-    """Adam by optax; the layers are pytrees, so nothing here knows about them."""
+    """Train with optax's Adam; the layers are pytrees and need no special handling."""
     optimizer = optax.adam(LEARNING_RATE)
     state = optimizer.init(parameters)
 
@@ -139,7 +139,7 @@ def torch_logits(net: TorchNet, images: np.ndarray) -> np.ndarray:
 
 
 def outcomes(net: TorchNet, digits: Digits) -> dict[str, Outcome]:
-    """The trained network on the test set, by every backend."""
+    """Evaluate the trained network on the test set with every backend."""
     test = digits.test_x, digits.test_y
     in_jax, in_numpy = net.carried_to("jax"), net.carried_to("numpy")
     logits = np.asarray(jax.jit(model.jax_logits)(in_jax, jnp.asarray(digits.test_x)))
@@ -179,7 +179,7 @@ def compare(results: dict[str, Outcome]) -> list[Difference]:
 
 
 def print_table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """With rich where it is installed, else in plain characters."""
+    """Print with rich if it is installed, else as plain text."""
     try:
         from rich.console import Console
         from rich.table import Table
@@ -199,7 +199,7 @@ def print_table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]
 
 
 def report(results: dict[str, Outcome], differences: list[Difference], labels: np.ndarray) -> None:
-    """The final table: each backend's accuracy, and how far it is from the farthest other one."""
+    """Print each backend's accuracy, and its largest differences to the others."""
     rows = []
     for name, result in results.items():
         mine = [difference for difference in differences if name in difference.pair]
@@ -216,7 +216,7 @@ def report(results: dict[str, Outcome], differences: list[Difference], labels: n
 
 
 def disagreements(differences: list[Difference]) -> list[str]:
-    """One sentence for every pair that is too far apart."""
+    """One sentence for every pair whose difference exceeds a tolerance."""
     return [
         f"{' and '.join(pair)}: {what} differ by {difference:.1e}, more than {tolerance:g}"
         for pair, logits, gradients in differences
@@ -229,7 +229,7 @@ def disagreements(differences: list[Difference]) -> list[str]:
 
 
 def carried_exactly(before: Parameters, after: TorchNet) -> bool:
-    """Whether the layers' values are bit for bit the same after `to_backend`."""
+    """Whether parameter values are bitwise equal after `to_backend`."""
     return all(
         np.array_equal(np.asarray(jax_norm.scale), torch_norm.scale.detach().numpy())
         and np.array_equal(np.asarray(jax_norm.bias), torch_norm.bias.detach().numpy())

@@ -26,13 +26,13 @@ def draw(
     jax_losses: list[float],
     torch_losses: list[float],
 ) -> Path:
-    """Write digits.png into `folder`; `parameters` are NumPy's."""
+    """Write digits.png into `folder`; `parameters` are NumPy arrays."""
     figure = plt.figure(figsize=(11, 8), layout="constrained")
     figure.suptitle("The same GroupNorm layers trained in JAX, then PyTorch, evaluated in NumPy")
     top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.05))
     draw_loss(top.subplots(), jax_losses, torch_losses)
     before = second_convolution(parameters, images)
-    after = group_norm(before, num_groups=GROUPS)  # no scale, no bias: what normalizing alone does
+    after = group_norm(before, num_groups=GROUPS)  # no scale, no bias: normalization only
     left, right = bottom.subplots(1, 2, sharex=True, sharey=True)
     limits = np.quantile(np.stack([before, after]), (0.0005, 0.9995))
     draw_activations(left, before, limits, "Test images before the second GroupNorm")

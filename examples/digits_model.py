@@ -1,15 +1,15 @@
 """One small convolutional network for 8x8 digits, written for JAX, PyTorch and NumPy.
 
-The GroupNorm layers of all three are the library's, carried over by ``to_backend``; everything
-around them is each framework's own, the way one would write it there. Images are (N, 8, 8, 1) and
+The GroupNorm layers of all three are the library's, converted by ``to_backend``; everything else
+is written with each framework's own functions. Images are (N, 8, 8, 1) and
 every activation keeps its channels last::
 
     conv 3x3, 16 -> GroupNorm(4) -> silu -> mean pool 2x2
     conv 3x3, 32 -> GroupNorm(4) -> silu -> mean pool 2x2 -> dense, 10
 
 The activation is smooth on purpose. With relu, a value that rounds to just above zero in one
-framework and just below in another changes its gradient from all to nothing, and frameworks could
-not be compared on gradients.
+framework and just below in another changes its gradient from 1 to 0, and gradients could not be
+compared between frameworks.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class TorchNet(torch.nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = images
         for kernel, norm in zip(self.convs, self.norms, strict=True):
-            # conv2d and avg_pool2d want the channels second; these permutations copy nothing.
+            # conv2d and avg_pool2d expect channels first; these permutations do not copy.
             x = F.conv2d(x.permute(0, 3, 1, 2), kernel.permute(3, 2, 0, 1), padding=1)
             x = F.silu(norm(x.permute(0, 2, 3, 1)))
             x = F.avg_pool2d(x.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
@@ -160,7 +160,7 @@ def numpy_conv(x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
 
 
 def numpy_conv_pullback(dy: np.ndarray, kernel: np.ndarray) -> np.ndarray:
-    """Gradient of `numpy_conv` to its input: a convolution with the kernel turned round."""
+    """Gradient of `numpy_conv` with respect to x: a convolution with the flipped kernel."""
     return numpy_conv(dy, kernel[::-1, ::-1].swapaxes(2, 3))
 
 
@@ -195,7 +195,7 @@ def numpy_logits(parameters: Parameters, images: np.ndarray) -> np.ndarray:
 
 
 def numpy_gradients(parameters: Parameters, images: np.ndarray, labels: np.ndarray) -> Gradients:
-    """The chain rule by hand; through GroupNorm by the layer's own `vjp`."""
+    """Explicit backward pass; through GroupNorm with the layer's `vjp`."""
     x, tape = images, []
     for kernel, norm in zip(parameters.convs, parameters.norms, strict=True):
         y, norm_pullback = norm.vjp(numpy_conv(x, kernel))

@@ -1,16 +1,16 @@
-"""Train a network whose images are cut into bands of rows, one for each of four processes.
+"""Train a network on images that are split into bands of rows over four processes.
 
 A small convolutional classifier of scikit-learn's digits is trained by four processes, each holding
 3, 2, 2 or 1 of the 8 rows of every image. Convolutions fetch the neighbours' nearest rows,
 `GroupNorm(axis_name="rows")` pools its statistics over the bands, and `sum_gradients` adds up the
-gradients. One process then trains the same network on whole images, and the losses must be the
-same to rounding, or the exit status is 1. For comparison the bands are trained a second time with
-statistics of their own, as a plain GroupNorm takes them. The three curves are drawn to
+gradients. One process then trains the same network on whole images, and the losses must be
+equal up to rounding, or the exit status is 1. For comparison the bands are trained a second time
+with separate statistics, as with a plain GroupNorm. The three curves are drawn to
 spatial_parallel_training.png::
 
     python examples/spatial_parallel_training.py [--out DIR] [--steps N]
 
-This starts itself again as ``torchrun --nproc-per-node 4 examples/spatial_parallel_training.py``.
+The script restarts itself as ``torchrun --nproc-per-node 4 examples/spatial_parallel_training.py``.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from groupnorm.backends.torch import sum_gradients
 
 WORLD = 4
 CHANNELS, GROUPS, CLASSES = 16, 4, 10
-ROWS = (3, 2, 2, 1)  # of each process; of 8
+ROWS = (3, 2, 2, 1)  # per process; 8 in total
 BATCH, LEARNING_RATE, MOMENTUM = 64, 0.02, 0.9
-# Relative to the first loss. Rounding differs, and training multiplies it: measured 2e-6.
+# Relative to the first loss. Training amplifies rounding differences: measured 2e-6.
 LOSSES_TOLERANCE = 1e-4
 
 
-# What bands exchange ------------------------------------------------------------------------------
+# Communication between bands ----------------------------------------------------------------------
 
 
 def exchange(upwards: Tensor, downwards: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,7 +58,7 @@ def exchange(upwards: Tensor, downwards: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Halo(torch.autograd.Function):
-    """Add the neighbours' nearest rows; their gradients go back to where the rows came from."""
+    """Append the neighbours' nearest rows; their gradients are sent back to the neighbours."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class Halo(torch.autograd.Function):
 
 
 class SumOverRanks(torch.autograd.Function):
-    """What every rank has of a sum; each rank's loss depends on all parts, so backward adds too."""
+    """All-reduce sum; each rank's loss depends on all parts, so backward sums too."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -95,8 +95,8 @@ class SumOverRanks(torch.autograd.Function):
 class Net(nn.Module):
     """Two convolutions, each normalized, and a linear layer.
 
-    `rows` are those of the image that are computed here. The logits are a sum over all rows, each
-    with weights of its own, so bands have parts of it.
+    `rows` are the rows of the image that this process computes. The logits are a sum over all
+    rows, each with separate weights, so every band computes a partial sum.
     """
 
     def __init__(
@@ -132,10 +132,10 @@ def pad(x: Tensor) -> Tensor:
 
 
 def train(net: Net, images: Tensor, labels: Tensor, steps: int, ranks: int) -> list[float]:
-    """Minimize the loss of the digits with the same batches wherever it is called.
+    """Minimize the loss of the digits, with the same batches in every process.
 
-    `images` is what this process holds of them. The loss is the sum of what the ranks call theirs:
-    each has the same number, so each takes its share.
+    `images` are this process's parts of the images. All ranks compute the same loss, so each
+    divides it by the number of ranks: their gradients are summed.
     """
     optimizer = torch.optim.SGD(net.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
     rng = np.random.default_rng(0)
@@ -160,13 +160,13 @@ class Curves(NamedTuple):
     alone: list[float]
 
     def difference(self, which: str) -> float:
-        """The largest difference to the whole, relative to the first loss."""
+        """The largest difference to whole images, relative to the first loss."""
         apart = np.abs(np.subtract(getattr(self, which), self.whole))
         return float(np.max(apart) / self.whole[0])  # np.max keeps a NaN
 
 
 def train_all(steps: int) -> Curves:
-    """Train in bands with pooled statistics, in bands with their own, and on whole images."""
+    """Train in bands with pooled and with separate statistics, and on whole images."""
     digits = load_digits()
     images = torch.from_numpy((digits.images[:, None] / 16).astype(np.float32))
     labels = torch.from_numpy(digits.target.astype(np.int64))
@@ -183,7 +183,7 @@ def train_all(steps: int) -> Curves:
             )
             for axis_name in ("rows", None)
         )
-    # Every process could do this; that all do keeps them together.
+    # One process would suffice; running it in all keeps them synchronized.
     whole = train(Net(None, slice(None), pad, lambda x: x), images, labels, steps, 1)
     return Curves(whole, pooled, alone)
 

@@ -1,15 +1,15 @@
-"""A large image, tile by tile and band by band: the numbers are those of the whole image.
+"""A large image in tiles and in bands of rows: the results are those of the whole image.
 
-A photograph (scikit-learn's) is enlarged and given 16 features a pixel, by a 1x1 convolution. Its
-group normalization, with the gradients of a random cotangent, is then computed
+A photograph (from scikit-learn) is enlarged and expanded to 16 features per pixel by a 1x1
+convolution. Its group normalization, with the gradients of a random cotangent, is then computed
 
-tiles   in NumPy, one tile in memory at a time: one pass over the tiles measures them, a second
-        normalizes them by the merged statistics;
-torch   by four processes, each holding a band of rows of another height;
-jax     by four devices of one CPU, each holding as many rows, the last of them padding;
+tiles   in NumPy, one tile in memory at a time: one pass over the tiles computes statistics, a
+        second one normalizes them with the merged statistics;
+torch   in four processes, each holding a band of rows of different height;
+jax     on four devices of one CPU, each holding the same number of rows, the last ones padding;
 
-and compared with that of the whole image on one device. The exit status is 1 when they differ by
-more than float32 rounding does::
+and compared with that of the whole image on one device. The exit status is 1 if they differ by
+more than float32 rounding::
 
     python examples/tiled_image.py                               # all three
     python examples/tiled_image.py tiles [--enlarge N]
@@ -39,9 +39,9 @@ OPTIONS = {"num_groups": GROUPS}
 
 
 class Image:
-    """The features of the enlarged photograph, (1, rows, columns, FEATURES), made where asked for.
+    """The features of the enlarged photograph, (1, rows, columns, FEATURES), computed on demand.
 
-    Only `part` makes any: a real program would read tiles from disk, or from the layer before.
+    `part` computes them; a real program would read tiles from disk, or from the previous layer.
     """
 
     def __init__(self, enlarge: int) -> None:
@@ -64,7 +64,7 @@ class Image:
         return self.part(slice(None))
 
     def cotangent(self) -> np.ndarray:
-        """Make up what a loss would send back; the same in every process."""
+        """A random cotangent, the same in every process."""
         shape = (1, self.height, self.width, FEATURES)
         return np.random.default_rng(1).standard_normal(shape, dtype=np.float32)
 
@@ -79,7 +79,7 @@ def relative_difference(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def say(what: str, differences: dict[str, float]) -> bool:
-    """Print one line, and say whether all is within rounding."""
+    """Print one line, and return whether all differences are within rounding."""
     print(what, *(f"{k} {v:.1e}" for k, v in differences.items()), sep="   ", flush=True)
     return all(
         difference <= (FORWARD if name == "y" else GRADIENT)  # a NaN is not
@@ -113,7 +113,7 @@ def in_tiles(image: Image) -> bool:
         f"image: {image.height} x {image.width} x {FEATURES}, {whole.nbytes / 2**20:.0f} MiB; "
         f"{len(list(tiles_of(image)))} tiles of at most {megabytes:.0f} MiB"
     )
-    print(f"each tile by its own statistics, as tiling is often done: wrong by {alone:.1f}")
+    print(f"each tile with its own statistics, as is common: wrong by {alone:.1f}")
     return say("NumPy, tile by tile:         ", {"y": difference})
 
 
@@ -137,11 +137,11 @@ def in_torch(image: Image) -> bool:
             y.backward(torch.from_numpy(image.cotangent()[:, rows]))
             return y.detach(), x.grad, parameters
 
-        # Of different heights, to show that this is nothing special: in proportion 1 : 2 : 3 : ...
+        # Different heights, in proportion 1 : 2 : 3 : ..., to show that they need not be equal.
         cuts = [image.height * n * (n + 1) // (size * (size + 1)) for n in range(size + 1)]
         rows = slice(cuts[rank], cuts[rank + 1])
         y, dx, parameters = run(rows, axis_name=dist.group.WORLD)
-        # A rank has its band's share of the parameters' gradients.
+        # Each rank has its band's contribution to the parameter gradients.
         sum_gradients(parameters, dist.group.WORLD)
 
         whole_y, whole_dx, whole_parameters = run(slice(None))
@@ -160,7 +160,7 @@ def in_torch(image: Image) -> bool:
         differences = dict(zip(mine, worst.tolist(), strict=True))
         if rank == 0:
             return say(f"PyTorch, {size} processes (gloo):", differences)
-        return True  # rank 0 says so for all
+        return True  # rank 0 reports for all
     finally:
         dist.destroy_process_group()
 
@@ -179,7 +179,7 @@ def in_jax(image: Image) -> bool:
     mesh = jax.make_mesh((WORLD,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
     bands = P(None, "rows")
     padding = ((0, 0), (0, -image.height % WORLD), (0, 0), (0, 0))
-    # Whatever padding holds, it does not count.
+    # The content of the padding is irrelevant.
     x = np.pad(image.whole(), padding, constant_values=np.nan)
     dy = np.pad(image.cotangent(), padding)
     counts = (np.arange(x.shape[1]) < image.height)[None, :, None, None]
@@ -216,7 +216,7 @@ def in_jax(image: Image) -> bool:
 
 
 def everything(enlarge: int) -> bool:
-    """Run every engine as a user would start it, in processes of its own."""
+    """Run every engine as a user would start it, in separate processes."""
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", str(WORLD))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     fine = True

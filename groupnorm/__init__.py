@@ -1,4 +1,4 @@
-"""Group normalization, written once against the array API: the same accurate numbers everywhere.
+"""Group normalization, written once against the array API: equally accurate in every library.
 
 See `GroupNorm` for the layer, `group_norm` for the function.
 """

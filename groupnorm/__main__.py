@@ -1,10 +1,10 @@
-"""``python -m groupnorm``: the backends here, and whether each agrees with a float64 reference.
+"""``python -m groupnorm``: list the backends, and compare each with a float64 reference.
 
-The column "implementation" says what computes ordinary calls in float32 by default: "fused" are
-compiled kernels, "portable" is what serves everything else.
+The column "implementation" is the default for ordinary float32 calls: "fused" are compiled
+kernels, "portable" is the implementation for everything else.
 
-The exit status is 0 when every backend that is installed and has a device agrees, else 1. What is
-not installed, or installed without a usable device, is named and is no failure.
+The exit status is 0 if every backend that is installed and has a device agrees, else 1. A backend
+that is not installed, or has no usable device, is listed and is not a failure.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Parameters
     ----------
     arguments : sequence of str, optional
-        The command line, by default that of the process.
+        The command-line arguments; default is those of the process.
 
     Returns
     -------
     int
-        The exit status: 0 when every usable backend agrees with the reference, else 1.
+        The exit status: 0 if every usable backend agrees with the reference, else 1.
     """
     parser = argparse.ArgumentParser(prog="python -m groupnorm", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -55,7 +55,7 @@ def _version() -> str:
 
 
 def _as_dict(reports: list[BackendReport]) -> dict[str, Any]:
-    """The whole result in JSON's types."""
+    """The whole result in JSON types."""
     return {
         "groupnorm": _version(),
         "python": platform.python_version(),
@@ -88,7 +88,7 @@ def _check_as_dict(check: Check) -> dict[str, Any]:
 
 
 def _print_report(reports: list[BackendReport]) -> None:
-    """For people: the backends, the checks, what was raised, the verdict."""
+    """Print the backends, the checks, the errors and the verdict."""
     title = f"groupnorm {_version()}, Python {platform.python_version()}"
     header: Row = ("backend", "version", "devices", "implementation", "status")
     _print_table(title, header, _backend_rows(reports))
@@ -111,7 +111,7 @@ def _print_report(reports: list[BackendReport]) -> None:
 
 
 def _backend_rows(reports: list[BackendReport]) -> list[Row]:
-    # A reason may be long, a driver's whole message; it gets lines of its own below the tables.
+    # A reason may be long, such as a driver's message: it is printed below the tables.
     return [
         (
             report.name,
@@ -125,7 +125,7 @@ def _backend_rows(reports: list[BackendReport]) -> list[Row]:
 
 
 def _implementation(report: BackendReport) -> str:
-    """What computes by default, by device where that depends on it."""
+    """The default implementation, listed per device if it differs."""
     taken = _by_value({device: names[0] for device, names in report.implementations.items()})
     if len(taken) < 2:
         return next(iter(taken), "-")
@@ -133,7 +133,7 @@ def _implementation(report: BackendReport) -> str:
 
 
 def _by_value(of_devices: Mapping[str, str]) -> dict[str, list[str]]:
-    """The devices of each value, so that eight equal GPUs are named together."""
+    """The devices of each value, so that eight equal GPUs are listed together."""
     devices: dict[str, list[str]] = {}
     for device, value in of_devices.items():
         devices.setdefault(value, []).append(device)
@@ -146,7 +146,7 @@ def _devices(report: BackendReport) -> list[str]:
 
 
 def _check_rows(columns: list[tuple[BackendReport, str]]) -> list[Row]:
-    """One row a check, one column a device."""
+    """One row per check, one column per device."""
     by_column = [
         {check.name: check for check in report.checks if check.device == device}
         for report, device in columns
@@ -172,7 +172,7 @@ def _verdict(reports: list[BackendReport]) -> str:
 
 
 def _print_table(title: str, header: Row, rows: list[Row]) -> None:
-    """With rich where it is installed, else in plain characters."""
+    """Print with rich if it is installed, else as plain text."""
     try:
         from rich.console import Console
         from rich.table import Table

@@ -1,11 +1,12 @@
-"""What the implementation needs from an array library: one `Adapter` per library.
+"""The interface between the implementation and an array library: one `Adapter` per library.
 
-The base class works for any array API library as it is; see ``backends/array_api.py``. The adapter
-of a library overrides what differs. `groupnorm.dispatch` finds it; nothing here knows which
-libraries there are.
+The base class implements it in array API terms; see ``backends/array_api.py``. The adapter of a
+library overrides what differs. `groupnorm.dispatch` finds the adapter; this module knows no
+specific library.
 """
 
 import logging
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import array_api_compat
@@ -16,7 +17,7 @@ from groupnorm.distributed.replicas import Replicas
 from groupnorm.errors import ArgumentTypeError, AxisNameError
 
 if TYPE_CHECKING:
-    from groupnorm.arguments import Options
+    from groupnorm.arguments import CallOptions
     from groupnorm.typing import Array
 
 __all__ = [
@@ -33,59 +34,61 @@ _log = logging.getLogger("groupnorm")
 
 
 class Unsupported(NamedTuple):
-    """Returned in place of a result: why an implementation does not compute a call."""
+    """Returned instead of a result: why an implementation does not support a call."""
 
     reason: str
 
 
 class Kernels:
-    """The compiled kernels of a library, as far as there are any.
+    """The compiled kernels of a library, if there are any.
 
     Parameters
     ----------
     why_none : str
-        Why there are none: the reason for every call. Subclasses override all methods.
+        Why there are none; returned for every call. Subclasses override all methods.
     """
 
     def __init__(self, why_none: str = "") -> None:
         self._why_none = why_none
 
     def why_unavailable(self, device: str) -> Unsupported | None:
-        """Return why no kernel runs on a device, one of `Adapter.devices`; None if they do.
+        """Return why no kernel runs on a device, one of `Adapter.devices`; None if kernels do.
 
-        If installing something would change that, the reason names it. The answer is about ordinary
-        float32 calls and costs an import at most: nothing is compiled for it.
+        If installing a package would help, the reason names it. The answer holds for ordinary
+        float32 calls and needs an import at most; nothing is compiled.
         """
         return Unsupported(self._why_none)
 
     def forward(
-        self, x: "Array", scale: "Array", bias: "Array", mask: Any, options: "Options"
+        self, x: "Array", scale: "Array", bias: "Array", mask: Any, options: "CallOptions"
     ) -> Any:
         """Return the result of a kernel, within the accuracy contract.
 
-        `Unsupported` with the reason for every call that no kernel computes, wrong arguments
-        included, which the portable implementation names.
+        Otherwise `Unsupported` with the reason; also for invalid arguments, for which the portable
+        implementation raises the error.
         """
         return Unsupported(self._why_none)
 
-    def vjp(self, x: "Array", scale: "Array", bias: "Array", mask: Any, options: "Options") -> Any:
+    def vjp(
+        self, x: "Array", scale: "Array", bias: "Array", mask: Any, options: "CallOptions"
+    ) -> Any:
         """Return the result and its pullback, or `Unsupported`."""
         return Unsupported(self._why_none)
 
 
 class Planning(NamedTuple):
-    """What a plan for arrays of a library depends on besides their shape."""
+    """The properties of a library that a plan depends on, besides the shape."""
 
-    #: False while a compiler traces with sizes it may change later.
+    #: False while a compiler traces with symbolic sizes.
     static: bool = True
-    #: Whether neighbouring axes of one kind become one.
+    #: Whether adjacent axes of the same kind are merged.
     merge_axes: bool = True
-    #: Whether sums are taken in blocks of fixed size.
+    #: Whether to sum in blocks of fixed size.
     blocked_sums: bool = True
 
 
 class Adapter:
-    """What the implementation needs from an array library.
+    """The operations that the implementation needs from an array library.
 
     Parameters
     ----------
@@ -95,15 +98,16 @@ class Adapter:
 
     #: The library's name in messages, such as "PyTorch".
     label: str
-    #: What messages call its arrays.
+    #: The name of its arrays in messages, such as "PyTorch tensors".
     array_name: str
-    #: What `backend=` and `to_backend` take; empty if there is no layer of this library.
+    #: The name for `backend=` and `to_backend`; empty if this library has no layer.
     name: ClassVar[str] = ""
-    #: Whether the library may need intermediate arrays again after the call.
+    #: Whether intermediate arrays may be needed after the call, by automatic differentiation.
     has_autograd: ClassVar[bool] = True
-    #: Whether values can be read at no cost, and the computation may depend on them.
+    #: Whether reading values is free, so that the computation may depend on them.
     reads_values: ClassVar[bool] = False
-    _kernels: Kernels | None = None
+    #: Whether the library has array types that describe their sharding over devices.
+    has_sharded_arrays: ClassVar[bool] = False
 
     def __init__(self, xp: Any) -> None:
         self.xp = xp
@@ -111,21 +115,21 @@ class Adapter:
     # Arrays -----------------------------------------------------------------------------------
 
     def is_array(self, x: object) -> bool:
-        """Whether x is this library's own (not merely convertible)."""
+        """Whether x is an array of this library (not merely convertible)."""
         raise NotImplementedError
 
     def admit(self, x: "Array", argument: str = "x") -> "Array":
-        """Return an input as the library can compute it, nearly always as it is.
+        """Return an input in a form the library can compute with; usually unchanged.
 
         Raises
         ------
         ArgumentTypeError, ArgumentValueError
-            For the kinds of array that would be computed wrongly.
+            For kinds of arrays that would give wrong results.
         """
         return x
 
     def planning(self, shape: tuple[int, ...]) -> Planning:
-        """Return what a plan for arrays of this shape depends on."""
+        """Return the properties that a plan for arrays of this shape depends on."""
         return Planning()
 
     def device_of(self, x: "Array") -> Any:
@@ -133,11 +137,11 @@ class Adapter:
         return getattr(x, "device", None)
 
     def place(self, x: "Array", device: Any) -> "Array":
-        """Move an array to a device that the user named; None leaves it where it is."""
+        """Move an array to the given device; None leaves it on its device."""
         return x if device is None else self.xp.asarray(x, device=device)
 
     def detach(self, x: "Array") -> "Array":
-        """Return a value no gradient flows through."""
+        """Return the value without gradient flow."""
         return x
 
     def value_if_ready(self, x: "Array") -> bool | None:
@@ -145,11 +149,11 @@ class Adapter:
         return None
 
     def materialize(self, *values: "Array") -> "tuple[Array, ...]":
-        """Materialize small arrays: a compiler must not recompute them for every element."""
+        """Materialize small arrays, so that compilers do not recompute them for every element."""
         return values
 
     def from_host(self, value: "np.ndarray[Any, Any]", like: "Array | None" = None) -> "Array":
-        """Bring a NumPy array here with exactly its values, to the device of `like`."""
+        """Convert a NumPy array without rounding, on the device of `like`."""
         device = None if like is None else self.device_of(like)
         dtype = self.dtype(value.dtype.name)
         return self.xp.asarray(as_native_contiguous(value), dtype=dtype, device=device)
@@ -159,12 +163,12 @@ class Adapter:
         return np.asarray(x)
 
     def sum_of_product(self, factors: "tuple[Array, ...]", axis: int) -> "Array":
-        """Sum one array, or the product of two, along an axis, which stays with length 1."""
+        """Sum one array, or the product of two, along an axis, which is kept with length 1."""
         x = factors[0] if len(factors) == 1 else factors[0] * factors[1]
         return self.xp.sum(x, axis=axis, keepdims=True)
 
     def erfc(self, x: "Array") -> "Array | None":
-        """Return 1 - erf(x), which is no part of the array API; None if the library has none."""
+        """Return 1 - erf(x), which the array API lacks; None if the library lacks it too."""
         return None
 
     # Dtypes -----------------------------------------------------------------------------------
@@ -174,28 +178,29 @@ class Adapter:
         return bool(self.xp.isdtype(dtype, "complex floating"))
 
     def is_real_floating(self, dtype: Any) -> bool:
-        """Whether dtype is real floating, the small ones included."""
+        """Whether dtype is real floating, including 8 and 16 bit formats."""
         return bool(self.xp.isdtype(dtype, "real floating"))
 
     def dtype(self, name: str) -> Any:
-        """Return this library's dtype of a name."""
-        found = getattr(self.xp, name, None)
-        if found is None:
+        """Return this library's dtype with the given name."""
+        dtype = getattr(self.xp, name, None)
+        if dtype is None:
             raise ArgumentTypeError(
-                f"dtype={name!r} is no dtype of {self.label}: choose one it has, such as 'float32'."
+                f"dtype={name!r} is not a dtype of {self.label}: choose one it has, such as "
+                "'float32'."
             )
-        return found
+        return dtype
 
     def default_float(self) -> Any:
-        """Return the dtype integers are computed in."""
+        """Return the dtype that integers are converted to."""
         return self.xp.__array_namespace_info__().default_dtypes()["real floating"]
 
     def result_type(self, *dtypes: Any) -> Any:
-        """Return what floating and complex dtypes promote to."""
+        """Return the dtype that floating and complex dtypes promote to."""
         return self.xp.result_type(*dtypes)
 
     def real_dtype(self, dtype: Any) -> Any:
-        """Return the dtype of a complex dtype's parts; others as they are."""
+        """Return the dtype of a complex dtype's parts; real dtypes unchanged."""
         if not self.is_complex(dtype):
             return dtype
         return self.xp.float32 if dtype == self.xp.complex64 else self.xp.float64
@@ -209,12 +214,12 @@ class Adapter:
     # Replicas ---------------------------------------------------------------------------------
 
     def replicas(self, axis_name: Any) -> Replicas:
-        """Return the replicas a name, a communicator or a tuple of them stands for, here.
+        """Return the replicas of a name, a communicator or a tuple of them.
 
         Raises
         ------
         AxisNameError
-            If it stands for none.
+            If there are none.
         """
         raise AxisNameError(
             f"axis_name={bound(axis_name)[0]!r} cannot be used with {self.array_name}: "
@@ -223,17 +228,18 @@ class Adapter:
         )
 
     def sharded_call(self, x: "Array") -> Any:
-        """Return what computes an array whose type says how it lies on several devices.
+        """Return the function that computes an array whose type describes its sharding.
 
-        None for all others; else a function of `groupnorm.dispatch.compute` and its arguments.
+        It takes `groupnorm.dispatch.compute_local` and that function's arguments. None for all
+        other arrays. Called only if `has_sharded_arrays`.
         """
         return None
 
     def is_sharded(self, x: "Array") -> bool:
-        """Whether x's type says that its parts lie on several devices."""
+        """Whether x's type says that it is sharded over several devices."""
         return self.sharded_call(x) is not None
 
-    # Parameters, and where they live ----------------------------------------------------------
+    # Parameters and devices -------------------------------------------------------------------
 
     def wrap_parameter(self, value: "Array", param_type: Any) -> Any:
         """Turn an array into a stored parameter."""
@@ -244,24 +250,18 @@ class Adapter:
         return stored if self.is_array(stored) else getattr(stored, "value", stored)
 
     def devices(self) -> tuple[str, ...]:
-        """Return the names of the devices this library can compute on here."""
+        """Return the names of the devices this library can use on this machine."""
         return ("cpu",)
 
-    # Faster implementations, where there are any ----------------------------------------------
+    # Faster implementations, if there are any -------------------------------------------------
 
-    @property
+    @cached_property
     def kernels(self) -> Kernels:
         """The library's compiled kernels, imported at first use.
 
-        They use private names of their library, which any release may rename. That costs the
-        kernels, never the library: the portable implementation needs none of them.
+        They use private names of their library, which any release may rename. Then the kernels are
+        lost, but not the library: the portable implementation uses no private names.
         """
-        found = self._kernels
-        if found is None:
-            found = self._kernels = self._guarded_kernels()
-        return found
-
-    def _guarded_kernels(self) -> Kernels:
         try:
             return self.load_kernels()
         except (ImportError, AttributeError) as error:
@@ -277,22 +277,22 @@ class Adapter:
         return Kernels(f"there are no kernels for {self.array_name}")
 
     def native(
-        self, x: "Array", scale: "Array", bias: "Array", mask: Any, options: "Options"
+        self, x: "Array", scale: "Array", bias: "Array", mask: Any, options: "CallOptions"
     ) -> Any:
-        """Return what the library's own group normalization computes, of its own accuracy.
+        """Return the result of the library's own group normalization, with its accuracy.
 
-        `Unsupported` with the reason for all others.
+        Otherwise `Unsupported` with the reason.
         """
         return Unsupported(f"{self.label} has no group normalization of its own")
 
 
 def as_native_contiguous(value: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
-    """Return the array C-contiguous and in native byte order, as every library can read it."""
+    """Return the array C-contiguous and in native byte order, which every library can read."""
     return np.ascontiguousarray(value, dtype=value.dtype.newbyteorder("="))
 
 
 def library_of(x: Any) -> str | None:
-    """Return the name of the library an array is of, such as "torch"; None if x is no array."""
+    """Return the name of an array's library, such as "torch"; None if x is not an array."""
     if not array_api_compat.is_array_api_obj(x):
         return None
     name: str = array_api_compat.array_namespace(x).__name__
@@ -300,7 +300,7 @@ def library_of(x: Any) -> str | None:
 
 
 def not_an_array(x: Any, argument: str) -> ArgumentTypeError:
-    """Return the error for an argument that is no array."""
+    """Return the error for an argument that is not an array."""
     text = repr(x)
     text = text if len(text) <= 40 else text[:37] + "..."
     return ArgumentTypeError(

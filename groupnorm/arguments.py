@@ -1,4 +1,4 @@
-"""What a user may ask of a group normalization, checked once and kept as plain hashable values."""
+"""The options of a group normalization, validated once and kept as plain hashable values."""
 
 import math
 import numbers
@@ -15,19 +15,19 @@ from groupnorm.errors import ArgumentTypeError, ArgumentValueError
 __all__ = [
     "ACTIVATIONS",
     "IMPLEMENTATIONS",
+    "CallOptions",
     "InSize",
-    "Options",
     "check_in_size",
     "flag",
-    "make_options",
+    "validate",
 ]
 
 ACTIVATIONS = ("relu", "silu", "gelu")
 IMPLEMENTATIONS = ("portable", "fused", "native")
 
 
-class Options(NamedTuple):
-    """Everything but arrays. Axes are as the user gave them: negative ones count from the end."""
+class CallOptions(NamedTuple):
+    """All arguments but arrays. Axes are as given: negative ones count from the end."""
 
     feature: tuple[int, ...]
     num_groups: int | None
@@ -40,10 +40,10 @@ class Options(NamedTuple):
     fast: bool
     activation: str | None
     implementation: str | None
-    feature_shape: tuple[int, ...] | None  # what a layer was made for; None takes any
+    feature_shape: tuple[int, ...] | None  # of the layer; None accepts any
 
 
-def make_options(
+def validate(
     *,
     feature_axis: int | Sequence[int],
     num_groups: int | None,
@@ -57,8 +57,8 @@ def make_options(
     activation: str | None = None,
     implementation: str | None = None,
     feature_shape: tuple[int, ...] | None = None,
-) -> Options:
-    """Check the arguments the layer and the function share.
+) -> CallOptions:
+    """Validate the arguments that the layer and the function have in common.
 
     Raises
     ------
@@ -72,7 +72,7 @@ def make_options(
             f"feature_axis={feature_axis!r} names no axis: groups are groups of channels, so give "
             "at least one feature axis, such as -1."
         )
-    return Options(
+    return CallOptions(
         feature=features,
         num_groups=num_groups,
         group_size=group_size,
@@ -82,8 +82,10 @@ def make_options(
         axis_name=tuple(axis_name) if isinstance(axis_name, list) else axis_name,
         axis_index_groups=_index_groups(axis_index_groups, axis_name),
         fast=flag("use_fast_variance", use_fast_variance),
-        activation=_one_of("activation", activation, ACTIVATIONS),
-        implementation=_one_of("implementation", implementation, IMPLEMENTATIONS),
+        activation=None if activation is None else _one_of("activation", activation, ACTIVATIONS),
+        implementation=None
+        if implementation is None
+        else _one_of("implementation", implementation, IMPLEMENTATIONS),
         feature_shape=feature_shape,
     )
 
@@ -93,7 +95,7 @@ def _groups(num_groups: Any, group_size: Any) -> tuple[int | None, int | None]:
         both = "both are given" if num_groups is not None else "neither is given"
         raise ArgumentValueError(
             f"num_groups={num_groups!r} and group_size={group_size!r}: {both}, and exactly one is "
-            "needed. Pass num_groups=None together with group_size=, or num_groups= alone."
+            "required. Pass num_groups=None together with group_size=, or num_groups= alone."
         )
     if num_groups is not None:
         return _positive("num_groups", num_groups), None
@@ -101,18 +103,18 @@ def _groups(num_groups: Any, group_size: Any) -> tuple[int | None, int | None]:
 
 
 def _integer(argument: str, value: Any) -> int:
-    # bool is an int to Python, and True groups would be a silent 1.
+    # bool is a subclass of int: num_groups=True would silently mean 1.
     if isinstance(value, bool | np.bool_):
         raise ArgumentTypeError(
-            f"{argument}={value!r} is a bool: an integer is needed. Write {int(value)} if "
-            "you mean it."
+            f"{argument}={value!r} is a bool: an integer is required. Write {int(value)} if "
+            "that is intended."
         )
     try:
         return operator.index(value)
     except TypeError:
         raise ArgumentTypeError(
-            f"{argument}={value!r} is of type {type(value).__name__}: an integer is needed, of "
-            "Python's or NumPy's integer types."
+            f"{argument}={value!r} is of type {type(value).__name__}: it must be a Python or "
+            "NumPy integer."
         ) from None
 
 
@@ -133,14 +135,12 @@ def _ints(argument: str, value: Any) -> tuple[int, ...]:
     return (_integer(argument, value),)
 
 
-def _one_of(argument: str, value: Any, names: tuple[str, ...]) -> str | None:
-    if value is None:
-        return None
+def _one_of(argument: str, value: Any, names: tuple[str, ...]) -> str:
     known = ", ".join(map(repr, names))
     if not isinstance(value, str):
         raise ArgumentTypeError(
-            f"{argument}={value!r} is of type {type(value).__name__}: it is one of the names "
-            f"{known}, or None. A function goes behind the layer."
+            f"{argument}={value!r} is of type {type(value).__name__}: it must be one of the "
+            f"names {known}, or None. To apply a function, call it on the layer's output."
         )
     if value not in names:
         raise ArgumentValueError(f"{argument}={value!r} is not known: choose {known}, or None.")
@@ -150,7 +150,7 @@ def _one_of(argument: str, value: Any, names: tuple[str, ...]) -> str | None:
 def _epsilon(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ArgumentTypeError(
-            f"epsilon={value!r} is of type {type(value).__name__}: a real number is needed, "
+            f"epsilon={value!r} is of type {type(value).__name__}: it must be a real number, "
             "such as 1e-6."
         )
     epsilon = float(value)
@@ -163,10 +163,10 @@ def _epsilon(value: Any) -> float:
 
 
 def flag(argument: str, value: Any) -> bool:
-    """Check that a switch is a bool."""
+    """Check that an argument is a bool."""
     if not isinstance(value, bool | np.bool_):
         raise ArgumentTypeError(
-            f"{argument}={value!r} is of type {type(value).__name__}: True or False is needed."
+            f"{argument}={value!r} is of type {type(value).__name__}: it must be True or False."
         )
     return bool(value)
 
@@ -198,7 +198,7 @@ def _index_groups(groups: Any, axis_name: Any) -> tuple[tuple[int, ...], ...] | 
 
 
 class InSize(NamedTuple):
-    """An input size, and where its features are in `x`."""
+    """An input size, and its feature axes in `x`."""
 
     in_size: "tuple[int | EllipsisType, ...]"
     feature_axis: int | tuple[int, ...]  # as given
@@ -207,7 +207,7 @@ class InSize(NamedTuple):
 
 
 def check_in_size(in_size: Any, feature_axis: Any) -> InSize:
-    """Check a layer's input size and place its feature axes.
+    """Check a layer's input size and resolve its feature axes.
 
     Axes before a ``...`` count from the front, after one batch axis; all others from the end.
 
@@ -223,14 +223,14 @@ def check_in_size(in_size: Any, feature_axis: Any) -> InSize:
     ellipses = [i for i, e in enumerate(entries) if e is ...]
     if len(ellipses) > 1:
         raise ArgumentValueError(
-            f"in_size={in_size!r} holds '...' {len(ellipses)} times: it stands for any number of "
-            "axes and may appear once."
+            f"in_size={in_size!r} contains '...' {len(ellipses)} times: it stands for any number "
+            "of axes and may appear only once."
         )
     size = tuple(e if e is ... else _integer("in_size", e) for e in entries)
     if not size or any(e is not ... and e < 0 for e in size):
         raise ArgumentValueError(
             f"in_size={in_size!r} must hold at least one length, none of them negative: it is the "
-            "shape of the input without its batch, such as (28, 28, 64) or just 64."
+            "shape of the input without the batch axis, such as (28, 28, 64) or just 64."
         )
     dots = ellipses[0] if ellipses else -1
     features: list[int] = []
@@ -239,7 +239,7 @@ def check_in_size(in_size: Any, feature_axis: Any) -> InSize:
         if not -len(size) <= axis < len(size):
             raise ArgumentValueError(
                 f"feature_axis={axis} is out of range for in_size={in_size!r}: it is an index into "
-                f"in_size, so it lies in [{-len(size)}, {len(size) - 1}]. (PyTorch's "
+                f"in_size, so it must be in [{-len(size)}, {len(size) - 1}]. (PyTorch's "
                 "GroupNorm(groups, channels) is GroupNorm(channels, num_groups=groups) here.)"
             )
         features.append(axis % len(size))
@@ -251,8 +251,8 @@ def check_in_size(in_size: Any, feature_axis: Any) -> InSize:
         )
     if dots in features:
         raise ArgumentValueError(
-            f"feature_axis={feature_axis!r} points at the '...' of in_size={in_size!r}, whose "
-            "length is not known: point at one of its numbers."
+            f"feature_axis={feature_axis!r} selects the '...' of in_size={in_size!r}, whose "
+            "length is unknown: select one of its integers."
         )
     shape = tuple(e for i in features if (e := size[i]) is not ...)
     if any(n == 0 for n in shape):

@@ -1,29 +1,22 @@
-"""Which backends are here."""
+"""Which backends are installed and usable."""
 
 import importlib.util
+import sys
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from groupnorm.dispatch import adapter_named, backend_names, implementations_on
+from groupnorm.dispatch import adapter_named, backend_names, implementations_on, root_of
 
 __all__ = ["BackendInfo", "available_backends"]
 
-# The distributions that may provide a backend's module, in the order they are looked for.
-_DISTRIBUTIONS = {
-    "numpy": ("numpy",),
-    "jax": ("jax",),
-    "torch": ("torch",),
-    "cupy": ("cupy-cuda13x", "cupy-cuda12x", "cupy-cuda11x", "cupy"),
-}
-
 
 class BackendInfo(NamedTuple):
-    """One backend of this machine.
+    """A backend and its state on this machine.
 
     Attributes
     ----------
     name : str
-        What `backend=` takes.
+        The name for `backend=`.
     installed : bool
         Whether its library is installed.
     version : str or None
@@ -33,9 +26,9 @@ class BackendInfo(NamedTuple):
     error : str or None
         Why an installed library cannot be used.
     implementations : mapping of str to tuple of str
-        For each of `devices`, what ``implementation=`` can be there for ordinary calls in float32.
-        The first is what ``implementation=None`` takes; calls it does not serve are computed by
-        ``"portable"``. ``"native"`` is taken by nobody who does not ask for it.
+        For each of `devices`, the valid values of ``implementation=`` for ordinary float32 calls.
+        ``implementation=None`` uses the first, and ``"portable"`` for calls which that does not
+        support. ``"native"`` is only used on request.
     why_not_fused : mapping of str to str
         For each of `devices` without ``"fused"`` the reason, and what to install if that helps.
     """
@@ -50,10 +43,9 @@ class BackendInfo(NamedTuple):
 
 
 def available_backends() -> tuple[BackendInfo, ...]:
-    """Ask every backend whether it is installed, what it can compute on, and by what.
+    """Return for every backend whether it is installed, its devices and its implementations.
 
-    This imports the libraries that are installed, numba for the kernels included. It compiles
-    nothing.
+    This imports the installed libraries, including numba for the kernels. It compiles nothing.
 
     Returns
     -------
@@ -66,33 +58,29 @@ def available_backends() -> tuple[BackendInfo, ...]:
     >>> numpy = available_backends()[0]
     >>> numpy.devices
     ('cpu',)
-    >>> "portable" in numpy.implementations["cpu"]  # and "fused", where numba is installed
+    >>> "portable" in numpy.implementations["cpu"]  # and "fused", if numba is installed
     True
     """
-    return tuple(_ask(name) for name in backend_names())
+    return tuple(_info(name) for name in backend_names())
 
 
-def _ask(name: str) -> BackendInfo:
-    if importlib.util.find_spec(name) is None:
+def _info(name: str) -> BackendInfo:
+    library = root_of(name)
+    if importlib.util.find_spec(library) is None:
         return BackendInfo(name, False, None, (), None, {}, {})
-    version = _version(name)
     try:
         adapter = adapter_named(name)
         devices = adapter.devices()
         implementations = {device: implementations_on(adapter, device) for device in devices}
         reasons = {device: adapter.kernels.why_unavailable(device) for device in devices}
-    except (ImportError, OSError, RuntimeError) as error:  # no driver, or a library will not load
-        return BackendInfo(name, True, version, (), str(error).partition("\n")[0], {}, {})
+    except (ImportError, OSError, RuntimeError) as error:  # no driver, or a library fails to load
+        reason = str(error).partition("\n")[0]
+        return BackendInfo(name, True, _version(library), (), reason, {}, {})
     why_not_fused = {device: why.reason for device, why in reasons.items() if why is not None}
-    return BackendInfo(name, True, version, devices, None, implementations, why_not_fused)
+    return BackendInfo(name, True, _version(library), devices, None, implementations, why_not_fused)
 
 
-def _version(name: str) -> str | None:
-    import importlib.metadata  # here: it takes longer to import than this whole package
-
-    for distribution in _DISTRIBUTIONS[name]:
-        try:
-            return importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
+def _version(library: str) -> str | None:
+    """Return the version of a library; None if it could not be imported."""
+    version: str | None = getattr(sys.modules.get(library), "__version__", None)
+    return version

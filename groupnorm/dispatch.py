@@ -1,8 +1,8 @@
-"""Which adapter computes an array or has a name, and which implementation computes a call.
+"""Find the adapter of an array or a name, and the implementation that computes a call.
 
 Each library has one row here. Its modules are imported when it is first needed, in `Backend.load`;
-these imports, and those of `groupnorm.layer` in each library's layer, are the only ones from the
-library to its backends and back.
+these imports, and those of `groupnorm.layer` in each library's layer, are the only ones between
+this package and its backends.
 """
 
 import sys
@@ -15,7 +15,7 @@ from groupnorm.portable.group_norm import group_norm, group_norm_vjp
 from groupnorm.portable.inputs import check
 
 if TYPE_CHECKING:
-    from groupnorm.arguments import Options
+    from groupnorm.arguments import CallOptions
     from groupnorm.layer import GroupNorm
     from groupnorm.typing import Array, Gradients
 
@@ -25,10 +25,12 @@ __all__ = [
     "adapter_of",
     "backend_names",
     "compute",
+    "compute_local",
     "compute_with_pullback",
     "implementations_on",
     "layer_class_named",
     "register",
+    "root_of",
 ]
 
 
@@ -36,15 +38,15 @@ __all__ = [
 
 
 class Backend(NamedTuple):
-    """One library: all that this package must know of it before it is imported."""
+    """What this package must know about a library before importing it."""
 
-    #: What `backend=` takes; also the name of the extra that installs the library.
+    #: The name for `backend=`; also that of the extra that installs the library.
     name: str
-    #: Root modules of the classes of its arrays. This also holds for tracers, parameters and
-    #: subclasses, and costs no import. The first is the library itself.
+    #: Root modules of its array classes. This also covers tracers, parameters and subclasses,
+    #: and needs no import. The first is the library itself.
     roots: tuple[str, ...]
-    #: Imports and returns its adapter and its layer class. With import statements, which
-    #: torch.compile can trace, should the first call of all be a compiled one.
+    #: Imports and returns its adapter and its layer class, with import statements, which
+    #: torch.compile can trace if the very first call is a compiled one.
     load: "Callable[[], tuple[Adapter, type[GroupNorm]]]"
 
 
@@ -79,7 +81,7 @@ def _cupy() -> "tuple[Adapter, type[GroupNorm]]":
 _backends: dict[str, Backend] = {}
 _names_by_root: dict[str, str] = {}
 # Filled as libraries are imported. Not functools.cache: torch.compile ignores that cache, and then
-# fails on the import in here.
+# fails on the import statement.
 _loaded: "dict[str, tuple[Adapter, type[GroupNorm]]]" = {}
 
 
@@ -96,7 +98,7 @@ register(Backend("cupy", ("cupy",), _cupy))
 
 
 def backend_names() -> tuple[str, ...]:
-    """Return what `backend=` takes."""
+    """Return the names that `backend=` accepts."""
     return tuple(_backends)
 
 
@@ -115,14 +117,14 @@ def adapter_named(name: str) -> Adapter:
     BackendImportError
         If its library cannot be imported.
     """
-    found = _loaded.get(name)
-    return _load(name)[0] if found is None else found[0]
+    loaded = _loaded.get(name)
+    return _load(name)[0] if loaded is None else loaded[0]
 
 
 def layer_class_named(name: str) -> "type[GroupNorm]":
     """Return the layer class of a backend, importing its library; raises as `adapter_named`."""
-    found = _loaded.get(name)
-    return _load(name)[1] if found is None else found[1]
+    loaded = _loaded.get(name)
+    return _load(name)[1] if loaded is None else loaded[1]
 
 
 def _load(name: str) -> "tuple[Adapter, type[GroupNorm]]":
@@ -131,7 +133,7 @@ def _load(name: str) -> "tuple[Adapter, type[GroupNorm]]":
             f"backend={name!r} is not known: choose one of {', '.join(map(repr, _backends))}."
         )
     try:
-        found = _backends[name].load()
+        loaded = _backends[name].load()
     except ImportError as error:
         if isinstance(error, BackendImportError):
             raise
@@ -139,22 +141,22 @@ def _load(name: str) -> "tuple[Adapter, type[GroupNorm]]":
             f"backend={name!r} needs a library that cannot be imported ({error}): install it with "
             f'pip install "groupnorm[{name}]".'
         ) from error
-    return _loaded.setdefault(name, found)
+    return _loaded.setdefault(name, loaded)
 
 
 def adapter_of(x: Any, argument: str = "x") -> Adapter:
-    """Return the adapter that computes an array.
+    """Return the adapter of an array.
 
     Raises
     ------
     ArgumentTypeError
-        If x is no array.
+        If x is not an array.
     """
     for cls in type(x).__mro__:
         name = _names_by_root.get(cls.__module__.partition(".")[0])
         if name is not None:
-            found = _loaded.get(name)
-            adapter = _load(name)[0] if found is None else found[0]
+            loaded = _loaded.get(name)
+            adapter = _load(name)[0] if loaded is None else loaded[0]
             if adapter.is_array(x):
                 return adapter
     if hasattr(x, "__array_namespace__") or "dask" in sys.modules:
@@ -170,52 +172,60 @@ def adapter_of(x: Any, argument: str = "x") -> Adapter:
 
 
 def compute(
-    adapter: Adapter, x: "Array", scale: "Array", bias: "Array", mask: Any, options: "Options"
+    adapter: Adapter, x: "Array", scale: "Array", bias: "Array", mask: Any, options: "CallOptions"
 ) -> "Array":
-    """Normalize by the fastest implementation, or by the one that was asked for.
+    """Normalize with the fastest implementation, or with the requested one.
 
     Raises
     ------
     ArgumentTypeError, ArgumentValueError
-        If the arguments are wrong, or if the implementation asked for cannot compute the call.
+        If an argument is invalid, or if the requested implementation cannot compute the call.
     """
-    sharded_call = adapter.sharded_call(x)
-    if sharded_call is not None:
-        return sharded_call(compute, adapter, x, scale, bias, mask, options)
+    if adapter.has_sharded_arrays:
+        over_shards = adapter.sharded_call(x)
+        if over_shards is not None:
+            return over_shards(compute_local, adapter, x, scale, bias, mask, options)
+    return compute_local(adapter, x, scale, bias, mask, options)
+
+
+def compute_local(
+    adapter: Adapter, x: "Array", scale: "Array", bias: "Array", mask: Any, options: "CallOptions"
+) -> "Array":
+    """Normalize as `compute` does, for an array whose type describes no sharding."""
     wanted = options.implementation
     if wanted == "portable":
         return group_norm(adapter, x, scale, bias, mask, options)
     if wanted == "native":
-        found = adapter.native(x, scale, bias, mask, options)
+        result = adapter.native(x, scale, bias, mask, options)
     elif options.axis_name is not None:
-        found = _REPLICAS
+        result = _REPLICAS
     else:
-        found = adapter.kernels.forward(x, scale, bias, mask, options)
-    if not isinstance(found, Unsupported):
-        return found
+        result = adapter.kernels.forward(x, scale, bias, mask, options)
+    if not isinstance(result, Unsupported):
+        return result
     if wanted is not None:
-        _refuse(found, adapter, x, scale, bias, mask, options)
+        _refuse(result, adapter, x, scale, bias, mask, options)
     return group_norm(adapter, x, scale, bias, mask, options)
 
 
 def compute_with_pullback(
-    adapter: Adapter, x: "Array", scale: "Array", bias: "Array", mask: Any, options: "Options"
+    adapter: Adapter, x: "Array", scale: "Array", bias: "Array", mask: Any, options: "CallOptions"
 ) -> "tuple[Array, Callable[[Array], Gradients]]":
     """Normalize as `compute` does, and return the pullback as well."""
     wanted = options.implementation
     if wanted == "portable" or adapter.is_sharded(x):
         return group_norm_vjp(adapter, x, scale, bias, mask, options)
-    found: Any
+    result: Any
     if wanted == "native":
-        found = Unsupported("the library's own comes without a pullback")
+        result = Unsupported("the library's own group normalization comes without a pullback")
     elif options.axis_name is not None:
-        found = _REPLICAS
+        result = _REPLICAS
     else:
-        found = adapter.kernels.vjp(x, scale, bias, mask, options)
-    if not isinstance(found, Unsupported):
-        return found  # type: ignore[no-any-return]
+        result = adapter.kernels.vjp(x, scale, bias, mask, options)
+    if not isinstance(result, Unsupported):
+        return result  # type: ignore[no-any-return]
     if wanted is not None:
-        _refuse(found, adapter, x, scale, bias, mask, options)
+        _refuse(result, adapter, x, scale, bias, mask, options)
     return group_norm_vjp(adapter, x, scale, bias, mask, options)
 
 
@@ -224,20 +234,22 @@ _REPLICAS = Unsupported("statistics of replicas are pooled by the portable imple
 
 def _refuse(
     why: Unsupported, adapter: Adapter, x: "Array", scale: "Array", bias: "Array", mask: Any,
-    options: "Options",
+    options: "CallOptions",
 ) -> None:  # fmt: skip
-    """Refuse to compute by another implementation than the one that was asked for."""
-    check(adapter, x, scale, bias, mask, options)  # a wrong argument is the better reason
+    """Raise the error for a requested implementation that does not support the call."""
+    check(
+        adapter, x, scale, bias, mask, options
+    )  # the error of an invalid argument takes precedence
     raise ArgumentValueError(
         f"implementation={options.implementation!r} cannot compute this call: {why.reason}. "
-        "Use implementation=None, which takes the best there is for each call, or 'portable'."
+        "Use implementation=None, the fastest available for each call, or 'portable'."
     )
 
 
 def implementations_on(adapter: Adapter, device: str) -> tuple[str, ...]:
-    """Return what can compute ordinary calls on a device, in the order `compute` tries them.
+    """Return the implementations of ordinary calls on a device, in the order of preference.
 
-    The library's own comes last: it computes only where it is asked for.
+    The library's own comes last: it is only used on request.
     """
     fused = ("fused",) if adapter.kernels.why_unavailable(device) is None else ()
     native = ("native",) if type(adapter).native is not Adapter.native else ()

@@ -1,4 +1,4 @@
-"""Dtypes by name, whichever library's object they are given as."""
+"""Dtypes by name, for the dtype objects of every library."""
 
 from typing import Any
 
@@ -10,12 +10,12 @@ __all__ = ["dtype_name", "small_float"]
 
 
 def dtype_name(argument: str, dtype: Any, extra: tuple[str, ...] = ()) -> str:
-    """Return the name of a floating or complex dtype, whichever library's object it is.
+    """Return the name of a floating or complex dtype, given as a name or any library's object.
 
     Raises
     ------
     ArgumentTypeError
-        If it is no such dtype.
+        If it is not such a dtype.
     """
     if isinstance(dtype, str):
         name = dtype
@@ -31,12 +31,12 @@ def dtype_name(argument: str, dtype: Any, extra: tuple[str, ...] = ()) -> str:
                 name = "?"
     if name == "?" and isinstance(dtype, str):
         raise ArgumentTypeError(
-            f"{argument}={dtype!r} is the name of no dtype: give one such as 'float32' or "
+            f"{argument}={dtype!r} is not the name of a dtype: give one such as 'float32' or "
             f"'bfloat16'{''.join(f', or {e!r}' for e in extra)}."
         )
     if not name.startswith(("float", "bfloat", "complex")):
         raise ArgumentTypeError(
-            f"{argument}={dtype!r} is not a floating dtype: normalized values are no integers. "
+            f"{argument}={dtype!r} is not a floating dtype: normalized values are not integers. "
             "Give a name such as 'float32' or 'bfloat16', or a framework's dtype object"
             f"{''.join(f', or {e!r}' for e in extra)}."
         )
@@ -56,17 +56,17 @@ def _name_of(dtype: Any) -> str:
 
 
 def small_float(name: str) -> "np.dtype[Any]":
-    """Return one of ml_dtypes' dtypes, such as bfloat16."""
+    """Return a dtype of ml_dtypes, such as bfloat16."""
     try:
         import ml_dtypes
     except ImportError as error:
         raise BackendImportError(
-            f"dtype={name!r} is not NumPy's own and needs the package ml_dtypes, which cannot be "
-            "imported: pip install ml_dtypes (it comes with jax)."
+            f"dtype={name!r} is not built into NumPy: it needs the package ml_dtypes, which cannot "
+            "be imported. Run pip install ml_dtypes (it comes with jax)."
         ) from error
     if not hasattr(ml_dtypes, name):
         raise ArgumentTypeError(
-            f"dtype={name!r} is no dtype of NumPy or ml_dtypes: choose one they have, such as "
+            f"dtype={name!r} is not a dtype of NumPy or ml_dtypes: choose one that exists, such as "
             "'float32' or 'bfloat16'."
         )
     dtype: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))

@@ -1,4 +1,4 @@
-"""The exceptions of this package; each derives from `GroupNormError` and a built-in one."""
+"""The exceptions of this package; each derives from `GroupNormError` and a built-in exception."""
 
 __all__ = [
     "ArgumentTypeError",
@@ -10,20 +10,20 @@ __all__ = [
 
 
 class GroupNormError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base class of all exceptions that this package raises."""
 
 
 class ArgumentValueError(GroupNormError, ValueError):
-    """An argument has the right type and a value that breaks a rule."""
+    """An argument has the right type but an invalid value."""
 
 
 class ArgumentTypeError(GroupNormError, TypeError):
-    """An argument has a type that cannot be used here."""
+    """An argument has an unsupported type."""
 
 
 class BackendImportError(GroupNormError, ImportError):
-    """A backend was asked for and its library cannot be imported or used."""
+    """The library of the requested backend cannot be imported or used."""
 
 
 class AxisNameError(GroupNormError, NameError, ValueError):
-    """`axis_name` names nothing that statistics could be pooled over."""
+    """`axis_name` does not name an axis or communicator to pool statistics over."""

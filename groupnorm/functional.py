@@ -1,9 +1,9 @@
-"""The public functions: check the arguments, find the adapter, delegate."""
+"""The public functions: validate the arguments, find the adapter, dispatch the call."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from groupnorm.arguments import make_options
+from groupnorm.arguments import validate
 from groupnorm.dispatch import adapter_of, compute, compute_with_pullback
 from groupnorm.typing import ArrayT, AxisIndexGroups, DTypeLike, Gradients, MaskLike
 
@@ -32,56 +32,57 @@ def group_norm(
 
     .. math:: y = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} \cdot scale + bias
 
-    Mean and (biased) variance are those of each group of each sample. They keep their digits
-    whatever the mean: float32 results are within 5e-6 for offsets up to 1e5.
+    Mean and (biased) variance are computed per sample and group, without loss of accuracy for a
+    large mean: float32 results are within 5e-6 for offsets up to 1e5.
 
     Parameters
     ----------
     x : array of shape (N, ..., C)
-        Of NumPy, JAX, PyTorch, CuPy or any array API library, which also computes it, on the
-        array's device. Integers and booleans are computed in the library's default float.
+        An array of NumPy, JAX, PyTorch, CuPy or any other array API library. That library computes
+        the result, on the array's device. Integers and booleans are converted to its default float.
     scale, bias : array of shape (C,), optional
-        Or of the shape of the feature axes. NumPy arrays serve every library.
+        Or of the shape of the feature axes. NumPy arrays are accepted with every library.
     num_groups, group_size : int, optional
-        The number of groups (default 32), or with ``num_groups=None`` the channels in each.
+        The number of groups (default 32), or with ``num_groups=None`` the channels per group.
     feature_axis : int or sequence of int
-        The axes of x that hold the channels. Of several, the channels are the row-major product in
-        x's order; a group is a contiguous block of them.
+        The axes of x that hold the channels. Several axes are flattened in row-major order, in
+        x's order of axes; a group is a contiguous block of channels.
     reduction_axes : int or sequence of int, optional
-        The axes of x that share statistics, every feature axis among them. Default is all but the
+        The axes of x to reduce over; must include every feature axis. Default is all but the
         leading axis; all of them if the leading axis is a feature axis or the only one.
     epsilon : float
         Added to the variance.
     dtype : str or dtype, optional
-        The result's; ``"input"`` keeps x's. Default is what the library promotes x, scale and bias
-        to.
+        The result's dtype; ``"input"`` keeps x's. Default is the dtype to which the library
+        promotes x, scale and bias.
     mask : array broadcastable to x, optional
-        True (or 1) where elements count for mean and variance. All are normalized; non-finite
-        values that do not count are taken as 0. A group without any that counts has mean 0 and
-        variance 1. Of lists and NumPy arrays other values than 0 and 1 are refused; looking would
-        make other libraries wait, so there anything but 0 counts.
+        True (or 1) for valid elements, which mean and variance are computed from. All elements are
+        normalized; masked-out non-finite values are replaced by 0. A group without a valid element
+        has mean 0 and variance 1. Lists and NumPy arrays must hold only 0 and 1; for arrays of
+        other libraries a check would force a synchronization, so any nonzero value is valid.
     axis_name : optional
-        Replicas that hold parts of the same groups; every part gets the slice of the whole's
-        result. In JAX the name of a mapped axis. Else a name given to a communicator by
-        `groupnorm.bind_axis`, or the communicator itself: in PyTorch a
-        `torch.distributed.ProcessGroup` or a `DeviceMesh` of one dimension, in NumPy an
-        `mpi4py.MPI.Intracomm`, in CuPy a communicator of NCCL. A tuple of them pools over all. A
-        PyTorch `DTensor` needs none: it says itself how it is split.
+        The replicas to pool statistics over, if each holds a part of the same groups; each returns
+        its slice of the result. In JAX the name of a mapped axis; elsewhere a name bound to a
+        communicator by `groupnorm.bind_axis`, or the communicator itself: in PyTorch a
+        `torch.distributed.ProcessGroup` or a one-dimensional `DeviceMesh`, in NumPy an
+        `mpi4py.MPI.Intracomm`, in CuPy an NCCL communicator. A tuple pools over all its entries.
+        A PyTorch `DTensor` needs no `axis_name`: its type describes its sharding.
     axis_index_groups : sequence of sequences of int, optional
         Splits the replicas into sets that share statistics, such as ``[[0, 1], [2, 3]]``.
     use_fast_variance : bool
-        Read the data once for its statistics, around the mean of a sample, or (False) twice, around
-        the mean of all. Both keep all digits; False also survives data that a sample misleads, such
-        as a single value 1e15 times the others.
+        Compute the statistics in one pass, with deviations from the mean of a sample, or (False) in
+        two passes, with deviations from the full mean. Both are equally accurate; False also
+        handles data whose sample is not representative, such as one value 1e15 times the others.
     activation : {"relu", "silu", "gelu"}, optional
-        Applied to the result, before it is rounded to its dtype. ``"gelu"`` is the exact one.
+        Applied before the result is rounded to its dtype. ``"gelu"`` is the exact one.
     implementation : {"portable", "fused", "native"}, optional
-        Default is the fastest there is for each call: ``"fused"`` are compiled kernels, which keep
-        the accuracy, on CPUs for NumPy, PyTorch and JAX (the extra ``cpu``), on NVIDIA's GPUs for
-        PyTorch, CuPy and JAX (the extra ``gpu``); else the portable one. ``"native"`` is the
-        library's own, of its accuracy (PyTorch alone has one). One that was asked for and cannot
-        compute the call raises; programs that `jax.export` makes are of portable operations all
-        the same. `groupnorm.available_backends` says which are here.
+        Default is the fastest available for each call: ``"fused"`` compiled kernels of the same
+        accuracy, on CPUs for NumPy, PyTorch and JAX (extra ``cpu``), on NVIDIA GPUs for PyTorch,
+        CuPy and JAX (extra ``gpu``); otherwise the portable implementation. ``"native"`` is the
+        library's own group normalization, with its accuracy (PyTorch only). An explicitly requested
+        implementation that cannot compute the call raises; programs exported with `jax.export`
+        always consist of portable operations. `groupnorm.available_backends` lists what is
+        available.
 
     Returns
     -------
@@ -93,7 +94,7 @@ def group_norm(
     groupnorm.errors.ArgumentValueError, groupnorm.errors.ArgumentTypeError
         Naming the argument, its value, the rule and the fix.
     groupnorm.errors.AxisNameError
-        If `axis_name` is not bound where this is called.
+        If `axis_name` is not bound at the call.
 
     References
     ----------
@@ -107,7 +108,7 @@ def group_norm(
     >>> group_norm(x, num_groups=2).round(3)
     array([[-1.,  1.,  0.,  0.]], dtype=float32)
     """
-    options = make_options(
+    options = validate(
         feature_axis=feature_axis,
         num_groups=num_groups,
         group_size=group_size,
@@ -142,29 +143,29 @@ def group_norm_vjp(
     activation: str | None = None,
     implementation: str | None = None,
 ) -> tuple[ArrayT, Callable[[ArrayT], Gradients]]:
-    """Normalize, and return what pulls a cotangent back, for libraries with and without autograd.
+    """Normalize and return the vector-Jacobian product, for libraries with and without autograd.
 
     Parameters
     ----------
     x, scale, bias, num_groups, group_size, feature_axis, reduction_axes, epsilon, dtype, mask
-        As of `group_norm`.
+        As in `group_norm`.
     axis_name, axis_index_groups, use_fast_variance, activation, implementation
-        As of `group_norm`.
+        As in `group_norm`.
 
     Returns
     -------
     y : array of x's shape
-        What `group_norm` returns.
+        The result of `group_norm`.
     pullback : callable
-        Takes a cotangent of y's shape, returns `groupnorm.typing.Gradients` with fields `x`,
-        `scale` and `bias` (None where there is no parameter), each in its argument's shape and
-        dtype. With `axis_name` the parameters' gradients are this replica's share: their sum is the
-        gradient. Complex gradients are dL/dRe + i dL/dIm, in every library.
+        Takes a cotangent of y's shape and returns `groupnorm.typing.Gradients` with fields `x`,
+        `scale` and `bias` (None if there is no such parameter), each in its argument's shape and
+        dtype. With `axis_name` the parameter gradients are this replica's contribution; sum them
+        over the replicas. Complex gradients are dL/dRe + i dL/dIm in every library.
 
     Raises
     ------
     groupnorm.errors.ArgumentValueError, groupnorm.errors.ArgumentTypeError
-        As `group_norm`; the pullback also if the cotangent's shape is not y's.
+        As in `group_norm`; also by the pullback, if the cotangent does not have y's shape.
 
     References
     ----------
@@ -181,7 +182,7 @@ def group_norm_vjp(
     >>> pullback(np.array([[0.0, 1.0]])).x
     array([[-0.1875,  0.1875]])
     """
-    options = make_options(
+    options = validate(
         feature_axis=feature_axis,
         num_groups=num_groups,
         group_size=group_size,

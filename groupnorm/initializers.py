@@ -1,9 +1,9 @@
 """Initial values of scale and bias.
 
 An initializer is a callable that takes ``(shape, dtype)`` and returns an array, as here and in
-NumPy. Those of other frameworks are taken as they are: ``(key, shape, dtype)`` as in JAX, flax and
-equinox (called with ``jax.random.key(0)``), ``(shape)`` alone as in brainstate, and
-``torch.nn.init``'s, which fill a tensor in place.
+NumPy. The conventions of other frameworks are supported too: ``(key, shape, dtype)`` as in JAX,
+flax and equinox (called with ``jax.random.key(0)``), ``(shape)`` alone as in brainstate, and the
+functions of ``torch.nn.init``, which fill a tensor in place.
 """
 
 import inspect
@@ -39,7 +39,7 @@ def ones(shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray[Any, Any
     return np.ones(shape, dtype)
 
 
-class constant:  # it is used like the functions beside it
+class constant:  # lower case: used like the functions above
     """Initialize every element to one value.
 
     Parameters
@@ -56,31 +56,31 @@ class constant:  # it is used like the functions beside it
         self.value = value
 
     def __call__(self, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray[Any, Any]:
-        """Return an array full of the value."""
+        """Return an array filled with the value."""
         return np.full(shape, self.value, dtype)
 
     def __eq__(self, other: object) -> bool:
-        """Equal values initialize equally."""
+        """Whether both initialize to the same value."""
         return isinstance(other, constant) and self.value == other.value
 
     def __hash__(self) -> int:
-        """Agree with equality, as keys of jit caches must."""
+        """Return a hash consistent with equality, as keys of jit caches need."""
         return hash((constant, self.value))
 
     def __repr__(self) -> str:
-        """Show the call that makes it."""
+        """Return the constructor call."""
         return f"constant({self.value!r})"
 
 
 def initial_value(
     argument: str, init: Callable[..., Any], shape: tuple[int, ...], dtype: Any
 ) -> Any:
-    """Call an initializer the way its framework means it, and check what comes back.
+    """Call an initializer by its framework's convention, and check the result.
 
     Parameters
     ----------
     argument : {"bias_init", "scale_init"}
-        For the error's text.
+        For the error message.
     init : callable
     shape : tuple of int
     dtype : numpy.dtype
@@ -88,12 +88,12 @@ def initial_value(
     Returns
     -------
     array
-        NumPy's, or the initializer's own library's.
+        Of NumPy, or of the initializer's library.
 
     Raises
     ------
     ArgumentTypeError, ArgumentValueError
-        If it is not callable, or returns another shape.
+        If the initializer is not callable, or returns another shape.
     """
     if not callable(init):
         raise ArgumentTypeError(
@@ -103,8 +103,8 @@ def initial_value(
     value = _call(init, shape, dtype)
     if tuple(np.shape(value)) != shape:
         raise ArgumentValueError(
-            f"{argument}={init!r} returned an array of shape {tuple(np.shape(value))} for the "
-            f"shape {shape} it was asked for: an initializer must return the shape it is given."
+            f"{argument}={init!r} returned an array of shape {tuple(np.shape(value))} instead of "
+            f"the requested shape {shape}: return an array of the shape that is passed."
         )
     return value
 

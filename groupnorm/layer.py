@@ -1,4 +1,4 @@
-"""`GroupNorm`: the constructor, calls, moving between backends, and the plain layer."""
+"""`GroupNorm`: the constructor, calls, conversion between backends, and the plain layer."""
 
 from collections.abc import Callable, Sequence
 from types import EllipsisType
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import numpy as np
 
-from groupnorm.arguments import check_in_size, flag, make_options
+from groupnorm.arguments import check_in_size, flag, validate
 from groupnorm.dispatch import (
     adapter_named,
     adapter_of,
@@ -17,7 +17,7 @@ from groupnorm.dispatch import (
 from groupnorm.dtypes import dtype_name
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
 from groupnorm.initializers import initial_value, ones, zeros
-from groupnorm.layer_config import Described, Settings
+from groupnorm.layer_config import ConfigProperties, LayerConfig
 from groupnorm.plan import resolve_groups
 from groupnorm.typing import (
     Array,
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 __all__ = ["GroupNorm", "PlainGroupNorm"]
 
 
-class Layer(Described):
-    """What layers of every backend have in common; use `GroupNorm`."""
+class Layer(ConfigProperties):
+    """Common base class of the layers of all backends; use `GroupNorm`."""
 
     scale: Any
     bias: Any
@@ -70,7 +70,7 @@ class Layer(Described):
         implementation: str | None = None,
     ) -> None:
         size = check_in_size(in_size, feature_axis)
-        options = make_options(
+        options = validate(
             feature_axis=size.feature,
             num_groups=num_groups,
             group_size=group_size,
@@ -86,7 +86,7 @@ class Layer(Described):
         )
         channels = int(np.prod(size.feature_shape))
         groups = resolve_groups(channels, options.num_groups, options.group_size)
-        settings = Settings(
+        config = LayerConfig(
             in_size=size.in_size,
             feature_axis=size.feature_axis,
             num_groups=groups,
@@ -101,12 +101,12 @@ class Layer(Described):
                 "param_dtype", "float32" if param_dtype is None else param_dtype
             ),
         )
-        self._setup(settings, *self._initial(settings, device))
+        self._setup(config, *self._initial(config, device))
 
-    # What a backend's layer provides -----------------------------------------------------------
+    # Implemented by each backend's layer -------------------------------------------------------
 
-    def _setup(self, settings: Settings, scale: Array | None, bias: Array | None) -> None:
-        """Store what the layer is; every layer, however it comes about, goes through here."""
+    def _setup(self, config: LayerConfig, scale: Array | None, bias: Array | None) -> None:
+        """Initialize the instance; the constructor and `to_backend` both end here."""
         raise NotImplementedError
 
     @property
@@ -128,34 +128,34 @@ class Layer(Described):
         x : array of shape (N, ..., C)
             With any number of leading axes.
         mask : array broadcastable to x, optional
-            True (or 1) where elements count for mean and variance.
+            True (or 1) for valid elements, which mean and variance are computed from.
 
         Returns
         -------
         array of x's shape
-            Of x's library, on x's device.
+            In x's library, on x's device.
 
         Raises
         ------
         groupnorm.errors.ArgumentTypeError
-            If x is of another library than the layer's parameters (any is fine for a NumPy layer).
+            If x and the parameters are of different libraries (a NumPy layer accepts all of them).
         groupnorm.errors.ArgumentValueError
-            If x or the mask has a shape that does not fit.
+            If the shape of x or of the mask is invalid.
         """
         y: ArrayT = self(x, mask)
         return y
 
     def _normalize(self, x: Any, mask: Any) -> Any:
-        return compute(self._serving(x), x, self.scale, self.bias, mask, self._settings.options)
+        return compute(self._adapter_for(x), x, self.scale, self.bias, mask, self._config.options)
 
     def vjp(self, x: ArrayT, mask: MaskLike = None) -> tuple[ArrayT, Callable[[ArrayT], Gradients]]:
-        """Normalize x, and return what pulls a cotangent back; see `groupnorm.group_norm_vjp`.
+        """Normalize x and return the vector-Jacobian product; see `groupnorm.group_norm_vjp`.
 
         Returns
         -------
         y : array of x's shape
         pullback : callable
-            Takes a cotangent of y's shape, returns gradients with fields `x`, `scale` and `bias`.
+            Takes a cotangent of y's shape and returns gradients: `x`, `scale` and `bias`.
 
         Examples
         --------
@@ -166,21 +166,22 @@ class Layer(Described):
         array([3., 3., 3., 3.], dtype=float32)
         """
         return compute_with_pullback(
-            self._serving(x), x, self.scale, self.bias, mask, self._settings.options
+            self._adapter_for(x), x, self.scale, self.bias, mask, self._config.options
         )
 
-    def _serving(self, x: Any) -> "Adapter":
-        """Find who computes x: the array decides, and only a NumPy layer serves them all."""
-        own, found = self._adapter, adapter_of(x)
-        if found is not own and self._adapter_name != "numpy":
-            target = f"layer.to_backend({found.name or 'numpy'!r})"
+    def _adapter_for(self, x: Any) -> "Adapter":
+        """Return the adapter for x. Only NumPy layers accept arrays of other libraries."""
+        own, adapter = self._adapter, adapter_of(x)
+        if adapter is not own and self._adapter_name != "numpy":
+            target = f"layer.to_backend({adapter.name or 'numpy'!r})"
             raise ArgumentTypeError(
-                f"x is of {found.array_name} and this layer's parameters are of {own.array_name}: "
-                f"nothing is moved between libraries unasked. Use {target}, or convert x."
+                f"x is of {adapter.array_name} and this layer's parameters are of "
+                f"{own.array_name}: arrays are not converted between libraries implicitly. Use "
+                f"{target}, or convert x."
             )
-        return found
+        return adapter
 
-    # Moving ------------------------------------------------------------------------------------
+    # Conversion --------------------------------------------------------------------------------
 
     @overload
     def to_backend(
@@ -203,21 +204,21 @@ class Layer(Described):
         self, backend: str, *, device: Any = ..., param_type: Any = ...
     ) -> "GroupNorm": ...
     def to_backend(self, backend: str, *, device: Any = None, param_type: Any = None) -> Any:
-        """Return the same layer in another framework, its parameters with exactly equal values.
+        """Return the same layer in another framework, with exactly equal parameter values.
 
         Parameters
         ----------
         backend : {"numpy", "jax", "torch", "cupy"}
-            Where the parameters live from then on.
+            The backend of the new layer.
         device : optional
-            As that framework names devices. Default is its own default.
+            A device as that framework names it. Default is its default device.
         param_type : optional
-            What holds a parameter, such as `flax.nnx.Param`. Default is the framework's plainest.
+            The parameter type, such as `flax.nnx.Param`. Default is the framework's plain type.
 
         Returns
         -------
         GroupNorm
-            Independent of this one.
+            A layer that shares no memory with this one.
 
         Raises
         ------
@@ -231,35 +232,35 @@ class Layer(Described):
         2
         """
         target = adapter_named(backend)
-        settings = self._settings._replace(param_type=_check_param_type(param_type))
+        config = self._config._replace(param_type=_check_param_type(param_type))
         values: list[Array | None] = []
         for stored in (self.scale, self.bias):
             if stored is None:
                 values.append(None)
                 continue
-            host = np.array(self._adapter.to_host(stored)).reshape(settings.feature_shape)
+            host = np.array(self._adapter.to_host(stored)).reshape(config.feature_shape)
             values.append(target.place(target.from_host(host), device))
-        return layer_class_named(backend)._of(settings, *values)
+        return layer_class_named(backend)._of(config, *values)
 
     @classmethod
-    def _of(cls, settings: Settings, scale: Array | None, bias: Array | None) -> Self:
+    def _of(cls, config: LayerConfig, scale: Array | None, bias: Array | None) -> Self:
         layer = cls.__new__(cls)
-        layer._setup(settings, scale, bias)
+        layer._setup(config, scale, bias)
         return layer
 
-    def _initial(self, settings: Settings, device: Any) -> tuple[Array | None, Array | None]:
+    def _initial(self, config: LayerConfig, device: Any) -> tuple[Array | None, Array | None]:
         return (
-            self._initial_parameter("scale", settings, device) if settings.use_scale else None,
-            self._initial_parameter("bias", settings, device) if settings.use_bias else None,
+            self._initial_parameter("scale", config, device) if config.use_scale else None,
+            self._initial_parameter("bias", config, device) if config.use_bias else None,
         )
 
-    def _initial_parameter(self, name: str, settings: Settings, device: Any) -> Array:
+    def _initial_parameter(self, name: str, config: LayerConfig, device: Any) -> Array:
         adapter = self._adapter
-        init = settings.scale_init if name == "scale" else settings.bias_init
-        dtype = settings.param_dtype
-        # Small floats are not NumPy's own: start from float32.
+        init = config.scale_init if name == "scale" else config.bias_init
+        dtype = config.param_dtype
+        # NumPy itself has no bfloat16 or float8: start from float32.
         host_dtype = np.dtype("float32" if dtype.startswith(("bfloat", "float8")) else dtype)
-        value = initial_value(f"{name}_init", init, settings.feature_shape, host_dtype)
+        value = initial_value(f"{name}_init", init, config.feature_shape, host_dtype)
         if not adapter.is_array(value):
             value = adapter.from_host(np.asarray(value, dtype=host_dtype))
         return adapter.place(adapter.xp.astype(value, adapter.dtype(dtype), copy=True), device)
@@ -268,66 +269,68 @@ class Layer(Described):
 def _check_param_type(param_type: Any) -> Any:
     if param_type is not None and not callable(param_type):
         raise ArgumentTypeError(
-            f"param_type={param_type!r} is not callable: it is what makes a stored parameter of an "
-            "array, such as flax.nnx.Param, brainstate.ParamState or torch.nn.Parameter."
+            f"param_type={param_type!r} is not callable: it must be a callable that wraps an array "
+            "into a parameter, such as flax.nnx.Param, brainstate.ParamState or torch.nn.Parameter."
         )
     return param_type
 
 
-# What Python's own errors about arguments name.
+# The name shown in Python's own TypeErrors about arguments.
 Layer.__init__.__qualname__ = "GroupNorm"
 
 
 class GroupNorm(Layer):
-    r"""Group normalization over the channels of an array, in the framework of your choice.
+    r"""Group normalization over the channels of an array, for every array library.
 
     .. math:: y = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} \cdot scale + bias
 
-    The channels are split into groups of neighbours; mean and (biased) variance are those of each
-    group of each sample, over all other axes. They do not depend on the rest of the batch.
+    The channels are split into contiguous groups; mean and (biased) variance are computed per
+    sample and group, over all other axes, independently of the rest of the batch.
 
     Parameters
     ----------
     in_size : int or sequence of int
-        The input's shape without the batch, such as ``(28, 28, 64)``; the channels alone, ``64``,
-        will do. One ``...`` stands for any number of axes: ``(64, ...)`` with ``feature_axis=0``
-        has the channels on axis 1, as PyTorch does. Lengths that are not features are not enforced.
+        The input's shape without the batch axis, such as ``(28, 28, 64)``, or only the number of
+        channels, ``64``. One ``...`` stands for any number of axes: ``(64, ...)`` with
+        ``feature_axis=0`` has the channels on axis 1, as in PyTorch. Only the lengths of the
+        feature axes are enforced.
     feature_axis : int or sequence of int
-        The indices into `in_size` that hold the channels, by default the last. Of several, the
-        channels are the row-major product in `in_size`'s order.
+        The indices into `in_size` of the feature axes, by default the last. Several axes are
+        flattened in row-major order, in `in_size`'s order of axes.
     num_groups, group_size : int, optional
-        The number of groups (default 32), or with ``num_groups=None`` the channels in each.
+        The number of groups (default 32), or with ``num_groups=None`` the channels per group.
     epsilon : float
         Added to the variance. Default is 1e-6; PyTorch's is 1e-5.
     dtype : str or dtype, optional
-        The result's; ``"input"`` keeps x's. Default is what the library promotes x and the
-        parameters to: bfloat16 x with float32 parameters gives float32.
+        The result's dtype; ``"input"`` keeps x's. Default is the dtype to which the library
+        promotes x and the parameters: bfloat16 x with float32 parameters gives float32.
     use_bias, use_scale : bool
-        Whether there is a bias (beta), and a scale (gamma).
+        Whether to add a bias (beta), and to multiply by a scale (gamma).
     bias_init, scale_init : callable
-        Take ``(shape, dtype)``, or what your framework passes; see `groupnorm.initializers`.
+        Called with ``(shape, dtype)`` or by the framework's convention; see
+        `groupnorm.initializers`.
     reduction_axes : int or sequence of int, optional
-        The axes of x statistics are taken over, every feature axis among them. Default is all but
-        the leading axis (all, if that is a feature axis or the only one).
+        The axes of x to reduce over; must include every feature axis. Default is all but the
+        leading axis (all, if that is a feature axis or the only one).
     axis_name, axis_index_groups : optional
-        Replicas that hold parts of the same groups, and how to split them into sets; see
+        The replicas to pool statistics over, and how to split them into sets; see
         `groupnorm.group_norm`.
     use_fast_variance : bool
-        Read the data once for its statistics (the default), or twice. Both keep all digits.
+        Compute the statistics in one pass (the default) or in two. Both are equally accurate.
     param_type : optional
-        What holds a parameter, such as `flax.nnx.Param` or `brainstate.ParamState`. Default is a
+        The parameter type, such as `flax.nnx.Param` or `brainstate.ParamState`. Default is a
         plain array, in PyTorch `torch.nn.Parameter`.
     param_dtype : str or dtype, optional
         Default is float32.
     backend : {"numpy", "jax", "torch", "cupy"}
-        Where the parameters live, and what kind of object the layer is: a plain object, a pytree
-        (jax) or a `torch.nn.Module`. A NumPy layer serves arrays of every library.
+        The library of the parameters. It also determines the type of the layer: a plain object, a
+        pytree (jax) or a `torch.nn.Module`. A NumPy layer accepts arrays of every library.
     device : optional
-        Where the parameters live within the backend.
+        The device of the parameters, as the backend names it.
     activation : {"relu", "silu", "gelu"}, optional
         Applied to the result.
     implementation : {"portable", "fused", "native"}, optional
-        Default is the fastest there is for each call; see `groupnorm.group_norm`.
+        Default is the fastest available for each call; see `groupnorm.group_norm`.
 
     Attributes
     ----------
@@ -371,64 +374,66 @@ class GroupNorm(Layer):
     @overload
     def __new__(cls, *args: Any, backend: str, **kwargs: Any) -> Self: ...
     def __new__(cls, *args: Any, backend: Any = "numpy", **kwargs: Any) -> Any:
-        """Pick the backend's own class, as `pathlib.Path` picks the platform's."""
-        if cls is not GroupNorm:  # also how copies and pickles come here, without arguments
+        """Select the backend's class, as `pathlib.Path` selects the platform's."""
+        if cls is not GroupNorm:  # copying and unpickling also call this, without arguments
             if not hasattr(cls, "_adapter_name"):
                 raise ArgumentTypeError(
-                    f"{cls.__name__} derives from GroupNorm, which only picks a backend's class: "
-                    "derive from that one, such as groupnorm.backends.torch.TorchGroupNorm."
+                    f"{cls.__name__} derives from GroupNorm, which only selects a backend's "
+                    "class: derive from that class, such as "
+                    "groupnorm.backends.torch.TorchGroupNorm."
                 )
             return object.__new__(cls)
         if not isinstance(backend, str):
             raise ArgumentTypeError(
-                f"backend={backend!r} is of type {type(backend).__name__}: give the name of "
-                "one, such as 'numpy' or 'torch'."
+                f"backend={backend!r} is of type {type(backend).__name__}: it must be the "
+                "name of a backend, such as 'numpy' or 'torch'."
             )
         return object.__new__(layer_class_named(backend))
 
 
 class PlainGroupNorm(GroupNorm):
-    """A layer that is a plain object with two arrays."""
+    """A layer that is a plain Python object holding two arrays."""
 
     _scale: Any
     _bias: Any
 
-    def _setup(self, settings: Settings, scale: Array | None, bias: Array | None) -> None:
-        self._settings = settings
+    def _setup(self, config: LayerConfig, scale: Array | None, bias: Array | None) -> None:
+        self._config = config
         wrap = self._adapter.wrap_parameter
-        self._scale = None if scale is None else wrap(scale, settings.param_type)
-        self._bias = None if bias is None else wrap(bias, settings.param_type)
+        self._scale = None if scale is None else wrap(scale, config.param_type)
+        self._bias = None if bias is None else wrap(bias, config.param_type)
 
     @property
     def scale(self) -> Array | None:
-        """The factor of every channel; assign an array of the same shape to change it."""
+        """The factor per channel; assign an array of the same shape to change it."""
         return self._read(self._scale)
 
     @scale.setter
     def scale(self, value: Array) -> None:
-        self._scale = self._replacement("scale", value, self._settings.use_scale)
+        self._scale = self._replacement("scale", value, self._config.use_scale)
 
     @property
     def bias(self) -> Array | None:
-        """What is added to every channel; assign an array of the same shape to change it."""
+        """The offset per channel; assign an array of the same shape to change it."""
         return self._read(self._bias)
 
     @bias.setter
     def bias(self, value: Array) -> None:
-        self._bias = self._replacement("bias", value, self._settings.use_bias)
+        self._bias = self._replacement("bias", value, self._config.use_bias)
 
     def _read(self, stored: Any) -> Array | None:
-        # Without a param_type what is stored is meant, even a placeholder some tree has put there.
-        plain = stored is None or self._settings.param_type is None
+        # Without `param_type`, return the stored object as it is: it may be a placeholder inserted
+        # by a pytree transformation.
+        plain = stored is None or self._config.param_type is None
         return stored if plain else self._adapter.unwrap_parameter(stored)
 
     def _replacement(self, name: str, value: Array, used: bool) -> Any:
         if not used:
             raise ArgumentValueError(
-                f"{name} cannot be set: the layer was made with use_{name}=False. Make one with "
-                f"use_{name}=True."
+                f"{name} cannot be set: the layer was created with use_{name}=False. "
+                f"Create one with use_{name}=True."
             )
-        adapter, shape = self._adapter, self._settings.feature_shape
+        adapter, shape = self._adapter, self._config.feature_shape
         if not adapter.is_array(value):
             raise ArgumentTypeError(
                 f"{name} is of type {type(value).__name__}: this layer's parameters are of "
@@ -439,4 +444,4 @@ class PlainGroupNorm(GroupNorm):
                 f"{name} has shape {tuple(value.shape)}: this layer's parameters have "
                 f"shape {shape}. Reshape it."
             )
-        return adapter.wrap_parameter(value, self._settings.param_type)
+        return adapter.wrap_parameter(value, self._config.param_type)

@@ -1,22 +1,22 @@
-"""All a layer is but its parameters, and how a layer shows it."""
+"""A layer's configuration (everything but its parameters), its properties and repr."""
 
 from types import EllipsisType
 from typing import Any, ClassVar, NamedTuple
 
-from groupnorm.arguments import Options
+from groupnorm.arguments import CallOptions
 from groupnorm.typing import BackendName, Initializer
 
-__all__ = ["Described", "Settings"]
+__all__ = ["ConfigProperties", "LayerConfig"]
 
 
-class Settings(NamedTuple):
-    """All a layer is but its parameters: hashable, so that equal layers share compiled programs."""
+class LayerConfig(NamedTuple):
+    """Everything but the parameters; hashable, so that equal layers share compiled programs."""
 
     in_size: "tuple[int | EllipsisType, ...]"
     feature_axis: int | tuple[int, ...]
     num_groups: int
     group_size: int
-    options: Options
+    options: CallOptions
     use_bias: bool
     use_scale: bool
     bias_init: Initializer
@@ -24,8 +24,8 @@ class Settings(NamedTuple):
     param_type: Any
     param_dtype: str
 
-    def __deepcopy__(self, memo: Any) -> "Settings":
-        """Share: nothing in here changes, and a process group cannot be copied."""
+    def __deepcopy__(self, memo: Any) -> "LayerConfig":
+        """Return self: it is immutable, and a process group cannot be copied."""
         return self
 
     @property
@@ -35,7 +35,7 @@ class Settings(NamedTuple):
 
     @property
     def as_torch_native(self) -> bool:
-        """Whether this is just what `torch.nn.GroupNorm` computes, for inputs of any rank."""
+        """Whether this is exactly what `torch.nn.GroupNorm` computes, for inputs of any rank."""
         options = self.options
         return (
             options.feature == (1,)
@@ -47,126 +47,126 @@ class Settings(NamedTuple):
         )
 
 
-class Described:
-    """Reads a layer's settings, one property each."""
+class ConfigProperties:
+    """The fields of a layer's configuration as read-only properties."""
 
     _adapter_name: ClassVar[BackendName]
-    _settings: Settings
+    _config: LayerConfig
 
     @property
     def in_size(self) -> "tuple[int | EllipsisType, ...]":
-        """The input's shape without the batch, as given."""
-        return self._settings.in_size
+        """The input's shape without the batch axis, as given."""
+        return self._config.in_size
 
     @property
     def out_size(self) -> "tuple[int | EllipsisType, ...]":
-        """The result's shape without the batch: the input's."""
-        return self._settings.in_size
+        """The result's shape without the batch axis, equal to `in_size`."""
+        return self._config.in_size
 
     @property
     def feature_axis(self) -> int | tuple[int, ...]:
         """The feature axes, as indices into `in_size`."""
-        return self._settings.feature_axis
+        return self._config.feature_axis
 
     @property
     def num_groups(self) -> int:
         """The number of groups."""
-        return self._settings.num_groups
+        return self._config.num_groups
 
     @property
     def group_size(self) -> int:
-        """The number of channels in a group."""
-        return self._settings.group_size
+        """The number of channels per group."""
+        return self._config.group_size
 
     @property
     def epsilon(self) -> float:
-        """The number added to the variance."""
-        return self._settings.options.epsilon
+        """The constant added to the variance."""
+        return self._config.options.epsilon
 
     @property
     def dtype(self) -> str | None:
-        """The name of the result's dtype; None infers it."""
-        return self._settings.options.dtype
+        """The name of the result's dtype; None if it is inferred."""
+        return self._config.options.dtype
 
     @property
     def param_dtype(self) -> str:
-        """The name of the dtype the parameters were made in."""
-        return self._settings.param_dtype
+        """The name of the dtype the parameters were created with."""
+        return self._config.param_dtype
 
     @property
     def param_type(self) -> Any:
-        """What holds a parameter; None is the backend's plainest."""
-        return self._settings.param_type
+        """The parameter type; None is the backend's plain type."""
+        return self._config.param_type
 
     @property
     def use_bias(self) -> bool:
         """Whether there is a bias."""
-        return self._settings.use_bias
+        return self._config.use_bias
 
     @property
     def use_scale(self) -> bool:
         """Whether there is a scale."""
-        return self._settings.use_scale
+        return self._config.use_scale
 
     @property
     def reduction_axes(self) -> tuple[int, ...] | None:
-        """The axes statistics are taken over; None is all but the batch."""
-        return self._settings.options.reduction
+        """The reduced axes; None is all but the batch axis."""
+        return self._config.options.reduction
 
     @property
     def axis_name(self) -> Any:
         """The replicas statistics are pooled over."""
-        return self._settings.options.axis_name
+        return self._config.options.axis_name
 
     @property
     def axis_index_groups(self) -> tuple[tuple[int, ...], ...] | None:
         """The sets of replicas that share statistics."""
-        return self._settings.options.axis_index_groups
+        return self._config.options.axis_index_groups
 
     @property
     def use_fast_variance(self) -> bool:
-        """Whether the data is read once for its statistics."""
-        return self._settings.options.fast
+        """Whether the statistics are computed in one pass."""
+        return self._config.options.fast
 
     @property
     def activation(self) -> str | None:
-        """The name of what is applied to the result."""
-        return self._settings.options.activation
+        """The name of the activation applied to the result."""
+        return self._config.options.activation
 
     @property
     def implementation(self) -> str | None:
-        """The implementation that was asked for; None is the fastest for each call."""
-        return self._settings.options.implementation
+        """The requested implementation; None is the fastest for each call."""
+        return self._config.options.implementation
 
     @property
     def backend(self) -> BackendName:
-        """The name of the backend the parameters live in."""
+        """The name of the backend."""
         return self._adapter_name
 
     def __repr__(self) -> str:
-        """Show the call that makes such a layer."""
+        """Return the constructor call of an equal layer."""
         return f"GroupNorm({self._describe()}, backend={self._adapter_name!r})"
 
     def _describe(self) -> str:
-        settings, options = self._settings, self._settings.options
-        size = ", ".join("..." if n is ... else str(n) for n in settings.in_size)
-        parts = [f"({size},)" if len(settings.in_size) == 1 else f"({size})"]
+        config, options = self._config, self._config.options
+        size = ", ".join("..." if n is ... else str(n) for n in config.in_size)
+        parts = [f"({size},)" if len(config.in_size) == 1 else f"({size})"]
         grouping = (
             {"num_groups": options.num_groups}
             if options.group_size is None
             else {"num_groups": None, "group_size": options.group_size}
         )
         shown = {
-            "feature_axis": (settings.feature_axis, -1),
+            "feature_axis": (config.feature_axis, -1),
             "epsilon": (options.epsilon, 1e-6),
             "dtype": (options.dtype, None),
-            "use_bias": (settings.use_bias, True),
-            "use_scale": (settings.use_scale, True),
+            "use_bias": (config.use_bias, True),
+            "use_scale": (config.use_scale, True),
             "reduction_axes": (options.reduction, None),
             "axis_name": (options.axis_name, None),
             "axis_index_groups": (options.axis_index_groups, None),
             "use_fast_variance": (options.fast, True),
-            "param_dtype": (settings.param_dtype, "float32"),
+            "param_dtype": (config.param_dtype, "float32"),
             "activation": (options.activation, None),
             "implementation": (options.implementation, None),
         }

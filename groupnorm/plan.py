@@ -1,21 +1,21 @@
-"""Every shape and axis decision, in plain integers: no array library is needed to make or test one.
+"""All shape and axis decisions, in plain integers: making or testing one needs no array library.
 
-A `Plan` says how an array of one shape is normalized. The array is brought to its *work shape*, in
-which neighbouring axes of one kind are merged:
+A `Plan` describes how arrays of one shape are normalized. The array is reshaped to its *work
+shape*, in which adjacent axes of the same kind are merged:
 
 kept
-    axes the statistics are separate for (the batch);
+    axes that are not reduced (the batch);
 positions
     axes reduced together with the features (space, time);
 channels
     the features.
 
-Statistics are taken in two stages, since that is what runs fast in every memory layout: first each
-channel's, over the positions (the `inner` axes); then those of a group's channels are merged. Only
-the few numbers of the first stage are ever put in *grouped shape*, where the channel axis is split
-in two, (num_groups, group_size), the second of them called `members`: loops over full-size arrays
-run along whole rows. With very few positions there is one stage only, and the work shape is the
-grouped one.
+Statistics are computed in two stages, which is fast in every memory layout: first per channel,
+over the positions (the `inner` axes); then the statistics of a group's channels are merged. Only
+the small results of the first stage take the *grouped shape*, in which the channel axis is split
+into (num_groups, group_size), the second of them called `members`: loops over full-size arrays
+run along whole rows. With very few positions there is only one stage, and the work shape is the
+grouped shape.
 """
 
 import math
@@ -32,10 +32,10 @@ Shape = tuple[int, ...]
 # Below this many positions a sum per channel is hardly shorter than the data itself, so the members
 # of a group are reduced together with the positions in one stage.
 FEW_POSITIONS = 16
-# A pivot is the mean of at least this many positions. One element, or one position, fails where it
-# is an outlier; about sixty were at rounding level on every data set tried.
+# A pivot is the mean of at least this many positions. A single element or position fails if it is
+# an outlier; with about sixty, errors were at rounding level on every data set tried.
 PIVOT_SAMPLES = 64
-# Sampling pays only when it leaves most of the data out.
+# Sampling only pays off if it skips most of the data.
 WORTH_SAMPLING = 128
 
 
@@ -47,7 +47,7 @@ class Plan(NamedTuple):
     permuted_shape: Shape
     inverse_permutation: Shape | None
     merged: tuple[tuple[int, ...], ...]
-    merged_shape: Shape  # the work shape but for the channel axis, which is one
+    merged_shape: Shape  # the work shape, but always with a single channel axis
     work_shape: Shape
     channel: int  # the channel axis of the work shape; the group axis of the grouped shape
     kept: Shape  # in the grouped shape
@@ -65,17 +65,17 @@ class Plan(NamedTuple):
 
     @property
     def empty(self) -> bool:
-        """Whether there is nothing to take statistics of, which reductions such as min refuse."""
+        """Whether groups have no elements, for which reductions such as min raise."""
         return self.group_count == 0
 
     @property
     def members(self) -> int:
-        """The axis of the grouped shape along which a group's channels lie."""
+        """The axis of a group's channels in the grouped shape."""
         return self.channel + 1
 
     @property
     def kept_axes(self) -> frozenset[int]:
-        """The axes of x that statistics are separate for."""
+        """The axes of x that are not reduced."""
         order = self.permutation or range(len(self.shape))
         return frozenset(
             order[axis]
@@ -95,13 +95,13 @@ class Plan(NamedTuple):
 
     @property
     def statistics_shape(self) -> Shape:
-        """The shape statistics have as values: the kept axes, then the groups."""
+        """The shape of public statistics: the kept axes, then the groups."""
         before, after = self._kept_sizes
         return (*before, *after, self.parameter_shape[self.channel])
 
     @property
     def grouped_statistics_shape(self) -> Shape:
-        """The grouped shape of one number a group."""
+        """The grouped shape of one value per group."""
         sizes = [1] * len(self.parameter_shape)
         sizes[self.channel] = self.parameter_shape[self.channel]
         for axis in self.kept:
@@ -110,7 +110,7 @@ class Plan(NamedTuple):
 
     @property
     def groups_among_kept(self) -> Shape:
-        """The shape of one number a group with all kept axes, the groups where the channels are."""
+        """The shape of one value per group, with all kept axes and the groups as channel axis."""
         before, after = self._kept_sizes
         return (*before, self.parameter_shape[self.channel], *after)
 
@@ -121,7 +121,7 @@ class Plan(NamedTuple):
 
     @property
     def _kept_sizes(self) -> tuple[Shape, Shape]:
-        """The lengths of the kept axes, those before and those after the channels."""
+        """The lengths of the kept axes before and after the channels."""
         merged = [axis - (axis > self.channel) for axis in self.kept]
         before = [
             self.permuted_shape[a] for i in merged if i < self.channel for a in self.merged[i]
@@ -130,7 +130,7 @@ class Plan(NamedTuple):
         return tuple(before), tuple(after)
 
     def grouped(self, shape: Shape) -> Shape:
-        """Split the channel axis of a shape that has all channels."""
+        """Split the channel axis of a shape."""
         if not self.two_stages:
             return shape
         split = self.parameter_shape[self.channel : self.channel + 2]
@@ -143,16 +143,16 @@ class Plan(NamedTuple):
         return (*shape[: self.channel], self.channels, *shape[self.channel + 2 :])
 
     def mask_shapes(self, mask_shape: Shape) -> tuple[Shape, Shape, Shape]:
-        """Say how a mask is brought to the work shape without growing more than it must.
+        """Return how to bring a mask to the work shape while expanding it as little as possible.
 
         Returns
         -------
         full : tuple of int
             The mask's shape with leading ones added; permute it next.
         broadcast : tuple of int
-            What the permuted mask is broadcast to: an axis stays 1 where the whole merged axis is.
+            The shape to broadcast the permuted mask to; a merged axis of ones stays 1.
         work : tuple of int
-            What it is reshaped to; broadcasts against `work_shape`.
+            The shape to reshape it to; broadcasts against `work_shape`.
 
         Raises
         ------
@@ -188,7 +188,7 @@ class Plan(NamedTuple):
 
 
 def product(sizes: Iterable[int]) -> int:
-    """Multiply sizes; unlike `math.prod` this can be traced while some of them are still open."""
+    """Multiply sizes; unlike `math.prod` this can be traced with symbolic sizes."""
     result = 1
     for size in sizes:
         result = result * size
@@ -196,17 +196,17 @@ def product(sizes: Iterable[int]) -> int:
 
 
 def same_shape(shape: Shape, other: Shape) -> bool:
-    """Compare one by one: while a compiler leaves sizes open, tuples of them never are equal."""
+    """Compare elementwise: tuples of symbolic sizes never compare equal."""
     return len(shape) == len(other) and all(a == b for a, b in zip(shape, other, strict=True))
 
 
 def resolve_groups(channels: int, num_groups: int | None, group_size: int | None) -> int:
-    """Return the number of groups `channels` channels are split into.
+    """Return the number of groups that `channels` channels are split into.
 
     Raises
     ------
     ArgumentValueError
-        If the channels cannot be split as asked for.
+        If the channels cannot be split evenly.
     """
     argument, divisor = (
         ("num_groups", num_groups) if num_groups is not None else ("group_size", group_size or 1)
@@ -249,24 +249,24 @@ def make_plan_uncached(
     num_groups, group_size : int or None
         Exactly one is given.
     reduction : tuple of int or None
-        The axes statistics are taken over; None is all but the batch.
+        The axes to reduce; None is all but the batch.
     expected : tuple of int or None
-        The lengths the feature axes must have; None takes any.
+        The lengths the feature axes must have; None accepts any.
     sampled : bool
-        Whether the pivot may be taken from a sample of the positions.
+        Whether the pivot may be computed from a sample of the positions.
     static : bool
-        False while a compiler traces with sizes it may change later: then no decision is made that
-        would tie the program to these sizes.
+        False while a compiler traces with symbolic sizes: then no decision may specialize the
+        program to the current sizes.
     blocked : bool
-        Whether sums are taken in blocks of fixed size, or in whatever order the library prefers.
+        Whether to sum in blocks of fixed size, or in the library's own order.
     merging : bool
-        Whether neighbouring axes of one kind become one. It is what NumPy and PyTorch run fastest;
-        but an axis that lies on several devices must stay one.
+        Whether to merge adjacent axes of the same kind. It is fastest in NumPy and PyTorch, but an
+        axis that is sharded over devices must stay separate.
 
     Raises
     ------
     ArgumentValueError
-        If the axes do not fit the shape, or the channels the groups.
+        If the axes do not match the shape, or the groups do not divide the channels.
     """
     ndim = len(shape)
     features = _normalize_axes("feature_axis", feature, shape)
@@ -276,7 +276,7 @@ def make_plan_uncached(
     if expected is not None and not same_shape(feature_shape, expected):
         raise ArgumentValueError(
             f"x of shape {shape} has feature axes of length {feature_shape}, and this layer was "
-            f"made for {expected}: give x that many channels there, or make the layer with the "
+            f"created for {expected}: pass x with these lengths, or create the layer with the "
             "in_size and feature_axis of this x (for channels on axis 1, in_size=(C, ...) and "
             "feature_axis=0)."
         )
@@ -305,7 +305,7 @@ def make_plan_uncached(
     group_size = channels // groups
     position_count = product(n for n, role in zip(sizes, roles, strict=True) if role == "P")
     two_stages = group_size > 1 and (not static or position_count >= FEW_POSITIONS)
-    # The group axis and the members take the place of the channels.
+    # The group axis and the members replace the channel axis.
     grouped = [i + (i > channel) for i in range(len(sizes))]
     work_axes = list(range(len(sizes))) if two_stages else grouped
     positions = tuple(i for i, role in zip(work_axes, roles, strict=True) if role == "P")
@@ -334,7 +334,7 @@ def make_plan_uncached(
         feature_shape=feature_shape,
         channels=channels,
         # A float from the start, since a large int overflows some libraries' default integer; but
-        # turning a size that a compiler still leaves open into a float would fix it.
+        # converting a symbolic size to float would specialize the program to it.
         inner_count=float(inner_count) if static else inner_count,
         group_count=position_count * group_size,
         static=static,
@@ -342,8 +342,8 @@ def make_plan_uncached(
     )
 
 
-# Plans are made once per shape and option set; a compiler that traces through Python must not meet
-# the cache (it ignores it, with a warning), so adapters choose between the two.
+# Plans are made once per shape and option set. A compiler that traces Python ignores the cache,
+# with a warning, so callers choose between the two functions.
 make_plan = lru_cache(maxsize=4096)(make_plan_uncached)
 
 
@@ -352,7 +352,7 @@ def _normalize_axes(argument: str, axes: Sequence[int], shape: Shape) -> Shape:
     for axis in axes:
         if not -ndim <= axis < ndim:
             raise ArgumentValueError(
-                f"{argument}={axis} is out of range for x of shape {shape}: an axis lies in "
+                f"{argument}={axis} is out of range for x of shape {shape}: it must be in "
                 f"[{-ndim}, {ndim - 1}]. Give x at least "
                 f"{-axis if axis < 0 else axis + 1} axes, or another axis."
             )
@@ -385,11 +385,11 @@ def _inverse(permutation: Shape) -> Shape:
 
 
 def _sample(work: list[int], inner: Shape, count: int) -> tuple[slice, ...] | None:
-    """Slices that pick the positions the pivot is taken from; None takes all of them.
+    """Slices that select the positions for the pivot; None selects all of them.
 
-    At least sqrt(count) are taken: then an outlier that happens to be picked moves the pivot by at
-    most about one standard deviation, whatever its size. The stride shares no divisor with the
-    axis, else it could pick one image column only, such as the border.
+    At least sqrt(count) are selected: then an outlier in the sample moves the pivot by at most
+    about one standard deviation, whatever its size. The stride is coprime to the axis length, else
+    it could select a single image column, such as the border.
     """
     if count < WORTH_SAMPLING:
         return None

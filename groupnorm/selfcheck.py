@@ -1,20 +1,23 @@
-"""The check behind ``python -m groupnorm``: does every installed backend compute what it should.
+"""The check of ``python -m groupnorm``: whether every installed backend computes correctly.
 
-The reference is float64 NumPy, written from the definition one group of one sample at a time. It
-shares no code with the rest of the package, so a mistake there cannot agree with itself here.
+The reference is float64 NumPy, written from the definition, one group of one sample at a time. It
+shares no code with the rest of the package, so an error there cannot go unnoticed here.
 """
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from groupnorm import BackendInfo, available_backends, group_norm, group_norm_vjp
+from groupnorm.dispatch import adapter_named
+
+if TYPE_CHECKING:
+    from groupnorm.adapter import Adapter
 
 __all__ = ["NOT_INSTALLED", "BackendReport", "Check", "agree", "check_backends"]
 
@@ -36,16 +39,16 @@ class Check:
     Attributes
     ----------
     name : str
-        What was computed.
+        The name of the case.
     device : str
-        Where.
+        The device it was computed on.
     error : float or None
         Forward: max ``|error| / max(1, |reference|)``. Gradient: the largest over x, scale and bias
-        of max ``|error|`` / max ``|reference|``. None where the backend raised.
+        of max ``|error|`` / max ``|reference|``. None if the backend raised.
     bound : float
         The largest `error` that counts as agreement.
     failure : str or None
-        The exception, where there was one.
+        The exception, if there was one.
     """
 
     name: str
@@ -62,20 +65,20 @@ class Check:
 
 @dataclass(frozen=True)
 class BackendReport:
-    """What is known about one backend after its checks.
+    """The state of one backend, and the results of its checks.
 
     Attributes
     ----------
     name : str
-        The name that ``backend=`` takes.
+        The name for ``backend=``.
     version : str or None
-        Version of its library.
+        The version of its library.
     devices : tuple of str
-        Devices the library reports.
+        The devices that the library reports.
     reason : str or None
         Why the backend was not checked: not installed, or installed without a usable device.
     checks : tuple of Check
-        Empty where `reason` is set.
+        Empty if `reason` is set.
     implementations, why_not_fused : mapping
         As in `groupnorm.discovery.BackendInfo`.
     """
@@ -90,7 +93,7 @@ class BackendReport:
 
     @property
     def status(self) -> str:
-        """``"agrees"``, ``"disagrees"`` or the reason for neither."""
+        """``"agrees"``, ``"disagrees"`` or why it was not checked."""
         if self.reason is not None:
             return self.reason
         return "agrees" if all(check.agrees for check in self.checks) else "disagrees"
@@ -102,7 +105,7 @@ def check_backends() -> list[BackendReport]:
     Returns
     -------
     list of BackendReport
-        One for each backend that the package has an adapter for.
+        One for each backend.
     """
     return [_report(info) for info in available_backends()]
 
@@ -113,19 +116,19 @@ def agree(reports: list[BackendReport]) -> bool:
     Parameters
     ----------
     reports : list of BackendReport
-        What `check_backends` returned.
+        The result of `check_backends`.
 
     Returns
     -------
     bool
-        False as well where NumPy, which is always there, could not be checked.
+        Also False if NumPy, which is always installed, could not be checked.
     """
     checked = {report.name: report.status for report in reports if report.reason is None}
     return "numpy" in checked and all(status == "agrees" for status in checked.values())
 
 
 def _report(info: BackendInfo) -> BackendReport:
-    """Run the checks of one backend, or say why they cannot run."""
+    """Run the checks of one backend, or report why they cannot run."""
     reason = None
     if not info.installed:
         reason = NOT_INSTALLED
@@ -134,7 +137,7 @@ def _report(info: BackendInfo) -> BackendReport:
     checks: tuple[Check, ...] = ()
     if reason is None:
         checks = tuple(
-            _check(_BACKENDS[info.name], case, device)
+            _check(adapter_named(info.name), case, device)
             for device in _one_of_each_kind(info.devices)
             for case in _cases()
         )
@@ -150,43 +153,47 @@ def _report(info: BackendInfo) -> BackendReport:
 
 
 def _one_of_each_kind(devices: tuple[str, ...]) -> list[str]:
-    """The first CPU, the first GPU and so on: eight equal GPUs compute the same."""
+    """The first device of each kind: eight equal GPUs need not all be checked."""
     first: dict[str, str] = {}
     for device in devices:
         first.setdefault(device.partition(":")[0], device)
     return list(first.values())
 
 
-def _check(backend: _Backend, case: _Case, device: str) -> Check:
+def _check(adapter: Adapter, case: _Case, device: str) -> Check:
     """Compare one backend on one device with the reference on one case."""
     compare, bound = _forward_error, FORWARD_BOUND
     if case.gradient:
         compare, bound = _gradient_error, GRADIENT_BOUND
     try:
-        error = compare(backend, case, device)
-    except Exception as failure:  # whatever a backend raises is a finding to print, not to die of
+        error = compare(adapter, case, device)
+    except Exception as failure:  # any error of a backend is reported, not raised
         return Check(case.name, device, None, bound, f"{type(failure).__name__}: {failure}")
     return Check(case.name, device, error, bound)
 
 
-def _forward_error(backend: _Backend, case: _Case, device: str) -> float:
+def _forward_error(adapter: Adapter, case: _Case, device: str) -> float:
     expected, _ = _reference(case)
-    operands = [backend.put(a, device) for a in (case.x, case.scale, case.bias)]
-    result = backend.get(group_norm(*operands, **case.options()))
+    operands = [_put(adapter, a, device) for a in (case.x, case.scale, case.bias)]
+    result = adapter.to_host(group_norm(*operands, **case.options()))
     return float(np.max(np.abs(result - expected) / np.maximum(1.0, np.abs(expected))))
 
 
-def _gradient_error(backend: _Backend, case: _Case, device: str) -> float:
+def _gradient_error(adapter: Adapter, case: _Case, device: str) -> float:
     _, expected = _reference(case)
-    operands = [backend.put(a, device) for a in (case.x, case.scale, case.bias)]
+    operands = [_put(adapter, a, device) for a in (case.x, case.scale, case.bias)]
     _, pullback = group_norm_vjp(*operands, **case.options())
-    gradients = pullback(backend.put(case.dy, device))
-    found = [backend.get(g) for g in (gradients.x, gradients.scale, gradients.bias)]
+    gradients = pullback(_put(adapter, case.dy, device))
+    computed = [adapter.to_host(g) for g in (gradients.x, gradients.scale, gradients.bias)]
     errors = [
         np.max(np.abs(ours - true)) / np.max(np.abs(true))
-        for ours, true in zip(found, expected, strict=True)
+        for ours, true in zip(computed, expected, strict=True)
     ]
     return float(np.max(errors))  # unlike the built-in max, this keeps a NaN
+
+
+def _put(adapter: Adapter, a: Array, device: str) -> Any:
+    return adapter.place(adapter.from_host(a), device)
 
 
 # ---- the cases and the reference ----------------------------------------------------------------
@@ -194,7 +201,7 @@ def _gradient_error(backend: _Backend, case: _Case, device: str) -> float:
 
 @dataclass(frozen=True)
 class _Case:
-    """One input with everything that goes with it, in NumPy float32."""
+    """One input with its parameters, cotangent and options, in NumPy float32."""
 
     name: str
     x: Array
@@ -206,7 +213,7 @@ class _Case:
     gradient: bool = False
 
     def options(self) -> dict[str, Any]:
-        """The keywords for the functions under test."""
+        """The keyword arguments for the functions under test."""
         return {
             "num_groups": GROUPS,
             "epsilon": EPSILON,
@@ -216,7 +223,7 @@ class _Case:
 
 
 def _cases() -> list[_Case]:
-    """Inputs that together touch both variance modes, the mask, an offset and the gradient."""
+    """Inputs that together cover both variance modes, the mask, an offset and the gradient."""
     rng = np.random.default_rng(SEED)
     x, dy = rng.standard_normal((2, *SHAPE), dtype=np.float32)
     scale, bias = rng.standard_normal((2, SHAPE[-1]), dtype=np.float32)
@@ -256,42 +263,8 @@ def _reference(case: _Case) -> tuple[Array, tuple[Array, Array, Array]]:
 
             dscale[channels] += np.sum(dy * hat, axis=(0, 1))
             dbias[channels] += np.sum(dy, axis=(0, 1))
-            # All positions are normalized with the statistics, only the valid ones make them.
+            # All positions are normalized; only the valid ones contribute to the statistics.
             dhat = dy * scale
             through_statistics = (np.sum(dhat) + hat * np.sum(dhat * hat)) / np.sum(valid)
             dx[here] = (dhat - valid * through_statistics) / std
     return y, (dx, dscale, dbias)
-
-
-# ---- NumPy to each library and back -------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Backend:
-    """How arrays get to a library's device and back, by that library's own functions."""
-
-    put: Callable[[Array, str], Any]
-    get: Callable[[Any], Array]
-
-
-def _put_jax(a: Array, device: str) -> Any:
-    jax = importlib.import_module("jax")
-    kind, _, index = device.partition(":")
-    devices = {d.id: d for d in jax.devices(kind)}
-    return jax.device_put(a, devices[int(index or 0)])
-
-
-def _put_torch(a: Array, device: str) -> Any:
-    return importlib.import_module("torch").as_tensor(a, device=device)
-
-
-def _put_cupy(a: Array, device: str) -> Any:
-    return importlib.import_module("cupy").asarray(a)
-
-
-_BACKENDS = {
-    "numpy": _Backend(lambda a, _: a, np.asarray),
-    "jax": _Backend(_put_jax, np.asarray),
-    "torch": _Backend(_put_torch, lambda t: np.asarray(t.detach().cpu())),
-    "cupy": _Backend(_put_cupy, lambda a: np.asarray(a.get())),
-}

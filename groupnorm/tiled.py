@@ -1,9 +1,9 @@
-"""Normalization of data that comes in parts: measure each, merge, and normalize each."""
+"""Normalize data in parts: compute the statistics of each, merge them, normalize each part."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from groupnorm.arguments import make_options
+from groupnorm.arguments import validate
 from groupnorm.dispatch import adapter_of
 from groupnorm.errors import ArgumentValueError
 from groupnorm.portable import group_norm as portable
@@ -25,33 +25,33 @@ def group_statistics(
     axis_name: Any = None,
     axis_index_groups: AxisIndexGroups | None = None,
 ) -> GroupStatistics:
-    """Measure count, mean and variance of every group, to be merged with those of other parts.
+    """Compute count, mean and variance of every group, to be merged with those of other parts.
 
-    With `merge_statistics` and `normalize` it normalizes what does not fit into memory: go over the
-    tiles of an image once to measure and once to normalize, and the result is that of the whole.
-    They are the pieces `group_norm` itself is made of, and as accurate.
+    Together with `merge_statistics` and `normalize` it normalizes data that does not fit into
+    memory: process the tiles of an image once to compute statistics and once to normalize, and the
+    result is that of the whole image. `group_norm` uses the same steps, with the same accuracy.
 
     Parameters
     ----------
     x : array of shape (N, ..., C)
         One part of the data. It may be empty.
     num_groups, group_size, feature_axis, reduction_axes, mask
-        As of `group_norm`.
+        As in `group_norm`.
     axis_name, axis_index_groups
-        As of `group_norm`: the statistics are those of all replicas.
+        As in `group_norm`: the statistics are pooled over all replicas.
 
     Returns
     -------
     GroupStatistics
-        Its arrays have the shape of the axes of x that are not reduced, and then the groups: by
-        default (N, num_groups), whatever the layout. They are in at least float32.
+        Arrays with the axes of x that are not reduced, followed by the groups: by default
+        (N, num_groups), for every layout. Their dtype is at least float32.
 
     Raises
     ------
     groupnorm.errors.ArgumentValueError, groupnorm.errors.ArgumentTypeError
         Naming the argument, its value, the rule and the fix.
     groupnorm.errors.AxisNameError
-        If `axis_name` is not bound where this is called.
+        If `axis_name` is not bound at the call.
 
     References
     ----------
@@ -71,12 +71,12 @@ def group_statistics(
     >>> bool(abs(y - group_norm(image, num_groups=2)).max() < 5e-6)
     True
     """
-    options = make_options(
+    options = validate(
         feature_axis=feature_axis,
         num_groups=num_groups,
         group_size=group_size,
         reduction_axes=reduction_axes,
-        # What will be added to the variance is not known yet: take it as nothing.
+        # epsilon is not known yet: use 0.
         epsilon=0.0,
         dtype=None,
         axis_name=axis_name,
@@ -87,13 +87,13 @@ def group_statistics(
 
 
 def merge_statistics(*statistics: GroupStatistics) -> GroupStatistics:
-    """Merge the statistics of several parts into those of the whole.
+    """Merge the statistics of several parts into those of all the data.
 
     Parameters
     ----------
     *statistics : GroupStatistics
-        At least one, of the same groups. The order does not matter beyond the last rounding. Those
-        of an empty part change nothing.
+        At least one, all of the same groups. Their order only affects rounding. Statistics of an
+        empty part have no effect.
 
     Returns
     -------
@@ -102,7 +102,7 @@ def merge_statistics(*statistics: GroupStatistics) -> GroupStatistics:
     Raises
     ------
     groupnorm.errors.ArgumentValueError, groupnorm.errors.ArgumentTypeError
-        If there are none, or if they are of different groups or libraries.
+        If there are none, or if their groups or libraries differ.
 
     Examples
     --------
@@ -115,7 +115,7 @@ def merge_statistics(*statistics: GroupStatistics) -> GroupStatistics:
     """
     if not statistics:
         raise ArgumentValueError(
-            "merge_statistics() is given nothing to merge: pass at least one GroupStatistics, as "
+            "merge_statistics() received nothing to merge: pass at least one GroupStatistics, as "
             "in merge_statistics(*parts)."
         )
     for i, part in enumerate(statistics):
@@ -137,7 +137,7 @@ def normalize(
     dtype: DTypeLike = None,
     mask: MaskLike = None,
 ) -> ArrayT:
-    r"""Normalize an array by statistics that were taken before, of it and of other parts.
+    r"""Normalize an array with given statistics, computed from it and other parts.
 
     .. math:: y = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} \cdot scale + bias
 
@@ -146,22 +146,22 @@ def normalize(
     x : array of shape (N, ..., C)
         One part of the data.
     statistics : GroupStatistics
-        Of all of it, from `merge_statistics`; or made by hand, of count, mean and m2.
+        Of all parts, from `merge_statistics`; or constructed from count, mean and m2.
     scale, bias, num_groups, group_size, feature_axis, reduction_axes, epsilon, dtype
-        As of `group_norm`.
+        As in `group_norm`.
     mask : array broadcastable to x, optional
-        As it was given to `group_statistics`: non-finite values that did not count are taken as 0.
+        As passed to `group_statistics`: masked-out non-finite values are replaced by 0.
 
     Returns
     -------
     array of x's shape
-        Of the same library, on the same device. Differentiable, in JAX and PyTorch, also through
-        the statistics.
+        In the same library, on the same device. In JAX and PyTorch it is differentiable, also
+        with respect to the statistics.
 
     Raises
     ------
     groupnorm.errors.ArgumentValueError, groupnorm.errors.ArgumentTypeError
-        If the statistics are of other groups than x has, and as `group_norm`.
+        If the groups of the statistics are not x's, and as in `group_norm`.
 
     References
     ----------
@@ -175,7 +175,7 @@ def normalize(
     >>> normalize(np.array([[10.0, 14.0]]), known, num_groups=1, epsilon=0)
     array([[0., 2.]])
     """
-    options = make_options(
+    options = validate(
         feature_axis=feature_axis,
         num_groups=num_groups,
         group_size=group_size,

@@ -1,4 +1,4 @@
-"""Types that annotations share; importing this imports no array library."""
+"""Types shared by annotations; importing this module imports no array library."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
@@ -14,9 +14,9 @@ __all__ = [
     "MaskLike",
 ]
 
-# The array API has no static type yet that all libraries satisfy.
+# No static array API type exists yet that all libraries satisfy.
 Array: TypeAlias = Any
-# Array in = array out.
+# The result has the type of the input array.
 ArrayT = TypeVar("ArrayT")
 # A name such as "bfloat16", or any library's dtype object.
 DTypeLike: TypeAlias = Any
@@ -33,9 +33,9 @@ class Gradients(NamedTuple):
     Attributes
     ----------
     x : array of shape (N, ..., C)
-        In the input's dtype.
+        In x's dtype.
     scale, bias : array of shape (C,) or None
-        In the parameters' dtypes and shapes; None where there is no such parameter.
+        In the parameter's dtype and shape; None if there is no such parameter.
     """
 
     x: Array

@@ -1,39 +1,57 @@
 """Fixtures, and the options ``--backends`` and ``--jax-devices``.
 
-``--backends all`` (the default) runs every row of `tests.backends.Backend`; a library that cannot
-be imported then fails the run, it is not skipped. ``--backends numpy`` (or ``numpy,torch:compile``)
-runs these rows alone and imports no other library: a test file that imports one at its top is not
-collected, and a test marked ``needs("flax")`` is skipped with that reason.
+``--backends all`` (the default) runs every row of `tests.rows.Backend`; a library that cannot
+be imported then fails the run instead of being skipped. ``--backends numpy`` (or
+``numpy,torch:compile``) runs only these rows and imports no other library: test files with a
+top-level import of another library are not collected, and tests marked ``needs("flax")`` are
+skipped with that reason.
 
-A test asks for rows by the name of its argument:
+A test selects its rows by the name of its argument:
 
-- ``backend``: every row but those too slow to run everywhere: torch:compile, dask, and eager JAX,
-  which compiles each operation again for each shape (jax:jit is there);
-- ``wide_backend``: these, dask and eager JAX;
+- ``backend``: all rows except those that are too slow to run everywhere: torch:compile, dask, and
+  eager JAX, which recompiles each operation for each shape (jax:jit is included);
+- ``wide_backend``: the same, plus dask and eager JAX;
 - ``any_backend``: every row;
-- ``quick_backend``: eager rows without a compilation for each new shape, for hypothesis;
-- ``autodiff_backend``: torch and jax:jit, whose libraries differentiate on their own.
+- ``quick_backend``: eager rows that do not compile for each new shape, for hypothesis;
+- ``autodiff_backend``: torch and jax:jit, whose libraries have automatic differentiation.
 
-``--interpret`` has Triton interpret the kernels for GPUs, and PyTorch's CPU tensors computed by
-them.
+``--interpret`` runs the GPU kernels in Triton's interpreter and uses them for PyTorch's CPU
+tensors.
 
-JAX sees four devices, and then the portable code computes its arrays; ``--jax-devices 1`` tests the
-kernels and passes that compute them where there is one.
+``--backends-only`` deselects the tests that use none of the selected libraries (no row, no
+``needs``, no import of one), for a second run under other conditions that should not repeat them.
+
+JAX sees four devices by default; its arrays then use the portable implementation.
+``--jax-devices 1`` tests the kernels and XLA passes that are used with a single device.
 """
 
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import os
 import zlib
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 
-from tests.backends import Backend
 from tests.interpreter import WARNINGS, interpret
+from tests.rows import Backend
+
+# The same examples in every run, so that failures are reproducible. No deadline: a shared machine
+# would exceed it occasionally.
+hypothesis.settings.register_profile(
+    "reproducible",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    max_examples=60,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("reproducible")
 
 LIBRARIES = {row.library for row in Backend}
 PEERS = {"brainstate", "dask", "equinox", "flax", "keras", "mpi4py", "optax"}
@@ -53,7 +71,14 @@ def pytest_addoption(parser):
     parser.addoption(
         "--backends",
         default="all",
-        help="'all', or libraries and rows by comma: " + ", ".join(map(str, Backend)),
+        help="'all', or a comma-separated list of libraries and rows: "
+        + ", ".join(map(str, Backend)),
+    )
+
+    parser.addoption(
+        "--backends-only",
+        action="store_true",
+        help="deselect tests that use none of the libraries selected by --backends",
     )
 
     parser.addoption(
@@ -61,14 +86,14 @@ def pytest_addoption(parser):
         type=int,
         choices=(1, 4),
         default=4,
-        help="devices JAX sees on the host: 4, for pmap and shard_map, where the portable code "
-        "computes; or 1, as most users have, where kernels and JAX's passes do",
+        help="JAX devices on the host: 4, for pmap and shard_map, with the portable code, "
+        "or 1, as most users have, with the kernels and XLA passes",
     )
 
     parser.addoption(
         "--interpret",
         action="store_true",
-        help="compute PyTorch's tensors by the kernels for GPUs, which Triton then interprets",
+        help="use the GPU kernels for PyTorch's CPU tensors, run in Triton's interpreter",
     )
 
 
@@ -77,17 +102,18 @@ def pytest_configure(config):
         interpret()
         for warning in WARNINGS:
             config.addinivalue_line("filterwarnings", f"ignore:{warning}:RuntimeWarning")
-    # JAX reads this once, when it starts.
+    # JAX reads this only once, at start-up.
     devices = config.getoption("--jax-devices")
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}"
+    config.addinivalue_line("markers", "several_jax_devices: skipped if --jax-devices is 1")
     config.addinivalue_line(
-        "markers", "several_jax_devices: skipped where --jax-devices leaves JAX one"
+        "markers", "needs(*libraries): skipped if --backends excludes one of these"
     )
     config.addinivalue_line(
-        "markers", "needs(*libraries): skipped where --backends leaves one of these out"
+        "markers", "every_library: uses all installed libraries, whatever --backends selects"
     )
-    # inductor still uses it itself when it first compiles something for a CPU.
+    # inductor itself still uses it for the first compilation for a CPU.
     config.addinivalue_line(
         "filterwarnings", "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
     )
@@ -98,9 +124,9 @@ SELECTED = pytest.StashKey[list[Backend]]()
 
 
 def select(option: str) -> list[Backend]:
-    """Return the rows the option names; a name that is none of them ends the run."""
+    """Return the rows selected by the option; an unknown name ends the run."""
     if option == "all":
-        # A GPU is not something one can be asked to install: without one its rows do not exist.
+        # Nobody can be expected to install a GPU: without one, its rows do not exist.
         return [row for row in Backend if not row.needs_gpu or row.gpu_present()]
     names = [name.strip() for name in option.split(",")]
     known = LIBRARIES | {row.value for row in Backend}
@@ -129,19 +155,20 @@ def pytest_report_header(config):
     absent = [row.value for row in Backend if row not in chosen]
     lines = [f"backends: {', '.join(map(str, chosen))}"]
     if absent:
-        lines.append(f"not run (not asked for, or no such device): {', '.join(absent)}")
+        lines.append(f"not run (not selected, or no such device): {', '.join(absent)}")
     return lines
 
 
 def pytest_ignore_collect(collection_path: Path, config):
-    """Leave out test files whose top-level imports are not selected."""
+    """Do not collect test files with a top-level import of a library that is not selected."""
     if collection_path.suffix != ".py" or config.getoption("--backends") == "all":
         return None
-    others = (LIBRARIES | PEERS) - importable(config) - {"numpy"}  # which is always there
+    others = (LIBRARIES | PEERS) - importable(config) - {"numpy"}  # which is always installed
     missing = top_level_imports(collection_path) & others
     return True if missing else None
 
 
+@functools.cache
 def top_level_imports(path: Path) -> set[str]:
     roots = set()
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
@@ -167,37 +194,56 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize(argument, rows or [none])
 
 
+def uses(item, libraries: set[str]) -> bool:
+    """Whether a test uses one of the libraries, by its row, its markers or its file's imports."""
+    rows = {value.library for value in _parameters(item) if isinstance(value, Backend)}
+    needed = {name for marker in item.iter_markers("needs") for name in marker.args}
+    return (
+        item.get_closest_marker("every_library") is not None
+        or bool(libraries & (rows | needed))
+        or bool(libraries & top_level_imports(item.path))
+    )
+
+
+def _parameters(item) -> list:
+    return list(item.callspec.params.values()) if hasattr(item, "callspec") else []
+
+
 def pytest_collection_modifyitems(config, items):
     allowed = importable(config)
+    if config.getoption("--backends-only"):
+        config.hook.pytest_deselected(items=[item for item in items if not uses(item, allowed)])
+        items[:] = [item for item in items if uses(item, allowed)]
     for item in items:
         for marker in item.iter_markers("needs"):
             missing = set(marker.args) - allowed
             if missing:
-                reason = f"--backends leaves out {', '.join(sorted(missing))}"
+                reason = f"--backends excludes {', '.join(sorted(missing))}"
                 item.add_marker(pytest.mark.skip(reason=reason))
         if config.getoption("--jax-devices") == 1 and item.get_closest_marker(
             "several_jax_devices"
         ):
-            item.add_marker(pytest.mark.skip(reason="--jax-devices leaves JAX one"))
+            item.add_marker(
+                pytest.mark.skip(reason="needs several JAX devices; --jax-devices is 1")
+            )
 
 
 @pytest.fixture(autouse=True)
 def forget_compiled_code(request):
-    """Start every torch.compile row with an empty cache: recompilations are counted by function."""
+    """Clear the cache after each torch.compile row: recompilations are counted per function."""
     yield
-    callspec = getattr(request.node, "callspec", None)
-    if callspec and any(value is Backend.TORCH_COMPILE for value in callspec.params.values()):
+    if any(value is Backend.TORCH_COMPILE for value in _parameters(request.node)):
         importlib.import_module("torch")._dynamo.reset()
 
 
 @pytest.fixture
 def rng(request) -> np.random.Generator:
-    """Random numbers that differ from test to test, and are the same on every backend and run."""
+    """Random generator seeded by the test's name: the same on every backend and in every run."""
     return np.random.default_rng(zlib.crc32(request.node.originalname.encode()))
 
 
 @pytest.fixture
 def needs_bfloat16(request):
-    """Skip where only NumPy was asked for and it has no bfloat16."""
+    """Skip if only some backends are selected and NumPy has no bfloat16."""
     if request.config.getoption("--backends") != "all":
         pytest.importorskip("ml_dtypes", reason="NumPy's bfloat16 comes from ml_dtypes")

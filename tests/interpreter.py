@@ -1,7 +1,7 @@
-"""Triton's interpreter, made to compute as a GPU does, before the kernels are imported.
+"""Triton's interpreter, patched to compute as a GPU does, before the kernels are imported.
 
-Left as it is, it cuts float32 off to bfloat16 where a GPU rounds to nearest, ties to even, and sums
-along the slow axis of a tile one after the other where a GPU sums by a tree.
+Unpatched, it truncates float32 to bfloat16 where a GPU rounds to nearest, ties to even, and it sums
+sequentially along the slow axis of a tile where a GPU sums pairwise (in a tree).
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import tempfile
 
 import numpy as np
 
-# Triton computes by NumPy there, which warns of what a GPU does not.
+# The interpreter computes with NumPy, which warns about operations that a GPU does not warn about.
 WARNINGS = ("invalid value", "divide by zero", "overflow", "All-NaN")
 
 
 def interpret() -> None:
-    """Have Triton interpret, and PyTorch's tensors on the CPU computed by its kernels."""
+    """Enable Triton's interpreter, and use the GPU kernels for PyTorch's CPU tensors."""
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
-    # What torch.compile keeps on disk is of a process in which the CPU's kernels compute.
+    # torch.compile's on-disk cache comes from processes that used the CPU kernels.
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="groupnorm-inductor-")
     interpreter = importlib.import_module("triton.runtime.interpreter")
     convert = interpreter._convert_float
@@ -50,7 +50,7 @@ def interpret() -> None:
 
 
 def interpreted_engine():
-    """Return the engine for GPUs, for tensors on the CPU."""
+    """Return the GPU engine, for tensors on the CPU."""
 
     class Interpreted(importlib.import_module("groupnorm.backends.torch.gpu").GpuEngine):
         def why_unavailable(self, device, float16=False):
@@ -63,17 +63,17 @@ def interpreted_engine():
 
 
 class Pointer:
-    """An array of NumPy as the interpreter takes tensors: all it needs is an address and a type."""
+    """A NumPy array in the form the interpreter accepts: it needs only an address and a dtype."""
 
     def __init__(self, array: np.ndarray) -> None:
         self.array = array
-        # As the kernels see them: a mask as bytes, and words that hold float32 as such.
+        # As the kernels see them: masks as bytes, and words that hold float32 as float32.
         self.dtype = {"bool": "uint8", "uint32": "float32"}.get(array.dtype.name, array.dtype.name)
 
     def data_ptr(self) -> int:
         return self.array.ctypes.data
 
-    # The interpreter makes copies on the host of what lies elsewhere. This lies there.
+    # The interpreter copies device memory to the host. This memory is on the host already.
     def untyped_storage(self) -> Pointer:
         return self
 
@@ -100,7 +100,7 @@ class Pointer:
 
 
 def run(step, arrays) -> None:
-    """Run one step on arrays of NumPy."""
+    """Run one step on NumPy arrays."""
     build = importlib.import_module("groupnorm.backends.kernels.gpu.build")
     kernel = build.kernel_of(step.module, step.kernel)
     keywords = {**dict(step.scalars), **dict(step.constants), "num_warps": step.warps}

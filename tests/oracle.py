@@ -1,9 +1,8 @@
-"""The reference: group normalization and its gradients in float64, one group after the other.
+"""The reference: group normalization and its gradients in float64, one group at a time.
 
-Nothing here is shared with the library, neither code nor method. Every element is given the number
-of its group from its index, elements of one group are gathered by fancy indexing, and the textbook
-formula is applied to that list. Sums are exact (``math.fsum``), or 80-bit where a group is too big
-for that.
+Neither code nor method is shared with the library. The group of every element is computed from its
+index, the elements of one group are gathered by fancy indexing, and the textbook formula is applied
+to that list. Sums are exact (``math.fsum``), or 80-bit if a group is too large for that.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-# math.fsum costs about 50 ns an element; above this size numpy's pairwise sum in long double takes
-# over, which is still three digits better than float64.
+# math.fsum costs about 50 ns per element; above this size numpy's pairwise sum in long double is
+# used, which is still three digits better than float64.
 FSUM_LIMIT = 1 << 17
 
 
@@ -27,7 +26,7 @@ class Gradients(NamedTuple):
 
 
 class Group(NamedTuple):
-    """One group: where its elements are, and what was measured on the valid ones."""
+    """One group: the positions of its elements, and the statistics of the valid ones."""
 
     where: tuple[np.ndarray, ...]
     valid: np.ndarray
@@ -37,13 +36,13 @@ class Group(NamedTuple):
 
 
 def widen(a) -> np.ndarray:
-    """Return `a` in float64, or complex128 where it is complex."""
+    """Return `a` in float64, or complex128 if it is complex."""
     a = np.asarray(a)
     return a.astype(np.complex128 if a.dtype.kind == "c" else np.float64)
 
 
 def exact_sum(values: np.ndarray):
-    """Sum a vector without rounding on the way."""
+    """Sum a vector without intermediate rounding."""
     if values.dtype.kind == "c":
         return complex(exact_sum(values.real), exact_sum(values.imag))
     if values.size > FSUM_LIMIT or not np.isfinite(values).all():
@@ -58,13 +57,13 @@ def as_axes(axes, ndim: int) -> list[int]:
 
 
 def default_reduction(ndim: int, features: list[int]) -> list[int]:
-    """All axes but the batch axis; there is none when axis 0 holds features or is the only axis."""
+    """All axes but the batch axis; there is none if axis 0 is a feature axis or the only axis."""
     has_batch = ndim > 1 and 0 not in features
     return list(range(1 if has_batch else 0, ndim))
 
 
 def channel_numbers(shape: tuple[int, ...], features: list[int]) -> np.ndarray:
-    """Number the channel of every element: row-major over the feature axes, in increasing order."""
+    """Return every element's channel index: row-major over the feature axes in increasing order."""
     number = np.zeros(shape, dtype=np.int64)
     index = np.indices(shape, sparse=True)
     for axis in features:
@@ -99,12 +98,12 @@ def measure(x: np.ndarray, valid: np.ndarray, where, epsilon: float) -> Group:
     else:
         mean = exact_sum(counted) / count
         deviation = counted - mean
-        # The rounding of the mean itself, taken out once more.
+        # Remove the rounding error of the mean itself.
         correction = exact_sum(deviation) / count
         mean, deviation = mean + correction, deviation - correction
         var = exact_sum(deviation.real**2 + deviation.imag**2) / count
     if (values[valid] == mean).all() and count:
-        # A constant group; says so also where epsilon = 0 would make 0 * inf.
+        # A constant group; epsilon = 0 would give 0 * inf.
         rstd = math.inf if epsilon == 0 else 1 / math.sqrt(epsilon)
         normalized = np.where(valid, 0, (values - mean) * (rstd if epsilon else 0.0))
     else:
@@ -134,7 +133,7 @@ def prepare(x, mask, num_groups, group_size, feature_axis, reduction_axes):
 
 
 def per_element(parameter, shape, features, default):
-    """Give every element of the input its channel's parameter."""
+    """Return the parameter of every element's channel."""
     if parameter is None:
         return np.full(shape, default)
     flat = widen(parameter).ravel()
@@ -181,11 +180,11 @@ def group_norm_gradients(
 ) -> Gradients:
     """Return the gradients of ``sum(Re(conj(dy) * y))``, dL/dRe + i dL/dIm for complex arrays.
 
-    With h = conj(scale) * dy, and sums over ALL elements of the group (masked-out ones are
-    normalized by the same statistics, so they pull on them too) divided by the number n of the
-    valid ones:
+    With h = conj(scale) * dy, and sums over ALL elements of the group (masked-out elements are
+    normalized by the same statistics, so they contribute to their gradients) divided by the number
+    n of valid elements:
     p = sum(h) / n, q = Re sum(conj(h) * xhat) / n, dx = rstd * (h - m * (p + xhat * q)).
-    A masked-out non-finite input is the constant 0: its own gradient is 0.
+    A masked-out non-finite input is replaced by the constant 0, so its gradient is 0.
     """
     given, dy = widen(x), widen(dy)
     x, valid, features, wheres = prepare(
@@ -216,7 +215,7 @@ def group_norm_gradients(
 
 
 def sum_by_channel(values, number, parameter) -> np.ndarray:
-    """Sum over all elements of each channel: shaped like the parameter, real where it is real."""
+    """Sum over all elements of each channel, in the shape of the parameter; real if it is real."""
     parameter = np.asarray(parameter)
     flat = np.zeros(parameter.size, dtype=values.dtype)
     for channel in range(parameter.size):

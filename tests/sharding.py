@@ -1,8 +1,8 @@
-"""One array split over several devices or processes, and what the whole array should give.
+"""One array split over several devices or processes, and the expected result for the whole array.
 
-Shards differ in length along axis 1. JAX pads them to one length and masks the padding (with NaN in
-it); processes hold them as they are. Either way the shards, put together again, must equal the
-oracle's result on the whole array, or on the part of it that one of `index_groups` holds.
+Shards differ in length along axis 1. JAX pads them to one length and masks the padding (which is
+NaN); processes hold them as they are. Either way the concatenated shards must equal the oracle's
+result on the whole array, or on the part of it that belongs to one of `index_groups`.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import zlib
 import numpy as np
 
 from tests import oracle
-from tests.backends import CONTRACT, GRADIENT, GRADIENT_FAR, assert_close, assert_gradient
+from tests.rows import CONTRACT, GRADIENT, GRADIENT_FAR, assert_close, assert_gradient
 
 BATCH, CHANNELS, NUM_GROUPS = 2, 8, 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One way to split, mask and pool."""
+    """One combination of splitting, masking and pooling."""
 
     name: str
     sizes: tuple[int, ...]
@@ -54,7 +54,7 @@ class Case:
         return [a[:, i:j] for i, j in zip(self.starts[:-1], self.starts[1:], strict=True)]
 
     def padded(self, a: np.ndarray, filling) -> np.ndarray:
-        """Return the shards stacked as (shards, N, longest, ...), filled up with `filling`."""
+        """Return the shards stacked as (shards, N, longest, ...), padded with `filling`."""
         out = np.full((len(self.sizes), BATCH, max(self.sizes), *a.shape[2:]), filling, a.dtype)
         for shard, part in zip(out, self.split(a), strict=True):
             shard[:, : part.shape[1]] = part
@@ -68,7 +68,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """The whole arrays of one case, and the oracle's answer."""
+    """The whole arrays of one case, and the oracle's results."""
 
     x: np.ndarray
     dy: np.ndarray
@@ -115,12 +115,12 @@ def _expected(case, x, dy, mask, scale, bias) -> tuple[np.ndarray, oracle.Gradie
 
 
 def check(case: Case, y, dx, dscale, dbias) -> None:
-    """Assert that the shards, put together, are what the oracle says of the whole."""
+    """Assert that the concatenated shards equal the oracle's results for the whole array."""
     whole = data(case)
     assert y.dtype == dx.dtype == np.float32
     assert_close(y, whole.y, tolerance=CONTRACT)
     rtol = GRADIENT if case.offset == 0 else GRADIENT_FAR
-    if case.offset <= 1e3:  # the accuracy contract of gradients says nothing beyond
+    if case.offset <= 1e3:  # the accuracy contract of gradients does not cover larger offsets
         assert_gradient(dx, whole.gradients.x, rtol=rtol)
         assert_gradient(dscale, whole.gradients.scale, rtol=rtol)
     assert_gradient(dbias, whole.gradients.bias, rtol=rtol)

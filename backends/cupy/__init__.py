@@ -1,4 +1,4 @@
-"""CuPy: arrays on a CUDA device; statistics over NCCL ranks; the kernels for GPUs."""
+"""CuPy: arrays on a CUDA device, statistics over NCCL ranks, and the GPU kernels."""
 
 from groupnorm.backends.cupy.layer import CupyGroupNorm
 

@@ -1,4 +1,4 @@
-"""CuPy: NumPy's layer on a CUDA device. Importing this needs no driver; computing does."""
+"""CuPy: the adapter of arrays on CUDA devices. Only computing needs a driver, not importing."""
 
 from typing import Any
 
@@ -45,21 +45,21 @@ class CupyAdapter(Adapter):
         return np.asarray(cupy.asnumpy(x))
 
     def complex_from(self, real: Any, imaginary: Any) -> Any:
-        """Put two real arrays together."""
+        """Combine two real arrays into a complex one."""
         return real + 1j * imaginary
 
     def replicas(self, axis_name: Any) -> Replicas:
-        """Return the ranks of one or several communicators of NCCL."""
+        """Return the ranks of one or several NCCL communicators."""
         return over_all([replicas_of(communicator) for communicator in bound(axis_name)])
 
     def load_kernels(self) -> Kernels:
-        """Return the calls of the kernels for GPUs."""
+        """Return the GPU kernels."""
         from groupnorm.backends.cupy.gpu import CupyKernels
 
         return CupyKernels(self)
 
     def devices(self) -> tuple[str, ...]:
-        """Name the CUDA devices."""
+        """Return the names of the CUDA devices."""
         return tuple(f"cuda:{i}" for i in range(device_count()))
 
 
@@ -69,7 +69,7 @@ def device_count() -> int:
     Raises
     ------
     BackendImportError
-        If there is none, or no driver.
+        If there is no device, or no driver.
     """
     try:
         count = int(cupy.cuda.runtime.getDeviceCount())
@@ -92,7 +92,7 @@ def _device(device: Any) -> Any:
     number = index if index.isdecimal() else "0" if index == "cuda" and not kind else ""
     if kind not in ("", "cuda") or not number or int(number) >= device_count():
         raise ArgumentValueError(
-            f"device={device!r} is not one CuPy has here: choose an index below {device_count()}, "
+            f"device={device!r} is not a CuPy device here: choose an index below {device_count()}, "
             "such as 'cuda:0'."
         )
     return cupy.cuda.Device(int(number))

@@ -1,4 +1,4 @@
-"""CuPy calls of the kernels for GPUs: cubins of Triton, launched on the current stream."""
+"""Calling the GPU kernels with CuPy arrays: Triton's cubins, launched on the current stream."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -8,30 +8,30 @@ import cupy
 import numpy as np
 
 from groupnorm.adapter import Kernels, Unsupported
-from groupnorm.arguments import Options
+from groupnorm.arguments import CallOptions
 from groupnorm.backends.kernels.binding import bind
 from groupnorm.backends.kernels.gpu import program as gpu
 from groupnorm.backends.kernels.gpu.build import ALIGNMENT, build
 from groupnorm.backends.kernels.gpu.launch import Work, planned
-from groupnorm.backends.kernels.gpu.probe import Trials, lacking
+from groupnorm.backends.kernels.gpu.probe import DeviceProbe, why_too_old
 from groupnorm.backends.kernels.layout import flat_mask, in_memory, restored
 from groupnorm.portable.inputs import HOST_MASKS, check_cotangent, host_mask
 from groupnorm.typing import Gradients
 
-__all__ = ["CupyKernels", "unavailable"]
+__all__ = ["CupyKernels", "why_unavailable"]
 
 
 class _Call(NamedTuple):
     """A call bound to kernels."""
 
     work: Work
-    arrays: dict[str, Any]  # x, in memory order, scale, bias and mask; None for one not there
+    arrays: dict[str, Any]  # x, in memory order, scale, bias and mask, or None
 
     def forward(self) -> tuple[Any, Any]:
-        """Return y, which lies in memory as x does, and the statistics."""
+        """Return y, which has x's memory layout, and the statistics."""
         layout = self.work.layout
-        y = cupy.empty(layout.plan.shape, self.work.kinds.dtype)
-        statistics = cupy.empty(gpu.statistics_shape(self.work.form), np.float32)
+        y = cupy.empty(layout.plan.shape, self.work.dtypes.result_dtype)
+        statistics = cupy.empty(gpu.statistics_shape(self.work.shape), np.float32)
         program = self.work.forward(*self._there)
         run(program, {**self.arrays, "y": y, "statistics": statistics})
         return restored(y, layout), statistics
@@ -40,7 +40,7 @@ class _Call(NamedTuple):
         """Return dx, and the gradients of scale and bias, flat in float32."""
         layout, x = self.work.layout, self.arrays["x"]
         dx = cupy.empty(layout.plan.shape, x.dtype)
-        dscale, dbias = (cupy.empty(self.work.form.channels, np.float32) for _ in range(2))
+        dscale, dbias = (cupy.empty(self.work.shape.channels, np.float32) for _ in range(2))
         results = {"dx": dx, "dscale": dscale, "dbias": dbias}
         given = {"dy": in_memory(dy, layout, cupy), "statistics": statistics}
         run(self.work.backward(*self._there), {**self.arrays, **given, **results})
@@ -54,17 +54,17 @@ class _Call(NamedTuple):
 
 
 class CupyKernels(Kernels):
-    """The kernels for GPUs."""
+    """The GPU kernels, called with CuPy arrays."""
 
     def __init__(self, adapter: Any) -> None:
         super().__init__()
         self._adapter = adapter
 
     def why_unavailable(self, device: str) -> Unsupported | None:
-        """Return why there are none: Triton is missing, or a first kernel failed."""
-        return unavailable(int(device.partition(":")[2] or 0))
+        """Return why kernels are unavailable: Triton is missing, or the probe failed."""
+        return why_unavailable(int(device.partition(":")[2] or 0))
 
-    def forward(self, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
+    def forward(self, x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -> Any:
         """Return y, or `Unsupported`."""
         call = _call(self._adapter, x, scale, bias, mask, options)
         if isinstance(call, Unsupported):
@@ -72,13 +72,13 @@ class CupyKernels(Kernels):
         with x.device:
             return call.forward()[0]
 
-    def vjp(self, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
+    def vjp(self, x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -> Any:
         """Return y and its pullback, or `Unsupported`."""
         call = _call(self._adapter, x, scale, bias, mask, options)
         if isinstance(call, Unsupported):
             return call
         with x.device:
-            # The caller may change parameters in place before the pullback is called.
+            # The caller may modify parameters in place before calling the pullback.
             copies = {
                 n: None if (p := call.arrays[n]) is None else p.copy() for n in ("scale", "bias")
             }
@@ -107,7 +107,7 @@ def _pullback(
     return pullback
 
 
-def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
+def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -> Any:
     if type(x) is not cupy.ndarray:
         return Unsupported(f"x is of type {type(x).__name__}")
     for name, a in (("scale", scale), ("bias", bias)):
@@ -117,7 +117,7 @@ def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Optio
     for name, a in others.items():
         if isinstance(a, cupy.ndarray) and a.device != x.device:
             return Unsupported(f"{name} is on {a.device} and x on {x.device}")
-    why = unavailable(x.device.id)
+    why = why_unavailable(x.device.id)
     if why is not None:
         return why
     strides = tuple(s // x.itemsize for s in x.strides)
@@ -154,27 +154,27 @@ def _flat_mask(adapter: Any, mask: Any, work: Work) -> Any:
 # Launching ----------------------------------------------------------------------------------------
 
 
-def run(program: gpu.Program, arrays: dict[str, Any]) -> None:
+def run(program: gpu.LaunchSequence, arrays: dict[str, Any]) -> None:
     """Launch the steps of a program on the current device and stream."""
     x = arrays["x"]
     for name, elements in program.shared:
         arrays[name] = cupy.empty(elements, np.float32)
-    for step in program.steps:
-        # A pointer that is not used must be one all the same.
+    for step in program.launches:
+        # An unused pointer must still be valid.
         pointers = [x if (a := arrays.get(name)) is None else a for name in step.arrays]
         launch(step, pointers)
 
 
-def launch(step: gpu.Step, pointers: list[Any]) -> None:
+def launch(step: gpu.Launch, pointers: list[Any]) -> None:
     """Launch one step."""
     dtypes = tuple(a.dtype.name for a in pointers)
     aligned = tuple(a.data.ptr % ALIGNMENT == 0 for a in pointers)
     device = cupy.cuda.Device().id
     built, arguments = build(step, dtypes, aligned, _capability(device), False)
     scalars = [np.int32(v) if kind == "i32" else np.int64(v) for kind, v in arguments]
-    nothing = [np.uint64(0)] * built.scratch
+    null_pointers = [np.uint64(0)] * built.scratch
     _loaded(built.cubin_path, built.name, device)(
-        (*step.grid, 1, 1)[:3], (built.threads, 1, 1), (*pointers, *scalars, *nothing),
+        (*step.grid, 1, 1)[:3], (built.threads, 1, 1), (*pointers, *scalars, *null_pointers),
         shared_mem=built.shared,
     )  # fmt: skip
 
@@ -194,17 +194,17 @@ def captures() -> bool:
     return bool(cupy.cuda.get_current_stream().is_capturing())
 
 
-def _compute(device: int, array: Any, program: gpu.Program) -> Any:
+def _compute(device: int, array: Any, program: gpu.LaunchSequence) -> Any:
     with cupy.cuda.Device(device):
         x = cupy.asarray(array)
-        y, statistics = cupy.empty_like(x), cupy.empty_like(x)  # of the latter there are fewer
+        y, statistics = cupy.empty_like(x), cupy.empty_like(x)  # statistics are smaller
         run(program, {"x": x, "y": y, "statistics": statistics})
         return cupy.asnumpy(y)
 
 
-_trials = Trials("CuPy", lambda device: lacking(_capability(device)), captures, _compute)
+_probe = DeviceProbe("CuPy", lambda device: why_too_old(_capability(device)), captures, _compute)
 
 
-def unavailable(device: int) -> Unsupported | None:
-    """Say why no kernels run on a device, if so. The first time one is tried out."""
-    return _trials.unavailable(device)
+def why_unavailable(device: int) -> Unsupported | None:
+    """Return why kernels cannot run on a device; None if they can. The first call probes it."""
+    return _probe.why_unavailable(device)

@@ -9,34 +9,34 @@ from groupnorm.errors import AxisNameError
 
 __all__ = ["replicas_of"]
 
-# Communicators are kept with what their ranks agreed on: they cannot be referred to weakly, and an
-# id must not come to mean another one.
+# Communicators are kept alive with their ranks' agreements: they do not support weak references,
+# and an id must not be reused for another one.
 _agreements: dict[int, tuple[Any, Agreement]] = {}
 
 
 def replicas_of(communicator: Any) -> Replicas:
-    """Find the ranks of a communicator of NCCL, bare or cupyx.distributed's.
+    """Return the ranks of an NCCL communicator, or of one of cupyx.distributed.
 
     Raises
     ------
     AxisNameError
-        If it is none.
+        If it is neither.
     """
-    # cupyx.distributed wraps one; NCCL itself is asked, so that both go the same way.
+    # cupyx.distributed wraps one; NCCL is called directly, so that both behave the same.
     library = getattr(communicator, "_comm", communicator)
     if not hasattr(library, "allReduce"):
         raise AxisNameError(
             f"axis_name={communicator!r} is a {type(communicator).__name__}: for CuPy arrays "
-            "the replicas are a cupy.cuda.nccl.NcclCommunicator, what "
+            "it must be a cupy.cuda.nccl.NcclCommunicator, what "
             "cupyx.distributed.init_process_group returns, or a name bound to one of them by "
             "groupnorm.bind_axis."
         )
 
     def add(x: Any) -> Any:
-        # In C order: NCCL adds what lies in memory, and would mix other orders up.
+        # In C order: NCCL adds memory elementwise, and ranks could have different orders.
         x = cupy.ascontiguousarray(x)
         total = cupy.empty(x.shape, x.dtype, order="C")
-        nccl: Any = cupy.cuda.nccl  # holds nothing where the library is missing
+        nccl: Any = cupy.cuda.nccl  # an empty module if NCCL is missing
         kind = {"f": nccl.NCCL_FLOAT32, "d": nccl.NCCL_FLOAT64}[x.dtype.char]
         stream = cupy.cuda.get_current_stream().ptr
         library.allReduce(x.data.ptr, total.data.ptr, x.size, kind, nccl.NCCL_SUM, stream)

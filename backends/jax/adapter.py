@@ -22,6 +22,7 @@ class JaxAdapter(Adapter):
     label = "JAX"
     array_name = "JAX arrays"
     name = "jax"
+    has_sharded_arrays = True
 
     def is_array(self, x: object) -> bool:
         """Whether x is an array or a tracer."""

@@ -1,9 +1,8 @@
 """The kernels for CPUs, called by XLA's foreign function interface."""
 
 import ctypes
-import re
+import logging
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,46 +15,40 @@ from groupnorm.backends.kernels.cpu import launch as cpu_launch
 from groupnorm.backends.kernels.cpu.huge_pages import are_worth_it
 from groupnorm.backends.kernels.cpu.threads import helpers_for
 
-__all__ = ["unavailable"]
+__all__ = ["why_unavailable"]
 
 _TARGET = "groupnorm_cpu_kernel"
 
+_log = logging.getLogger("groupnorm")
 
-def unavailable(float16: bool) -> Unsupported | None:
+
+def why_unavailable(float16: bool) -> Unsupported | None:
     """Return why there are no kernels for CPUs here, or none that read float16."""
-    why = cpu.unavailable(float16)
+    why = cpu.why_unavailable(float16)
     return _interface() if why is None else why
-
-
-def _missing_on_cpu() -> Unsupported | None:
-    why = cpu.unavailable(float16=False)
-    if why is not None:
-        return why
-    found = _version()
-    if found != cpu.kernels("xla_handler").API:
-        return Unsupported(f"XLA's foreign function interface has version {found} here")
-    return None
 
 
 @lru_cache(maxsize=1)
 def _interface() -> Unsupported | None:
-    """Register the CPU's handler, if XLA's interface is the one it was written for."""
-    why = _missing_on_cpu()
-    if why is None:
-        module = cpu.kernels("xla_handler")
-        function = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)(module.handler()[0].address)
-        jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(function), platform="cpu")
-    return why
-
-
-def _version() -> tuple[int, ...] | None:
-    """Read the interface's version from the header of jaxlib."""
+    """Register the handler with XLA; return why it cannot be used, or None."""
+    why = cpu.why_unavailable(float16=False)
+    if why is not None:
+        return why
+    module = cpu.kernels("xla_handler")
+    function = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)(module.handler()[0].address)
     try:
-        header = Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text()
-    except OSError:
-        return None
-    found = re.findall(r"#define XLA_FFI_API_(?:MAJOR|MINOR) (\d+)", header)
-    return tuple(map(int, found))
+        # Before there is a backend, JAX only queues the handler; XLA then refuses it while the
+        # backend starts, which fails with it.
+        jax.devices("cpu")
+        jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(function), platform="cpu")
+    except (RuntimeError, ValueError) as error:  # XLA's errors are RuntimeErrors today
+        version = ".".join(map(str, module.API))
+        why = Unsupported(
+            "XLA does not accept the handler of the kernels for CPUs, which was written for "
+            f"version {version} of its foreign function interface: {error}"
+        )
+        _log.warning("groupnorm computes without kernels in JAX on CPUs: %s", why.reason)
+    return why
 
 
 # Lowerings ----------------------------------------------------------------------------------------
@@ -72,12 +65,10 @@ def _call(
     x, activation = context.avals_in[slots[frames.X] - 1].dtype.name, spec.options.activation
     y, masked = result.dtype.name, frames.MASK in slots
     shape = spec.shape
-    name = f"{'first' if shape.channels_first else 'last'}_{kernel}"
+    name = f"channels_{'first' if shape.channels_first else 'last'}_{kernel}"
     mask = context.avals_in[slots[frames.MASK] - 1].size if masked else 0
-    template = frames.template(
-        name, shape.samples, shape.groups, shape.group_size, shape.positions, mask,
-        spec.options.epsilon, helpers_for(result.size),
-    )  # fmt: skip
+    helpers = helpers_for(result.size)
+    template = frames.template(name, shape, mask, spec.options.epsilon, helpers)
     number = frames.number(name, x, y, dy, masked, activation)
     entry = cpu_launch.entry(name, x, y, dy, masked, activation)
     where = ctypes.cast(entry, ctypes.c_void_p).value
@@ -108,5 +99,5 @@ def _lower_pull_back(context: Any, *operands: Any, spec: Spec, batches: int) -> 
     return _call(context, operands, spec, "backward", dy, slots, result, batches)
 
 
-register_lowering(normalize_p, "cpu", _lower_normalize, unavailable)
-register_lowering(pull_back_p, "cpu", _lower_pull_back, unavailable)
+register_lowering(normalize_p, "cpu", _lower_normalize, why_unavailable)
+register_lowering(pull_back_p, "cpu", _lower_pull_back, why_unavailable)

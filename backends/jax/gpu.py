@@ -27,11 +27,10 @@ from groupnorm.backends.jax.primitives import (
 )
 from groupnorm.backends.kernels.gpu import program as gpu
 from groupnorm.backends.kernels.gpu.build import POINTERS, build, kernel_of
-from groupnorm.backends.kernels.gpu.build import unavailable as no_triton
-from groupnorm.backends.kernels.gpu.probe import lacking, trial
-from groupnorm.backends.kernels.gpu.tiling import Form
+from groupnorm.backends.kernels.gpu.build import why_unavailable as why_no_triton
+from groupnorm.backends.kernels.gpu.probe import probe_case, why_too_old
 
-__all__ = ["chosen_launcher", "compute_capability", "missing", "normalize", "pull_back"]
+__all__ = ["chosen_launcher", "compute_capability", "normalize", "pull_back", "why_unavailable"]
 
 _TARGET = "__gpu$xla.gpu.ptx"
 # XLA wants a result behind every pointer that it passes.
@@ -40,9 +39,9 @@ _NOTHING = jax.ShapeDtypeStruct((16,), np.uint8)
 _log = logging.getLogger("groupnorm")
 
 
-def missing() -> Unsupported | None:
+def why_unavailable() -> Unsupported | None:
     """Return why there are no kernels on this machine, or None; a first kernel is tried out."""
-    why = no_triton()
+    why = why_no_triton()
     if why is not None:
         return why
     found = chosen_launcher()
@@ -57,7 +56,7 @@ def normalize(x: Any, scale: Any, bias: Any, *mask: Any, spec: Spec) -> Any:
     saved = jax.ShapeDtypeStruct(saved_shape(spec), np.dtype(np.uint32))
     arrays = {"x": x, "scale": scale, "bias": bias, "mask": mask[0] if mask else None}
     results = {"y": jax.ShapeDtypeStruct(x.shape, spec.result_dtype), "statistics": saved}
-    _run(gpu.forward(Form(*spec.shape), _asked(spec, mask)), arrays, results)
+    _run(gpu.forward(spec.shape, _options(spec, mask)), arrays, results)
     return arrays["y"], arrays["statistics"]
 
 
@@ -71,24 +70,24 @@ def pull_back(
     parameter = jax.ShapeDtypeStruct((batches, spec.shape.channels), np.dtype(np.float32))
     results = {"dx": jax.ShapeDtypeStruct(x.shape, x.dtype), "dscale": parameter}
     results["dbias"] = parameter
-    _run(gpu.backward(Form(*spec.shape), _asked(spec, mask), batches), arrays, results)
+    _run(gpu.backward(spec.shape, _options(spec, mask), batches), arrays, results)
     return arrays["dx"], arrays["dscale"], arrays["dbias"]
 
 
-def _asked(spec: Spec, mask: Any) -> gpu.Asked:
+def _options(spec: Spec, mask: Any) -> gpu.KernelOptions:
     kind = None
     if mask:
         kind = "one" if mask[0].shape[0] == 1 else "each"
     # Without waves: XLA allocates each result for the one call that writes it.
-    return gpu.Asked(spec.options.epsilon, spec.options.activation, kind, True, True)
+    return gpu.KernelOptions(spec.options.epsilon, spec.options.activation, kind, True, True)
 
 
-def _run(program: gpu.Program, arrays: dict[str, Any], results: dict[str, Any]) -> None:
+def _run(program: gpu.LaunchSequence, arrays: dict[str, Any], results: dict[str, Any]) -> None:
     """Emit the calls of the steps, and put the arrays they write into `arrays`."""
     for name, elements in program.shared:
         results[name] = jax.ShapeDtypeStruct((elements,), np.dtype(np.float32))
     launch: Any = chosen_launcher()
-    for step in program.steps:
+    for step in program.launches:
         read, written = step.arrays[: -step.written], step.arrays[-step.written :]
         # A pointer that is not used must be one all the same.
         operands = [arrays["x"] if arrays.get(n) is None else arrays[n] for n in read]
@@ -98,10 +97,10 @@ def _run(program: gpu.Program, arrays: dict[str, Any], results: dict[str, Any]) 
 
 # Launchers ----------------------------------------------------------------------------------------
 
-Launcher = Callable[[gpu.Step, list[Any], list[Any]], Any]
+Launcher = Callable[[gpu.Launch, list[Any], list[Any]], Any]
 
 
-def _by_ptx(step: gpu.Step, operands: list[Any], results: list[Any]) -> Any:
+def _by_ptx(step: gpu.Launch, operands: list[Any], results: list[Any]) -> Any:
     dtypes = tuple(_name(a.dtype) for a in (*operands, *results))
     built, _ = build(step, dtypes, (True,) * len(dtypes), compute_capability(), True)
     x, y, z = (*step.grid, 1, 1)[:3]
@@ -115,7 +114,7 @@ def _by_ptx(step: gpu.Step, operands: list[Any], results: list[Any]) -> Any:
     return found[: len(results)]
 
 
-def _by_jax_triton(step: gpu.Step, operands: list[Any], results: list[Any]) -> Any:
+def _by_jax_triton(step: gpu.Launch, operands: list[Any], results: list[Any]) -> Any:
     jax_triton: Any = importlib.import_module("jax_triton")
     # jax-triton has no uint32 pointers, which the saved statistics are.
     shown = [jax.ShapeDtypeStruct(r.shape, _plain(r.dtype)) for r in results]
@@ -152,7 +151,7 @@ def chosen_launcher() -> Launcher | Unsupported:
     """Return the function that launches kernels here: the first that computes correctly."""
     if jax.default_backend() != "gpu":
         return Unsupported("these kernels are for GPUs, and JAX's default device is none")
-    why = lacking(compute_capability())
+    why = why_too_old(compute_capability())
     if why is not None:
         return why
     failures = []
@@ -170,11 +169,11 @@ def chosen_launcher() -> Launcher | Unsupported:
 
 def _try(launcher: Launcher) -> None:
     """Compute a small array and check the result; also while something else is traced."""
-    x, program, passed = trial()
+    x, program, passed = probe_case()
 
     def function(x: Any) -> Any:
         arrays = {"x": x, "scale": None, "bias": None, "mask": None}
-        (step,) = program.steps
+        (step,) = program.launches
         results = [jax.ShapeDtypeStruct(x.shape, x.dtype)]
         results.append(jax.ShapeDtypeStruct(x.shape, x.dtype))  # for statistics, which are fewer
         operands = [x if arrays.get(n) is None else arrays[n] for n in step.arrays[:-2]]
@@ -191,5 +190,8 @@ def _try(launcher: Launcher) -> None:
 
 for _primitive, _function in ((normalize_p, normalize), (pull_back_p, pull_back)):
     register_lowering(
-        _primitive, "cuda", mlir.lower_fun(_function, multiple_results=True), lambda _: missing()
+        _primitive,
+        "cuda",
+        mlir.lower_fun(_function, multiple_results=True),
+        lambda _: why_unavailable(),
     )

@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 
 from groupnorm.adapter import Kernels, Unsupported
-from groupnorm.arguments import Options
+from groupnorm.arguments import CallOptions
 from groupnorm.backends.jax import cpu, gpu
 from groupnorm.backends.jax.internals import explicit_axes, is_plain
 from groupnorm.backends.jax.primitives import Spec, normalize, pull_back, why_unknown_dtypes
-from groupnorm.backends.kernels.layout import ROLES, GroupedShape
+from groupnorm.backends.kernels.grouped_shape import GroupedShape
+from groupnorm.backends.kernels.layout import ROLES
 from groupnorm.plan import Plan
 from groupnorm.portable.inputs import check, check_cotangent, from_work, to_work
 from groupnorm.typing import Gradients
@@ -38,12 +39,12 @@ class JaxKernels(Kernels):
         why = _why_no_primitives()
         return _why_no_kernels(float16=False) if why is None else why
 
-    def forward(self, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
+    def forward(self, x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -> Any:
         """Return y, or `Unsupported`."""
         call = _bind(self._adapter, x, scale, bias, mask, options)
         return call if isinstance(call, Unsupported) else _normalized(call[0], *call[1])[0]
 
-    def vjp(self, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
+    def vjp(self, x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -> Any:
         """Return y and its pullback, or `Unsupported`."""
         if explicit_axes(x):
             return Unsupported("x has a sharding by its type")
@@ -77,10 +78,10 @@ def _why_no_primitives() -> Unsupported | None:
 
 def _why_no_kernels(float16: bool) -> Unsupported | None:
     """Return why there are no kernels on JAX's default device, or None."""
-    return gpu.missing() if jax.default_backend() == "gpu" else cpu.unavailable(float16)
+    return gpu.why_unavailable() if jax.default_backend() == "gpu" else cpu.why_unavailable(float16)
 
 
-def _bind(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
+def _bind(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -> Any:
     """Return the static part of a call and its arrays, or `Unsupported`."""
     why = _why_no_primitives()
     if why is not None:
@@ -115,7 +116,7 @@ def _bind(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Optio
 
 
 def _spec(
-    adapter: Any, plan: Plan, x_dtype: Any, work_dtype: Any, result_dtype: Any, options: Options
+    adapter: Any, plan: Plan, x_dtype: Any, work_dtype: Any, result_dtype: Any, options: CallOptions
 ) -> Spec:
     sizes = dict(zip(plan.roles, plan.merged_shape, strict=True))
     groups, group_size = plan.parameter_shape[plan.channel : plan.channel + 2]

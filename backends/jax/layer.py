@@ -5,7 +5,7 @@ from typing import Any
 import jax
 
 from groupnorm.layer import PlainGroupNorm
-from groupnorm.layer_config import Settings
+from groupnorm.layer_config import LayerConfig
 
 __all__ = ["JaxGroupNorm"]
 
@@ -18,26 +18,26 @@ class JaxGroupNorm(PlainGroupNorm):
 
     _adapter_name = "jax"
 
-    def _setup(self, settings: Settings, scale: Any, bias: Any) -> None:
-        if getattr(settings.param_type, "__module__", "").startswith("flax."):
+    def _setup(self, config: LayerConfig, scale: Any, bias: Any) -> None:
+        if getattr(config.param_type, "__module__", "").startswith("flax."):
             from flax import nnx
 
             # An nnx module takes a pytree of Params as data only if it knows its class.
             nnx.register_data_type(JaxGroupNorm)
-        super()._setup(settings, scale, bias)
+        super()._setup(config, scale, bias)
 
     def _flatten(self) -> tuple[tuple[Any, ...], Any]:
-        return (self._scale, self._bias), self._settings
+        return (self._scale, self._bias), self._config
 
     def _flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], Any]:
         key = jax.tree_util.GetAttrKey
-        return ((key("scale"), self._scale), (key("bias"), self._bias)), self._settings
+        return ((key("scale"), self._scale), (key("bias"), self._bias)), self._config
 
     @classmethod
-    def _unflatten(cls, settings: Any, children: Any) -> "JaxGroupNorm":
+    def _unflatten(cls, config: Any, children: Any) -> "JaxGroupNorm":
         # Anything may be a leaf here: tracers, shapes, None, placeholders.
         layer: JaxGroupNorm = object.__new__(cls)
-        layer._settings = settings
+        layer._config = config
         layer._scale, layer._bias = children
         return layer
 

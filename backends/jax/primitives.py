@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 
 from groupnorm.adapter import Unsupported
-from groupnorm.arguments import Options
+from groupnorm.arguments import CallOptions
 from groupnorm.backends.jax.internals import (
     Primitive,
     ShapedArray,
@@ -26,7 +26,7 @@ from groupnorm.backends.jax.internals import (
     mlir,
     require_all,
 )
-from groupnorm.backends.kernels.layout import GroupedShape
+from groupnorm.backends.kernels.grouped_shape import GroupedShape
 from groupnorm.backends.kernels.variants import DTYPES
 from groupnorm.plan import Plan
 from groupnorm.portable.group_norm import group_norm, group_norm_vjp
@@ -51,7 +51,7 @@ class Spec(NamedTuple):
     adapter: Any
     plan: Plan  # of the array that was given
     shape: GroupedShape
-    options: Options  # of a portable call with the work arrays
+    options: CallOptions  # of a portable call with the work arrays
     work_dtype: Any
 
     @property

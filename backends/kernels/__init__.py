@@ -1,5 +1,5 @@
-"""Compiled kernels, and how they are planned and launched for every library.
+"""Compiled kernels: planning and launching them, for every library.
 
-``layout.py`` says which calls they compute; ``cpu/`` and ``gpu/`` plan and launch, and what numba
-and Triton compile lies in their ``compiled/``.
+``layout.py`` defines which calls are supported; ``cpu/`` and ``gpu/`` plan and launch; the code
+that numba and Triton compile is in their ``compiled/``.
 """

@@ -1,4 +1,4 @@
-"""Binding a call's arrays to planned work, the same for every library that calls kernels."""
+"""Bind a call's arrays to planned work, the same way for every library."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,12 +10,12 @@ __all__ = ["Bound", "bind"]
 
 
 class Bound(NamedTuple):
-    """Work, and the arrays besides x as kernels read them."""
+    """Work, and the arrays other than x as kernels read them."""
 
     work: Any
     scale: Any
     bias: Any
-    mask: Any  # as `layout.flat_mask` returns it; None where there is none
+    mask: Any  # as `layout.flat_mask` returns it; None without a mask
 
 
 def bind(
@@ -26,18 +26,18 @@ def bind(
     to_mask: Callable[[Any, Any], Any],
     to_parameter: Callable[[Any, float, Any], Any],
 ) -> Bound | Unsupported:
-    """Check a call's arrays against its planned work, and make them what kernels read.
+    """Check a call's arrays against its planned work, and convert them to what kernels read.
 
     Parameters
     ----------
     work : Work or Unsupported
         What `planned` returned for x.
     scale, bias, mask : array or None
-        As given.
+        As passed by the caller.
     to_mask : callable
-        Takes a mask and the work, returns `layout.flat_mask` of it or `Unsupported`.
+        Called with a mask and the work; returns `layout.flat_mask` of it, or `Unsupported`.
     to_parameter : callable
-        Takes a parameter or None, its neutral value and the work.
+        Called with a parameter or None, its neutral value and the work.
     """
     if isinstance(work, Unsupported):
         return work
@@ -49,7 +49,7 @@ def bind(
     if mask is not None:
         try:
             mask = to_mask(mask, work)
-        except GroupNormError as error:  # which the portable implementation raises as well
+        except GroupNormError as error:  # the portable implementation raises it too
             return Unsupported(str(error))
         if isinstance(mask, Unsupported):
             return mask

@@ -1,8 +1,8 @@
-"""Which calls kernels serve, by axes and dtypes, and how they see an array in memory.
+"""Which calls kernels support, by axes and dtypes, and how they address an array in memory.
 
-A call is served if the statistics are those of one array in memory (no replicas), real, and if in
-memory order the axes are those the kernels know: samples, then channels and positions in either
-order. What is not served is left to the portable implementation, with the reason.
+A call is supported if the data is real, statistics are not pooled over replicas, and the axes, in
+memory order, are those the kernels support: samples, then channels and positions in either order.
+For other calls the portable implementation is used, and the reason is reported.
 """
 
 from itertools import groupby
@@ -11,86 +11,51 @@ from typing import Any, NamedTuple
 import array_api_compat.numpy as numpy_namespace
 
 from groupnorm.adapter import Unsupported
-from groupnorm.arguments import Options
+from groupnorm.arguments import CallOptions
+from groupnorm.backends.kernels.grouped_shape import GroupedShape
 from groupnorm.backends.kernels.variants import DTYPES
 from groupnorm.plan import Plan, make_plan, product
 from groupnorm.portable.inputs import dtypes_of
 
 __all__ = [
     "ROLES",
-    "GroupedShape",
-    "Kinds",
-    "Layout",
+    "KernelDtypes",
+    "MemoryLayout",
     "flat_mask",
     "in_memory",
-    "kinds_of",
+    "kernel_dtypes",
     "layout_of",
     "memory_order",
     "restored",
 ]
 
-# The orders of axes that the kernels know; see `Plan.roles`.
+# The orders of axes that the kernels support; see `Plan.roles`.
 ROLES = ("C", "CP", "PC", "KC", "KCP", "KPC")
 
 
-class GroupedShape(NamedTuple):
-    """An array as kernels see it: samples, then channels and positions in either order."""
+class MemoryLayout(NamedTuple):
+    """The memory layout of a call's arrays."""
 
-    samples: int
-    groups: int
-    group_size: int  # channels of a group
-    positions: int
-    channels_first: bool  # whether channels come before positions
-    item_bytes: int = 4  # of an element of x, which the tiling on GPUs depends on
-
-    @property
-    def channels(self) -> int:
-        """The number of channels."""
-        return self.groups * self.group_size
-
-    @property
-    def elements(self) -> int:
-        """The number of elements."""
-        return self.samples * self.channels * self.positions
-
-
-class Layout(NamedTuple):
-    """How a call's arrays lie in memory."""
-
-    order: tuple[int, ...] | None  # the axes of x in memory order; None where it is x's own
-    dense: bool  # whether x lies in that order without gaps
-    first: bool  # channels before positions
-    samples: int
-    groups: int
-    size: int
-    positions: int
+    order: tuple[int, ...] | None  # the axes of x in memory order; None if it is x's own
+    dense: bool  # whether x is stored in that order without gaps
+    grouped: GroupedShape
     plan: Plan  # of the array in memory order
     shape: tuple[int, ...]  # of x
     feature_shape: tuple[int, ...]
 
     @property
-    def channels(self) -> int:
-        """The number of channels."""
-        return self.groups * self.size
-
-    @property
-    def elements(self) -> int:
-        """The number of elements."""
-        return self.samples * self.channels * self.positions
-
-    @property
     def inverse(self) -> tuple[int, ...]:
-        """What brings memory order back to x's."""
+        """The permutation from memory order back to x's order."""
         order = self.order or ()
         return tuple(order.index(a) for a in range(len(order)))
 
 
-class Kinds(NamedTuple):
-    """What a call's arrays hold: names of dtypes the kernels know."""
+class KernelDtypes(NamedTuple):
+    """The dtypes of a call's arrays, by the names of `variants.DTYPES`."""
 
     x: str
     result: str
-    dtype: Any  # the result's, in the library's own terms
+    result_dtype: Any  # the result's, as the library's object
 
     @property
     def float16(self) -> bool:
@@ -99,30 +64,32 @@ class Kinds(NamedTuple):
 
 
 class _Typed(NamedTuple):
-    """As much of an array as its dtype is asked for."""
+    """Stand-in for an array of which only the dtype is needed."""
 
     dtype: Any
 
 
-def kinds_of(adapter: Any, x: Any, scale: Any, bias: Any, options: Options) -> Kinds | Unsupported:
-    """Say how arrays of these dtypes are computed; None for a parameter there is not."""
-    # A constant from the host has NumPy's, in any byte order.
+def kernel_dtypes(
+    adapter: Any, x: Any, scale: Any, bias: Any, options: CallOptions
+) -> KernelDtypes | Unsupported:
+    """Return the kernels' dtypes for a call; a missing parameter's dtype is None."""
+    # Constants from the host have NumPy dtypes, in any byte order.
     names: list[Any] = [None if d is None else _name(d) for d in (x, scale, bias)]
     if not all(n is None or n in DTYPES or n.startswith("float8") for n in names):
         parameters = ", ".join(n for n in names[1:] if n)
         return Unsupported(
-            f"x of {names[0]}{parameters and f' with parameters of {parameters}'}: the kernels are "
-            "for the real floating dtypes float32, float16 and bfloat16"
+            f"x of {names[0]}{parameters and f' with parameters of {parameters}'}: the kernels "
+            "support the real floating dtypes float32, float16 and bfloat16"
         )
     typed: list[Any] = [None if n is None else _Typed(adapter.dtype(n)) for n in names]
     work, _, result = dtypes_of(adapter, typed[0], typed[1], typed[2], options)
-    kinds = Kinds(names[0], _name(result), result)
-    if _name(work) != "float32" or kinds.x not in DTYPES or kinds.result not in DTYPES:
+    dtypes = KernelDtypes(names[0], _name(result), result)
+    if _name(work) != "float32" or dtypes.x not in DTYPES or dtypes.result not in DTYPES:
         return Unsupported(
-            f"x of {kinds.x} to a result of {kinds.result}, computed in {_name(work)}: the kernels "
-            "are for float32, float16 and bfloat16, computed in float32"
+            f"x of {dtypes.x} to a result of {dtypes.result}, computed in {_name(work)}: "
+            "the kernels support float32, float16 and bfloat16, computed in float32"
         )
-    return kinds
+    return dtypes
 
 
 def _name(dtype: Any) -> str:
@@ -131,9 +98,9 @@ def _name(dtype: Any) -> str:
 
 
 def memory_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...] | None:
-    """Return the axes from the slowest to the fastest, if the elements lie densely; else None.
+    """Return the axes from the slowest to the fastest if memory is dense, else None.
 
-    Strides in elements.
+    Strides are in elements.
     """
     own = tuple(range(len(shape)))
     if _dense(own, shape, strides):
@@ -153,9 +120,9 @@ def _dense(order: tuple[int, ...], shape: tuple[int, ...], strides: tuple[int, .
 
 
 def layout_of(
-    shape: tuple[int, ...], strides: tuple[int, ...], options: Options
-) -> Layout | Unsupported:
-    """Say how the kernels see an array of this shape and memory, or why they do not.
+    shape: tuple[int, ...], strides: tuple[int, ...], options: CallOptions
+) -> MemoryLayout | Unsupported:
+    """Return how kernels address an array of this shape and strides, or why they cannot.
 
     Raises
     ------
@@ -167,13 +134,13 @@ def layout_of(
         shape, options.feature, *groups, options.reduction, options.feature_shape, sampled=False
     )
     if 0 in shape:
-        return Unsupported("there is nothing to compute")
+        return Unsupported("x has no elements")
     own = tuple(range(len(shape)))
     order = memory_order(shape, strides) or own
     features = [
         order.index(a % len(shape)) for a in sorted(a % len(shape) for a in options.feature)
     ]
-    if features != sorted(features):  # channels are numbered in x's own order
+    if features != sorted(features):  # parameters are in the order of x's axes
         order, features = own, sorted(a % len(shape) for a in options.feature)
     reduced = tuple(i for i, a in enumerate(order) if a not in plan.kept_axes)
     there = make_plan(
@@ -184,30 +151,32 @@ def layout_of(
         letters = ["C" if i in features else "P" if i in reduced else "K" for i in own]
         found = "".join(letter for letter, _ in groupby(letters))
         return Unsupported(
-            "in memory, channels and positions must each lie together after the kept axes; here "
-            f"the order is {found} (C channels, P positions, K kept axes). Where x's own order is "
-            "one of these, a contiguous copy is served"
+            "in memory, channels and positions must each be contiguous after the kept axes; here "
+            f"the order is {found} (C channels, P positions, K kept axes). If the order of "
+            f"x's axes is one of {', '.join(ROLES)}, pass a contiguous copy"
         )
     sizes = dict(zip(roles, there.merged_shape, strict=True))
-    num_groups, size = there.parameter_shape[there.channel : there.channel + 2]
-    return Layout(
+    num_groups, group_size = there.parameter_shape[there.channel : there.channel + 2]
+    return MemoryLayout(
         order=None if order == own else order,
         dense=order == memory_order(shape, strides),
-        first=roles.endswith("CP"),
-        samples=sizes.get("K", 1),
-        groups=num_groups,
-        size=size,
-        positions=sizes.get("P", 1),
+        grouped=GroupedShape(
+            samples=sizes.get("K", 1),
+            groups=num_groups,
+            group_size=group_size,
+            positions=sizes.get("P", 1),
+            channels_first=roles.endswith("CP"),
+        ),
         plan=there,
         shape=shape,
         feature_shape=plan.feature_shape,
     )
 
 
-def flat_mask(mask: Any, layout: Layout, xp: Any = numpy_namespace) -> Any:
-    """Bring a boolean mask of the library of `xp` to bytes: (1 or samples) * positions.
+def flat_mask(mask: Any, layout: MemoryLayout, xp: Any = numpy_namespace) -> Any:
+    """Convert a boolean mask, an array of `xp`, to bytes: (1 or samples) * positions.
 
-    `Unsupported` where it tells channels apart, or does not broadcast.
+    Return `Unsupported` if it varies along the feature axes, or does not broadcast.
     """
     shape = layout.shape
     full = (1,) * (len(shape) - mask.ndim) + tuple(mask.shape)
@@ -220,21 +189,21 @@ def flat_mask(mask: Any, layout: Layout, xp: Any = numpy_namespace) -> Any:
     _, broadcast, work = plan.mask_shapes(tuple(mask.shape))
     at = slice(plan.channel, plan.channel + (1 if plan.two_stages else 2))
     if product(work[at]) != 1:
-        return Unsupported("the mask tells channels apart")
+        return Unsupported("the mask varies along the feature axes")
     kept = plan.roles.count("K")
     rest = [*work[: at.start], *work[at.stop :]]
     samples = rest[0] if kept else 1
     positions = rest[-1] if len(rest) > kept else 1
     flat = xp.reshape(xp.broadcast_to(mask, broadcast), (samples, positions))
-    flat = xp.reshape(xp.broadcast_to(flat, (samples, layout.positions)), (-1,))
-    return xp.astype(flat, xp.uint8)  # a copy, and so without gaps
+    flat = xp.reshape(xp.broadcast_to(flat, (samples, layout.grouped.positions)), (-1,))
+    return xp.astype(flat, xp.uint8)  # a copy, so without gaps
 
 
-def in_memory(a: Any, layout: Layout, library: Any) -> Any:
-    """Return an array of NumPy or CuPy contiguous in the order of x's memory."""
+def in_memory(a: Any, layout: MemoryLayout, library: Any) -> Any:
+    """Return a NumPy or CuPy array, contiguous in x's memory order."""
     return library.ascontiguousarray(a if layout.order is None else a.transpose(layout.order))
 
 
-def restored(a: Any, layout: Layout) -> Any:
-    """Bring the axes of what lies in memory order back to x's."""
+def restored(a: Any, layout: MemoryLayout) -> Any:
+    """Permute an array in memory order back to the order of x's axes."""
     return a if layout.order is None else a.transpose(layout.inverse)

@@ -1,4 +1,4 @@
-"""NumPy: arrays on the host; statistics over MPI ranks; the kernels for CPUs."""
+"""NumPy: arrays on the host, statistics over MPI ranks, and the CPU kernels."""
 
 from groupnorm.backends.numpy.layer import NumpyGroupNorm
 

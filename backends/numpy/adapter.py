@@ -1,4 +1,4 @@
-"""NumPy: plain arrays on the host, and the layer every other library can take over."""
+"""NumPy: the adapter of arrays on the host."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ __all__ = ["NumpyAdapter", "numpy_adapter"]
 
 
 class NumpyAdapter(Adapter):
-    """NumPy arrays, those with ml_dtypes' small floats included."""
+    """NumPy arrays, including those of ml_dtypes' small floats."""
 
     label = "NumPy"
     array_name = "NumPy arrays"
@@ -29,7 +29,7 @@ class NumpyAdapter(Adapter):
         return isinstance(x, np.ndarray | np.generic)
 
     def admit(self, x: Any, argument: str = "x") -> Any:
-        """Refuse the subclasses that would give a wrong answer without a word."""
+        """Reject the subclasses that would silently give wrong results."""
         if isinstance(x, np.ma.MaskedArray):
             raise ArgumentTypeError(
                 f"{argument} is a numpy.ma.MaskedArray of shape {x.shape}: its mask would be "
@@ -42,26 +42,26 @@ class NumpyAdapter(Adapter):
             )
         if x.dtype.kind in "OSUMmV" and not self.is_real_floating(x.dtype):
             raise ArgumentTypeError(
-                f"{argument} has dtype {x.dtype}: numbers are needed. Convert it with "
+                f"{argument} has dtype {x.dtype}: a numeric dtype is needed. Convert it with "
                 f"{argument}.astype('float32')."
             )
         return x
 
     def place(self, x: Any, device: Any) -> Any:
-        """Accept the only device there is."""
+        """Accept the only device, the CPU."""
         if device not in (None, "cpu"):
             raise ArgumentValueError(
-                f"device={device!r} is no device of NumPy: it computes on 'cpu' only. Use "
+                f"device={device!r} is not a NumPy device: NumPy computes on 'cpu' only. Use "
                 "backend='cupy', 'jax' or 'torch' for others."
             )
         return x
 
     def device_of(self, x: Any) -> Any:
-        """Everything is on the host."""
+        """Return "cpu": every array is on the host."""
         return "cpu"
 
     def from_host(self, value: "np.ndarray[Any, Any]", like: Any = None) -> Any:
-        """Nothing to do."""
+        """Return the array itself."""
         return value
 
     def value_if_ready(self, x: Any) -> bool | None:
@@ -79,25 +79,25 @@ class NumpyAdapter(Adapter):
         return bool(dtype.kind == "f" or small)
 
     def result_type(self, *dtypes: Any) -> Any:
-        """Promote; the small floats NumPy cannot promote among each other meet in float32."""
+        """Promote; small floats that NumPy cannot promote with each other become float32."""
         try:
             return np.result_type(*dtypes)
         except TypeError:
             return np.result_type(*(np.result_type(d, np.float32) for d in dtypes))
 
     def real_dtype(self, dtype: Any) -> Any:
-        """Return the dtype of the parts, longdouble included."""
+        """Return the dtype of the real and imaginary parts, longdouble included."""
         return np.zeros((), dtype).real.dtype
 
     def complex_from(self, real: Any, imaginary: Any) -> Any:
-        """Put two real arrays together."""
+        """Combine two real arrays into a complex one."""
         return real + 1j * imaginary
 
     def sum_of_product(self, factors: tuple[Any, ...], axis: int) -> Any:
-        """Use BLAS or einsum: no array of products, and a third of the time of `sum`."""
+        """Use BLAS or einsum: without an array of products, in a third of the time of `sum`."""
         x, shape = factors[0], factors[0].shape
         kept = (*shape[:axis], 1, *shape[axis + 1 :])
-        if not x.size:  # nothing to multiply, whatever einsum makes of nothing
+        if not x.size:  # empty: do not depend on how einsum handles it
             return np.zeros(kept, x.dtype)
         if len(factors) == 2 and axis == len(shape) - 1 and x.dtype.char in "fd":
             return np.vecdot(*factors).reshape(kept)
@@ -110,14 +110,14 @@ class NumpyAdapter(Adapter):
         return over_all([replicas_of(communicator) for communicator in bound(axis_name)])
 
     def dtype(self, name: str) -> Any:
-        """Return NumPy's dtype of a name, or ml_dtypes'."""
+        """Return the dtype with this name, of NumPy or ml_dtypes."""
         try:
             return np.dtype(name)
         except TypeError:  # NumPy has no such name
             return small_float(name)
 
     def load_kernels(self) -> Kernels:
-        """Return the calls of the kernels for CPUs."""
+        """Return the CPU kernels."""
         from groupnorm.backends.numpy.cpu import NumpyKernels
 
         return NumpyKernels(self)

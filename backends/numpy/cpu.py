@@ -1,4 +1,4 @@
-"""NumPy's calls of the kernels for CPUs."""
+"""Calling the CPU kernels with NumPy arrays."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from groupnorm.adapter import Kernels, Unsupported
-from groupnorm.arguments import Options
+from groupnorm.arguments import CallOptions
 from groupnorm.backends.kernels.binding import bind
 from groupnorm.backends.kernels.cpu import availability
 from groupnorm.backends.kernels.cpu.launch import Arrays, Saved, Work, address, planned
@@ -25,44 +25,44 @@ class _Call(NamedTuple):
     x: Any  # contiguous, in memory order
     scale: Any  # float32, contiguous
     bias: Any
-    mask: Any  # as `layouts.flat_mask` returns it
+    mask: Any  # as `layout.flat_mask` returns it
 
     @property
     def arrays(self) -> Arrays:
-        """The arrays as the kernels take them."""
+        """The arrays' addresses, as the kernels receive them."""
         mask, size = (0, 0) if self.mask is None else (address(self.mask), self.mask.size)
         return Arrays(address(self.x), address(self.scale), address(self.bias), mask, size)
 
     def forward(self) -> tuple[Any, Saved]:
-        """Return y, which lies in memory as x does, and what backward needs."""
-        layout, kinds = self.work.layout, self.work.kinds
-        y = np.empty(layout.plan.shape, kinds.dtype)
+        """Return y, which has x's memory layout, and the statistics for backward."""
+        layout, dtypes = self.work.layout, self.work.dtypes
+        y = np.empty(layout.plan.shape, dtypes.result_dtype)
         saved = self.work.forward(self.arrays, address(y))
         return restored(y, layout), saved
 
 
 class NumpyKernels(Kernels):
-    """The kernels for CPUs."""
+    """The CPU kernels, called with NumPy arrays."""
 
     def __init__(self, adapter: Any) -> None:
         super().__init__()
         self._adapter = adapter
 
     def why_unavailable(self, device: str) -> Unsupported | None:
-        """Return why there are none: numba is missing, or cannot compile here."""
-        return availability.unavailable(float16=False)
+        """Return why kernels are unavailable: numba is missing, or cannot compile here."""
+        return availability.why_unavailable(float16=False)
 
-    def forward(self, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
+    def forward(self, x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -> Any:
         """Return y, or `Unsupported`."""
         call = _call(self._adapter, x, scale, bias, mask, options)
         return call if isinstance(call, Unsupported) else call.forward()[0]
 
-    def vjp(self, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
+    def vjp(self, x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -> Any:
         """Return y and its pullback, or `Unsupported`."""
         call = _call(self._adapter, x, scale, bias, mask, options)
         if isinstance(call, Unsupported):
             return call
-        # The caller may change parameters in place before the pullback is called.
+        # The caller may modify parameters in place before calling the pullback.
         call = call._replace(scale=call.scale.copy(), bias=call.bias.copy())
         y, saved = call.forward()
         return y, _pullback(self._adapter, call, saved, x, scale, bias)
@@ -74,10 +74,10 @@ def _pullback(
     def pullback(dy: Any) -> Gradients:
         if not adapter.is_array(dy):
             raise ArgumentTypeError(
-                f"dy is of type {type(dy).__name__}: a cotangent is a NumPy array, as y is."
+                f"dy is of type {type(dy).__name__}: a cotangent must be a NumPy array, as y is."
             )
         check_cotangent(adapter, dy, x)
-        if dy.dtype != x.dtype:  # the kernels are compiled for that, or full precision
+        if dy.dtype != x.dtype:  # kernels are compiled for x's dtype and float32
             dy = dy.astype(np.float32)
         work, layout = call.work, call.work.layout
         dx, dy = np.empty(layout.plan.shape, x.dtype), in_memory(dy, layout, np)
@@ -99,12 +99,12 @@ def _as_parameter(gradient: Any, parameter: Any) -> Any:
     return gradient.astype(parameter.dtype).reshape(parameter.shape)
 
 
-def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
+def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -> Any:
     if type(x) is not np.ndarray or not x.dtype.isnative:
-        return Unsupported(f"x is of type {type(x).__name__}, or not in the machine's byte order")
+        return Unsupported(f"x is of type {type(x).__name__}, or not in native byte order")
     for parameter in (scale, bias):
         if parameter is not None and type(parameter) is not np.ndarray:
-            return Unsupported("a parameter is no plain NumPy array")
+            return Unsupported("a parameter is not a plain NumPy array")
     strides = tuple(s // x.itemsize for s in x.strides)
     dtypes = (None if p is None else p.dtype for p in (scale, bias))
     work = planned(adapter, x.shape, strides, x.dtype, *dtypes, options)

@@ -1,4 +1,4 @@
-"""The layer with NumPy parameters, which arrays of every library can be passed to."""
+"""The layer with NumPy parameters, which accepts arrays of every library."""
 
 from groupnorm.layer import PlainGroupNorm
 
@@ -8,7 +8,7 @@ __all__ = ["NumpyGroupNorm"]
 class NumpyGroupNorm(PlainGroupNorm):
     """Group normalization with NumPy parameters; see `groupnorm.GroupNorm`.
 
-    Called with another library's array, it carries its parameters over as constants.
+    Called with another library's array, it converts its parameters to constants of that library.
     """
 
     _adapter_name = "numpy"

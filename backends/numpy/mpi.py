@@ -11,29 +11,29 @@ __all__ = ["replicas_of"]
 
 
 def replicas_of(communicator: Any) -> Replicas:
-    """Find the ranks of an mpi4py communicator.
+    """Return the ranks of an mpi4py communicator.
 
     Raises
     ------
     AxisNameError
-        If it is none, or this rank is no member.
+        If it is not a communicator, or this rank is not a member.
     """
-    # Asked for by its methods: whoever has one has imported mpi4py.
+    # Recognized by its methods, so that mpi4py need not be imported here.
     known = hasattr(communicator, "Allreduce")
     if known and not communicator:
         raise AxisNameError(
-            "axis_name is MPI.COMM_NULL, the communicator of a group this rank is no member "
-            "of: call the layer on the group's members only."
+            "axis_name is MPI.COMM_NULL: this rank is not a member of the group. Call the layer "
+            "on the group's members only."
         )
     if not known or communicator.is_inter:
         raise AxisNameError(
             f"axis_name={communicator!r} is a {type(communicator).__name__}: for NumPy arrays "
-            "the replicas are an mpi4py.MPI.Intracomm, such as MPI.COMM_WORLD, or a name bound "
-            "to one by groupnorm.bind_axis."
+            "it must be an mpi4py.MPI.Intracomm, such as MPI.COMM_WORLD, or a name bound to one by "
+            "groupnorm.bind_axis."
         )
 
     def add(x: Any) -> Any:
-        # In order and in one piece, as MPI reads it.
+        # MPI reads the memory in order, so it must be contiguous.
         total = np.empty(x.shape, x.dtype)
         communicator.Allreduce(np.ascontiguousarray(x), total)
         return total
@@ -51,9 +51,9 @@ _keyval: list[int] = []
 
 
 def _agreement(communicator: Any) -> Agreement:
-    """Return what the ranks agreed on, which MPI keeps with the communicator itself.
+    """Return the ranks' `Agreement`, which is stored as an attribute of the MPI communicator.
 
-    Python may have many handles of one communicator, which cannot be hashed.
+    Python may have several handles of one communicator, and they cannot be hashed.
     """
     if not _keyval:
         _keyval.append(type(communicator).Create_keyval())

@@ -1,4 +1,4 @@
-"""PyTorch: tensors, statistics over process groups, and a layer that is an `nn.Module`."""
+"""PyTorch: the adapter of tensors."""
 
 import sys
 from functools import reduce
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from groupnorm.adapter import Adapter, Kernels, Planning, as_native_contiguous
-from groupnorm.arguments import Options
+from groupnorm.arguments import CallOptions
 from groupnorm.backends.torch.internals import is_wrapped
 from groupnorm.backends.torch.native import functional
 from groupnorm.backends.torch.process_groups import replicas_of
@@ -27,15 +27,16 @@ class TorchAdapter(Adapter):
     label = "PyTorch"
     array_name = "PyTorch tensors"
     name = "torch"
+    has_sharded_arrays = True
 
     def is_array(self, x: object) -> bool:
         """Whether x is a tensor."""
         return isinstance(x, torch.Tensor)
 
     def planning(self, shape: tuple[int, ...]) -> Planning:
-        """Keep sizes open while compiling."""
+        """Keep sizes symbolic while compiling."""
         if torch.compiler.is_compiling() or any(isinstance(n, torch.SymInt) for n in shape):
-            # Blocks hold for a range of sizes only, and an exported program is for all of them.
+            # Blocks are valid for a range of sizes only; an exported program is for all sizes.
             return Planning(static=False, blocked_sums=not torch.compiler.is_exporting())
         return Planning()
 
@@ -45,13 +46,13 @@ class TorchAdapter(Adapter):
             return x if device is None else x.to(device)
         except (RuntimeError, AssertionError, TypeError) as error:
             raise ArgumentValueError(
-                f"device={device!r} is not one PyTorch can use here "
+                f"device={device!r} is not a device that PyTorch can use here "
                 f"({str(error).partition(chr(10))[0]}): choose from "
                 f"{', '.join(self.devices())}, or 'meta'."
             ) from error
 
     def detach(self, x: Any) -> Any:
-        """Cut from the graph."""
+        """Detach from the autograd graph."""
         return x.detach()
 
     def value_if_ready(self, x: Any) -> bool | None:
@@ -61,9 +62,9 @@ class TorchAdapter(Adapter):
         return bool(x)
 
     def from_host(self, value: "np.ndarray[Any, Any]", like: Any = None) -> Any:
-        """Copy a NumPy array, bit by bit where NumPy and PyTorch share no dtype."""
+        """Copy a NumPy array; reinterpret its bits if NumPy and PyTorch share no dtype."""
         device = None if like is None else like.device
-        if torch.compiler.is_compiling():  # which cannot trace what is asked of the array below
+        if torch.compiler.is_compiling():  # it cannot trace the code below
             return torch.as_tensor(value, device=device)
         dtype, value = self.dtype(value.dtype.name), as_native_contiguous(value)
         if value.dtype.kind != "V":
@@ -72,7 +73,7 @@ class TorchAdapter(Adapter):
         return torch.tensor(bits, device=device).view(dtype)
 
     def to_host(self, x: Any) -> "np.ndarray[Any, Any]":
-        """Copy to the host, bit by bit where NumPy and PyTorch share no dtype."""
+        """Copy to the host; reinterpret bits if NumPy and PyTorch share no dtype."""
         x = x.detach().cpu().resolve_conj().resolve_neg()
         name = str(x.dtype).removeprefix("torch.")
         if not name.startswith(("bfloat", "float8")):
@@ -81,11 +82,11 @@ class TorchAdapter(Adapter):
         return np.array(bits.numpy()).view(small_float(name))
 
     def default_float(self) -> Any:
-        """Return what `torch.set_default_dtype` says."""
+        """Return the dtype set by `torch.set_default_dtype`."""
         return torch.get_default_dtype()
 
     def result_type(self, *dtypes: Any) -> Any:
-        """Promote, by what the compiler can trace."""
+        """Promote dtypes, with a function that the compiler can trace."""
         return reduce(torch.promote_types, dtypes)
 
     def erfc(self, x: Any) -> Any:
@@ -93,18 +94,18 @@ class TorchAdapter(Adapter):
         return torch.special.erfc(x)
 
     def complex_from(self, real: Any, imaginary: Any) -> Any:
-        """Put two real tensors together."""
+        """Combine two real tensors into a complex one."""
         return torch.complex(real, imaginary)
 
     def replicas(self, axis_name: Any) -> Replicas:
-        """Return the ranks of one or several process groups, or meshes that have one."""
+        """Return the ranks of one or several process groups or one-dimensional meshes."""
         return over_all([replicas_of(communicator) for communicator in bound(axis_name)])
 
     def sharded_call(self, x: Any) -> Any:
-        """Compute a DTensor by its local shards."""
+        """Return `over_shards`, which computes a DTensor by its local shards, or None."""
         if type(x) is torch.Tensor:
             return None
-        # Whoever has one has imported its module; importing it takes a while.
+        # A DTensor's module is already imported; importing it takes a while.
         module = sys.modules.get("torch.distributed.tensor")
         if module is None or not isinstance(x, module.DTensor):
             return None
@@ -113,26 +114,33 @@ class TorchAdapter(Adapter):
         return over_shards
 
     def load_kernels(self) -> Kernels:
-        """Return the calls of the kernels, eager and compiled."""
+        """Return the kernels, for eager and compiled calls."""
         from groupnorm.backends.torch.kernels import TorchKernels
 
-        return TorchKernels(self)
+        return TorchKernels(self, _traced)
 
-    def native(self, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
-        """Compute by `torch.nn.functional.group_norm`."""
+    def native(self, x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -> Any:
+        """Compute with `torch.nn.functional.group_norm`."""
         return functional(x, scale, bias, mask, options)
 
     def wrap_parameter(self, value: Any, param_type: Any) -> Any:
-        """Make a Parameter, or what is asked for."""
+        """Return a `param_type`, by default a `torch.nn.Parameter`, of the value."""
         return (torch.nn.Parameter if param_type is None else param_type)(value)
 
     def devices(self) -> tuple[str, ...]:
-        """Name the CPU and the accelerators."""
+        """Return the names of the CPU and the accelerators."""
         found = ["cpu"]
         kind = torch.accelerator.current_accelerator(check_available=True)
         if kind is not None:
             found += [f"{kind.type}:{i}" for i in range(torch.accelerator.device_count())]
         return tuple(found)
+
+
+def _traced(*arguments: Any) -> Any:
+    # Imported here, since registering operators takes a while.
+    from groupnorm.backends.torch.custom_op import traced
+
+    return traced(*arguments)
 
 
 torch_adapter = TorchAdapter(xp)

@@ -1,4 +1,4 @@
-"""PyTorch's calls of the kernels for CPUs, which compute in the tensors' own memory."""
+"""Calling the CPU kernels with tensors, directly in their memory."""
 
 from typing import Any, NamedTuple
 
@@ -6,36 +6,36 @@ import numpy as np
 import torch
 
 from groupnorm.adapter import Unsupported
-from groupnorm.arguments import Options
+from groupnorm.arguments import CallOptions
 from groupnorm.backends.kernels.binding import bind
 from groupnorm.backends.kernels.cpu import availability
-from groupnorm.backends.kernels.cpu.huge_pages import want_large_pages
-from groupnorm.backends.kernels.cpu.launch import Arrays, Saved, Team, Work, address, planned
-from groupnorm.backends.kernels.layout import Layout, flat_mask
+from groupnorm.backends.kernels.cpu.huge_pages import WORTH, want_large_pages
+from groupnorm.backends.kernels.cpu.launch import Arrays, Saved, ThreadTeam, Work, address, planned
+from groupnorm.backends.kernels.layout import MemoryLayout, flat_mask
 from groupnorm.backends.torch.memory import cotangent, in_memory, is_plain, like
 from groupnorm.backends.torch.openmp import run_in_torch_threads, torch_helpers_for
 from groupnorm.portable.inputs import HOST_MASKS, host_mask
 
 __all__ = ["Call", "CpuEngine"]
 
-_TEAM = Team(torch_helpers_for, run_in_torch_threads)
+_TEAM = ThreadTeam(torch_helpers_for, run_in_torch_threads)
 
 
 class Call(NamedTuple):
     """A call bound to a kernel."""
 
     adapter: Any
-    options: Options
+    options: CallOptions
     work: Work
-    mask: Any  # as it was given
+    mask: Any  # as passed by the caller
     flat_mask: Any
-    scale: Any  # float32, a tensor or of NumPy
+    scale: Any  # float32, a tensor or a NumPy array
     bias: Any
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Saved]:
-        """Return y, in x's memory format, and what backward needs."""
+        """Return y, which has x's memory layout, and the statistics for backward."""
         work = self.work
-        x, y = in_memory(x, work.layout), like(x, work.layout, work.kinds.dtype)
+        x, y = in_memory(x, work.layout), like(x, work.layout, work.dtypes.result_dtype)
         return y, work.forward(self._arrays(x), _fresh(y))
 
     def backward(
@@ -47,7 +47,7 @@ class Call(NamedTuple):
         x = in_memory(x, work.layout)
         dscale = torch.empty(work.channels, dtype=torch.float32, device="cpu")
         dbias = torch.empty_like(dscale)
-        dy_dtype = "float32" if dy.dtype is torch.float32 else work.kinds.x
+        dy_dtype = "float32" if dy.dtype is torch.float32 else work.dtypes.x
         work.backward(
             saved, self._arrays(x), dy.data_ptr(), dy_dtype, _fresh(dx), dscale.data_ptr(),
             dbias.data_ptr(),
@@ -55,12 +55,12 @@ class Call(NamedTuple):
         return dx, dscale, dbias
 
     def packed(self, saved: Saved) -> torch.Tensor:
-        """Return what was saved, behind a number that identifies its order in memory."""
+        """Return the saved statistics in a tensor, after a number for the memory order."""
         values = self.work.saved_values(saved)
         return torch.from_numpy(np.concatenate([[_signature(self.work.layout)], values]))
 
     def unpacked(self, packed: torch.Tensor) -> Saved | None:
-        """Return what was packed, or None if it was of another order in memory."""
+        """Return the statistics that were packed, or None if they have another memory order."""
         if packed[0].item() != _signature(self.work.layout):
             return None
         return Saved(packed.data_ptr() + packed.itemsize, packed)
@@ -72,19 +72,19 @@ class Call(NamedTuple):
 
 
 class CpuEngine:
-    """The kernels for CPUs, in PyTorch's threads."""
+    """The CPU kernels, run by PyTorch's threads."""
 
     def why_unavailable(self, device: torch.device, float16: bool = False) -> Unsupported | None:
-        """Return why no kernel runs on CPUs here; None if they do."""
-        return availability.unavailable(float16)
+        """Return why CPU kernels are unavailable here; None if they are available."""
+        return availability.why_unavailable(float16)
 
     def bind(
-        self, adapter: Any, x: torch.Tensor, scale: Any, bias: Any, mask: Any, options: Options
+        self, adapter: Any, x: torch.Tensor, scale: Any, bias: Any, mask: Any, options: CallOptions
     ) -> Call | Unsupported:
-        """Return the call; x and parameters that are tensors are plain ones."""
+        """Return the bound call; all tensors must be plain ones."""
         for parameter in (scale, bias):
             if isinstance(parameter, torch.Tensor) and not parameter.is_cpu:
-                return Unsupported("a parameter is on another device than x")
+                return Unsupported("a parameter is on a different device than x")
         work = planned(
             adapter, x.shape, x.stride(), x.dtype, None if scale is None else scale.dtype,
             None if bias is None else bias.dtype, options, _TEAM,
@@ -95,12 +95,12 @@ class CpuEngine:
         return Call(adapter, options, bound.work, mask, bound.mask, bound.scale, bound.bias)
 
     def nothing_saved(self, x: torch.Tensor, groups: int) -> torch.Tensor:
-        """Return a tensor of the size that `Call.packed` returns, which nothing was packed into."""
+        """Return a tensor of the size of `Call.packed` that stands for no saved statistics."""
         return torch.zeros(1 + 3 * groups, dtype=torch.float64)
 
 
 def _flat_parameter(parameter: Any, neutral: float, work: Work) -> Any:
-    """Return a parameter contiguous in float32: itself if it is so already."""
+    """Return a parameter as contiguous float32, without a copy if it is already."""
     if parameter is None:
         return availability.constant(neutral, work.channels)
     if not isinstance(parameter, torch.Tensor):
@@ -113,15 +113,15 @@ def _flat_parameter(parameter: Any, neutral: float, work: Work) -> Any:
 def _flat_mask(mask: Any, work: Work) -> Any:
     if isinstance(mask, torch.Tensor):
         if not is_plain(mask) or not mask.is_cpu or mask.is_complex():
-            return Unsupported("the mask is no plain tensor on the CPU, or complex")
+            return Unsupported("the mask is complex, or not a plain tensor on the CPU")
         return flat_mask((mask.detach() != 0).numpy(), work.layout)
     if not isinstance(mask, HOST_MASKS):
-        return Unsupported("the mask is of another library")
+        return Unsupported("the mask is an array of another library")
     return flat_mask(host_mask(mask), work.layout)
 
 
-def _signature(layout: Layout) -> float:
-    """Return a number for an order of axes, which is not 0."""
+def _signature(layout: MemoryLayout) -> float:
+    """Return a nonzero number that identifies an order of axes."""
     ndim = len(layout.shape)
     order = range(ndim) if layout.order is None else layout.order
     return float(1 + sum(a * ndim**i for i, a in enumerate(order)))
@@ -134,7 +134,8 @@ def _where(parameter: Any) -> int:
 
 
 def _fresh(a: torch.Tensor) -> int:
-    """Return the address of a tensor that is about to be written."""
+    """Return the address of a new tensor; request huge pages for it if it is large."""
     where = a.data_ptr()
-    want_large_pages(where, a.nbytes)
+    if a.nbytes >= WORTH:
+        want_large_pages(where, a.nbytes)
     return where

@@ -1,12 +1,12 @@
-"""The fused kernels as operators, `torch.ops.groupnorm`, for programs that torch.compile makes.
+"""The kernels as custom operators, `torch.ops.groupnorm`, for torch.compile.
 
-The compiler looks through portable code and rewrites it; through an operator it does not look, so
-that compiled programs run the kernels. `traced` decides, while the program is traced, by what is
-known then. Where memory turns out to be laid out otherwise when it runs, the operators compute by
-the portable implementation themselves: they are right for every input.
+The compiler inlines portable code; a custom operator is opaque to it, so compiled programs run the
+kernels. `traced` decides while the program is traced, by what is known then. If tensors turn out to
+have an unsupported memory layout at run time, the operators use the portable implementation
+themselves: they are correct for every input.
 
-Forward returns, beside y, what backward needs in one tensor (`Call.packed`). That is of use to the
-same kernels on the same memory only; otherwise backward measures again.
+Besides y, forward returns one tensor with the statistics for backward (`Call.packed`). Only the
+same kernels on the same memory layout can use it; otherwise backward measures again.
 """
 
 from typing import Any
@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from groupnorm.adapter import Unsupported
-from groupnorm.arguments import Options
-from groupnorm.backends.kernels.layout import ROLES, kinds_of, memory_order
+from groupnorm.arguments import CallOptions
+from groupnorm.backends.kernels.layout import ROLES, kernel_dtypes, memory_order
 from groupnorm.backends.torch import kernels
-from groupnorm.backends.torch.autograd import as_parameter
 from groupnorm.backends.torch.internals import assume_constant, in_forward_mode, is_transformed
+from groupnorm.backends.torch.kernels import as_parameter
 from groupnorm.backends.torch.memory import PLAIN
 from groupnorm.dispatch import adapter_named
 from groupnorm.plan import make_plan_uncached, product
@@ -27,7 +27,7 @@ from groupnorm.portable.inputs import check, dtypes_of
 
 __all__ = ["traced"]
 
-# Options, as far as a program that is compiled without replicas can have them.
+# The fields of CallOptions that a program compiled without replicas can have.
 _SETTINGS = (
     "int[] feature, SymInt? num_groups, SymInt? group_size, int[]? reduction, float epsilon, "
     "str? dtype, bool fast, str? activation"
@@ -38,30 +38,30 @@ _ARRAYS = "Tensor x, Tensor? scale, Tensor? bias, Tensor? mask"
 # While a program is traced -----------------------------------------------------------------------
 
 
-def traced(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
-    """Return y by the operator, or `Unsupported`; the compiler traces this."""
+def traced(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -> Any:
+    """Return y, computed by the operator, or `Unsupported`; the compiler traces this function."""
     if torch.compiler.is_exporting():
         return Unsupported(
-            "exported programs are of portable code, so that they run where this package is not"
+            "exported programs use portable code, so that they run without this package"
         )
     for name, a in (("x", x), ("scale", scale), ("bias", bias), ("mask", mask)):
         if a is None:
             continue
         if type(a) not in PLAIN or a.device != x.device or a.layout is not torch.strided:
-            return Unsupported(f"{name} is no ordinary tensor on x's device")
+            return Unsupported(f"{name} is not a plain tensor on x's device")
     dtypes = [None if a is None else a.dtype for a in (scale, bias)]
     why = _why_unavailable(x.device, x.dtype, dtypes[0], dtypes[1], options.dtype)
-    # Read again for the compiler to guard on it: it is known to be False here.
+    # Read again so that the compiler guards on it; it is False here.
     if why or in_forward_mode():
         return Unsupported(why or _SEEN_THROUGH)
     plan = check(adapter, x, scale, bias, mask, options).plan
     if plan.permutation is not None or plan.roles not in ROLES:
-        return Unsupported(f"the order of the axes is {plan.roles}")
+        return Unsupported(f"the order of the axes is {plan.roles}, not one of {', '.join(ROLES)}")
     if mask is not None:
         before = x.ndim - mask.ndim
         if any(a % x.ndim >= before and mask.shape[a % x.ndim - before] != 1
                for a in options.feature):  # fmt: skip
-            return Unsupported("the mask tells channels apart")
+            return Unsupported("the mask varies along the feature axes")
         if mask.dtype != torch.bool:
             mask = mask != 0
     y, _ = torch.ops.groupnorm.group_norm.default(
@@ -71,21 +71,21 @@ def traced(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Opti
     return y
 
 
-_SEEN_THROUGH = "forward mode and torch.func's transforms have to see the individual operations"
+_SEEN_THROUGH = "forward mode and torch.func's transforms must see the individual operations"
 
 
-# The compiler calls it and keeps the result: it need not trace how numba is imported. What it
-# depends on besides its arguments - transforms, forward mode - the compiler guards by itself.
+# The compiler calls this and keeps the result, so it does not trace the import of numba. It guards
+# by itself on what the result depends on besides the arguments: transforms and forward mode.
 @assume_constant
 def _why_unavailable(device: Any, x: Any, scale: Any, bias: Any, dtype: str | None) -> str:
-    """Return why no kernel computes tensors of these dtypes here and now; "" if one does."""
+    """Return why kernels cannot compute tensors of these dtypes now; "" if they can."""
     if in_forward_mode() or is_transformed():
         return _SEEN_THROUGH
     options = _options((), None, 1, None, 0.0, dtype, True, None)
-    kinds = kinds_of(adapter_named("torch"), x, scale, bias, options)
-    if isinstance(kinds, Unsupported):
-        return kinds.reason
-    why = kernels.engine_for(device).why_unavailable(device, kinds.float16)
+    found = kernel_dtypes(adapter_named("torch"), x, scale, bias, options)
+    if isinstance(found, Unsupported):
+        return found.reason
+    why = kernels.engine_for(device).why_unavailable(device, found.float16)
     return "" if why is None else why.reason
 
 
@@ -141,9 +141,9 @@ def _(dy: Any, x: Any, scale: Any, bias: Any, mask: Any, saved: Any, *settings: 
     return torch.empty_like(x), *gradients
 
 
-def _options(*settings: Any) -> Options:
+def _options(*settings: Any) -> CallOptions:
     feature, num_groups, group_size, reduction, epsilon, dtype, fast, activation = settings
-    return Options(
+    return CallOptions(
         feature=tuple(feature), num_groups=num_groups, group_size=group_size,
         reduction=None if reduction is None else tuple(reduction), epsilon=epsilon, dtype=dtype,
         axis_name=None, axis_index_groups=None, fast=fast, activation=activation,
@@ -152,15 +152,15 @@ def _options(*settings: Any) -> Options:
 
 
 def _dense_call(x: Any, scale: Any, bias: Any, mask: Any, settings: Any) -> tuple[Any, Any, Any]:
-    """Return x without gaps, x as the kernels read it, and their call or `Unsupported`."""
+    """Return x without gaps, x as the kernels read it, and the bound call or `Unsupported`."""
     if x.numel() and memory_order(x.shape, x.stride()) is None:
-        x = x.clone()  # which keeps the order of the axes, as the result's is
+        x = x.clone()  # keeps the order of the axes, which the result has too
     adapter, options = adapter_named("torch"), _options(*settings)
     call = kernels.bind_call(adapter, x, scale, bias, mask, options)
     if not isinstance(call, Unsupported) or x.is_contiguous():
         return x, x, call
-    # Served in the order of the axes, or not at all: `traced` saw to that. So what forward saves
-    # on a GPU, where nobody can look, is always of kernels or never.
+    # `traced` accepted only calls that are supported in the order of x's axes. So on a GPU, where
+    # the saved tensor cannot be inspected without waiting, it always comes from kernels, or never.
     read = x.contiguous()
     return x, read, kernels.bind_call(adapter, read, scale, bias, mask, options)
 
@@ -175,7 +175,7 @@ def _laid_out_as(x: Any, y: Any) -> Any:
 
 
 def _nothing_saved(x: Any, settings: Any) -> Any:
-    """Make room for what calls pack, filled with what they do not pack."""
+    """Return a tensor of the size of `Call.packed` that stands for no saved statistics."""
     options = _options(*settings)
     plan = make_plan_uncached(
         tuple(x.shape), options.feature, options.num_groups, options.group_size, options.reduction,
@@ -227,7 +227,7 @@ def _set_up_again(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _pull_back_again(ctx: Any, *cotangents: Any) -> Any:
-    """Differentiate the gradient, as a function of dy, x, scale and bias, in portable code."""
+    """Differentiate the gradient with respect to dy, x, scale and bias, in portable code."""
     *tensors, mask = ctx.saved_tensors
     given = [a is not None for a in tensors]
 
@@ -260,7 +260,7 @@ def _(info: Any, in_dims: Any, *arguments: Any) -> Any:
 
 
 def _mapped(operator: Any, info: Any, in_dims: Any, arguments: Any) -> Any:
-    """Call an operator for one after the other: each may be all that fits into a cache."""
+    """Call the operator once per batch element: one element may fill the cache."""
     found = [
         operator(
             *(

@@ -1,23 +1,23 @@
-"""PyTorch DTensors: every rank computes on its own shard, and pools statistics where it must.
+"""PyTorch DTensors: every rank computes on its own shard, and pools statistics where needed.
 
-The adapter of `groupnorm.backends.torch` hands calls with a DTensor over to `over_shards`. What is
-done depends on the axis that a dimension of the device mesh shards:
+The adapter of `groupnorm.backends.torch` passes calls with a DTensor to `over_shards`. The method
+depends on the axis that a dimension of the device mesh shards:
 
-an axis statistics are separate for (the batch)
-    nothing: the shards have nothing to do with each other;
-an axis that is reduced (height, width, time)
+a kept axis, with separate statistics (the batch)
+    no communication: the shards are independent;
+a reduced axis (height, width, time)
     statistics are pooled over the ranks of that mesh dimension;
 a feature axis
-    nothing either where every shard holds whole groups; statistics are pooled, over sets of ranks,
-    where every shard lies within one group, or has a part of every group. Any other split is
-    undone: that mesh dimension is gathered first, and its ranks all compute the same.
+    no communication if every shard holds whole groups; statistics are pooled, over sets of ranks,
+    if every shard is within one group, or has a part of every group. For any other split, that
+    mesh dimension is gathered first, and all its ranks compute the same.
 
-A pending sum (`Partial`) is taken first. The result is sharded as the input was, and a pending sum
+A pending sum (`Partial`) is computed first. The result is sharded as the input, and a pending sum
 becomes `Replicate`.
 
-Parameters may be DTensors, or plain tensors that every rank has the same of. Their gradients are
-those of the whole on every rank: the shards' shares are added up in one collective for each mesh
-dimension that shards x, as they are wanted in backward.
+Parameters may be DTensors, or plain tensors that are equal on every rank. Every rank receives their
+full gradients: in backward the shards' contributions are summed in one collective for each mesh
+dimension that shards x.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,10 +29,10 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
-from groupnorm.arguments import Options
+from groupnorm.arguments import CallOptions
 from groupnorm.errors import ArgumentValueError
 from groupnorm.plan import Plan, product
-from groupnorm.portable.inputs import Prepared, prepare
+from groupnorm.portable.inputs import WorkInputs, prepare
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -45,22 +45,22 @@ IndexGroups = tuple[tuple[int, ...], ...] | None
 
 
 class _ChannelShards(NamedTuple):
-    """How the groups lie in shards of a feature axis."""
+    """How groups are distributed over the shards of a feature axis."""
 
-    num_groups: int  # in this rank's
+    num_groups: int  # in this rank's shard
     pooled: bool
     index_groups: IndexGroups
 
 
-class _Layout(NamedTuple):
-    """What is computed where."""
+class _ShardPlan(NamedTuple):
+    """How a DTensor is computed: placements, and where statistics are pooled."""
 
     mesh: "DeviceMesh"
-    placements: tuple[Placement, ...]  # of x as it is computed on
+    placements: tuple[Placement, ...]  # of x for the computation
     pooled: tuple[int, ...]  # mesh dimensions
     channel: int | None  # the mesh dimension that shards the channels
     channel_shards: _ChannelShards | None
-    shape: tuple[int, ...]  # of the whole x
+    shape: tuple[int, ...]  # of the global x
     features: tuple[int, ...]  # axes of x
 
     @property
@@ -84,7 +84,7 @@ def over_shards(
     scale: Any,
     bias: Any,
     mask: Any,
-    options: Options,
+    options: CallOptions,
 ) -> Any:
     """Normalize a DTensor by computing on its shards.
 
@@ -95,31 +95,31 @@ def over_shards(
     adapter : Adapter
         PyTorch's.
     x : DTensor
-        Of any placements, uneven and empty shards among them.
+        Any placements, including uneven and empty shards.
     scale, bias : DTensor, tensor, NumPy array or None
-        Whole, but for DTensors.
+        Global values; DTensors may be sharded.
     mask : DTensor, tensor, NumPy array, nested list or None
-        Broadcasts to the whole x.
-    options : Options
-        For the whole x; `axis_name` is not among them.
+        Broadcasts to the global x.
+    options : CallOptions
+        For the global x; `axis_name` must be None.
 
     Returns
     -------
     DTensor
-        Of x's shape, strides and placements, but `Replicate` for `Partial`.
+        With x's shape, strides and placements, but `Replicate` instead of `Partial`.
 
     Raises
     ------
     ArgumentValueError, ArgumentTypeError
-        As for plain tensors, on every rank alike; and if there is an `axis_name`.
+        As for plain tensors, on every rank alike; also if an `axis_name` is given.
     """
     if options.axis_name is not None:
         raise ArgumentValueError(
-            f"axis_name={options.axis_name!r} is given with a DTensor: its device mesh says "
-            "already which ranks share statistics, and they would be pooled twice. Leave "
+            f"axis_name={options.axis_name!r} is given with a DTensor: its device mesh "
+            "already defines which ranks share statistics, and they would be pooled twice. Leave "
             "axis_name out, or pass x.to_local()."
         )
-    # Checks everything against the whole, so that all ranks raise alike and none waits for another.
+    # Checks everything against the global x, so that all ranks raise alike and none waits in vain.
     whole = prepare(
         adapter,
         _without_data(x),
@@ -130,7 +130,7 @@ def over_shards(
     )
     mesh = x.device_mesh
     result_placements = tuple(Replicate() if p.is_partial() else p for p in x.placements)
-    if mesh.get_coordinate() is None:  # this rank has no part in x
+    if mesh.get_coordinate() is None:  # this rank is not in x's mesh
         y = x.to_local().to(whole.result_dtype)
         return DTensor.from_local(
             y, mesh, result_placements, shape=x.shape, stride=_dense_stride(x)
@@ -147,8 +147,8 @@ def over_shards(
         _local_options(options, whole, layout),
     )
     y = DTensor.from_local(y, mesh, layout.placements, shape=x.shape, stride=_dense_stride(x))
-    # Even if this changes nothing: from_local's own backward cannot be differentiated again where a
-    # gradient comes with other placements.
+    # Even if this changes nothing: the backward of from_local cannot be differentiated again if a
+    # gradient has other placements.
     return y.redistribute(placements=result_placements)
 
 
@@ -159,21 +159,21 @@ def _without_data(value: Any) -> Any:
 
 
 def _dense_stride(x: Any) -> tuple[int, ...]:
-    """Return the strides of what is computed from x, element by element."""
+    """Return the strides of an elementwise result of x."""
     if x.is_contiguous():
         return tuple(x.stride())
     whole = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
     return torch.empty_like(whole).stride()
 
 
-# What is computed where ---------------------------------------------------------------------------
+# Planning -----------------------------------------------------------------------------------------
 
 
-def _layout(x: Any, plan: Plan, options: Options) -> _Layout:
+def _layout(x: Any, plan: Plan, options: CallOptions) -> _ShardPlan:
     mesh, shape = x.device_mesh, tuple(x.shape)
     features = tuple(sorted(axis % len(shape) for axis in options.feature))
     kept = plan.kept_axes
-    # A strided shard, which flattening makes, is no range of indices: it is gathered.
+    # A strided shard, which flattening makes, is not a range of indices: it is gathered.
     axes = [p.dim if type(p) is Shard else None for p in x.placements]
     pooled = [
         d
@@ -197,16 +197,18 @@ def _layout(x: Any, plan: Plan, options: Options) -> _Layout:
         placements.append(placement)
     if channel is not None and channel_shards is not None and channel_shards.pooled:
         pooled.append(channel)
-    return _Layout(mesh, tuple(placements), tuple(pooled), channel, channel_shards, shape, features)
+    return _ShardPlan(
+        mesh, tuple(placements), tuple(pooled), channel, channel_shards, shape, features
+    )
 
 
 def _channel_shards(
     plan: Plan, features: tuple[int, ...], axis: int, ranks: int, rank: int
 ) -> _ChannelShards | None:
-    """Say how groups lie in the shards of one feature axis; None if they are cut unevenly.
+    """Return how groups are distributed over shards of a feature axis; None if the split is uneven.
 
-    Channels are numbered row by row: one index along the sharded axis stands for `step` channels in
-    a row of them, and the feature axes before it repeat such rows.
+    Channels are in row-major order: one index along the sharded axis stands for `step` channels of
+    a row, and the feature axes before it repeat such rows.
     """
     length = plan.shape[axis]
     step = product(plan.shape[a] for a in features if a > axis)
@@ -214,20 +216,20 @@ def _channel_shards(
     if row == 0:
         return None
     groups, group_size = plan.parameter_shape[plan.channel : plan.channel + 2]
-    if group_size % row == 0:  # of every row, and so of every group, each shard has a part
+    if group_size % row == 0:  # each shard has a part of every row, so of every group
         return _ChannelShards(groups, ranks > 1, None)
     if row % group_size:
         return None
     bounds = [_range(length, ranks, rank) for rank in range(ranks)]
     if all(stop * step % group_size == 0 for _, stop in bounds):
         start, stop = bounds[rank]
-        # An empty shard has one group, of nothing.
+        # An empty shard has one empty group.
         return _ChannelShards(
             max(plan.channels // length * (stop - start) // group_size, 1), False, None
         )
     sets: dict[int, list[int]] = {}
     for member, (start, stop) in enumerate(bounds):
-        group = min(start, length - 1) * step // group_size  # an empty shard may go anywhere
+        group = min(start, length - 1) * step // group_size  # an empty shard may join any
         if start < stop and (stop * step - 1) // group_size != group:
             return None
         sets.setdefault(group, []).append(member)
@@ -238,13 +240,13 @@ def _channel_shards(
 
 
 def _range(length: int, ranks: int, rank: int) -> tuple[int, int]:
-    """Return where a shard starts and stops, as torch.chunk cuts: the last are short or empty."""
+    """Return a shard's start and stop, as of torch.chunk: the last may be short or empty."""
     size = -(-length // ranks)
     return min(rank * size, length), min((rank + 1) * size, length)
 
 
-def _local_options(options: Options, whole: Prepared, layout: _Layout) -> Options:
-    # Parameters were widened, so what the result's dtype comes to must be said.
+def _local_options(options: CallOptions, whole: WorkInputs, layout: _ShardPlan) -> CallOptions:
+    # Parameters were widened, so the result's dtype must be explicit.
     options = options._replace(dtype=str(whole.result_dtype).removeprefix("torch."))
     if layout.pooled:
         options = options._replace(axis_name=layout.groups(layout.pooled))
@@ -254,7 +256,7 @@ def _local_options(options: Options, whole: Prepared, layout: _Layout) -> Option
             num_groups=shards.num_groups,
             group_size=None,
             axis_index_groups=shards.index_groups,
-            feature_shape=None,  # checked already, against the whole
+            feature_shape=None,  # already checked, against the global x
         )
     return options
 
@@ -268,12 +270,12 @@ def _slice(a: Any, axis: int, ranks: int, rank: int) -> Any:
 
 
 def _local_parameters(
-    adapter: "Adapter", parameters: Sequence[Any], x: torch.Tensor, layout: _Layout
+    adapter: "Adapter", parameters: Sequence[Any], x: torch.Tensor, layout: _ShardPlan
 ) -> list[Any]:
-    """Return every parameter as this rank's channels need it."""
+    """Return the part of every parameter that belongs to this rank's channels."""
     results: list[Any] = []
     cut: list[bool] = []
-    shared: dict[tuple[int, ...], list[int]] = {}  # by the mesh dimensions to add gradients over
+    shared: dict[tuple[int, ...], list[int]] = {}  # by the mesh dimensions to sum gradients over
     for i, value in enumerate(parameters):
         dimensions = layout.sharded
         if isinstance(value, np.ndarray):
@@ -302,8 +304,8 @@ def _local_parameters(
     ]
 
 
-def _is_cut_as_x(value: Any, layout: _Layout) -> bool:
-    """Whether this rank's part of a parameter is that of its channels."""
+def _is_cut_as_x(value: Any, layout: _ShardPlan) -> bool:
+    """Whether a parameter is sharded like x's channels."""
     return (
         isinstance(value, DTensor)
         and layout.channel is not None
@@ -313,7 +315,7 @@ def _is_cut_as_x(value: Any, layout: _Layout) -> bool:
     )
 
 
-def _own_channels(value: Any, layout: _Layout) -> Any:
+def _own_channels(value: Any, layout: _ShardPlan) -> Any:
     if layout.channel is None:
         return value
     placement = layout.placements[layout.channel]
@@ -324,8 +326,8 @@ def _own_channels(value: Any, layout: _Layout) -> Any:
 
 
 def _spread(values: Sequence[torch.Tensor], groups: tuple[Any, ...]) -> list[torch.Tensor]:
-    """Use what all ranks have in each rank's own way: gradients are added, in one collective."""
-    # In float32 at least: the shares of a gradient are added before it is rounded.
+    """Return replicated tensors whose gradients are summed over ranks, in one collective."""
+    # In float32 at least: a gradient's contributions are summed before it is rounded.
     wide = [v.to(torch.float32) if v.dtype.itemsize < 4 else v for v in values]
     packed = _Spread.apply(torch.cat([v.reshape(-1) for v in wide]), groups)  # type: ignore[no-untyped-call]
     parts = torch.split(packed, [v.numel() for v in values])
@@ -333,7 +335,7 @@ def _spread(values: Sequence[torch.Tensor], groups: tuple[Any, ...]) -> list[tor
 
 
 class _Spread(torch.autograd.Function):
-    """Go from what all ranks of some groups have to what each rank does with it."""
+    """Identity on replicated tensors; the backward pass sums gradients over groups."""
 
     @staticmethod
     def forward(ctx: Any, x: Any, groups: Any) -> Any:
@@ -346,7 +348,7 @@ class _Spread(torch.autograd.Function):
 
 
 class _Collect(torch.autograd.Function):
-    """Add over groups; all ranks have the sum. Each of the two is the other's gradient."""
+    """Sum over groups, on all ranks. `_Spread` and `_Collect` are each other's gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Any, groups: Any) -> Any:
@@ -364,13 +366,13 @@ class _Collect(torch.autograd.Function):
 # Masks --------------------------------------------------------------------------------------------
 
 
-def _local_mask(mask: Any, layout: _Layout) -> Any:
+def _local_mask(mask: Any, layout: _ShardPlan) -> Any:
     """Return the part of a mask that belongs to this rank's x."""
     if mask is None:
         return None
     if not isinstance(mask, torch.Tensor):
         mask = np.asarray(mask)
-    # The axis of the mask each mesh dimension shards; what is of length 1 broadcasts.
+    # The axis of the mask that each mesh dimension shards; axes of length 1 broadcast.
     before = len(layout.shape) - mask.ndim
     axes: list[int | None] = []
     for placement in layout.placements:

@@ -1,4 +1,4 @@
-"""PyTorch's calls of the kernels for GPUs, launched by Triton on the current stream."""
+"""Calling the GPU kernels with tensors; Triton launches them on the current stream."""
 
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -7,12 +7,12 @@ import numpy as np
 import torch
 
 from groupnorm.adapter import Unsupported
-from groupnorm.arguments import Options
+from groupnorm.arguments import CallOptions
 from groupnorm.backends.kernels.binding import bind
 from groupnorm.backends.kernels.gpu import program as gpu
 from groupnorm.backends.kernels.gpu.build import COMPILED, kernel_of
 from groupnorm.backends.kernels.gpu.launch import Work, planned
-from groupnorm.backends.kernels.gpu.probe import Trials, lacking
+from groupnorm.backends.kernels.gpu.probe import DeviceProbe, why_too_old
 from groupnorm.backends.kernels.layout import flat_mask
 from groupnorm.backends.torch.internals import has_modes, is_wrapped
 from groupnorm.backends.torch.memory import PLAIN, cotangent, in_memory, like
@@ -25,19 +25,19 @@ class Call(NamedTuple):
     """A call bound to kernels."""
 
     adapter: Any
-    options: Options
+    options: CallOptions
     work: Work
-    mask: Any  # as it was given
+    mask: Any  # as passed by the caller
     flat_mask: torch.Tensor | None
-    scale: torch.Tensor | None  # contiguous, of any dtype the kernels read
+    scale: torch.Tensor | None  # contiguous, of any dtype that kernels read
     bias: torch.Tensor | None
     engine: "GpuEngine"
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return y, in x's memory format, and the statistics, which backward needs."""
-        layout, form = self.work.layout, self.work.form
-        given, y = in_memory(x, layout), like(x, layout, self.work.kinds.dtype)
-        statistics = x.new_empty(gpu.statistics_shape(form), dtype=torch.float32)
+        """Return y, which has x's memory layout, and the statistics for backward."""
+        layout, shape = self.work.layout, self.work.shape
+        given, y = in_memory(x, layout), like(x, layout, self.work.dtypes.result_dtype)
+        statistics = x.new_empty(gpu.statistics_shape(shape), dtype=torch.float32)
         run(self.work.forward(*self._there), self._arrays(given, y=y, statistics=statistics))
         return y, statistics
 
@@ -47,7 +47,7 @@ class Call(NamedTuple):
         """Return dx, and the gradients of scale and bias, flat in float32."""
         layout = self.work.layout
         dy, dx = cotangent(dy, x, layout), like(x, layout, x.dtype)
-        dscale = x.new_empty(self.work.form.channels, dtype=torch.float32)
+        dscale = x.new_empty(self.work.shape.channels, dtype=torch.float32)
         dbias = torch.empty_like(dscale)
         arrays = self._arrays(
             in_memory(x, layout), dy=dy, dx=dx, statistics=statistics, dscale=dscale, dbias=dbias
@@ -56,11 +56,11 @@ class Call(NamedTuple):
         return dx, dscale, dbias
 
     def packed(self, statistics: torch.Tensor) -> torch.Tensor:
-        """Return what an operator saves."""
+        """Return the statistics as the operator saves them."""
         return statistics.view(-1)
 
     def unpacked(self, packed: torch.Tensor) -> torch.Tensor:
-        """Return what was packed. The order in memory does not matter to it."""
+        """Return the statistics that were packed; they do not depend on the memory order."""
         return packed
 
     @property
@@ -75,22 +75,22 @@ class Call(NamedTuple):
 
 
 class GpuEngine:
-    """The kernels for GPUs."""
+    """The GPU kernels, called with tensors."""
 
     def why_unavailable(self, device: torch.device, float16: bool = False) -> Unsupported | None:
-        """Return why no kernels run on a device; None if they do. The first call probes it."""
+        """Return why kernels cannot run on a device; None if they can. The first call probes it."""
         if device.type != "cuda":
             return Unsupported(f"there are no kernels for PyTorch tensors on {device.type}")
-        return _trials.unavailable(device.index or 0)
+        return _probe.why_unavailable(device.index or 0)
 
     def captures(self) -> bool:
         """Whether launches are recorded in a CUDA graph."""
         return _captures()
 
     def bind(
-        self, adapter: Any, x: torch.Tensor, scale: Any, bias: Any, mask: Any, options: Options
+        self, adapter: Any, x: torch.Tensor, scale: Any, bias: Any, mask: Any, options: CallOptions
     ) -> Call | Unsupported:
-        """Return the call; x and parameters that are tensors are plain ones."""
+        """Return the bound call; all tensors must be plain ones."""
         why = self.why_unavailable(x.device)
         if why is not None:
             return why
@@ -109,9 +109,9 @@ class GpuEngine:
         return Call(adapter, options, bound.work, mask, bound.mask, bound.scale, bound.bias, self)
 
     def nothing_saved(self, x: torch.Tensor, groups: int) -> torch.Tensor:
-        """Return a tensor of the size that `Call.packed` returns, which nothing was packed into.
+        """Return a tensor of the size of `Call.packed` that stands for no saved statistics.
 
-        Reading it back would wait for the device, so it holds NaN, which shows in the gradients.
+        Checking it would wait for the device, so it holds NaN: wrong use shows in the gradients.
         """
         return torch.full((4 * groups,), torch.nan, dtype=torch.float32, device=x.device)
 
@@ -121,7 +121,7 @@ def _parameter(adapter: Any, parameter: Any, x: torch.Tensor) -> torch.Tensor | 
         return None
     if isinstance(parameter, np.ndarray):
         parameter = adapter.from_host(parameter, x)
-    if parameter.dtype.itemsize == 1:  # a float8, which the kernels do not read
+    if parameter.dtype.itemsize == 1:  # a float8, which kernels do not read
         parameter = parameter.to(torch.float32)
     found: torch.Tensor = parameter.detach().contiguous()
     return found
@@ -130,11 +130,11 @@ def _parameter(adapter: Any, parameter: Any, x: torch.Tensor) -> torch.Tensor | 
 def _flat_mask(adapter: Any, mask: Any, x: torch.Tensor, work: Work) -> Any:
     if isinstance(mask, torch.Tensor):
         if type(mask) not in PLAIN or is_wrapped(mask) or mask.is_complex():
-            return Unsupported("the mask is no ordinary tensor, or complex")
+            return Unsupported("the mask is complex, or not a plain tensor")
         if mask.device != x.device or mask.layout is not torch.strided:
-            return Unsupported("the mask is on another device than x, or sparse")
+            return Unsupported("the mask is sparse, or on a different device than x")
     elif not isinstance(mask, HOST_MASKS):
-        return Unsupported("the mask is of another library")
+        return Unsupported("the mask is an array of another library")
     else:
         mask = adapter.from_host(host_mask(mask), x)
     mask = mask.detach()
@@ -145,8 +145,8 @@ def _flat_mask(adapter: Any, mask: Any, x: torch.Tensor, work: Work) -> Any:
 # Launching ----------------------------------------------------------------------------------------
 
 
-def run(program: gpu.Program, arrays: dict[str, Any]) -> None:
-    """Launch the steps of a program; the arrays are those it names, None for one not there."""
+def run(program: gpu.LaunchSequence, arrays: dict[str, Any]) -> None:
+    """Launch the steps of a program; `arrays` maps its names to tensors, or None."""
     x = next(iter(arrays.values()))
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):
@@ -154,15 +154,15 @@ def run(program: gpu.Program, arrays: dict[str, Any]) -> None:
         return
     for name, elements in program.shared:
         arrays[name] = x.new_empty(elements, dtype=torch.float32)
-    for step in program.steps:
-        # A pointer that is not used must be one all the same.
+    for step in program.launches:
+        # An unused pointer must still be valid.
         pointers = [x if (a := arrays.get(name)) is None else a for name in step.arrays]
         kernel, keywords = _launch(step)
         kernel[step.grid](*pointers, **keywords)
 
 
 @lru_cache(maxsize=4096)
-def _launch(step: gpu.Step) -> tuple[Any, dict[str, Any]]:
+def _launch(step: gpu.Launch) -> tuple[Any, dict[str, Any]]:
     kernel = kernel_of(step.module, step.kernel)
     return kernel, {
         **dict(step.scalars),
@@ -181,20 +181,20 @@ def _busy() -> bool:
     return _captures() or has_modes()
 
 
-def _lacks(index: int) -> Unsupported | None:
+def _why_unsupported(index: int) -> Unsupported | None:
     if torch.version.hip or not torch.cuda.is_available():
         return Unsupported(
-            "there are no kernels for PyTorch tensors on cuda here, where there is no NVIDIA GPU"
+            "there are no kernels for PyTorch tensors on cuda here: there is no NVIDIA GPU"
         )
     major, minor = torch.cuda.get_device_capability(index)
-    return lacking(10 * major + minor)
+    return why_too_old(10 * major + minor)
 
 
-def _compute(index: int, array: Any, program: gpu.Program) -> Any:
+def _compute(index: int, array: Any, program: gpu.LaunchSequence) -> Any:
     x = torch.from_numpy(array).to(f"cuda:{index}")
-    y, statistics = torch.empty_like(x), torch.empty_like(x)  # of the latter there are fewer
+    y, statistics = torch.empty_like(x), torch.empty_like(x)  # statistics are smaller
     run(program, {"x": x, "y": y, "statistics": statistics})
     return y.cpu().numpy()
 
 
-_trials = Trials("PyTorch", _lacks, _busy, _compute)
+_probe = DeviceProbe("PyTorch", _why_unsupported, _busy, _compute)

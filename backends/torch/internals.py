@@ -1,13 +1,14 @@
 """Every private name of PyTorch that this package uses, each with a default.
 
-PyTorch has no public function for these questions, and may rename a private one in any release. A
-default always means "portable": without the name no kernel is used, and the result stays right.
-`missing` lists the names that this PyTorch does not have; a test fails if there are any in the
-version that is pinned.
+PyTorch has no public function for these checks, and may rename a private one in any release. Every
+default means "portable": without the name no kernel is used, and results stay correct. `missing`
+lists the names that this PyTorch does not have; a test fails if there are any in the pinned
+version.
 """
 
 import importlib
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ __all__ = [
     "missing",
 ]
 
-# Read one by one, so that a test can delete each in turn.
+# Looked up one by one, so that a test can delete each in turn.
 PRIVATE_NAMES = (
     "torch._C._functorch.is_functorch_wrapped_tensor",
     "torch._C._functorch.peek_interpreter_stack",
@@ -37,7 +38,7 @@ def _always(*_: Any) -> bool:
 
 
 def _found(name: str) -> Any:
-    """Return the object of a dotted name, or None."""
+    """Return the object with this dotted name, or None."""
     found: Any = torch
     for part in name.split(".")[1:]:
         found = getattr(found, part, None)
@@ -46,18 +47,20 @@ def _found(name: str) -> Any:
 
 missing: tuple[str, ...] = tuple(name for name in PRIVATE_NAMES if _found(name) is None)
 
-#: Whether a tensor is one of torch.func's transforms, which has no values of its own.
+#: Whether a tensor belongs to a torch.func transform and has no values.
 is_wrapped: Callable[[Any], bool] = _found(PRIVATE_NAMES[0]) or _always
 _peek: Callable[[], Any] = _found(PRIVATE_NAMES[1]) or _always
 _modes: Callable[[], int] = _found(PRIVATE_NAMES[2]) or _always
 _tracing_state: Callable[[], Any] = _found(PRIVATE_NAMES[3]) or _always
-# The module, since its level changes.
+# The module, since the value of its `_current_level` changes.
 _forward_ad: Any = importlib.import_module("torch.autograd.forward_ad")
+if _found(PRIVATE_NAMES[4]) is None:
+    _forward_ad = SimpleNamespace(_current_level=0)
 
 
 def in_forward_mode() -> bool:
     """Whether forward-mode differentiation is active; torch.compile guards on it."""
-    return getattr(_forward_ad, "_current_level", 0) >= 0
+    return bool(_forward_ad._current_level >= 0)
 
 
 def is_transformed() -> bool:
@@ -71,12 +74,8 @@ def has_modes() -> bool:
 
 
 def is_seen_through() -> bool:
-    """Whether a tracer, forward mode or a dispatch mode has to see the individual operations."""
-    return (
-        getattr(_forward_ad, "_current_level", 0) >= 0
-        or _modes() > 0
-        or _tracing_state() is not None
-    )
+    """Whether a tracer, forward mode or a dispatch mode must see the individual operations."""
+    return _forward_ad._current_level >= 0 or _modes() > 0 or _tracing_state() is not None
 
 
 def apply_without_transforms(function: Any) -> Any:
@@ -87,8 +86,8 @@ def apply_without_transforms(function: Any) -> Any:
 def assume_constant(function: Any) -> Any:
     """Mark a function whose result torch.compile keeps instead of tracing it.
 
-    This is what `torch.compiler.assume_constant_result` does, which imports the compiler: a second
-    for users who do not compile. If the mark is ignored, the compiler traces the function.
+    `torch.compiler.assume_constant_result` does the same but imports the compiler, which takes a
+    second, also for users who do not compile. If the mark is ignored, the function is traced.
     """
     function._dynamo_marked_constant = True
     return function

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from groupnorm.backends.torch.adapter import torch_adapter
-from groupnorm.dispatch import compute
+from groupnorm.dispatch import compute_local
 from groupnorm.layer import GroupNorm
-from groupnorm.layer_config import Settings
+from groupnorm.layer_config import LayerConfig
 from groupnorm.typing import ArrayT, MaskLike
 
 __all__ = ["TorchGroupNorm", "TorchNativeGroupNorm"]
@@ -32,41 +32,42 @@ class TorchGroupNorm(GroupNorm, torch.nn.Module):
             """Normalize x; see `update`."""
             return x
     else:
-        # Module's own, for its hooks; forward is where the work is.
+        # nn.Module's, which runs hooks and calls `forward`.
         __call__ = torch.nn.Module.__call__
 
-    def _setup(self, settings: Settings, scale: Any, bias: Any) -> None:
+    def _setup(self, config: LayerConfig, scale: Any, bias: Any) -> None:
         torch.nn.Module.__init__(self)
-        if settings.as_torch_native:
+        if config.as_torch_native:
             self.__class__ = TorchNativeGroupNorm  # pyright: ignore[reportAttributeAccessIssue]
-        self._settings = settings
+        self._config = config
         wrap = self._adapter.wrap_parameter
         for name, value in (("weight", scale), ("bias", bias)):
             if value is None:
                 self.register_parameter(name, None)
             else:
-                setattr(self, name, wrap(value.reshape(-1), settings.param_type))
-        # nn.GroupNorm's names, which tools read.
-        self.num_channels = settings.num_groups * settings.group_size
-        self.eps = settings.options.epsilon
-        self.affine = settings.use_scale
+                setattr(self, name, wrap(value.reshape(-1), config.param_type))
+        # nn.GroupNorm's attributes, which other tools read.
+        self.num_channels = config.num_groups * config.group_size
+        self.eps = config.options.epsilon
+        self.affine = config.use_scale
 
     def forward(self, x: Any, mask: Any = None) -> Any:
         """Normalize x; see `update`."""
-        if type(x) is torch.Tensor:  # no need to ask who serves it
-            return compute(torch_adapter, x, self.scale, self.bias, mask, self._settings.options)
+        if type(x) is torch.Tensor:  # a plain tensor, not a DTensor
+            return compute_local(
+                torch_adapter, x, self.scale, self.bias, mask, self._config.options
+            )
         return self._normalize(x, mask)
 
     @property
     def scale(self) -> Any:
         """The weight, in the shape of the feature axes."""
-        weight = self.weight
-        shape = self._settings.feature_shape
-        return weight if weight is None or len(shape) == 1 else weight.view(shape)
+        weight, shape = self.weight, self._config.options.feature_shape
+        return weight if weight is None or shape is None or len(shape) == 1 else weight.view(shape)
 
     def reset_parameters(self) -> None:
         """Fill the parameters in place with their initial values, as after `to_empty`."""
-        scale, bias = self._initial(self._settings, None)
+        scale, bias = self._initial(self._config, None)
         with torch.no_grad():
             for stored, value in ((self.weight, scale), (self.bias, bias)):
                 if stored is not None and value is not None:

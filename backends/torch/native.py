@@ -5,12 +5,12 @@ from typing import Any
 import torch
 
 from groupnorm.adapter import Unsupported
-from groupnorm.arguments import Options
+from groupnorm.arguments import CallOptions
 
 __all__ = ["functional"]
 
 
-def functional(x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> Any:
+def functional(x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -> Any:
     """Return what `torch.nn.functional.group_norm` computes, or `Unsupported`."""
     channels = x.shape[1] if x.ndim > 1 else 0
     own = (
@@ -22,8 +22,8 @@ def functional(x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> An
     )
     if not own:
         return Unsupported(
-            "torch.nn.functional.group_norm has its channels on axis 1 and takes neither a mask, "
-            "reduction_axes nor axis_name"
+            "torch.nn.functional.group_norm needs its channels on axis 1 and supports no mask, "
+            "reduction_axes or axis_name"
         )
     if options.dtype not in (None, "input"):
         return Unsupported("torch.nn.functional.group_norm keeps x's dtype")
@@ -31,5 +31,5 @@ def functional(x: Any, scale: Any, bias: Any, mask: Any, options: Options) -> An
     try:
         y = torch.nn.functional.group_norm(x, groups, scale, bias, options.epsilon)
     except (RuntimeError, TypeError, ValueError) as error:
-        return Unsupported(f"torch.nn.functional.group_norm says: {error}")
+        return Unsupported(f"torch.nn.functional.group_norm raised: {error}")
     return y if options.activation is None else getattr(torch.nn.functional, options.activation)(y)

@@ -1,7 +1,7 @@
-"""PyTorch's own threads, for kernels of ours.
+"""Running kernels in PyTorch's own threads.
 
-They wait for work by spinning, so those of a second pool would find no CPU to run on. PyTorch has
-no function for this; but its threads are those of GNU OpenMP, which has one.
+PyTorch's threads spin while idle, so a second pool would compete with them for CPUs. PyTorch has no
+API for this, but its threads are those of GNU OpenMP, which has one.
 """
 
 import ctypes
@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from groupnorm.backends.kernels.cpu.threads import helpers_for, run_together
+from groupnorm.backends.kernels.cpu.threads import run_together
 
 __all__ = ["run_in_torch_threads", "torch_helpers_for"]
 
-# They spin for a while before they sleep, and are there at once.
+# Elements per thread. Idle threads spin for a while before they sleep, so they start at once.
 WORTH_A_THREAD = 1 << 14
 
 _Function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
@@ -25,14 +25,15 @@ _process = os.getpid()
 
 
 def torch_helpers_for(elements: int) -> int:
-    """Return how many threads are to help with so many elements, of those PyTorch may use."""
-    return helpers_for(elements, torch.get_num_threads, WORTH_A_THREAD)
+    """Return the number of helper threads for `elements` elements, of those PyTorch may use."""
+    parts = elements // WORTH_A_THREAD
+    return 0 if parts <= 1 else min(parts, torch.get_num_threads()) - 1
 
 
 def run_in_torch_threads(helpers: int, run: Any, argument: int, owner: Any) -> None:
-    """As `run_together` of `kernels.cpu.threads`, in PyTorch's threads where that is possible.
+    """As `run_together` of `kernels.cpu.threads`, in PyTorch's threads if possible.
 
-    `run` is a function of C's kind, so that they need no lock of Python's.
+    `run` is a C function, so the threads do not need Python's lock.
     """
     if not helpers:
         run(argument)
@@ -47,7 +48,7 @@ def run_in_torch_threads(helpers: int, run: Any, argument: int, owner: Any) -> N
 
 @lru_cache(maxsize=1)
 def _parallel() -> Any:
-    """Find the function that runs another in all threads, in the OpenMP that PyTorch has loaded."""
+    """Return GOMP_parallel of the OpenMP that PyTorch has loaded, or None."""
     if not hasattr(os, "RTLD_NOLOAD"):
         return None
     for name in _names():

@@ -1,4 +1,4 @@
-"""Process groups of torch.distributed: sums over ranks that autograd goes through."""
+"""Process groups of torch.distributed: differentiable sums over ranks."""
 
 import weakref
 from functools import partial
@@ -16,20 +16,20 @@ __all__ = ["replicas_of", "sum_gradients"]
 
 
 def replicas_of(communicator: Any) -> Replicas:
-    """Find the ranks of a process group, or of a mesh that has one.
+    """Return the ranks of a process group, or of a one-dimensional mesh.
 
     Raises
     ------
     AxisNameError
-        If it is neither, or this rank is no member.
+        If it is neither, or this rank is not a member.
     """
     group = communicator
     if isinstance(communicator, DeviceMesh):
         if communicator.ndim != 1:
             raise AxisNameError(
                 f"axis_name={communicator!r} is a mesh of {communicator.ndim} dimensions: "
-                "statistics are pooled over named ones. Give one of them, as in mesh['rows'], "
-                "or several as a tuple."
+                "select the dimensions to pool statistics over. Give one, as in mesh['rows'], or "
+                "several as a tuple."
             )
         if communicator.get_coordinate() is None:
             raise AxisNameError(_no_member(repr(communicator)))
@@ -39,7 +39,7 @@ def replicas_of(communicator: Any) -> Replicas:
     if not isinstance(group, dist.ProcessGroup):
         raise AxisNameError(
             f"axis_name={communicator!r} is a {type(communicator).__name__}: for PyTorch "
-            "tensors the replicas are a torch.distributed.ProcessGroup, such as "
+            "tensors it must be a torch.distributed.ProcessGroup, such as "
             "torch.distributed.group.WORLD after init_process_group, a DeviceMesh of one "
             "dimension, or a name bound to one of them by groupnorm.bind_axis."
         )
@@ -48,7 +48,7 @@ def replicas_of(communicator: Any) -> Replicas:
         raise AxisNameError(_no_member(repr(group)))
     size = dist.get_world_size(group)
     engines: tuple[Engine, ...] = ()
-    if not torch.compiler.is_compiling():  # a compiled program cannot look at what others say
+    if not torch.compiler.is_compiling():  # compiled programs cannot read values
         agreement = _agreements.get(group) or _agreements.setdefault(group, Agreement())
         engines = (Engine(partial(_add_table, group), agreement),)
     return Replicas(rank, size, lambda x: _add_over_ranks(x, group), engines)
@@ -66,13 +66,13 @@ def _add_table(group: Any, table: list[list[int]], like: torch.Tensor) -> list[l
 
 def _no_member(axis_name: str) -> str:
     return (
-        f"axis_name={axis_name} is a group this rank is no member of: call the layer on "
+        f"axis_name={axis_name} is a group that this rank is not a member of: call the layer on "
         "the group's members only, or make it with this rank's own group."
     )
 
 
 class _AddOverRanks(torch.autograd.Function):
-    """All-reduce that is exact in backward and in double backward, and that compiles.
+    """All-reduce that is exact in backward and in double backward, and that can be compiled.
 
     `torch.distributed.nn.functional.all_reduce` does not trace, the functional collectives drop
     forward-mode tangents, and a bare in-place all_reduce gives a wrong gradient.
@@ -94,7 +94,7 @@ class _AddOverRanks(torch.autograd.Function):
 
 
 class _AddOverRanksDual(_AddOverRanks):
-    """The same with forward mode and under torch.vmap, which a compiler cannot trace."""
+    """The same for forward mode and torch.vmap, which the compiler cannot trace."""
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -102,7 +102,7 @@ class _AddOverRanksDual(_AddOverRanks):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        # Elementwise: what is batched is added all at once.
+        # Elementwise: the whole batch is added at once.
         return _add_over_ranks(*args), in_dims[0]
 
 
@@ -112,13 +112,13 @@ def _add_over_ranks(x: Any, group: Any) -> Any:
 
 
 def sum_gradients(parameters: Any, axis_name: Any) -> None:
-    """Add up what the ranks of an axis hold of the parameters' gradients, in place.
+    """Sum the parameters' gradients over the ranks of an axis, in place.
 
-    Where ranks hold parts of the same samples (rows of an image, steps of a clip), each rank's
-    gradient is its part's share, of every parameter of a network, and the sum is the gradient.
-    `DistributedDataParallel` and FSDP average instead, which is right only over ranks that hold
-    different samples. So give them the data-parallel group, and call this with the other one after
-    every backward pass, before the optimizer's step.
+    If ranks hold parts of the same samples (rows of an image, steps of a clip), each rank's
+    gradient is its part's contribution, for every parameter of a network, and the sum is the
+    gradient. `DistributedDataParallel` and FSDP average instead, which is right only over ranks
+    that hold different samples. So give them the data-parallel group, and call this with the other
+    group after every backward pass, before the optimizer's step.
 
     Parameters
     ----------
@@ -126,16 +126,16 @@ def sum_gradients(parameters: Any, axis_name: Any) -> None:
         Such as `model.parameters()`. Those without a gradient on any rank are left alone; those
         with one on some ranks only get the sum on all. `DTensor` parameters (FSDP2) work too.
     axis_name : str, ProcessGroup, DeviceMesh or tuple of these
-        As of `groupnorm.group_norm`.
+        As for `groupnorm.group_norm`.
 
     Raises
     ------
     groupnorm.errors.AxisNameError
-        If the name is not bound, or stands for no process group.
+        If the name is not bound, or bound to something other than a process group.
 
     Examples
     --------
-    One rank that is alone:
+    A single rank:
 
     >>> import torch, torch.distributed as dist
     >>> from groupnorm.backends.torch import sum_gradients
@@ -154,7 +154,7 @@ def sum_gradients(parameters: Any, axis_name: Any) -> None:
     if not trained:
         return
     with torch.no_grad():
-        # Which have a gradient at all may differ between ranks, and the sum must not.
+        # Ranks may differ in which parameters have a gradient; all must sum the same ones.
         local = [_local(p) for p in trained]
         has = torch.tensor([float(p.grad is not None) for p in trained], device=local[0].device)
         anywhere = replicas.add(has) > 0
@@ -170,5 +170,5 @@ def sum_gradients(parameters: Any, axis_name: Any) -> None:
 
 
 def _local(x: Any) -> Any:
-    """Return what this rank holds of a tensor that may be a DTensor."""
+    """Return the local shard of a DTensor, or a plain tensor itself."""
     return x.to_local() if hasattr(x, "to_local") else x

@@ -1,1 +1,1 @@
-"""What statistics are pooled over: named axes and communicators, and the records of replicas."""
+"""Named axes, communicators and the records of the replicas to pool statistics over."""

@@ -1,8 +1,8 @@
-"""Names for what statistics are pooled over, where the library has none of its own.
+"""Names for communicators, for libraries that do not name them themselves.
 
-JAX names its mapped axes itself. For torch.distributed, MPI and NCCL a layer may hold the name of
-a communicator instead of the communicator: then it can be copied, pickled and moved to another
-backend, and the same code runs on every engine.
+JAX names its mapped axes. For torch.distributed, MPI and NCCL a layer may hold the name of a
+communicator instead of the communicator itself: then it can be copied, pickled and converted to
+another backend, and the same code runs on every engine.
 """
 
 import atexit
@@ -12,22 +12,22 @@ from groupnorm.errors import ArgumentTypeError, ArgumentValueError, AxisNameErro
 
 __all__ = ["Binding", "bind_axis", "bound"]
 
-# What each name was bound to, the latest last, and by whom. Of the whole process, not of one thread
-# or context: autograd runs in threads of its own.
+# For each name the bindings and their communicators, the latest last. Global to the process, not
+# per thread or context: autograd runs in separate threads.
 _bound: "dict[str, list[tuple[Binding, Any]]]" = {}
-# A process group that is let go of later, with the modules, aborts the process (torch 2.13, gloo).
+# A process group that is released later, with the modules, aborts the process (torch 2.13, gloo).
 atexit.register(_bound.clear)
 
 
 class Binding:
-    """What `bind_axis` has bound; a context manager that takes it back at the end."""
+    """The names bound by one call of `bind_axis`; a context manager that unbinds them on exit."""
 
     def __init__(self, names: dict[str, Any]) -> None:
         for name, communicator in names.items():
             _bound.setdefault(name, []).append((self, communicator))
 
     def unbind(self) -> None:
-        """Take the names back: they stand for what they stood for before, if for anything."""
+        """Unbind the names: each is bound as before again, or not at all."""
         for name, entries in list(_bound.items()):
             entries[:] = [entry for entry in entries if entry[0] is not self]
             if not entries:
@@ -41,29 +41,29 @@ class Binding:
 
 
 def bind_axis(mesh: Any = None, /, **names: Any) -> Binding:
-    """Give names to communicators, for `axis_name` of PyTorch, NumPy and CuPy layers.
+    """Bind names to communicators, for `axis_name` of PyTorch, NumPy and CuPy layers.
 
-    The names hold from this call on, in the whole process; used as a context manager, until its
-    end. In JAX they are not needed: `jax.shard_map` and its like bind names themselves.
+    The names are bound from this call on, in the whole process; as a context manager, until its
+    exit. JAX does not need them: `jax.shard_map` and similar functions bind names themselves.
 
     Parameters
     ----------
     mesh : torch.distributed.DeviceMesh, optional
         Binds every named dimension of the mesh.
     **names
-        For each name a `torch.distributed.ProcessGroup`, a `DeviceMesh` of one dimension, an
-        `mpi4py.MPI.Intracomm`, a `cupy.cuda.nccl.NcclCommunicator` or what
-        `cupyx.distributed.init_process_group` returns.
+        For each name a `torch.distributed.ProcessGroup`, a one-dimensional `DeviceMesh`, an
+        `mpi4py.MPI.Intracomm`, a `cupy.cuda.nccl.NcclCommunicator` or the result of
+        `cupyx.distributed.init_process_group`.
 
     Returns
     -------
     Binding
-        A context manager; its `unbind()` takes the names back as well.
+        A context manager; its method `unbind()` has the same effect as leaving it.
 
     Raises
     ------
     groupnorm.errors.ArgumentTypeError, groupnorm.errors.ArgumentValueError
-        If nothing is named, a mesh has no names, or a name is given no communicator.
+        If there is no name, a mesh has no names, or a value is not a communicator.
 
     Examples
     --------
@@ -84,29 +84,29 @@ def bind_axis(mesh: Any = None, /, **names: Any) -> Binding:
         dimensions = getattr(mesh, "mesh_dim_names", None)
         if not dimensions:
             raise ArgumentTypeError(
-                f"mesh={mesh!r} is no DeviceMesh with named dimensions: what is bound without a "
-                "keyword must bring names. Pass mesh_dim_names to init_device_mesh, or bind it "
-                "under a name, as in bind_axis(rows=...)."
+                f"mesh={mesh!r} is not a DeviceMesh with named dimensions: without a keyword, "
+                "bind_axis needs the names of the mesh. Pass mesh_dim_names to init_device_mesh, "
+                "or bind it under a name, as in bind_axis(rows=...)."
             )
         names = {name: mesh[name] for name in dimensions} | names
     if not names:
         raise ArgumentValueError(
-            "bind_axis() is given no name: give at least one, as in bind_axis(rows=group)."
+            "bind_axis() received no name: give at least one, as in bind_axis(rows=group)."
         )
     for name, communicator in names.items():
-        # Whose it is will be known when an array comes. (PyTorch's word for the group of others is
-        # an int, so that may be one.)
+        # Which library it belongs to is checked in the call, by the array's adapter. (PyTorch's
+        # placeholder for a group of other ranks is an int, so an int may be valid.)
         if communicator is None or isinstance(communicator, str):
             raise ArgumentTypeError(
-                f"{name}={communicator!r} is no communicator: bind a torch.distributed "
-                "ProcessGroup (which there is after init_process_group) or DeviceMesh of one "
-                "dimension, an mpi4py communicator or one of NCCL. JAX binds its axes itself."
+                f"{name}={communicator!r} is not a communicator: bind a torch.distributed "
+                "ProcessGroup (available after init_process_group) or one-dimensional DeviceMesh, "
+                "an mpi4py communicator or an NCCL communicator. JAX binds its axes itself."
             )
     return Binding(names)
 
 
 def bound(axis_name: Any) -> list[Any]:
-    """Return what a name, or several, stand for; what is no name stands for itself.
+    """Return the communicators of one or several names; other objects are returned as they are.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Records of the replicas that statistics are pooled over; each adapter makes them."""
+"""Records of the replicas to pool statistics over, created by the adapters."""
 
 import itertools
 import zlib
@@ -22,10 +22,10 @@ IndexGroups = tuple[tuple[int, ...], ...] | None
 
 
 class Agreement:
-    """What the ranks of a communicator have agreed on: all the same, as every call involves all."""
+    """What the ranks of a communicator have agreed on; equal on all, as each call involves all."""
 
     def __init__(self) -> None:
-        self.number = next(_numbers)  # unlike an id never used again
+        self.number = next(_numbers)  # unlike an id, never reused
         self.signatures: set[Any] = set()
 
 
@@ -33,15 +33,15 @@ _numbers = itertools.count()
 
 
 class Engine(NamedTuple):
-    """Ranks that run programs of their own, which could disagree."""
+    """A communicator whose ranks run separate programs, which could disagree."""
 
-    #: Sums a table of integers over all ranks; `like` says on which device.
+    #: Sums a table of integers over all ranks, on the device of `like`.
     add: "Callable[[list[list[int]], Array], list[list[int]]]"
     agreement: Agreement
 
 
 class Signature(NamedTuple):
-    """What all ranks must have the same of."""
+    """The properties of statistics that must be equal on all ranks."""
 
     statistics_shape: tuple[int, ...]
     dtype: str
@@ -49,23 +49,23 @@ class Signature(NamedTuple):
 
     @property
     def code(self) -> float:
-        """A number other than 0 that float32 holds exactly and that others hardly have."""
+        """A nonzero 23-bit checksum, exact in float32."""
         return float(1 + checksum(tuple(self)) % (1 << 23))
 
 
 class Replicas(NamedTuple):
-    """What a library knows of a named axis."""
+    """The replicas of a named axis or communicator, in one library."""
 
-    index: Any  # this replica's, an int or a scalar array
+    index: Any  # of this replica: an int or a scalar array
     size: int
     add: Callable[[Any], Any]  # sums an array over all replicas, differentiably
     engines: tuple[Engine, ...] = ()
-    #: What kind of statistics this replica takes part with, where others could differ.
+    #: The signature of this replica's statistics, if those of other replicas could differ.
     signature: "Signature | None" = None
 
 
 def over_all(parts: Sequence[Replicas]) -> Replicas:
-    """Put several axes together: the replicas of all, numbered in row-major order."""
+    """Combine several axes into one, with the replicas numbered in row-major order."""
     result = parts[0]
     for part in parts[1:]:
         result = _product(result, part)
@@ -82,5 +82,5 @@ def _product(a: Replicas, b: Replicas) -> Replicas:
 
 
 def checksum(value: Any) -> int:
-    """Return 32 bits that are the same in every process for equal plain values."""
+    """Return a 32-bit checksum, the same in every process for equal plain values."""
     return zlib.crc32(repr(value).encode())

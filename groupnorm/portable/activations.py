@@ -1,7 +1,7 @@
-"""Activations that may follow a normalization, and their slopes, in array API terms.
+"""Activations that may follow a normalization, and their derivatives, in array API terms.
 
-All are smooth where the array API's own functions are, so libraries differentiate them as they
-stand; NaN stays NaN. ``gelu`` is the exact one, with the normal distribution's function.
+They consist of differentiable array API functions, so that libraries can differentiate them; NaN
+stays NaN. ``gelu`` is the exact one, with the normal distribution's cumulative function.
 """
 
 import math
@@ -16,12 +16,12 @@ __all__ = ["ACTIVATIONS", "ERFC_SERIES", "activate", "erfc", "slope"]
 
 
 def activate(z: "Array", name: str | None, adapter: "Adapter") -> "Array":
-    """Apply the activation of a name; None is none."""
+    """Apply the activation with the given name; None applies none."""
     return z if name is None else ACTIVATIONS[name].apply(z, adapter)
 
 
 def slope(z: "Array", name: str, adapter: "Adapter") -> "Array":
-    """Return the derivative at z, for libraries that cannot differentiate."""
+    """Return the derivative at z, for libraries without automatic differentiation."""
     return ACTIVATIONS[name].slope(z, adapter)
 
 
@@ -54,7 +54,9 @@ def _gelu(z: "Array", adapter: "Adapter") -> "Array":
 
 def _gelu_slope(z: "Array", adapter: "Adapter") -> "Array":
     xp = adapter.xp
-    near = xp.where(xp.abs(z) > 40.0, xp.full_like(z, 40.0), z)  # squares overflow; there it is 0
+    near = xp.where(
+        xp.abs(z) > 40.0, xp.full_like(z, 40.0), z
+    )  # larger squares overflow; the density is 0
     density = xp.exp(-0.5 * near * near) / math.sqrt(2.0 * math.pi)
     return 0.5 * erfc(z * -math.sqrt(0.5), adapter) + z * density
 
@@ -71,7 +73,7 @@ ACTIVATIONS = {
 }
 
 # log(erfc(z) / t) + z**2 with t = 2 / (2 + z), as a series of Chebyshev polynomials in 2 t - 1.
-# Fitted at 60 nodes with 40 digits; the first is to be halved.
+# Fitted at 60 nodes with 40 digits; the first coefficient must be halved.
 ERFC_SERIES = (
     -1.302653719781709434, 0.64196979235649026, 0.0194764732041858363, -0.00956151478680863164,
     -0.000946595344482036866, 0.000366839497852761452, 4.25233248069077716e-5,
@@ -85,14 +87,14 @@ ERFC_SERIES = (
 
 
 def erfc(x: "Array", adapter: "Adapter") -> "Array":
-    """1 - erf(x): the library's own, or to the dtype's rounding of x**2."""
+    """1 - erf(x): the library's own function, or accurate to the dtype's rounding of x**2."""
     own = adapter.erfc(x)
     return _erfc_series(x, adapter.xp) if own is None else own
 
 
 def _erfc_series(x: "Array", xp: Any) -> "Array":
     z = xp.abs(x)
-    z = xp.where(z > 40.0, xp.full_like(z, 40.0), z)  # where it is 0; and inf - inf would be NaN
+    z = xp.where(z > 40.0, xp.full_like(z, 40.0), z)  # erfc is 0 beyond; avoids NaN from inf - inf
     t = 2.0 / (2.0 + z)
     u = 2.0 * t - 1.0
     later, sum_ = xp.zeros_like(u), xp.zeros_like(u)

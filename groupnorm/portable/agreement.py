@@ -1,4 +1,4 @@
-"""Whether all ranks exchange the same kind of statistics, before they do."""
+"""Check that all ranks exchange statistics of the same signature, before they do."""
 
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 __all__ = ["agree"]
 
-# Sizes of the kept axes that are told apart by value; all of them are by checksum.
+# The number of leading sizes compared by value; a checksum compares all of them.
 _SIZES = 4
 
 
@@ -20,15 +20,15 @@ def agree(
     replicas: Replicas,
     groups: IndexGroups,
 ) -> Replicas:
-    """Make sure that all ranks exchange the same kind of numbers, before they do.
+    """Check that all ranks exchange statistics of the same signature, before they do.
 
-    Else the engine would abort the process, wait for ever, or mix what does not belong together. It
-    costs one collective for each communicator, the first time they meet these arguments.
+    Else the engine would abort the process, hang, or combine unrelated values. The check costs one
+    collective for each communicator, the first time it is used with these arguments.
 
     Returns
     -------
     Replicas
-        With the signature that every exchange carries.
+        With the signature, which is sent along with every exchange.
 
     Raises
     ------
@@ -40,13 +40,13 @@ def agree(
     dtype = str(like.dtype).rpartition(".")[2]
     signature = Signature(statistics_shape, dtype, groups)
     signed = replicas._replace(signature=signature)
-    # Kept with all the communicators pooled over: what some have agreed on, others may not know.
+    # Stored with all communicators pooled over: agreement over some of them is not enough.
     agreed = replicas.engines[0].agreement.signatures
     known = (signature, tuple(engine.agreement.number for engine in replicas.engines))
     if known in agreed:
         return signed
     sizes = (*statistics_shape, *(0,) * _SIZES)[:_SIZES]
-    # Always as many numbers, whatever the ranks disagree on.
+    # A row of fixed length, whatever the ranks disagree on.
     mine = [1, len(statistics_shape), *sizes, checksum(statistics_shape), _code(dtype)]
     mine.append(checksum(groups))
     table = [[0] * len(mine) for _ in range(replicas.size)]
@@ -57,7 +57,7 @@ def agree(
         raise AxisNameError(
             f"axis_name names {len(replicas.engines)} communicators that reach a rank more than "
             "once, or not at all: several must be the dimensions of a grid. Give each once, or the "
-            "one that holds all ranks."
+            "one that contains all ranks."
         )
     rows = [row[1:] for row in table]
     if any(row != rows[0] for row in rows):
@@ -66,7 +66,7 @@ def agree(
     return signed
 
 
-# What statistics are computed in; others are as good as unknown.
+# The dtypes of statistics; all others share one code.
 _DTYPES = ("float32", "float64", "complex64", "complex128", "longdouble", "clongdouble")
 
 
@@ -79,20 +79,20 @@ def _disagreement(rows: list[list[int]], rank: int, signature: Signature) -> str
     other = next(i for i, row in enumerate(rows) if row != rows[rank])
     mine, theirs = rows[rank], rows[other]
     if mine[: _SIZES + 2] != theirs[: _SIZES + 2]:
-        there = tuple(theirs[1 : 1 + theirs[0]]) if theirs[0] <= _SIZES else "another shape"
+        other_shape = tuple(theirs[1 : 1 + theirs[0]]) if theirs[0] <= _SIZES else "another shape"
         return (
             f"x has statistics of shape {statistics_shape} (the axes that are not reduced, then "
-            f"the groups) on rank {rank} and {there} on rank {other}: the ranks of axis_name hold "
-            "parts of the same groups, so only reduced axes may differ in length. Give all ranks "
-            "the same batch, num_groups and feature axes."
+            f"the groups) on rank {rank} and {other_shape} on rank {other}: the ranks of axis_name "
+            "hold parts of the same groups, so only reduced axes may differ in length. Give all "
+            "ranks the same batch, num_groups and feature axes."
         )
     if mine[-1] != theirs[-1]:
         return (
-            f"axis_index_groups={groups} on rank {rank} is not what rank {other} was given: all "
-            "ranks split the axis in the same way. Pass the same groups everywhere."
+            f"axis_index_groups={groups} on rank {rank} differs from that of rank {other}: all "
+            "ranks must split the axis in the same way. Pass the same groups everywhere."
         )
-    there = (*_DTYPES, "another dtype")[theirs[-2]]
+    other_dtype = (*_DTYPES, "another dtype")[theirs[-2]]
     return (
         f"x, or a parameter, has another dtype on rank {rank} than on rank {other}: statistics are "
-        f"computed in {dtype} here and {there} there, and cannot be pooled. Convert one of them."
+        f"computed in {dtype} and in {other_dtype}, and cannot be pooled. Convert one of them."
     )

@@ -1,4 +1,4 @@
-"""The backward pass, by hand, in the same array API terms: for libraries without autograd."""
+"""The explicit backward pass in array API terms, for libraries without autograd."""
 
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -6,7 +6,7 @@ from groupnorm.distributed.replicas import IndexGroups, Replicas
 from groupnorm.portable.blocked_sums import total, total_of_products
 from groupnorm.portable.collectives import pool
 from groupnorm.portable.complex_parts import join, real_part, split
-from groupnorm.portable.statistics import Centred, Normalizer
+from groupnorm.portable.statistics import Coefficients, Deviations
 
 if TYPE_CHECKING:
     from groupnorm.adapter import Adapter
@@ -17,7 +17,7 @@ __all__ = ["WorkGradients", "pull_back"]
 
 
 class WorkGradients(NamedTuple):
-    """Gradients in the work shape; the parameters' are this replica's share, not pooled."""
+    """Gradients in the work shape; those of the parameters are not summed over replicas."""
 
     x: "Array"
     scale: "Array"
@@ -28,21 +28,21 @@ def pull_back(
     dy: "Array",
     mask: "Array | None",
     scale: "Array",
-    centred: Centred,
-    normalizer: Normalizer,
+    deviations: Deviations,
+    coefficients: Coefficients,
     plan: "Plan",
     adapter: "Adapter",
     replicas: Replicas | None,
     groups: IndexGroups,
 ) -> WorkGradients:
-    """Pull a cotangent back through the normalization.
+    """Compute the vector-Jacobian product of the normalization.
 
     With ``xhat = (x - mean) * rstd``, ``g = conj(scale) * dy`` and ``m`` the mask,
     ``dx = rstd * (g - m * (mean(g) + xhat * mean(Re(conj(xhat) * g))))``, where the means run over
     a group's valid elements on all replicas. Complex gradients are ``dL/dRe + i dL/dIm``.
     """
     xp = adapter.xp
-    rstd = normalizer.rstd
+    rstd = coefficients.rstd
 
     def channels(value: "Array") -> "Array":
         return xp.reshape(value, plan.ungrouped(value.shape))
@@ -51,8 +51,8 @@ def pull_back(
         return xp.reshape(value, plan.grouped(value.shape))
 
     ones = xp.ones_like(rstd * real_part(scale, adapter))
-    gain, shift = adapter.materialize(normalizer.gain * ones, normalizer.shift * ones)
-    xhat = centred.deviations * channels(gain)
+    gain, shift = adapter.materialize(coefficients.gain * ones, coefficients.shift * ones)
+    xhat = deviations.values * channels(gain)
     xhat -= channels(shift)
     sum_dy = grouped(total(dy, plan.positions, plan, adapter))
     sum_dy_xhat = grouped(
@@ -67,8 +67,8 @@ def pull_back(
     if replicas is not None:
         *p_parts, q = pool((*split(p, adapter), q), adapter, replicas, groups)
         p = join(p_parts, adapter)
-    # Spread over the channels: an operand that repeats within its rows costs NumPy tenfold.
-    weight = rstd * normalizer.share * ones
+    # Expanded to all channels: an operand broadcast within its rows costs NumPy tenfold.
+    weight = rstd * coefficients.inv_count * ones
     factor, slope, offset = adapter.materialize(conj_scale * rstd, q * weight, p * weight)
     through_statistics = xhat * channels(slope)
     through_statistics += channels(offset)

@@ -1,4 +1,4 @@
-"""Sums whose error does not grow with their length, and whose order is fixed."""
+"""Sums whose error does not grow with their length, in a fixed order."""
 
 from typing import TYPE_CHECKING
 
@@ -9,9 +9,9 @@ if TYPE_CHECKING:
 
 __all__ = ["total", "total_of_products"]
 
-# Sums longer than twice this are taken block by block: a running float32 sum of n terms errs by
-# about sqrt(n) roundings, and libraries differ in how they would split it. Fixed, so that the same
-# call gives the same bits on every machine.
+# Sums longer than twice this are computed block by block: a running float32 sum of n terms has an
+# error of about sqrt(n) roundings, and libraries split it differently. The size is fixed, so that
+# the same call gives the same bits on every machine.
 BLOCK = 256
 
 
@@ -57,7 +57,7 @@ def _sum(factors: "tuple[Array, ...]", axis: int, plan: "Plan", adapter: "Adapte
 
 
 def _block(length: int) -> int:
-    """Prefer a divisor of the length: no remainder to slice off and add."""
+    """Return the block size, preferably a divisor of the length, which leaves no remainder."""
     for distance in range(BLOCK // 2):
         for block in (BLOCK - distance, BLOCK + distance):
             if length % block == 0:

@@ -1,9 +1,9 @@
 """Sum or gather small arrays over replicas in one collective.
 
-Every exchange is a sum over all replicas, which every library can differentiate. To keep sets of
-replicas apart, or to keep the values of each replica, they are put in separate rows first. Unlike a
-collective's own groups this works in every kind of map, needs no further communicators, and serves
-sets of uneven size.
+Every exchange is a sum over all replicas, which every library can differentiate. To separate sets
+of replicas, or to keep the values of each replica, they are written to separate rows first. Unlike
+the collectives' own groups this works in every kind of map, needs no additional communicators, and
+supports sets of unequal size.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from groupnorm.adapter import Adapter
     from groupnorm.typing import Array
 
-__all__ = ["gather", "gather_alike", "pool"]
+__all__ = ["gather", "gather_checked", "pool"]
 
 
 def pool(
     values: "tuple[Array, ...]", adapter: "Adapter", replicas: Replicas, groups: IndexGroups
 ) -> "tuple[Array, ...]":
-    """Add equal-shaped arrays over the replicas, elementwise."""
+    """Sum arrays of equal shape over the replicas, elementwise."""
     xp = adapter.xp
     packed = xp.stack(values)
     if groups is None:
@@ -38,9 +38,9 @@ def pool(
 def gather(
     values: "tuple[Array, ...]", adapter: "Adapter", replicas: Replicas, groups: IndexGroups
 ) -> "tuple[Array, ...]":
-    """Return what every replica has of equal-shaped arrays, along a new leading axis.
+    """Gather arrays of equal shape from all replicas, along a new leading axis.
 
-    Rows of replicas outside this one's set hold zeros.
+    Rows of replicas outside this replica's set are zero.
     """
     xp = adapter.xp
     packed = xp.stack(values)
@@ -55,34 +55,34 @@ def gather(
 
 
 def _row(index: Any, rows: int, packed: "Array", adapter: "Adapter") -> "Array":
-    """True in one of `rows` rows. Chosen by where: a product would spread a NaN to all rows."""
-    numbers = adapter.xp.arange(rows, device=adapter.device_of(packed))
-    return adapter.xp.reshape(numbers == index, (rows,) + (1,) * packed.ndim)
+    """True in one of `rows` rows. For `where`: a product would spread a NaN to all rows."""
+    indices = adapter.xp.arange(rows, device=adapter.device_of(packed))
+    return adapter.xp.reshape(indices == index, (rows,) + (1,) * packed.ndim)
 
 
 def _group_of(groups: tuple[tuple[int, ...], ...], size: int) -> list[int]:
     members = sorted(i for group in groups for i in group)
     if members != list(range(size)):
         raise ArgumentValueError(
-            f"axis_index_groups={groups} does not hold every index of an axis of size {size} "
+            f"axis_index_groups={groups} does not contain every index of an axis of size {size} "
             f"exactly once: each replica belongs to one group. Split 0 ... {size - 1}."
         )
     return [next(g for g, group in enumerate(groups) if i in group) for i in range(size)]
 
 
-def gather_alike(
+def gather_checked(
     values: "tuple[Array, ...]", adapter: "Adapter", replicas: Replicas, groups: IndexGroups
 ) -> "tuple[Array, ...]":
-    """`gather` values, of ranks that all take part with the same kind of statistics.
+    """`gather` values, and check that all ranks exchange statistics of the same signature.
 
-    `agree` has seen to that when a kind is new. Later, ranks may still meet with different kinds
-    that all of them know; where these are as many numbers, no engine would notice.
+    `agree` checks each new signature once. Later, ranks may still call with different known
+    signatures of equal size, which no engine would detect.
 
     Raises
     ------
     ArgumentValueError
-        On every rank, if they do not; where values cannot be looked at (while a program is traced,
-        on a GPU without waiting for it), the first of the values becomes NaN instead.
+        On every rank, if signatures differ. If values cannot be read (while a program is traced, or
+        on a GPU without synchronization), the first of the values becomes NaN instead.
     """
     signature = replicas.signature
     if signature is None:
@@ -90,13 +90,13 @@ def gather_alike(
     xp = adapter.xp
     mine = xp.full_like(values[0], signature.code)
     *gathered, codes = gather((*values, mine), adapter, replicas, groups)
-    other = (codes != 0) & (codes != mine)  # 0 is outside of this one's set
+    other = (codes != 0) & (codes != mine)  # 0 is outside this replica's set
     if adapter.value_if_ready(xp.any(other)):
         rank = int(xp.argmax(xp.astype(xp.reshape(other, (replicas.size, -1))[:, 0], xp.uint8)))
         raise ArgumentValueError(
             f"x has statistics of shape {signature.statistics_shape} (the axes that are not "
             f"reduced, then the groups), of {signature.dtype}, on rank {replicas.index}, and rank "
             f"{rank} exchanges others in the same call: all ranks must make the same calls in the "
-            "same order. Give all the same batch and num_groups in each."
+            "same order. Give all ranks the same batch and num_groups in each call."
         )
     return xp.where(other, xp.full_like(codes, float("nan")), gathered[0]), *gathered[1:]

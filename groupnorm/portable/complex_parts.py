@@ -1,4 +1,4 @@
-"""Complex arrays as their real and imaginary parts; real arrays as they are."""
+"""Complex arrays as real and imaginary parts; real arrays unchanged."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ __all__ = ["abs2", "join", "magnitude", "real_part", "split"]
 
 
 def split(x: "Array", adapter: "Adapter") -> tuple["Array", ...]:
-    """Give the real arrays a collective can carry: the array, or its real and imaginary parts."""
+    """Return the array, or its real and imaginary parts: collectives need real arrays."""
     if not adapter.is_complex(x.dtype):
         return (x,)
     return adapter.xp.real(x), adapter.xp.imag(x)
@@ -23,18 +23,18 @@ def join(parts: Sequence["Array"], adapter: "Adapter") -> "Array":
 
 
 def real_part(x: "Array", adapter: "Adapter") -> "Array":
-    """Drop the imaginary part, if there is one."""
+    """Return the real part; a real array unchanged."""
     return split(x, adapter)[0]
 
 
 def abs2(x: "Array", adapter: "Adapter") -> "Array":
-    """Square of the absolute value."""
+    """Return the squared absolute value."""
     real, *imaginary = split(x, adapter)
     return real * real + imaginary[0] * imaginary[0] if imaginary else real * real
 
 
 def magnitude(x: "Array", adapter: "Adapter") -> "Array":
-    """Size of each element that cannot overflow: for complex numbers the larger part's."""
+    """Return a magnitude that cannot overflow: for complex values that of the larger part."""
     xp = adapter.xp
     real, *imaginary = (xp.abs(part) for part in split(x, adapter))
     return xp.where(real < imaginary[0], imaginary[0], real) if imaginary else real

@@ -1,16 +1,16 @@
-"""One call from arguments to result: forward, with its pullback, or its statistics alone."""
+"""One call from arguments to result: forward, forward and pullback, or statistics only."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from groupnorm.arguments import Options
+from groupnorm.arguments import CallOptions
 from groupnorm.distributed.replicas import Replicas
 from groupnorm.errors import ArgumentTypeError
 from groupnorm.portable.activations import activate, slope
 from groupnorm.portable.agreement import agree
 from groupnorm.portable.backward import pull_back
 from groupnorm.portable.inputs import (
-    Prepared,
+    WorkInputs,
     check_cotangent,
     from_work,
     is_floating,
@@ -20,8 +20,8 @@ from groupnorm.portable.inputs import (
 from groupnorm.portable.merge import GroupStatistics, merge_replicas
 from groupnorm.portable.public_statistics import from_value, to_value
 from groupnorm.portable.statistics import (
-    Centred,
-    Normalizer,
+    Coefficients,
+    Deviations,
     centre,
     finish,
     measure,
@@ -37,55 +37,55 @@ __all__ = ["group_norm", "group_norm_vjp", "group_statistics", "normalize_by"]
 
 
 def group_norm(
-    adapter: "Adapter", x: Array, scale: Array, bias: Array, mask: Any, options: Options
+    adapter: "Adapter", x: Array, scale: Array, bias: Array, mask: Any, options: CallOptions
 ) -> Array:
-    """Return the normalized x; all arrays are of the adapter's library, or constants of NumPy.
+    """Return the normalized x. Arrays are of the adapter's library; parameters also of NumPy.
 
     Raises
     ------
     ArgumentTypeError, ArgumentValueError, AxisNameError
-        If the arrays do not fit each other or the options.
+        If the arrays are inconsistent with each other or with the options.
     """
-    ready = prepare(adapter, x, scale, bias, mask, options)
-    replicas = _replicas(adapter, ready, options)
-    y, _, _ = _forward(adapter, ready, options, replicas, keep_deviations=False)
+    inputs = prepare(adapter, x, scale, bias, mask, options)
+    replicas = _replicas(adapter, inputs, options)
+    y, _, _ = _forward(adapter, inputs, options, replicas, keep_deviations=False)
     y = activate(y, options.activation, adapter)
-    return from_work(y, ready.plan, ready.result_dtype, adapter.xp)
+    return from_work(y, inputs.plan, inputs.result_dtype, adapter.xp)
 
 
 def group_norm_vjp(
-    adapter: "Adapter", x: Array, scale: Array, bias: Array, mask: Any, options: Options
+    adapter: "Adapter", x: Array, scale: Array, bias: Array, mask: Any, options: CallOptions
 ) -> tuple[Array, Callable[[Array], Gradients]]:
     """Return the normalized x and its pullback; raises as `group_norm`."""
     xp = adapter.xp
     _check_local(adapter, x)
-    ready = prepare(adapter, x, scale, bias, mask, options)
-    plan = ready.plan
-    # Found once: when the pullback is called, a name may be bound no more.
-    replicas = _replicas(adapter, ready, options)
-    z, centred, normalizer = _forward(adapter, ready, options, replicas, keep_deviations=True)
+    inputs = prepare(adapter, x, scale, bias, mask, options)
+    plan = inputs.plan
+    # Resolved now: the name may no longer be bound when the pullback runs.
+    replicas = _replicas(adapter, inputs, options)
+    z, deviations, coefficients = _forward(adapter, inputs, options, replicas, keep_deviations=True)
     activation = options.activation
-    y = from_work(activate(z, activation, adapter), plan, ready.result_dtype, xp)
+    y = from_work(activate(z, activation, adapter), plan, inputs.result_dtype, xp)
 
     def pullback(dy: Array) -> Gradients:
         check_cotangent(adapter, dy, x)
-        dz = to_work(xp.astype(dy, ready.cotangent_dtype, copy=False), plan, xp)
+        dz = to_work(xp.astype(dy, inputs.cotangent_dtype, copy=False), plan, xp)
         if activation is not None:
             dz = dz * slope(z, activation, adapter)
         work = pull_back(
             dz,
-            ready.mask,
-            ready.scale,
-            centred,
-            normalizer,
+            inputs.mask,
+            inputs.scale,
+            deviations,
+            coefficients,
             plan,
             adapter,
             replicas,
             options.axis_index_groups,
         )
         dx = work.x
-        if ready.counted is not None:
-            dx = xp.where(ready.counted, dx, 0.0)
+        if inputs.counted is not None:
+            dx = xp.where(inputs.counted, dx, 0.0)
         floating = is_floating(x.dtype, adapter)
         return Gradients(
             from_work(dx, plan, x.dtype if floating else dx.dtype, xp),
@@ -96,12 +96,14 @@ def group_norm_vjp(
     return y, pullback
 
 
-def group_statistics(adapter: "Adapter", x: Array, mask: Any, options: Options) -> GroupStatistics:
-    """Measure the groups of x, as values."""
+def group_statistics(
+    adapter: "Adapter", x: Array, mask: Any, options: CallOptions
+) -> GroupStatistics:
+    """Return the statistics of the groups of x, in their public shape."""
     _check_local(adapter, x)
-    ready = prepare(adapter, x, None, None, mask, options)
-    statistics, _, _ = _measure(adapter, ready, options, _replicas(adapter, ready, options))
-    return to_value(statistics, ready.plan, adapter)
+    inputs = prepare(adapter, x, None, None, mask, options)
+    statistics, _, _ = _measure(adapter, inputs, options, _replicas(adapter, inputs, options))
+    return to_value(statistics, inputs.plan, adapter)
 
 
 def normalize_by(
@@ -111,38 +113,38 @@ def normalize_by(
     scale: Array,
     bias: Array,
     mask: Any,
-    options: Options,
+    options: CallOptions,
 ) -> Array:
-    """Normalize x by statistics that were taken before."""
+    """Normalize x with given statistics."""
     _check_local(adapter, x)
-    ready = prepare(adapter, x, scale, bias, mask, options)
-    plan = ready.plan
-    there = from_value(statistics, ready.x, plan, adapter, options.epsilon)
-    centred = centre(ready.x, ready.mask, there, plan, adapter)
-    normalizer = finish(there, centred, adapter, options.epsilon, may_be_empty=True)
+    inputs = prepare(adapter, x, scale, bias, mask, options)
+    plan = inputs.plan
+    grouped = from_value(statistics, inputs.x, plan, adapter, options.epsilon)
+    deviations = centre(inputs.x, inputs.mask, grouped, plan, adapter)
+    coefficients = finish(grouped, deviations, adapter, options.epsilon, may_be_empty=True)
     y = normalize(
-        centred,
-        normalizer,
-        ready.scale,
-        ready.bias,
+        deviations,
+        coefficients,
+        inputs.scale,
+        inputs.bias,
         plan,
         adapter,
         keep_deviations=adapter.has_autograd,
     )
-    return from_work(y, plan, ready.result_dtype, adapter.xp)
+    return from_work(y, plan, inputs.result_dtype, adapter.xp)
 
 
 def _parameter_gradient(adapter: "Adapter", gradient: Array, parameter: Array) -> Array:
     if parameter is None:
         return None
     xp = adapter.xp
-    # A constant from the host is of NumPy; its gradient is of the array's library all the same.
+    # A NumPy parameter gets its gradient in the library of x.
     dtype = parameter.dtype if adapter.is_array(parameter) else adapter.dtype(parameter.dtype.name)
     if adapter.is_complex(gradient.dtype) and not adapter.is_complex(dtype):
         gradient = xp.real(gradient)
     if not is_floating(dtype, adapter):
-        dtype = gradient.dtype  # a gradient is no integer, even of an integer
-    # A copy: where nothing was summed up, this is still the caller's own dy.
+        dtype = gradient.dtype  # gradients of integers are floating
+    # A copy: if no axis was summed over, this is still the caller's dy.
     flat = xp.reshape(xp.astype(gradient, dtype, copy=True), (-1,))
     return xp.reshape(flat, tuple(parameter.shape))
 
@@ -150,56 +152,58 @@ def _parameter_gradient(adapter: "Adapter", gradient: Array, parameter: Array) -
 def _check_local(adapter: "Adapter", x: Array) -> None:
     if adapter.is_sharded(x):
         raise ArgumentTypeError(
-            f"x is a {type(x).__name__} that lies on several devices by its type: only group_norm "
-            "and layers take it whole, and the library's own differentiation. Pass one device's "
+            f"x is a {type(x).__name__} that is sharded over several devices by its type: only "
+            "group_norm, layers and the library's own differentiation accept it. Pass one device's "
             "part and axis_name: x.to_local() of a DTensor, or what jax.shard_map passes."
         )
 
 
-def _replicas(adapter: "Adapter", ready: Prepared, options: Options) -> Replicas | None:
-    """Find the replicas to pool over, if any, and make sure that they can be pooled."""
+def _replicas(adapter: "Adapter", inputs: WorkInputs, options: CallOptions) -> Replicas | None:
+    """Return the replicas to pool over, if any, and check that they can be pooled."""
     if options.axis_name is None:
         return None
     replicas = adapter.replicas(options.axis_name)
-    return agree(ready.plan.statistics_shape, ready.x, replicas, options.axis_index_groups)
+    return agree(inputs.plan.statistics_shape, inputs.x, replicas, options.axis_index_groups)
 
 
 def _forward(
     adapter: "Adapter",
-    ready: Prepared,
-    options: Options,
+    inputs: WorkInputs,
+    options: CallOptions,
     replicas: Replicas | None,
     *,
     keep_deviations: bool,
-) -> tuple[Array, Centred, Normalizer]:
-    statistics, local, centred = _measure(adapter, ready, options, replicas)
-    if replicas is not None and ready.mask is not None:
-        centred = recentre(ready.x, ready.mask, centred, local, statistics, ready.plan, adapter)
-    normalizer = finish(
+) -> tuple[Array, Deviations, Coefficients]:
+    statistics, local, deviations = _measure(adapter, inputs, options, replicas)
+    if replicas is not None and inputs.mask is not None:
+        deviations = recentre(
+            inputs.x, inputs.mask, deviations, local, statistics, inputs.plan, adapter
+        )
+    coefficients = finish(
         statistics,
-        centred,
+        deviations,
         adapter,
         options.epsilon,
-        may_be_empty=ready.mask is not None or ready.plan.empty or replicas is not None,
+        may_be_empty=inputs.mask is not None or inputs.plan.empty or replicas is not None,
     )
     y = normalize(
-        centred,
-        normalizer,
-        ready.scale,
-        ready.bias,
-        ready.plan,
+        deviations,
+        coefficients,
+        inputs.scale,
+        inputs.bias,
+        inputs.plan,
         adapter,
         keep_deviations=keep_deviations or adapter.has_autograd,
     )
-    return y, centred, normalizer
+    return y, deviations, coefficients
 
 
 def _measure(
-    adapter: "Adapter", ready: Prepared, options: Options, replicas: Replicas | None
-) -> tuple[GroupStatistics, GroupStatistics, Centred]:
-    """Take the statistics of all replicas, and of this one alone."""
-    local, centred = measure(ready.x, ready.mask, ready.plan, adapter, options.epsilon)
+    adapter: "Adapter", inputs: WorkInputs, options: CallOptions, replicas: Replicas | None
+) -> tuple[GroupStatistics, GroupStatistics, Deviations]:
+    """Return the statistics of all replicas, and of this one alone."""
+    local, deviations = measure(inputs.x, inputs.mask, inputs.plan, adapter, options.epsilon)
     if replicas is None:
-        return local, local, centred
+        return local, local, deviations
     merged = merge_replicas(local, adapter, options.epsilon, replicas, options.axis_index_groups)
-    return merged, local, centred
+    return merged, local, deviations

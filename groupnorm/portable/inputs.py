@@ -1,11 +1,11 @@
-"""Bring the arguments of one call to the work shape and the dtype of the statistics, and back."""
+"""Convert the arguments of a call to the work shape and the dtype of the statistics, and back."""
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from groupnorm.adapter import library_of, not_an_array
-from groupnorm.arguments import Options
+from groupnorm.arguments import CallOptions
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
 from groupnorm.plan import make_plan, make_plan_uncached, same_shape
 from groupnorm.typing import Array
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "HOST_MASKS",
-    "Checked",
-    "Prepared",
+    "CheckedInputs",
+    "WorkInputs",
     "check",
     "check_cotangent",
     "check_same_library",
@@ -30,25 +30,25 @@ __all__ = [
 ]
 
 
-# Types of masks that serve every library.
+# Types of masks that are accepted with every library.
 HOST_MASKS = (bool, int, float, list, tuple, np.ndarray, np.generic)
 
 
-class Prepared(NamedTuple):
+class WorkInputs(NamedTuple):
     """Arguments in the work shape; x, scale and bias in the precision of the statistics."""
 
     x: Array
     scale: Array
     bias: Array
     mask: Array | None
-    counted: Array | None  # where x itself was taken, not 0 in its place
+    counted: Array | None  # False where a masked, non-finite element was replaced by 0
     plan: "Plan"
     result_dtype: Any
     cotangent_dtype: Any
 
 
-class Checked(NamedTuple):
-    """Arguments that fit each other, and what they are computed in."""
+class CheckedInputs(NamedTuple):
+    """Validated arguments, and the dtypes of the computation."""
 
     x: Array
     scale: Array | None  # as given
@@ -61,9 +61,9 @@ class Checked(NamedTuple):
 
 
 def check(
-    adapter: "Adapter", x: Array, scale: Array, bias: Array, mask: Any, options: Options
-) -> Checked:
-    """Check the arrays against each other and the options.
+    adapter: "Adapter", x: Array, scale: Array, bias: Array, mask: Any, options: CallOptions
+) -> CheckedInputs:
+    """Check that the arrays are consistent with each other and with the options.
 
     Raises
     ------
@@ -73,7 +73,7 @@ def check(
     x = adapter.admit(x)
     if not x.shape:
         raise ArgumentValueError(
-            "x is a scalar of shape (): no axis holds its channels. Give it one, as in x[None]."
+            "x is a scalar of shape (): it has no axis for the channels. Add one, as in x[None]."
         )
     plan = _plan_of(adapter, tuple(x.shape), mask is not None, options)
     scale = _parameter(adapter, "scale", scale, x, plan)
@@ -81,14 +81,16 @@ def check(
     work_dtype, parameter_dtype, result_dtype = dtypes_of(adapter, x, scale, bias, options)
     if mask is not None:
         mask = _mask_to_work(adapter, mask, x, plan)
-    return Checked(x, scale, bias, mask, plan, work_dtype, parameter_dtype, result_dtype)
+    return CheckedInputs(x, scale, bias, mask, plan, work_dtype, parameter_dtype, result_dtype)
 
 
-def _plan_of(adapter: "Adapter", shape: tuple[int, ...], masked: bool, options: Options) -> "Plan":
+def _plan_of(
+    adapter: "Adapter", shape: tuple[int, ...], masked: bool, options: CallOptions
+) -> "Plan":
     planning = adapter.planning(shape)
-    # A compiler that traces Python ignores the cache, with a warning: it must not meet it.
+    # A compiler that traces Python ignores the cache, with a warning, so it bypasses the cache.
     make = make_plan if planning.static else make_plan_uncached
-    # Without epsilon, data that is constant where sampled has no scale to go by.
+    # Without epsilon, a constant sample gives no scale.
     sampled = options.fast and not masked and options.epsilon > 0
     return make(
         shape,
@@ -110,9 +112,9 @@ def is_floating(dtype: Any, adapter: "Adapter") -> bool:
 
 
 def prepare(
-    adapter: "Adapter", x: Array, scale: Array, bias: Array, mask: Any, options: Options
-) -> Prepared:
-    """Check the arrays against each other and the options, and bring them to the work shape."""
+    adapter: "Adapter", x: Array, scale: Array, bias: Array, mask: Any, options: CallOptions
+) -> WorkInputs:
+    """Check the arguments, and bring the arrays to the work shape."""
     xp = adapter.xp
     x, scale, bias, mask, plan, work_dtype, parameter_dtype, result_dtype = check(
         adapter, x, scale, bias, mask, options
@@ -124,7 +126,7 @@ def prepare(
     if mask is not None:
         counted = mask | xp.isfinite(x_work)
         x_work = xp.where(counted, x_work, 0.0)
-    return Prepared(x_work, scale, bias, mask, counted, plan, result_dtype, parameter_dtype)
+    return WorkInputs(x_work, scale, bias, mask, counted, plan, result_dtype, parameter_dtype)
 
 
 def to_work(x: Array, plan: "Plan", xp: Any) -> Array:
@@ -137,14 +139,14 @@ def to_work(x: Array, plan: "Plan", xp: Any) -> Array:
 
 
 def from_work(y: Array, plan: "Plan", dtype: Any, xp: Any) -> Array:
-    """Bring an array of the work shape back, in the dtype it is wanted in."""
+    """Bring an array of the work shape back to the plan's shape, in the given dtype."""
     y = xp.reshape(xp.astype(y, dtype, copy=False), plan.merged_shape)
     y = xp.reshape(y, plan.permuted_shape)
     return y if plan.permutation is None else xp.permute_dims(y, plan.inverse_permutation)
 
 
 def check_same_library(adapter: "Adapter", value: Any, argument: str, x: Array) -> None:
-    """Refuse arrays of another library, and arrays on another device than x's.
+    """Reject arrays of another library or on another device than x.
 
     Raises
     ------
@@ -156,21 +158,21 @@ def check_same_library(adapter: "Adapter", value: Any, argument: str, x: Array) 
         if other is None:
             raise not_an_array(value, argument)
         raise ArgumentTypeError(
-            f"x is of {adapter.array_name} and {argument} of {other} arrays: nothing is moved "
-            "between libraries unasked. Convert one of them; for a layer, "
+            f"x is of {adapter.array_name} and {argument} of {other} arrays: arrays are not "
+            "converted between libraries implicitly. Convert one of them; for a layer, "
             f"layer.to_backend({adapter.name or 'numpy'!r})."
         )
     adapter.admit(value, argument)
-    here, there = adapter.device_of(x), adapter.device_of(value)
-    if here is not None and there is not None and here != there:
+    x_device, device = adapter.device_of(x), adapter.device_of(value)
+    if x_device is not None and device is not None and x_device != device:
         raise ArgumentValueError(
-            f"{argument} is on device {there} and x on device {here}: nothing is moved between "
-            "devices unasked. Move one of them."
+            f"{argument} is on device {device} and x on device {x_device}: arrays are not moved "
+            "between devices implicitly. Move one of them."
         )
 
 
 def check_cotangent(adapter: "Adapter", dy: Any, x: Array) -> None:
-    """Refuse a cotangent that does not belong to x: of another library, device or shape.
+    """Reject a cotangent of another library, device or shape than x.
 
     Raises
     ------
@@ -180,7 +182,7 @@ def check_cotangent(adapter: "Adapter", dy: Any, x: Array) -> None:
     check_same_library(adapter, dy, "dy", x)
     if tuple(dy.shape) != tuple(x.shape):
         raise ArgumentValueError(
-            f"dy has shape {tuple(dy.shape)}: a cotangent has the shape of y, which is "
+            f"dy has shape {tuple(dy.shape)}: a cotangent must have the shape of y, which is "
             f"{tuple(x.shape)}."
         )
 
@@ -190,23 +192,23 @@ def _parameter(
 ) -> Array | None:
     if value is None:
         return None
-    # Values on the host are constants that serve every library.
+    # NumPy arrays are accepted with every library, as constants.
     if isinstance(value, np.ndarray) and not adapter.is_array(value):
         value = adapter.from_host(value, x)
     check_same_library(adapter, value, argument, x)
     shape = tuple(value.shape)
     if not (same_shape(shape, plan.feature_shape) or same_shape(shape, (plan.channels,))):
         raise ArgumentValueError(
-            f"{argument} has shape {shape}: it holds one number a channel, so its shape is that of "
-            f"the feature axes, {plan.feature_shape}. Reshape it, or check feature_axis."
+            f"{argument} has shape {shape}: it holds one value per channel, so its shape must be "
+            f"that of the feature axes, {plan.feature_shape}. Reshape it, or check feature_axis."
         )
     return value
 
 
 def dtypes_of(
-    adapter: "Adapter", x: Array, scale: Array | None, bias: Array | None, options: Options
+    adapter: "Adapter", x: Array, scale: Array | None, bias: Array | None, options: CallOptions
 ) -> tuple[Any, Any, Any]:
-    """Return the dtypes of the statistics, of parameters among them, and of the result."""
+    """Return the dtypes of the statistics, of the parameters in the computation, and of y."""
     xp, wanted = adapter.xp, options.dtype
     x_dtype = x.dtype if is_floating(x.dtype, adapter) else adapter.default_float()
     result = x_dtype
@@ -229,9 +231,9 @@ def dtypes_of(
     if options.activation is not None and adapter.is_complex(computed):
         raise ArgumentTypeError(
             f"activation={options.activation!r} is given and the values are complex: it is defined "
-            "for real numbers. Leave activation out."
+            "for real values. Leave activation out."
         )
-    # In the precision of all that takes part, and of the result.
+    # The highest precision among the arguments and the result.
     parameters = adapter.result_type(computed, result, xp.float32)
     return (
         parameters if adapter.is_complex(x_dtype) else adapter.real_dtype(parameters),
@@ -250,7 +252,7 @@ def _parameter_to_work(
 ) -> Array:
     xp = adapter.xp
     if value is None:
-        # Of full shape all the same: then every operand of the last pass runs along whole rows.
+        # Of full shape, so that every operand of the last pass runs along whole rows.
         return xp.full(plan.parameter_shape, neutral, dtype=dtype, device=adapter.device_of(x))
     flat = xp.reshape(xp.astype(value, dtype, copy=False), (plan.channels,))
     return xp.reshape(flat, plan.parameter_shape)
@@ -276,16 +278,16 @@ def _mask_to_work(adapter: "Adapter", mask: Any, x: Array, plan: "Plan") -> Arra
 
 
 def host_mask(mask: Any) -> "np.ndarray[Any, Any]":
-    """Check a mask that lies on the host, and make it boolean.
+    """Check a mask on the host, and convert it to boolean.
 
     Raises
     ------
     ArgumentTypeError, ArgumentValueError
-        If it is no mask.
+        If it is not a mask.
     """
     if isinstance(mask, np.ma.MaskedArray):
         raise ArgumentTypeError(
-            "mask is a numpy.ma.MaskedArray: what it masks would be ignored. Pass a plain boolean "
+            "mask is a numpy.ma.MaskedArray: its own mask would be ignored. Pass a plain boolean "
             "array, such as numpy.ma.getmaskarray(...)."
         )
     try:
@@ -294,14 +296,14 @@ def host_mask(mask: Any) -> "np.ndarray[Any, Any]":
         values = np.asarray(None)
     if values.dtype.kind not in "biuf" and values.dtype.kind != "V":
         raise ArgumentTypeError(
-            f"mask={mask!r} is no array of booleans or of zeros and ones: give one that broadcasts "
-            "to x, True where elements count."
+            f"mask={mask!r} is not an array of booleans or of zeros and ones: give one that "
+            "broadcasts to x, True for valid elements."
         )
     boolean = values.astype(bool)
     if values.dtype.kind != "b" and not np.array_equal(values, boolean):
         odd = values[values != boolean].flat[0]
         raise ArgumentValueError(
-            f"mask holds {odd}: a mask says which elements count, so it is boolean or holds zeros "
-            "and ones; it cannot weigh them. Pass mask != 0 if that is meant."
+            f"mask contains {odd}: a mask selects the valid elements, so it must be boolean or "
+            "contain only zeros and ones; it is not a weight. Pass mask != 0 if that is intended."
         )
     return boolean

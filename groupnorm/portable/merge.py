@@ -1,4 +1,4 @@
-"""Statistics as values, and how those of parts become those of the whole."""
+"""`GroupStatistics`, and merging the statistics of several parts."""
 
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from array_api_compat import array_namespace
 
 from groupnorm.distributed.replicas import IndexGroups, Replicas
-from groupnorm.portable.collectives import gather_alike
+from groupnorm.portable.collectives import gather_checked
 from groupnorm.portable.complex_parts import join, split
 from groupnorm.portable.pivots import clip_real, unit_of
 from groupnorm.typing import Array
@@ -19,29 +19,29 @@ __all__ = ["GroupStatistics", "at_least_one", "merge", "merge_replicas"]
 
 
 class GroupStatistics(NamedTuple):
-    """How many elements a group has, their mean, and the sum of their squared deviations.
+    """The number of elements of each group, their mean, and the sum of squared deviations.
 
-    `groupnorm.group_statistics` makes one, `groupnorm.merge_statistics` merges several,
+    `groupnorm.group_statistics` computes it, `groupnorm.merge_statistics` merges several, and
     `groupnorm.normalize` applies it. As a named tuple of arrays it is a pytree in JAX and PyTorch.
 
-    One float cannot hold a large mean to the accuracy of the deviations, and squares leave the
-    range of a dtype before its values do: hence `residual` and `unit`.
+    A single float cannot represent a large mean to the accuracy of the deviations, and squares
+    overflow or underflow before the values do: hence `residual` and `unit`.
 
     Parameters
     ----------
     count : array of shape (N, num_groups)
-        Elements that were counted. In general the shape is that of the axes of x that are not
-        reduced, in their order, and then the groups. In float32 exact up to 2**24, as integers are,
+        The number of valid elements. In general the shape is that of the axes of x that are not
+        reduced, in their order, followed by the groups. In float32 counts are exact up to 2**24,
         and rounded beyond.
     mean : array of the same shape
         The mean, rounded.
     m2 : array of the same shape
         The sum of ``abs(x - mean)**2``, in units of ``unit**-2``.
     residual : array of the same shape
-        What rounding left of the mean, in units of ``1 / unit``: the mean is
+        The rounding error of the mean, in units of ``1 / unit``: the exact mean is
         ``mean + residual / unit``.
     unit : array of the same shape
-        1, but for data that spreads over less than 1e-12 or more than 1e12.
+        1, except for data with a spread below 1e-12 or above 1e12.
 
     References
     ----------
@@ -59,7 +59,7 @@ class GroupStatistics(NamedTuple):
     array([[1., 0.]])
     """
 
-    count: Array  # in place of the method tuples have
+    count: Array  # shadows `tuple.count`
     mean: Array
     m2: Array
     residual: Array = 0.0
@@ -67,7 +67,7 @@ class GroupStatistics(NamedTuple):
 
     @property
     def variance(self) -> "Array":
-        """The biased variance; 1 where nothing was counted, as the layer takes it."""
+        """The biased variance; 1 for groups without valid elements, as in the layer."""
         xp = array_namespace(self.m2)
         count = xp.ones_like(self.m2) * self.count
         variance = self.m2 / at_least_one(count, xp) / self.unit / self.unit
@@ -75,7 +75,7 @@ class GroupStatistics(NamedTuple):
 
 
 def at_least_one(count: "Array", xp: Any) -> "Array":
-    """Make a count safe to divide by: of what was not counted every sum is zero."""
+    """Replace zero counts by 1 so that they can divide: the sums of empty groups are 0."""
     return xp.where(count > 0, count, xp.ones_like(count))
 
 
@@ -86,16 +86,16 @@ def merge_replicas(
     replicas: Replicas,
     groups: IndexGroups,
 ) -> GroupStatistics:
-    """Merge the statistics of all replicas, with their true counts, in one small collective.
+    """Merge the statistics of all replicas, weighted by their counts, in one small collective.
 
-    Every replica gets all of theirs and merges them in the same order, relative to a reference and
-    a scale found then: a sum would need both before it is taken.
+    Every replica gathers all statistics and merges them in the same order. A plain sum would need
+    a common reference and scale beforehand.
     """
     count, mean, m2, residual, unit = statistics
     count = adapter.xp.ones_like(m2) * count
     means, residuals = split(mean, adapter), split(residual, adapter)
     values = (m2, count, unit, *means, *residuals)
-    m2, count, unit, *parts = gather_alike(values, adapter, replicas, groups)
+    m2, count, unit, *parts = gather_checked(values, adapter, replicas, groups)
     stacked = GroupStatistics(
         count,
         join(parts[: len(means)], adapter),
@@ -112,21 +112,21 @@ def merge(statistics: GroupStatistics, adapter: "Adapter", epsilon: float) -> Gr
     Parameters
     ----------
     epsilon : float
-        What the variance will be added to at least: spreads below its root need no scale of their
-        own.
+        The smallest constant that will be added to the variance: spreads below its square root
+        need no separate scale.
     """
     xp = adapter.xp
     n, mean, m2, residual, unit = statistics
     means, residuals = split(mean, adapter), split(residual, adapter)
     valid = n > 0
-    # Data that is not finite has no scale.
+    # Non-finite data has no scale.
     unit = adapter.detach(xp.where(valid & (unit > 0), unit, 1.0))
     total = xp.sum(n, axis=0)
     count = at_least_one(total, xp)
-    # One reference for all, near the mean. It is detached, and so the result does not depend on it.
+    # A common reference near the mean. The result does not depend on it, so it can be detached.
     common = [_mean_within(adapter.detach(part), n, valid, count, xp) for part in means]
     off = [part - reference for part, reference in zip(means, common, strict=True)]
-    # How far values lie from the reference. A part that is constant has a unit that says nothing.
+    # The distance of the values from the reference. The unit of a constant part is meaningless.
     reach = xp.where(m2 > 0, 1.0 / unit, 0.0)
     for part, residual_part in zip(off, residuals, strict=True):
         reach = reach + xp.abs(part) + xp.abs(residual_part) / unit
@@ -148,7 +148,7 @@ def merge(statistics: GroupStatistics, adapter: "Adapter", epsilon: float) -> Gr
 
 
 def _mean_within(x: "Array", n: "Array", valid: "Array", count: "Array", xp: Any) -> "Array":
-    """Average over the leading axis; equal values average to exactly their value."""
+    """Average over the leading axis; the mean of equal values is exactly their value."""
     low = xp.min(xp.where(valid, x, math.inf), axis=0)
     high = xp.max(xp.where(valid, x, -math.inf), axis=0)
     nothing = low > high

@@ -1,4 +1,4 @@
-"""Where deviations are measured from, and on what scale: detached, exact for constant data."""
+"""The reference and the scale of deviations: detached, and exact for constant data."""
 
 import math
 from typing import TYPE_CHECKING, Any
@@ -17,9 +17,9 @@ __all__ = ["clip", "clip_real", "pivots", "unit_of"]
 def pivots(
     x: "Array", mask: "Array | None", count: "Array | float", plan: "Plan", adapter: "Adapter"
 ) -> tuple["Array", "Array", "Array"]:
-    """Return a pivot near the mean of each inner reduction, and each group's lowest and highest.
+    """Return a pivot near the mean of each inner reduction, and each group's minimum and maximum.
 
-    All are in the grouped shape. The parts of complex data are taken on their own.
+    All are in the grouped shape. The parts of complex data are processed separately.
     """
     parts = [_real_pivots(part, mask, count, plan, adapter) for part in split(x, adapter)]
     pivot, lowest, highest = (join(part, adapter) for part in zip(*parts, strict=True))
@@ -53,29 +53,29 @@ def _real_pivots(
     low, high = xp.where(nothing, 0.0, low), xp.where(nothing, 0.0, high)
     deviations = xp.where(mask, x - low, 0.0)
     pivot = clip_real(low + total(deviations, plan.inner, plan, adapter) / count, low, high, xp)
-    # A channel without a valid element is normalized all the same. A number near its mean keeps
-    # the digits: one of its group. Where the group has none either, the mean is 0.
+    # A channel without a valid element is normalized too. A value near the mean preserves accuracy:
+    # the minimum of its group. If the group has no valid element either, the mean is 0.
     pivot = xp.where(grouped(nothing), xp.where(none_at_all, 0.0, lowest), grouped(pivot))
-    # The spread of nothing is taken as 1.
+    # The spread of an empty group is defined as 1.
     return pivot, xp.where(none_at_all, 0.0, lowest), xp.where(none_at_all, 1.0, highest)
 
 
 def unit_of(spread: "Array", epsilon: float, adapter: "Adapter") -> "Array":
-    """The scale of the deviations: neither their squares nor epsilon's leave the dtype's range."""
+    """Return a scale of the deviations that keeps their squares and epsilon in range."""
     xp = adapter.xp
     smallest = 4.0 * float(xp.finfo(spread.dtype).smallest_normal)
     least = max(math.sqrt(epsilon), smallest)
-    # A constant group; or, if only the sample was constant, data of which nothing is known.
+    # For a constant group, or a constant sample of data with an unknown spread.
     instead = least if epsilon else 1.0
     return xp.ones_like(spread) / xp.where(spread > least, spread, xp.full_like(spread, instead))
 
 
 def clip(x: "Array", low: "Array", high: "Array", adapter: "Adapter") -> "Array":
-    """Bring x between low and high, each part on its own."""
+    """Clip x to [low, high], real and imaginary parts separately."""
     parts = zip(split(x, adapter), split(low, adapter), split(high, adapter), strict=True)
     return join([clip_real(*bounds, xp=adapter.xp) for bounds in parts], adapter)
 
 
 def clip_real(x: "Array", low: "Array", high: "Array", xp: Any) -> "Array":
-    """Bring x between low and high; NaN stays NaN."""
+    """Clip x to [low, high]; NaN stays NaN."""
     return xp.where(x < low, low, xp.where(x > high, high, x))

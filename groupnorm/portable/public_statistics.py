@@ -1,4 +1,4 @@
-"""Statistics between the grouped shape of one computation and the values users share."""
+"""Convert statistics between the grouped shape and the public (N, num_groups) shape."""
 
 import numbers
 from collections.abc import Sequence
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 __all__ = ["check_statistics", "from_value", "merge_values", "to_value"]
 
-# Spreads within this factor of 1 are ordinary: neither their squares, summed over 2**24 elements,
+# Spreads within this factor of 1 need no unit: neither their squares, summed over 2**24 elements,
 # nor those of their deviations leave float32's range.
 _FACTOR = 2.0**40
 
 
 def to_value(statistics: GroupStatistics, plan: "Plan", adapter: "Adapter") -> GroupStatistics:
-    """Bring statistics from the grouped shape to that of values, which no layout shows in."""
+    """Convert statistics from the grouped shape to the public one, the same for all layouts."""
     xp = adapter.xp
     at, ndim = plan.kept_before, len(plan.statistics_shape)
     groups_last = (*range(at), *range(at + 1, ndim), at)
@@ -39,13 +39,13 @@ def to_value(statistics: GroupStatistics, plan: "Plan", adapter: "Adapter") -> G
 
 
 def _ordinary(statistics: GroupStatistics, adapter: "Adapter") -> GroupStatistics:
-    """Make the unit 1 wherever the dtype allows, and the mean the nearest number there is."""
+    """Make the unit 1 wherever the dtype allows, and round the mean to the nearest float."""
     xp = adapter.xp
     count, mean, m2, residual, unit = statistics
-    # Data that is not finite has no scale; it has made NaN of the rest, which says so.
+    # Non-finite data has no scale; the other fields are NaN already.
     unit = xp.where(unit > 0, unit, xp.ones_like(unit))
-    strange = (unit < 1 / _FACTOR) | (unit > _FACTOR)
-    new = xp.where(strange, unit, xp.ones_like(unit))
+    extreme = (unit < 1 / _FACTOR) | (unit > _FACTOR)
+    new = xp.where(extreme, unit, xp.ones_like(unit))
     ratio = new / unit
     rest = residual / unit
     rounded = mean + rest
@@ -55,12 +55,12 @@ def _ordinary(statistics: GroupStatistics, adapter: "Adapter") -> GroupStatistic
 def from_value(
     statistics: GroupStatistics, x: Array, plan: "Plan", adapter: "Adapter", epsilon: float
 ) -> GroupStatistics:
-    """Bring values to the grouped shape and to the dtype of `x`, which is in the work shape.
+    """Convert public statistics to the grouped shape and the dtype of `x`, in the work shape.
 
     Raises
     ------
     ArgumentTypeError, ArgumentValueError
-        If the statistics are not of x's library, or of groups that x does not have.
+        If the statistics are of another library than x, or of other groups.
     """
     xp = adapter.xp
     check_statistics("statistics", statistics)
@@ -81,7 +81,7 @@ def from_value(
     statistics = statistics._replace(mean=given)
     count = xp.astype(field("count"), real, copy=False)
     counted = count > 0
-    # Of nothing there is no mean, whatever it says there.
+    # Empty groups have no mean; ignore the stored value.
     mean, m2, residual, unit = (
         xp.where(counted, field(name), neutral)
         for name, neutral in (("mean", 0.0), ("m2", 0.0), ("residual", 0.0), ("unit", 1.0))
@@ -92,7 +92,7 @@ def from_value(
     mean, residual = (xp.astype(value, x.dtype, copy=False) for value in (mean, residual))
     m2, unit = (xp.astype(value, real, copy=False) for value in (m2, unit))
     unit = adapter.detach(unit)
-    # Of a wider mean the rest is kept as well.
+    # Keep the rounding error of a mean in a wider dtype.
     if wide.dtype != x.dtype and is_floating(wide.dtype, adapter):
         lost = wide - xp.astype(mean, wide.dtype)
         residual = residual + xp.astype(lost, x.dtype) * unit
@@ -100,7 +100,7 @@ def from_value(
         lost = field_of("mean", lost_on_host)
         residual = residual + xp.where(counted, xp.astype(lost, x.dtype, copy=False), 0.0) * unit
     if epsilon:
-        # Spreads below epsilon's root need no scale of their own, and epsilon would overflow in it.
+        # Spreads below sqrt(epsilon) need no separate scale, in which epsilon would overflow.
         most = xp.full_like(unit, epsilon**-0.5)
         new = xp.where(unit > most, most, unit)
         ratio = new / unit
@@ -109,12 +109,12 @@ def from_value(
 
 
 def merge_values(adapter: "Adapter", statistics: Sequence[GroupStatistics]) -> GroupStatistics:
-    """Merge values of the same groups.
+    """Merge public statistics of the same groups.
 
     Raises
     ------
     ArgumentTypeError, ArgumentValueError
-        If they are not, or are of different libraries.
+        If their groups or libraries differ.
     """
     first, xp = statistics[0].mean, adapter.xp
     for i, part in enumerate(statistics):
@@ -124,15 +124,15 @@ def merge_values(adapter: "Adapter", statistics: Sequence[GroupStatistics]) -> G
                 raise not_an_array(part.mean, f"statistics[{i}].mean")
             raise ArgumentTypeError(
                 f"statistics[0] are of {adapter.array_name} and statistics[{i}] of "
-                f"{other} arrays: nothing is moved between libraries unasked. Convert one, as "
-                "in GroupStatistics(*map(numpy.asarray, statistics))."
+                f"{other} arrays: arrays are not converted between libraries implicitly. Convert "
+                "one, as in GroupStatistics(*map(numpy.asarray, statistics))."
             )
         check_same_library(adapter, part.mean, f"statistics[{i}].mean", first)
         if not same_shape(tuple(part.mean.shape), tuple(first.shape)):
             raise ArgumentValueError(
                 f"statistics[{i}].mean has shape {tuple(part.mean.shape)} and statistics[0].mean "
                 f"{tuple(first.shape)}: only statistics of the same groups of the same samples can "
-                "be merged. Take them with the same num_groups and axes."
+                "be merged. Compute them with the same num_groups and axes."
             )
     given = [part.mean.dtype for part in statistics]
     floating = [d if is_floating(d, adapter) else adapter.default_float() for d in given]
@@ -149,18 +149,18 @@ def merge_values(adapter: "Adapter", statistics: Sequence[GroupStatistics]) -> G
         return xp.stack(parts)
 
     count, mean, m2, residual, unit = map(stacked, GroupStatistics._fields)
-    # Of nothing there is no mean, whatever it says there.
+    # Empty groups have no mean; ignore the stored value.
     mean, m2, residual = (xp.where(count > 0, field, 0.0) for field in (mean, m2, residual))
     merged = merge(GroupStatistics(count, mean, m2, residual, unit), adapter, 0.0)
     return _ordinary(merged, adapter)
 
 
 def check_statistics(argument: str, value: Any) -> None:
-    """Refuse what is no GroupStatistics."""
+    """Reject an argument that is not a GroupStatistics."""
     if not isinstance(value, GroupStatistics):
         raise ArgumentTypeError(
-            f"{argument} is of type {type(value).__name__}: it must be a GroupStatistics, such as "
-            "group_statistics and merge_statistics return, or GroupStatistics(count, mean, m2)."
+            f"{argument} is of type {type(value).__name__}: it must be a GroupStatistics, "
+            "from group_statistics or merge_statistics, or GroupStatistics(count, mean, m2)."
         )
 
 
@@ -173,7 +173,7 @@ def _check_real(value: Array, name: str, x: Array, adapter: "Adapter") -> None:
 
 
 def _rounded_on_host(mean: Any, x: Array) -> tuple[Any, Any]:
-    """Split a mean that lies on the host, where x's library may have no dtype for its digits."""
+    """Split a mean on the host into two floats; x's library may lack its wider dtype."""
     number = isinstance(mean, numbers.Number)
     name = str(x.dtype).rpartition(".")[2]
     if not (number or isinstance(mean, np.ndarray)) or name not in ("float32", "complex64"):

@@ -1,28 +1,28 @@
-"""The implementation: measure a group's count, mean and variance, pool them, and normalize.
+"""The implementation: compute each group's count, mean and variance, and normalize.
 
-Written once, in array API terms, for arrays in the work shape of a `Plan`. Arguments were validated
-before; nothing here asks which library computes.
+Written once, in array API terms, for arrays in the work shape of a `Plan`. Arguments are already
+validated; nothing here depends on the library.
 
-How the digits are kept
------------------------
+Accuracy
+--------
 Sums run over deviations from a *pivot* `k` near the mean, never over raw values, so an offset of
-the data costs nothing. With `u` a scale for the deviations (so that no square overflows or
-vanishes) and `d = (x - k) * u``, per channel::
+the data costs no accuracy. With `u` a scale for the deviations (so that no square overflows or
+underflows) and `d = (x - k) * u`, per channel::
 
-    c  = sum(d) / n                      what the pivot missed
-    M2 = sum(|d|^2) - n |c|^2            harmless, since c is small
+    c  = sum(d) / n                      mean - pivot, scaled
+    M2 = sum(|d|^2) - n |c|^2            little cancellation, since c is small
 
 Channels are merged into groups, and groups over replicas, by the formula of Chan, Golub and LeVeque
 relative to a reference near the mean of means. A mean therefore stays a pair, (reference, small
-correction), and so it is applied: rounding it to one number would lose the digits again.
+correction), and is applied as a pair: rounding it to one float would lose accuracy again.
 
-`use_fast_variance` only decides where the pivot comes from: the mean of a strided sample (the data
-is read once), or the mean of all of it (two passes). Under a mask it is always the latter, because
-a sample may hold no valid element at all; so it is without an epsilon, where a constant sample
-would give no scale, and under torch.compile, which leaves sizes open.
+`use_fast_variance` only determines the pivot: the mean of a strided sample (the data is read once),
+or the full mean (two passes). With a mask it is always the latter, because a sample may contain no
+valid element at all; also without an epsilon, when a constant sample would give no scale, and under
+torch.compile, which traces with symbolic sizes.
 
-Pivots, references and scales carry no gradient. The result does not depend on them, so the gradient
-is exact all the same, at any order.
+Pivots, references and scales carry no gradient. The result does not depend on them, so gradients
+of any order are still exact.
 
 References
 ----------
@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from groupnorm.typing import Array
 
 __all__ = [
-    "Centred",
-    "Normalizer",
+    "Coefficients",
+    "Deviations",
     "centre",
     "finish",
     "measure",
@@ -56,26 +56,26 @@ __all__ = [
 ]
 
 
-# Deviations on a scale within this factor of 1 need no unit of their own: neither their squares nor
-# those of outliers, a million times as large, leave the range of float32.
+# Deviations whose unit is within this factor of 1 need no scaling: neither their squares nor those
+# of outliers, a million times as large, leave the range of float32.
 ORDINARY = 2.0**20
 
 
-class Centred(NamedTuple):
+class Deviations(NamedTuple):
     """The data relative to its pivots."""
 
-    deviations: "Array"  # (x - pivot) * unit, in the work shape
+    values: "Array"  # (x - pivot) * unit, in the work shape
     pivot: "Array"  # per channel (or, in one stage, per group), in the grouped shape
     unit: "Array"  # the scale of the deviations, shaped as the pivot
 
 
-class Normalizer(NamedTuple):
-    """What turns deviations into normalized values: ``deviations * gain - shift``."""
+class Coefficients(NamedTuple):
+    """Coefficients of the normalization: ``deviations * gain - shift``."""
 
     gain: "Array"
     shift: "Array"
     rstd: "Array"  # 1 / sqrt(var + epsilon), per group
-    share: "Array | float"  # of one valid element in the mean: 1 / n, and 0 where there is none
+    inv_count: "Array | float"  # 1 / n, and 0 for groups without a valid element
 
 
 def measure(
@@ -84,8 +84,8 @@ def measure(
     plan: "Plan",
     adapter: "Adapter",
     epsilon: float,
-) -> tuple[GroupStatistics, Centred]:
-    """Measure every group of `x`.
+) -> tuple[GroupStatistics, Deviations]:
+    """Compute the statistics of every group of `x`.
 
     Parameters
     ----------
@@ -97,9 +97,9 @@ def measure(
     Returns
     -------
     GroupStatistics
-        In the grouped shape; of this array alone: nothing is pooled over replicas yet.
-    Centred
-        The deviations they were summed from.
+        In the grouped shape; of this array alone, not pooled over replicas.
+    Deviations
+        The deviations that were summed.
     """
     xp = adapter.xp
     counts: Array | float = plan.inner_count
@@ -108,7 +108,7 @@ def measure(
         counts = _counts(mask, plan, x, adapter)
         enough = at_least_one(counts, xp)
     still, seen = adapter.detach(x), enough
-    if plan.sample is not None:  # and so there is no mask
+    if plan.sample is not None:  # implies that there is no mask
         still = still[plan.sample]
         seen = float(product(still.shape[a] for a in plan.inner))
     pivot, lowest, highest = pivots(still, mask, seen, plan, adapter)
@@ -116,12 +116,12 @@ def measure(
     scaled = not (adapter.reads_values and _is_ordinary(group_unit, xp))
     if not scaled:
         group_unit = xp.ones_like(group_unit)
-    # Of the pivot's full shape, since an operand that repeats within its rows costs NumPy tenfold.
+    # Expanded to the pivot's shape: an operand broadcast within its rows costs NumPy tenfold.
     unit = group_unit * xp.ones_like(magnitude(pivot, adapter))
     pivot, unit = adapter.materialize(pivot, unit)
 
     centred = _centre(x, mask, pivot, unit, plan, adapter, scaled=scaled)
-    valid = centred.deviations if mask is None else xp.where(mask, centred.deviations, 0.0)
+    valid = centred.values if mask is None else xp.where(mask, centred.values, 0.0)
     delta = total(valid, plan.inner, plan, adapter) / enough
     m2 = _total_abs2(valid, plan, adapter) - counts * abs2(delta, adapter)
     if not plan.two_stages:
@@ -132,7 +132,7 @@ def measure(
     members = (plan.members,)
     count = total(weights, members, plan, adapter)
     enough = at_least_one(count, xp)
-    # Clipped: rounding must not push the mean of equal pivots off their common value.
+    # Clipped: rounding must not move the mean of equal pivots away from their common value.
     reference = clip(
         total(pivot * weights, members, plan, adapter) / enough, lowest, highest, adapter
     )
@@ -146,7 +146,7 @@ def measure(
 
 
 def _is_ordinary(unit: "Array", xp: Any) -> bool:
-    """Whether deviations need no unit of their own, in any group."""
+    """Whether the deviations of no group need scaling."""
     return bool(xp.all((unit >= 1 / ORDINARY) & (unit <= ORDINARY)))
 
 
@@ -159,7 +159,7 @@ def _centre(
     adapter: "Adapter",
     *,
     scaled: bool = True,
-) -> Centred:
+) -> Deviations:
     xp = adapter.xp
     deviations = x - xp.reshape(pivot, plan.ungrouped(pivot.shape))
     unit_of_channel = xp.reshape(unit, plan.ungrouped(unit.shape))
@@ -167,7 +167,7 @@ def _centre(
         deviations = _saturate(deviations, mask, unit_of_channel, adapter)
     if scaled:
         deviations *= unit_of_channel
-    return Centred(deviations, pivot, unit)
+    return Deviations(deviations, pivot, unit)
 
 
 def centre(
@@ -176,9 +176,9 @@ def centre(
     statistics: GroupStatistics,
     plan: "Plan",
     adapter: "Adapter",
-) -> Centred:
-    """Centre x at means that are known before, one for each group."""
-    # Of full length: loops run along whole channel rows, and the work shape has no group axis.
+) -> Deviations:
+    """Centre x at given means, one per group."""
+    # One value per channel: loops run along whole rows, and the work shape has no group axis.
     unit = statistics.unit
     members = adapter.xp.ones(
         plan.parameter_shape, dtype=unit.dtype, device=adapter.device_of(unit)
@@ -190,21 +190,21 @@ def centre(
 def recentre(
     x: "Array",
     mask: "Array",
-    centred: Centred,
+    centred: Deviations,
     local: GroupStatistics,
     merged: GroupStatistics,
     plan: "Plan",
     adapter: "Adapter",
-) -> Centred:
-    """Centre groups that have no valid element here, but on other replicas, near their mean."""
+) -> Deviations:
+    """Centre groups whose valid elements are all on other replicas near their mean."""
     pivot = adapter.xp.where(local.count > 0, centred.pivot, merged.mean)
     return _centre(x, mask, pivot, centred.unit, plan, adapter)
 
 
 def _saturate(deviations: "Array", mask: "Array", unit: "Array", adapter: "Adapter") -> "Array":
-    """Bound what is masked out, such as a padding of the dtype's lowest number.
+    """Bound masked-out elements, such as padding with the dtype's lowest value.
 
-    It would overflow when it is scaled, and then inf times a cotangent of 0 be NaN for a channel.
+    They would overflow when scaled, and then inf times a cotangent of 0 makes a channel NaN.
     """
     xp = adapter.xp
     if adapter.is_complex(deviations.dtype):
@@ -215,7 +215,7 @@ def _saturate(deviations: "Array", mask: "Array", unit: "Array", adapter: "Adapt
 
 
 def _counts(mask: "Array", plan: "Plan", x: "Array", adapter: "Adapter") -> "Array":
-    """Count the valid elements; an inner axis along which the mask is constant multiplies."""
+    """Count the valid elements; a broadcast inner axis of the mask multiplies by its length."""
     xp = adapter.xp
     real = adapter.real_dtype(x.dtype)
     counts = total(xp.astype(mask, real), plan.inner, plan, adapter)
@@ -234,13 +234,13 @@ def _total_abs2(x: "Array", plan: "Plan", adapter: "Adapter") -> "Array":
 
 def finish(
     statistics: GroupStatistics,
-    centred: Centred,
+    centred: Deviations,
     adapter: "Adapter",
     epsilon: float,
     *,
     may_be_empty: bool,
-) -> Normalizer:
-    """Turn statistics into what normalizes deviations.
+) -> Coefficients:
+    """Compute the coefficients of the normalization from the statistics.
 
     Parameters
     ----------
@@ -252,27 +252,27 @@ def finish(
     enough = at_least_one(xp.ones_like(m2) * n, xp) if may_be_empty else n
     counted = xp.ones_like(m2) * n > 0 if may_be_empty else None
     if counted is not None:
-        # The mean of nothing is 0, whatever it was measured relative to.
+        # The mean of an empty group is 0, whatever its reference.
         reference, delta = xp.where(counted, reference, 0.0), xp.where(counted, delta, 0.0)
     root = math.sqrt(epsilon) * unit
-    # Rounding may leave a tiny negative; this way round, NaN stays NaN.
+    # Rounding may leave a tiny negative value; with this order of operands NaN stays NaN.
     variance = xp.where(m2 < 0, xp.zeros_like(m2), m2) / enough + root * root
-    # Without an epsilon a constant group has nothing to divide by: any finite number will do.
+    # Without an epsilon the variance of a constant group is 0: any finite divisor will do.
     variance = xp.where(variance == 0, xp.ones_like(variance), variance)
-    # A square beyond the sample's scale overflowed: say so, instead of dividing everything away.
+    # A square beyond the sample's scale overflowed: return NaN, not zeros.
     variance = xp.where(variance == math.inf, xp.full_like(variance, math.nan), variance)
     rstd = unit / xp.sqrt(variance)
-    share: Array | float = 1.0 / enough
+    inv_count: Array | float = 1.0 / enough
     if counted is not None:
         rstd = xp.where(counted, rstd, xp.full_like(rstd, 1.0 / math.sqrt(1.0 + epsilon)))
-        share = xp.where(counted, share, xp.zeros_like(m2))
+        inv_count = xp.where(counted, inv_count, xp.zeros_like(m2))
     shift = ((reference - centred.pivot) + delta / unit) * rstd
-    return Normalizer(rstd / centred.unit, shift, rstd, share)
+    return Coefficients(rstd / centred.unit, shift, rstd, inv_count)
 
 
 def normalize(
-    centred: Centred,
-    normalizer: Normalizer,
+    centred: Deviations,
+    coefficients: Coefficients,
     scale: "Array",
     bias: "Array",
     plan: "Plan",
@@ -280,16 +280,16 @@ def normalize(
     *,
     keep_deviations: bool,
 ) -> "Array":
-    """Apply: one multiply and one add for each element, everything else is per channel.
+    """Normalize: one multiply and one add per element, everything else is per channel.
 
     Parameters
     ----------
     keep_deviations : bool
-        Whether someone needs the deviations afterwards; else the result may take their place.
+        Whether the deviations are needed afterwards; else the result may overwrite them.
     """
-    factor, term = adapter.materialize(normalizer.gain * scale, bias - normalizer.shift * scale)
+    factor, term = adapter.materialize(coefficients.gain * scale, bias - coefficients.shift * scale)
     factor = adapter.xp.reshape(factor, plan.ungrouped(factor.shape))
-    y = centred.deviations
+    y = centred.values
     if keep_deviations or factor.dtype != y.dtype:
         y = y * factor
     else:

@@ -1,4 +1,4 @@
-"""Check an environment that holds the run-time dependencies and nothing more."""
+"""Check an environment that contains only the run-time dependencies."""
 
 import sys
 from importlib import util

@@ -15,7 +15,7 @@ def main(version: str) -> str | None:
     checks = {
         "the package is imported from site-packages": installed.parent.parent.name
         == "site-packages",
-        "the adapters lie inside it": Path(groupnorm.backends.__file__).is_relative_to(
+        "the adapters are inside it": Path(groupnorm.backends.__file__).is_relative_to(
             installed.parent
         ),
         "nothing called backends is importable": util.find_spec("backends") is None,

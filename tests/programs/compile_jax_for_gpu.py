@@ -1,6 +1,6 @@
-"""Compile JAX programs that call the kernels for a GPU that is not here, and print what they call.
+"""Compile JAX programs with GPU kernels without a GPU, and print the calls they contain.
 
-The argument names the launcher. Needs JAX's plugin for CUDA on the path, and no GPU and no driver.
+The argument is the launcher's name. Needs JAX's CUDA plugin on the path, but no GPU and no driver.
 """
 
 import json
@@ -15,7 +15,7 @@ from jax.experimental import topologies
 from groupnorm import group_norm
 from groupnorm.backends.jax import gpu as jax_gpu
 
-# As much of a GPU as XLA compiles for.
+# The description of a GPU that XLA needs for compiling.
 TARGET = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048

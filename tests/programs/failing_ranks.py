@@ -1,9 +1,9 @@
-"""Two ranks that do something wrong and write what came of it, for `test_distributed_failures`.
+"""Two ranks that do something wrong and write the outcome, for `distributed/test_failures`.
 
 Run as ``python -m tests.programs.failing_ranks torch FOLDER SCENARIO...``, which starts both ranks
 for each scenario in turn, or as ``mpiexec -n 2 python -m mpi4py -m tests.programs.failing_ranks mpi
-FOLDER SCENARIO``, with ``-n 4`` for a grid. What came of rank 0 in FOLDER/SCENARIO is in
-``0.json``, and ``0.well`` is there if it came as far as the scenario wants to go wrong.
+FOLDER SCENARIO``, with ``-n 4`` for a grid. In FOLDER/SCENARIO, ``0.json`` contains the outcome of
+rank 0, and ``0.well`` exists if rank 0 reached the point where the scenario is meant to fail.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from groupnorm import bind_axis, group_norm, group_norm_vjp, group_statistics
 
 RANKS = 2
 NUM_GROUPS = 4
-# What one rank of gloo waits for the other; MPI waits for ever.
+# How long one gloo rank waits for the other; MPI waits forever.
 PATIENCE = datetime.timedelta(seconds=20)
 SHORT_PATIENCE = datetime.timedelta(seconds=3)
-# The end of every rank, even if nobody is left to kill it.
+# Every rank's time limit, even if no process is left to kill it.
 SECONDS = 40
 
 
@@ -49,13 +49,13 @@ class Torch:
         return self.torch.from_numpy(values)
 
     def group(self, patience=PATIENCE):
-        """Return a group of all ranks that nothing has been agreed on in."""
+        """Return a group of all ranks over which no signature has been checked yet."""
         return self.dist.new_group(timeout=patience)
 
     def backward(self, group) -> float:
         x = self.array(values()).requires_grad_()
         y = group_norm(x, num_groups=NUM_GROUPS, axis_name=group)
-        say_that_all_is_well(self)
+        report_ready(self)
         (gradient,) = self.torch.autograd.grad(y, x, y.detach() ** 2)
         return float(gradient.abs().max())
 
@@ -88,13 +88,13 @@ class Mpi:
         return self.mpi.COMM_WORLD.Dup()
 
     def grid(self) -> tuple:
-        """Return a communicator along the rows, and one along the columns, of a square of four."""
+        """Return communicators along the rows and along the columns of a 2 x 2 grid."""
         world = self.mpi.COMM_WORLD
         return world.Split(self.rank % 2, self.rank), world.Split(self.rank // 2, self.rank)
 
     def foreign(self) -> dict:
         world, mpi = self.mpi.COMM_WORLD, self.mpi
-        # Each rank is left out of one of these.
+        # Each rank is excluded from one of these.
         without = [world.Split(mpi.UNDEFINED if self.rank == rank else 0) for rank in range(RANKS)]
         alone = world.Split(self.rank)
         return {
@@ -110,7 +110,7 @@ def values(batch: int = 2, channels: int = 8) -> np.ndarray:
 
 
 def largest(engine, axis_name, *, batch=2, dtype="float32", num_groups=NUM_GROUPS, **keywords):
-    """Return a number of this rank's result."""
+    """Return one value of this rank's result."""
     x = engine.array(values(batch).astype(dtype))
     y = group_norm(x, num_groups=num_groups, axis_name=axis_name, **keywords)
     return float(abs(y).max())
@@ -126,16 +126,16 @@ def caught(function) -> dict:
         }
 
 
-# Errors all ranks learn of before anything is exchanged, or by the first exchange -----------------
+# Errors raised on all ranks, before or by the first exchange --------------------------------------
 
 
 def orderly(engine) -> dict:
-    """Do all that leaves the engine able to go on: that is found out too."""
+    """Run all scenarios that leave the engine usable, which is checked too."""
     out = {}
 
     def run(name, function, group):
         out[name] = caught(lambda: function(group))
-        # On the same communicator, if it is one: what failed leaves nothing behind.
+        # On the same communicator, if it is one: the failure must leave no state behind.
         out[f"{name}, afterwards"] = caught(lambda: largest(engine, group))
 
     for name, keywords in differing(engine.rank).items():
@@ -153,7 +153,7 @@ def orderly(engine) -> dict:
 
 
 def differing(rank: int) -> dict:
-    """Return what is wrong on both ranks, or on rank 1 only."""
+    """Return keywords that are wrong on both ranks, or on rank 1 only."""
 
     def on_1(name, value, other=None):
         return {name: value} if rank == 1 else {} if other is None else {name: other}
@@ -197,7 +197,7 @@ def unusable(engine) -> dict:
 
 
 def in_a_grid(engine) -> dict:
-    """Let one of four ranks differ, which half of the others share no communicator with."""
+    """Let one of four ranks differ; not all others share a communicator with it."""
     out = {}
     for name, wrong, keywords in (
         ("other batch", 3, {"batch": 1}),
@@ -208,36 +208,36 @@ def in_a_grid(engine) -> dict:
         keywords = keywords if engine.rank == wrong else {}
         out[name] = caught(lambda g=grid, k=keywords: largest(engine, g, **k))
         out[f"{name}, afterwards"] = caught(lambda g=grid: largest(engine, g))
-    # Alone, one of the communicators has agreed already.
+    # One of the communicators by itself has checked this signature already.
     rows, columns = engine.grid()
     largest(engine, rows, batch=1)
     keywords = {} if engine.rank == 1 else {"batch": 1}
     out["one is known"] = caught(lambda: largest(engine, (rows, columns), **keywords))
-    # No grid: every rank would be counted twice.
+    # Not a grid: every rank would be counted twice.
     out["no grid"] = caught(lambda: largest(engine, (rows, engine.group())))
     return out
 
 
-# What no rank comes back from ---------------------------------------------------------------------
+# Failures that no rank survives -------------------------------------------------------------------
 
 
-def say_that_all_is_well(engine) -> None:
+def report_ready(engine) -> None:
     (engine.folder / f"{engine.rank}.well").touch()
 
 
 def later(engine, *known: dict, **keywords) -> float:
-    """Disagree when shapes are known."""
+    """Call with different arguments after their shapes are known."""
     group = engine.group()
     for one in ({}, *known):
         largest(engine, group, **one)
-    say_that_all_is_well(engine)
+    report_ready(engine)
     return largest(engine, group, **(keywords if engine.rank else {}))
 
 
 def dies(engine) -> float:
     group = engine.group()
     largest(engine, group)
-    say_that_all_is_well(engine)
+    report_ready(engine)
     if engine.rank:
         os._exit(3)
     return largest(engine, group)
@@ -247,14 +247,14 @@ def dies_before_backward(engine) -> float:
     if engine.rank == 0:
         return engine.backward(engine.group())
     largest(engine, engine.group())
-    say_that_all_is_well(engine)
+    report_ready(engine)
     os._exit(3)
 
 
 def raises(engine) -> float:
     group = engine.group()
     largest(engine, group)
-    say_that_all_is_well(engine)
+    report_ready(engine)
     if engine.rank:
         raise LookupError("only on rank 1")
     return largest(engine, group)
@@ -264,7 +264,7 @@ def never_comes(engine) -> float:
     largest(engine, engine.group())  # so that both are up and running
     group = engine.group(SHORT_PATIENCE)
     largest(engine, group)
-    say_that_all_is_well(engine)
+    report_ready(engine)
     if engine.rank:
         while not (engine.folder / "0.json").exists():
             time.sleep(0.1)
@@ -279,7 +279,7 @@ FATAL = {
     "other index groups": lambda engine: later(engine, axis_index_groups=[[0], [1]]),
     "both batches known": lambda engine: later(engine, {"batch": 1}, batch=1),
     "both dtypes known": lambda engine: later(engine, {"dtype": "float64"}, dtype="float64"),
-    "as many statistics": lambda engine: later(
+    "statistics of equal size": lambda engine: later(
         engine, {"batch": 4, "num_groups": 2}, batch=4, num_groups=2
     ),
     "dies": dies,
@@ -313,11 +313,11 @@ def limit_this_process() -> None:
 
 # Processes ----------------------------------------------------------------------------------------
 #
-# Each rank of gloo is a process of its own in each scenario: forked, as importing PyTorch is slow.
+# Each gloo rank is a separate process in each scenario, forked because importing PyTorch is slow.
 
 
 def rank_of_gloo(scenario: str, folder: Path, rank: int) -> None:
-    """Be one rank to the end of the process, which was just forked."""
+    """Run one rank until the end of this process, which was just forked."""
     status = 1
     try:
         with (folder / f"{rank}.log").open("w") as log:
@@ -335,7 +335,7 @@ def rank_of_gloo(scenario: str, folder: Path, rank: int) -> None:
 
 
 def run_ranks(scenario: str, folder: Path) -> None:
-    """Run both ranks to their end, and write their exit statuses."""
+    """Run both ranks until they end, and write their exit statuses."""
     folder.mkdir()
     processes = []
     for rank in range(RANKS):
@@ -354,7 +354,7 @@ def main(name: str, folder: Path, *scenarios: str) -> None:
         (folder / scenario).mkdir(exist_ok=True)
         compute(scenario, Mpi(folder / scenario))
         return
-    # Before the ranks are forked, and nothing is computed: threads would not survive it.
+    # Imported before the ranks are forked, but not used: threads would not survive the fork.
     import torch.distributed.device_mesh  # noqa: F401
 
     import groupnorm.backends.torch  # noqa: F401

@@ -1,4 +1,4 @@
-"""Print which top-level modules running the statements given as the only argument loads."""
+"""Print the top-level modules that are loaded by the statements in the only argument."""
 
 import sys
 

@@ -1,6 +1,6 @@
-"""One process of `test_jax_processes`: two devices here, four in all, collectives through gloo.
+"""One process of `test_jax_processes`: two devices of four in total, with gloo collectives.
 
-Run as ``python -m tests.programs.jax_processes RANK FOLDER [WHO IS LOST]``. The parent compares;
+Run as ``python -m tests.programs.jax_processes RANK FOLDER [LOST RANK]``. The parent compares;
 nothing is asserted here, so that one process cannot stop while the other waits for it.
 """
 
@@ -25,15 +25,15 @@ from tests.sharding import CHANNELS, Case, data
 
 PROCESSES, DEVICES = 2, 2
 SHARDS = PROCESSES * DEVICES
-# How long a process may be silent before the others give it up.
+# How long a process may be silent before the others give up on it.
 PATIENCE = 60
-# Less where one is lost on purpose. Its peer learns that at once from the closed connection, but
-# then waits for it once more, to shut down together.
+# Less if one is lost on purpose. Its peer detects that at once by the closed connection, but then
+# waits for it once more, for the common shutdown.
 PATIENCE_WITH_THE_LOST = 10
 
-UNEVEN, EMPTY = (5, 2, 3, 1), (5, 0, 3, 2)  # of one padded shape: one compilation serves both
+UNEVEN, EMPTY = (5, 2, 3, 1), (5, 0, 3, 2)  # of one padded shape, so that one compilation is enough
 ONE_AND_THREE = ((2,), (0, 3, 1))
-# By axis_name; and one array over all processes, which needs none.
+# With axis_name; and with one array over all processes, which needs none.
 NAMED = [
     Case("even", (3, 3, 3, 3)),
     Case("uneven", UNEVEN),
@@ -73,7 +73,7 @@ def wait_for(file: Path) -> None:
 
 
 def initialize(rank: int, folder: Path, patience: int) -> None:
-    """Meet the other process; the first one chooses the port, as late as it can."""
+    """Connect to the other process; the first one chooses the port, as late as possible."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", DEVICES)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -101,7 +101,7 @@ def mesh():
 
 
 def globally(a: np.ndarray, *spec: str | None) -> jax.Array:
-    """Make an array over all processes, each of which has all of `a` at hand."""
+    """Create an array over all processes, each of which has all of `a`."""
     sharding = NamedSharding(mesh(), P(*spec))
     return jax.make_array_from_callback(a.shape, sharding, lambda index: a[index])
 
@@ -114,7 +114,7 @@ def layer_of(case: Case, **keywords) -> GroupNorm:
 
 
 def on_shards(layer, x, dy, *mask):
-    """Differentiate from inside: a shard's own gradients, as a training step per device does."""
+    """Differentiate inside: a shard's own gradients, as in a training step per device."""
 
     def block(layer, *blocks):
         x, dy, *mask = (b[0] for b in blocks)
@@ -143,7 +143,7 @@ by_shards, by_whole = jax.jit(on_shards), jax.jit(on_whole)
 
 
 def addressable(a: jax.Array) -> dict:
-    """Return what lies in this process: the values by where they belong."""
+    """Return the parts of an array in this process, keyed by their position."""
     return {
         "shape": a.shape,
         "parts": [(shard.index, np.asarray(shard.data)) for shard in a.addressable_shards],
@@ -166,14 +166,14 @@ def compute(case: Case) -> dict:
 
 
 def compute_without_a_name(case: Case) -> dict:
-    """Leave it to the compiler: one array over all processes."""
+    """Pool by the compiler: one array over all processes."""
     whole = data(case)
     arrays = [whole.x, whole.dy] + ([] if whole.mask is None else [whole.mask])
     return named(by_whole(layer_of(case), *(globally(a, None, "shards") for a in arrays)))
 
 
 def jobs() -> dict:
-    """Name everything that is computed, in one order for all processes."""
+    """Return all jobs by name, in the same order on all processes."""
     every = {case.name: (compute, case) for case in NAMED}
     return every | {case.name: (compute_without_a_name, case) for case in UNNAMED}
 
@@ -185,19 +185,19 @@ def compute_everything(rank: int, folder: Path) -> None:
             out[name] = function(*arguments)
         except Exception:
             out[name] = {"error": traceback.format_exc()}
-        # After each job: a process that was killed leaves the rest to read.
+        # After each job: if a process is killed, the results so far can still be read.
         (folder / f"{rank}.pickle").write_bytes(pickle.dumps(out))
 
 
 def lose_one(rank: int, folder: Path, lost: int) -> None:
-    """Compute once, lose a process, and compute on."""
+    """Compute once, lose a process, and continue computing."""
     case = NAMED[0]
     compute(case)
     (folder / f"{rank}.computed").touch()
     if rank == lost:
         wait_for(folder / f"{1 - rank}.computed")
         os._exit(1)
-    while True:  # ended by the engine's error, or by whoever started this
+    while True:  # ended by the engine's error, or by the parent process
         compute(case)
 
 

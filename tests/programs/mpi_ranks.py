@@ -17,19 +17,19 @@ import numpy as np
 from mpi4py import MPI
 
 from groupnorm import GroupNorm, bind_axis, group_norm, group_norm_vjp, group_statistics, normalize
-from tests.backends import host_dtype
+from tests.rows import host_dtype
 from tests.sharding import CHANNELS, NUM_GROUPS, Case, cases, data
 
-# An error on one rank leaves the others waiting: not for long, even if the parent is gone.
+# An error on one rank leaves the others waiting: end them soon, even if the parent has ended.
 SECONDS = 100
 
 WORLD = MPI.COMM_WORLD
 DTYPES = ["float16", "bfloat16", "float32", ">f4", "float64", "longdouble", "complex64"]
-WIDTH = max(1, WORLD.size // 2)  # of the grid of two rows the ranks form
+WIDTH = max(1, WORLD.size // 2)  # of the ranks' grid of two rows
 
 
 class Counting(MPI.Intracomm):
-    """Remembers the dtype of every sum."""
+    """Records the dtype of every sum."""
 
     def Allreduce(self, sendbuf, recvbuf, op=MPI.SUM):
         self.dtypes = [*self.counted, sendbuf.dtype]
@@ -40,7 +40,7 @@ class Counting(MPI.Intracomm):
         return getattr(self, "dtypes", [])
 
     def taken(self) -> list[str]:
-        """Return what was remembered, and forget it."""
+        """Return the recorded dtypes and clear the record."""
         names = [dtype.str for dtype in self.counted]
         self.dtypes = []
         return names
@@ -109,7 +109,7 @@ def fortran(a):
 
 
 def strided(a):
-    """Every other position of an array whose others would spoil the result."""
+    """Every other position of an array; the remaining positions are invalid values."""
     wide = np.full((a.shape[0], 2 * a.shape[1], a.shape[2]), np.nan, a.dtype)
     wide[:, ::2] = a
     return wide[:, ::2]
@@ -137,7 +137,7 @@ def channels_first(case: Case) -> dict:
 
 
 def with_dtype(case: Case, name: str) -> dict:
-    """Return what a shard of another dtype gives, and what travelled once the shape was known."""
+    """Return the results for a shard of another dtype, and the dtypes of sums for known shapes."""
     whole, dtype = data(case), host_dtype(name)
     wide = dtype if dtype.itemsize > 2 else np.dtype(np.float32)
     x, dy, scale, bias = whole.x, whole.dy, whole.scale, whole.bias
@@ -180,7 +180,7 @@ def count_collectives(case: Case) -> dict:
     _, pullback = count("vjp forward", lambda: layer.vjp(x, mask))
     count("backward", lambda: pullback(dy))
     count("statistics", lambda: measure(case, counting))
-    # Another handle of a communicator that is known, as a program may make at every call.
+    # Another handle of a known communicator, which a program may create at every call.
     other = Counting(counting)
     layer_of(case, other)(x, mask)
     out["other handle"] = len(other.taken())
@@ -192,15 +192,15 @@ def count_collectives(case: Case) -> dict:
 
 
 def grid(case: Case, names: tuple[str, ...]) -> dict:
-    """Pool over two communicators, each of which reaches a part of the ranks."""
+    """Pool over two communicators, each of which contains a part of the ranks."""
     along_rows = WORLD.Split(WORLD.rank % WIDTH, WORLD.rank)
     along_columns = WORLD.Split(WORLD.rank // WIDTH, WORLD.rank)
     with bind_axis(rows=along_rows, columns=along_columns):
         return by_layer(case, names)
 
 
-def pull_back_unbound(case: Case) -> dict:
-    """Call a pullback when its layer's name stands for nothing, and for something else."""
+def call_pullback_unbound(case: Case) -> dict:
+    """Call a pullback when its layer's name is unbound, and when it is bound to something else."""
     x, dy, mask = shard_of(case)
     layer = layer_of(case, "late")
     with bind_axis(late=WORLD):
@@ -258,7 +258,7 @@ def without_samples(case: Case) -> dict:
 
 
 def jobs(world: int) -> dict:
-    """Name everything that is computed, in one order for all ranks."""
+    """Return all jobs by name, in the same order on all ranks."""
     uneven = {2: (5, 2), 4: (5, 2, 3, 1)}[world]
     crossed = {2: ((1, 0),), 4: ((0, 3), (2, 1))}[world]
     masked = Case("masked job", uneven, "shard 1")
@@ -283,7 +283,7 @@ def jobs(world: int) -> dict:
         "collectives": (count_collectives, masked),
         "collectives, exact": (count_collectives, exact),
         "collectives, index groups": (count_collectives, split),
-        "pullback of an unbound name": (pull_back_unbound, masked),
+        "pullback of an unbound name": (call_pullback_unbound, masked),
         "statistics": (by_statistics, masked),
         "statistics, offset": (by_statistics, plain),
         "statistics, index groups": (by_statistics, split),
@@ -303,7 +303,7 @@ def main(folder: Path) -> None:
                 out[name] = function(*arguments)
             except Exception:
                 out[name] = {"failed": traceback.format_exc()}
-            # After each job: a rank that was killed leaves the rest to read.
+            # After each job: if a rank is killed, the results so far can still be read.
             (folder / f"{WORLD.rank}.pickle").write_bytes(pickle.dumps(out))
 
 

@@ -1,7 +1,7 @@
-"""Derivatives that `torch_groups` takes of a shard's part and `test_torch_groups` of the whole.
+"""Derivatives that `torch_groups` computes on shards and `test_torch_groups` on the whole array.
 
-Each takes a function of (x, scale, bias, mask) and the arrays, and returns tensors. What there is
-one number of for each position of x is split over the shards, the rest is a sum over them.
+Each takes a function of (x, scale, bias, mask) and the arrays, and returns tensors. Results with
+one value per position of x are split over the shards; others are sums over the shards.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def several_tangents(function, x, scale, bias, dy, mask):
 
 
 def checkpointed(function, x, scale, bias, dy, mask):
-    """The forward pass, and its collectives, once more within the backward pass."""
+    """The forward pass with its collectives is repeated in the backward pass."""
     leaves = [a.clone().requires_grad_() for a in (x, scale, bias)]
     return torch.autograd.grad(checkpoint(function, *leaves, use_reentrant=False), leaves, dy)
 

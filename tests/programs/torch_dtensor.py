@@ -1,4 +1,4 @@
-"""One process of `test_torch_dtensor`: gives layers its shards of DTensors, writes what comes out.
+"""One process of `test_torch_dtensor`: calls layers with DTensors and writes its shards' results.
 
 Run as ``python -m tests.programs.torch_dtensor RANK FOLDER``, on four ranks. The parent compares;
 nothing is asserted here, so that one rank cannot stop while another waits for it.
@@ -33,13 +33,13 @@ from torch.distributed.tensor.debug import CommDebugMode
 from groupnorm import GroupNorm, group_norm
 
 WORLD = 4
-# An error on one rank leaves the others waiting: not for long. Compiling takes them unevenly long.
+# An error on one rank leaves the others waiting, so time out soon. Compile times differ by rank.
 TIMEOUT = datetime.timedelta(seconds=120)
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One array, how it lies on the mesh, and what the layer is told.
+    """One array, its placement on the mesh, and the layer's arguments.
 
     A placement is "S" and an axis, "R" or "P"; two of them are for a 2 x 2 mesh. Parameters are
     "plain", "numpy", "none", or DTensors: "replicated", "sharded".
@@ -67,7 +67,7 @@ class Case:
 
     @property
     def axes(self) -> dict[str, Any]:
-        """What the oracle and the function call these arguments."""
+        """The corresponding keywords of the oracle and the function."""
         return {
             "num_groups": self.num_groups,
             "feature_axis": self.feature,
@@ -109,7 +109,7 @@ def data(case: Case) -> Data:
     if case.mask:
         mask = rng.random(MASK_SHAPES[case.mask.partition(",")[0]]) < 0.7
         if "shard" in case.mask:
-            mask[:, :, :2] = False  # all that the first of the ranks has
+            mask[:, :, :2] = False  # all elements of the first rank
         x = np.where(mask, x, np.float32(np.nan))
     return Data(x, dy, mask, scale, bias)
 
@@ -153,7 +153,7 @@ def cases() -> list[Case]:
         Case("two feature axes, the last, in every group", ("S3",), (3, 4, 5, 6), 2, (1, 3)),
         Case("two feature axes, the last, two shards", ("S3",), (3, 4, 5, 8), 8, (1, 3)),
         Case("two feature axes, the last, unevenly", ("S3",), (3, 4, 5, 6), 8, (1, 3)),
-        # What is reduced.
+        # Reduction axes.
         Case("reduction of the batch", ("S0",), (5, 8, 3, 2), reduction=(0, 1, 2, 3)),
         Case("reduction of the batch, height", ("S2",), reduction=(0, 1, 2, 3)),
         Case("no reduction of the height", ("S2",), reduction=(1, 3)),
@@ -171,7 +171,7 @@ def cases() -> list[Case]:
         Case("replicated x channels", ("R", "S1")),
         Case("height x replicated", ("S2", "R")),
         Case("a pending sum x height", ("P", "S2")),
-        # Masks: as every rank has all of it, and as a DTensor.
+        # Masks: complete on every rank, and as a DTensor.
         Case("full mask", ("S2",), mask="full"),
         Case("full mask, a shard masked out", ("S2",), mask="full, shard"),
         Case("full mask, a shard masked out, offset", ("S2",), mask="full, shard", offset=1e3),
@@ -211,14 +211,14 @@ def placement(text: str) -> Any:
 
 
 def spread(a: np.ndarray | torch.Tensor, mesh: DeviceMesh, placements) -> DTensor:
-    """Place what every rank has all of."""
+    """Distribute an array that is complete on every rank."""
     placements = [placement(p) if isinstance(p, str) else p for p in placements]
     whole = torch.as_tensor(a).clone()
     for d, p in enumerate(placements):
         if isinstance(p, Partial):  # every element comes from one rank
             owner = torch.arange(whole.numel()).reshape(whole.shape) % mesh.size(d)
             whole = torch.where(owner == mesh.get_local_rank(d), whole, 0.0)
-    # Partial from here on as Replicate: each rank takes its shards of what it has.
+    # From here on Partial is treated as Replicate: each rank takes its shards of its own values.
     taken = [Replicate() if isinstance(p, Partial) else p for p in placements]
     local = distribute_tensor(whole, mesh, taken, src_data_rank=None).to_local()
     return DTensor.from_local(local, mesh, placements, shape=whole.shape, stride=whole.stride())
@@ -239,7 +239,7 @@ def mask_of(case: Case) -> Any:
 
 
 def arguments(case: Case) -> tuple[DTensor, Any, Any]:
-    """Return x (a leaf), scale and bias as the case has them."""
+    """Return x (a leaf), scale and bias in the form the case specifies."""
     whole, mesh = data(case), mesh_of(case.mesh_shape)
     x = spread(whole.x, mesh, case.placements).requires_grad_()
     if whole.scale is None or case.parameters == "numpy":
@@ -293,7 +293,7 @@ def results(x: DTensor, y: DTensor, scale: Any, bias: Any) -> dict:
 
 
 def layers(case: Case, distributed: bool) -> dict:
-    """Take one step of an optimizer with a layer made for channels on axis 1, or the last."""
+    """Take one optimizer step with a layer for channels on axis 1, or on the last axis."""
     whole, mesh = data(case), mesh_of(case.mesh_shape)
     if case.feature == 1:
         layer = GroupNorm((case.shape[1], ...), 0, num_groups=case.num_groups, backend="torch")
@@ -322,7 +322,7 @@ def numpy_layer(case: Case) -> dict:
 
 
 def flattened() -> dict:
-    """Normalize what flattening two axes leaves: shards that are no range of indices."""
+    """Normalize after flattening two axes: the shards are then not ranges of indices."""
     mesh = mesh_of((WORLD,))
     rng = np.random.default_rng(7)
     x, dy = (rng.normal(size=(3, 8, 16)).astype(np.float32) for _ in range(2))
@@ -341,7 +341,7 @@ def flattened() -> dict:
 
 
 def second_order(case: Case, replicated_cotangent: bool) -> dict:
-    """Differentiate a function of all gradients, in float64, here and on the whole alone."""
+    """Differentiate a function of all gradients in float64, distributed and on the whole array."""
     rng = np.random.default_rng(zlib.crc32(case.name.encode()))
     mesh = mesh_of(case.mesh_shape)
     whole = [torch.from_numpy(rng.normal(size=case.shape)) for _ in range(3)]
@@ -387,7 +387,7 @@ def second_order_cases() -> list[Case]:
 
 
 def count_collectives() -> dict:
-    """Return how many collectives a forward and a backward take, after a first call."""
+    """Return the number of collectives of a forward and a backward pass, after a first call."""
     out = {}
     for case in cases():
         if case.name in COUNTED:
@@ -402,8 +402,8 @@ def count_collectives() -> dict:
     return out
 
 
-# Forward: one for each mesh dimension that statistics are pooled over. Backward: these, and one for
-# each that shards x, for the parameters' gradients.
+# Forward: one for each mesh dimension that statistics are pooled over. Backward: the same, plus one
+# for each dimension that shards x, for the parameters' gradients.
 COUNTED = {
     "batch": (0, 1),
     "height": (1, 2),
@@ -426,12 +426,12 @@ def dtypes() -> dict:
         for parameter in ("float32", "bfloat16"):
             for dtype in (None, "input", "float64"):
                 if name == "complex64" and dtype == "float64":
-                    continue  # refused, on a single device and here
+                    continue  # raises, on a single device too
                 scale = torch.from_numpy(rng.normal(size=8)).to(getattr(torch, parameter))
                 keywords = {"num_groups": 4, "feature_axis": 1}
                 want = group_norm(x, scale, dtype=dtype, **keywords)
                 dy = torch.from_numpy(rng.normal(size=x.shape)).to(want.dtype)
-                # The gradient before it is rounded to the parameter's dtype.
+                # The gradient before rounding to the parameter's dtype.
                 exact = scale.to(torch.float32).requires_grad_()
                 group_norm(x, exact, dtype=want.dtype, **keywords).backward(dy)
                 scale.requires_grad_()
@@ -448,7 +448,7 @@ def dtypes() -> dict:
 
 
 def without_gradients(case: Case) -> dict:
-    """Call with everything, with the scale alone, and with nothing to differentiate."""
+    """Call with gradients of all arguments, of the scale alone, and of none."""
     x, scale, bias = arguments(case)
     dy = spread(data(case).dy, x.device_mesh, case.placements)
     x, bias = x.detach(), bias.detach()
@@ -481,7 +481,7 @@ def errors() -> dict:
         "num_groups": {"num_groups": 3},
         "scale": {"num_groups": 4, "scale": torch.ones(2)},
         "mask's shape": {"num_groups": 4, "mask": torch.ones(2, 5)},
-        # Of this rank's part alone, the first would see nothing wrong.
+        # Checked on its own part alone, the mask would be valid on the first rank.
         "mask's values": {"num_groups": 4, "mask": np.arange(8)[:, None]},
     }
     out = {
@@ -492,7 +492,7 @@ def errors() -> dict:
 
 
 def outside_the_mesh() -> dict:
-    """Call on all ranks with an array that two of them have."""
+    """Call on all ranks with an array that is on only two of them."""
     mesh = DeviceMesh("cpu", [0, 1])
     whole = np.random.default_rng(5).normal(size=(3, 8)).astype(np.float32)
     x = distribute_tensor(torch.from_numpy(whole), mesh, [Shard(0)], src_data_rank=None)
@@ -506,7 +506,7 @@ def outside_the_mesh() -> dict:
 
 
 def torchs_own() -> tuple[str, str]:
-    """Do what `torch.nn.GroupNorm` cannot, on a shard each of the batch."""
+    """Differentiate `torch.nn.GroupNorm` on shards of the batch, which it does not support."""
     mesh = mesh_of((WORLD,))
     layer = torch.nn.GroupNorm(4, 8)
     distribute_module(layer, mesh)
@@ -520,7 +520,7 @@ def compile_in_one_graph(f):
 
 
 def jobs() -> dict:
-    """Name everything that is computed, in one order for all ranks."""
+    """Return all jobs by name, in the same order on all ranks."""
     every = {case.name: (compute, case) for case in cases()}
     by_name = {case.name: case for case in cases()}
     every |= {f"replicated cotangent: {n}": (compute, by_name[n], True) for n in COTANGENTS}
@@ -556,7 +556,7 @@ def jobs() -> dict:
 
 COTANGENTS = ("height", "channels, a group on two shards", "channels, groups cut unevenly")
 LAYERS = ("batch", "height", "channels, a group on two shards", "last: height")
-# Compiling takes most of the time: one case with all there is.
+# Compiling takes most of the time: one case with all features.
 COMPILED = ("replicated parameters: height x channels",)
 
 

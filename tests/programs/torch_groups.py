@@ -1,7 +1,7 @@
-"""Four processes of `test_torch_groups`, which computes the same on whole arrays and compares.
+"""The four processes of `test_torch_groups`, which compares them with the whole arrays.
 
 Run as ``python -m tests.programs.torch_groups FOLDER``. The ranks are forks, so that PyTorch and
-its compiler start once. Nothing is asserted here, so that no rank stops while others wait for it.
+its compiler start only once. Nothing is asserted here, so that no rank stops while others wait.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ from tests.programs.torch_ranks import error_of, results, shard_of
 from tests.programs.torch_training import data_parallel, fully_sharded, mesh_of, sums_of_gradients
 from tests.sharding import CHANNELS, NUM_GROUPS, Case, data
 
-# An error on one rank leaves the others waiting. Not less: ranks compile, on a busy machine.
+# An error on one rank leaves the others waiting. Not less: ranks compile, on a shared machine.
 TIMEOUT = datetime.timedelta(seconds=60)
 WORLD = 4
 SIZES = (5, 2, 3, 1)
-# What ranks of one row, and of one column, of a 2 x 2 mesh hold of an array, said by index groups.
+# The ranks of one row, and of one column, of a 2 x 2 mesh, as index groups.
 PAIRS = {"rows": ((0, 1), (2, 3)), "data": ((0, 2), (1, 3))}
 ALL = Case("all ranks", SIZES, "shard 1", offset=3.0)
 ROWS = Case("rows", SIZES, "shard 1", index_groups=PAIRS["rows"])
 DATA = Case("data", SIZES, "shard 1", index_groups=PAIRS["data"])
 EXACT = Case("rows, exact", SIZES, "at random", fast=False, index_groups=PAIRS["rows"])
 EMPTY = Case("one shard empty", (4, 0, 3, 2), "at random", offset=1e3)
-# Without a mask, whose program takes much longer to compile.
+# Without a mask, because masked programs take much longer to compile.
 PLAIN_ALL = Case("all ranks, plain", SIZES)
 PLAIN_ROWS = Case("rows, plain", SIZES, index_groups=PAIRS["rows"])
 PLAIN_DATA = Case("data, plain", SIZES, index_groups=PAIRS["data"])
 
 
 def groups_over() -> dict:
-    """For each case's name, a group over the ranks it is about, in one of the ways to give one."""
+    """Return a group over the ranks of each case, by its name; all ways to pass a group occur."""
     mesh = mesh_of("data", "rows")
     everyone = dist.new_group()
     return {
@@ -136,7 +136,7 @@ def tuple_of_groups(case: Case) -> dict:
 
 
 def rebound(cases: tuple[Case, ...], change=lambda layer: layer) -> list[dict]:
-    """One layer, its name bound to one group after the other."""
+    """One layer, its name bound to several groups in turn."""
     groups = groups_over()
     layer = layer_of(cases[0], "axis")
     call, out = change(layer), []
@@ -148,7 +148,7 @@ def rebound(cases: tuple[Case, ...], change=lambda layer: layer) -> list[dict]:
 
 
 def backward_after_the_binding(*, rebind: bool) -> dict:
-    """Autograd when the name is bound no more, or to another group."""
+    """Autograd when the name is no longer bound, or bound to another group."""
     groups = groups_over()
     with contextlib.ExitStack() as stack:
         first = bind_axis(axis=groups["rows"])
@@ -213,9 +213,9 @@ def doubles(case: Case) -> tuple:
 
 
 def derivative(case: Case, job) -> dict:
-    """Call `job` with the function to differentiate, over a group that nothing has used.
+    """Call `job` with the function to differentiate, over a group that was not used before.
 
-    Twice: the first call over a group also makes sure that its ranks agree.
+    Twice: the first call over a group also checks that its ranks agree.
     """
     group = groups_over()[case.name]
     x, scale, bias, dy, mask = doubles(case)
@@ -265,7 +265,7 @@ def statistics_of_index_groups(case: Case) -> dict:
 
 
 def collectives(*, tuple_of_names=False, fast=True, index_groups=None) -> dict:
-    """Count them in two forward passes and a backward pass, over groups that nothing has used."""
+    """Count them in two forward passes and a backward pass, over groups not used before."""
     case = Case("counted", SIZES, "at random", fast=fast, index_groups=index_groups)
     with bind_axis(mesh_of("data", "rows"), everyone=dist.new_group()):
         name = ("data", "rows") if tuple_of_names else "everyone"
@@ -289,11 +289,11 @@ def collectives(*, tuple_of_names=False, fast=True, index_groups=None) -> dict:
         return counts | {"pullback": mode.get_total_counts()}
 
 
-# Everything -------------------------------------------------------------------------------------
+# All jobs ---------------------------------------------------------------------------------------
 
 
 def jobs() -> dict:
-    """Name everything that is computed, in one order for all ranks."""
+    """Return all jobs by name, in the same order on all ranks."""
     partial = functools.partial
     every = {
         "bound by a call": bound_by_a_call,
@@ -307,7 +307,7 @@ def jobs() -> dict:
         "a bound mesh: both": partial(in_mesh, ALL, ("data", "rows")),
         "a bound mesh: both, turned": partial(in_mesh, EMPTY, ("rows", "data")),
         "a bound mesh: list of both": partial(in_mesh, ALL, ["data", "rows"]),
-        # Numbered in the order of the names: turned, neighbours are those that share a column.
+        # Ranks are numbered in the order of the names: reversed, adjacent ranks share a column.
         "index groups of both": partial(
             in_mesh, ROWS, ("data", "rows"), axis_index_groups=[[0, 1], [2, 3]]
         ),
@@ -362,14 +362,14 @@ def rank_main(rank: int, folder: Path) -> None:
             out[name] = job()
         except Exception:
             out[name] = {"error": traceback.format_exc()}
-        # After each job: a rank that was killed leaves the rest to read.
+        # After each job: if a rank is killed, the results so far can still be read.
         (folder / f"{rank}.pickle").write_bytes(pickle.dumps(out))
     dist.destroy_process_group()
 
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    # What the compiler imports when it is first used takes seconds, and then all ranks have it.
+    # The compiler's first use takes seconds of imports: done once, before the ranks are forked.
     layer = GroupNorm(CHANNELS, num_groups=NUM_GROUPS, backend="torch")
     compiled(layer)(torch.ones(2, CHANNELS, requires_grad=True))
     torch.multiprocessing.start_processes(rank_main, (folder,), WORLD, start_method="fork")

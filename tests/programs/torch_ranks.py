@@ -1,4 +1,4 @@
-"""One process of `test_torch_distributed`: computes every case on its shard and writes the results.
+"""One process of `test_torch_ranks`: computes every case on its shard and writes the results.
 
 Run as ``python -m tests.programs.torch_ranks RANK WORLD FOLDER``. The parent compares; nothing is
 asserted here, so that one rank cannot stop while another waits for it.
@@ -19,7 +19,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from groupnorm import GroupNorm, group_norm
 from tests.sharding import CHANNELS, NUM_GROUPS, Case, cases, data
 
-# An error on one rank leaves the others waiting: not for long.
+# An error on one rank leaves the others waiting, so time out soon.
 TIMEOUT = datetime.timedelta(seconds=20)
 
 
@@ -84,7 +84,7 @@ def compute_by_function(case: Case) -> dict:
 
 
 def count_collectives(case: Case) -> dict:
-    """Return how many collectives one forward, then one backward, takes."""
+    """Return the number of collectives of one forward and one backward pass."""
     layer = layer_of(case)
     x, dy, mask = shard_of(case)
     with CommDebugMode() as forward:
@@ -167,7 +167,7 @@ def wrong_index_groups() -> dict:
 
 
 def jobs(world: int) -> dict:
-    """Name everything that is computed, in one order for all ranks."""
+    """Return all jobs by name, in the same order on all ranks."""
     uneven = {2: (5, 2), 4: (5, 2, 3, 1)}[world]
     masked = Case("masked job", uneven, "shard 1")
     exact = Case("masked job, exact variance", uneven, "shard 1", fast=False)
@@ -202,7 +202,7 @@ def main(rank: int, world: int, folder: Path) -> None:
             out[name] = function(*arguments)
         except Exception:
             out[name] = {"error": traceback.format_exc()}
-        # After each job: a rank that was killed leaves the rest to read.
+        # After each job: if a rank is killed, the results so far can still be read.
         (folder / f"{rank}.pickle").write_bytes(pickle.dumps(out))
     dist.destroy_process_group()
 

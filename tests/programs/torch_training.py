@@ -1,4 +1,4 @@
-"""What `torch_groups` computes about gradients of whole networks: DDP, FSDP2, `sum_gradients`."""
+"""Gradients of whole networks, computed by `torch_groups`: DDP, FSDP2, `sum_gradients`."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from tests.sharding import CHANNELS, NUM_GROUPS
 # Networks ---------------------------------------------------------------------------------------
 
 SAMPLES, HEIGHT, WIDTH, COLOURS = 4, 6, 3, 3
-CUT = 4  # rows of an image that the first rank of "space" holds; the other one holds the rest
+CUT = 4  # image rows of the first rank along "space"; the other rank has the rest
 
 
 def mesh_of(*names: str) -> DeviceMesh:
-    """Make a mesh of 2 x 2 ranks, of groups that no call has used before."""
+    """Create a mesh of 2 x 2 ranks with groups that no call has used before."""
     return init_device_mesh("cpu", (2, 2), mesh_dim_names=names)
 
 
 def network(norm: nn.Module) -> nn.Module:
-    """A network that needs no halo, the same wherever it is made."""
+    """A network that needs no halo, with the same parameters on every rank."""
     layers = (nn.Conv2d(COLOURS, CHANNELS, 1), norm, nn.SiLU(), nn.Conv2d(CHANNELS, COLOURS, 1))
     model = nn.Sequential(*layers).double()
     generator = torch.Generator().manual_seed(3)
@@ -49,7 +49,7 @@ def optimizer_of(model):
 
 
 def train(mesh, wrap, finish, steps=3) -> dict:
-    """Train on this rank's part of the images; return the first gradient and the last weights."""
+    """Train on this rank's part of the images; return the first gradient and the final weights."""
     norm = GroupNorm(
         (CHANNELS, ...), 0, NUM_GROUPS, axis_name=mesh["space"].get_group(), backend="torch"
     )
@@ -62,7 +62,7 @@ def train(mesh, wrap, finish, steps=3) -> dict:
     gradients = None
     for _ in range(steps):
         optimizer.zero_grad()
-        # The mean over the samples that these two ranks share: half of it is the other one's.
+        # The mean over the samples that these two ranks share: half of it comes from the other one.
         loss = (wrapped(x) - target).square().sum() / (images()[1].numel() / 2)
         loss.backward()
         finish(model)
@@ -97,7 +97,7 @@ def fully_sharded() -> dict:
     return train(mesh, wrap, lambda model: sum_gradients(model.parameters(), mesh["space"]))
 
 
-# Which ranks have a gradient: of each the rank's number plus one.
+# The ranks that have a gradient; its value is the rank plus one.
 HELD = {
     "everywhere": (0, 1, 2, 3),
     "on rank 2": (2,),

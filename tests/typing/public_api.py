@@ -1,4 +1,4 @@
-"""What a user's type checker sees: `nox -s types` checks this file, nothing runs it."""
+"""The public API as type checkers see it: `nox -s types` checks this file; nothing runs it."""
 
 from typing import Any, assert_type
 

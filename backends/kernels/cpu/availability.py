@@ -1,4 +1,4 @@
-"""Whether there are kernels for CPUs here, and what they need."""
+"""Whether the CPU kernels can be used here; loading them."""
 
 import importlib
 from functools import lru_cache
@@ -8,40 +8,42 @@ import numpy as np
 
 from groupnorm.adapter import Unsupported
 
-__all__ = ["constant", "kernels", "unavailable"]
+__all__ = ["constant", "kernels", "why_unavailable"]
 
 
 @lru_cache(maxsize=2)
-def unavailable(float16: bool) -> Unsupported | None:
-    """Say why there are no kernels here, or none for float16, if there are none.
+def why_unavailable(float16: bool) -> Unsupported | None:
+    """Return why kernels, or those for float16, are unavailable here; None if they are available.
 
-    This imports numba; until it is asked, nothing does.
+    This call imports numba; nothing imports it earlier.
     """
     try:
-        numbers = kernels("elements")
+        elements = kernels("elements")
         kernels("entry_points")
     except ImportError as error:
         return Unsupported(
             f"the kernels for CPUs need numba, which cannot be imported ({error}); "
-            'pip install "groupnorm[cpu]" brings it'
+            'install it with pip install "groupnorm[cpu]"'
         )
-    except RuntimeError as error:  # numba finds nowhere to keep what it compiles
+    except AttributeError as error:  # a name of numba or llvmlite that is not public
+        return Unsupported(f"the kernels for CPUs do not work with this version of numba ({error})")
+    except RuntimeError as error:  # numba finds no writable cache directory
         return Unsupported(
-            f"numba cannot compile the kernels for CPUs here ({error}); where that is for want of "
-            "a directory to keep them in, NUMBA_CACHE_DIR names one"
+            f"numba cannot compile the kernels for CPUs here ({error}); if no cache directory is "
+            "writable, set NUMBA_CACHE_DIR"
         )
-    if float16 and not numbers.has_float16():
-        return Unsupported("this CPU has no instructions for float16")
+    if float16 and not elements.has_float16():
+        return Unsupported("this CPU has no instructions for converting float16")
     return None
 
 
 @lru_cache(maxsize=4)
 def kernels(name: str) -> Any:
-    """Import a module of kernels, where `unavailable` says nothing."""
+    """Import a module of kernels; requires that `why_unavailable` returned None."""
     return importlib.import_module(f"groupnorm.backends.kernels.cpu.compiled.{name}")
 
 
 @lru_cache(maxsize=1024)
 def constant(value: float, channels: int) -> Any:
-    """Return as many equal parameters as there are channels."""
+    """Return a parameter of the same value for every channel."""
     return np.full(channels, value, np.float32)

@@ -1,7 +1,7 @@
-"""Large pages for large results.
+"""Huge pages for large results.
 
-Memory that is fresh from the system costs a fault for every page that is first written: more than
-the kernels do. NumPy asks for large pages (since 1.16), PyTorch and XLA do not.
+First-touch page faults of freshly mapped memory cost more than the kernels themselves. NumPy
+requests huge pages (since 1.16), PyTorch and XLA do not.
 """
 
 import ctypes
@@ -10,21 +10,21 @@ import sys
 from functools import lru_cache
 from typing import Any
 
-__all__ = ["are_worth_it", "want_large_pages"]
+__all__ = ["WORTH", "are_worth_it", "want_large_pages"]
 
-# As NumPy has it: fewer bytes are not worth the call.
+# In bytes, as in NumPy: smaller results are not worth the call.
 WORTH = 1 << 22
 MADV_HUGEPAGE = 14
 PAGE = 4096
 
 
 def are_worth_it(size: int) -> bool:
-    """Whether a result of so many bytes is to have large pages, which can be asked for here."""
+    """Whether to request huge pages for a result of `size` bytes, where that is possible."""
     return size >= WORTH and _system_call() is not None
 
 
 def want_large_pages(address: int, size: int) -> None:
-    """Ask the system for large pages where a result is about to be written.
+    """Request huge pages for memory that a result is about to be written to.
 
     Parameters
     ----------
@@ -39,7 +39,7 @@ def want_large_pages(address: int, size: int) -> None:
 
 @lru_cache(maxsize=1)
 def _system_call() -> Any:
-    """Find the function to ask, unless the variable that NumPy reads forbids it."""
+    """Return `madvise`, or None without it or if the variable that NumPy reads forbids it."""
     if sys.platform != "linux" or os.environ.get("NUMPY_MADVISE_HUGEPAGE", "1") == "0":
         return None
     try:

@@ -1,4 +1,4 @@
-"""Launches the fused CPU kernels, alone or with other threads."""
+"""Launch the CPU kernels, in one thread or several."""
 
 import ctypes
 import logging
@@ -10,33 +10,33 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from groupnorm.adapter import Unsupported
-from groupnorm.arguments import Options
+from groupnorm.arguments import CallOptions
 from groupnorm.backends.kernels.cpu import call_frame as frames
-from groupnorm.backends.kernels.cpu.availability import kernels, unavailable
+from groupnorm.backends.kernels.cpu.availability import kernels, why_unavailable
 from groupnorm.backends.kernels.cpu.threads import helpers_for, run_together
-from groupnorm.backends.kernels.layout import Kinds, Layout, kinds_of, layout_of
+from groupnorm.backends.kernels.layout import KernelDtypes, MemoryLayout, kernel_dtypes, layout_of
 from groupnorm.backends.kernels.variants import ACTIVATIONS
 
-__all__ = ["Arrays", "Saved", "Team", "Work", "address", "entry", "planned"]
+__all__ = ["Arrays", "Saved", "ThreadTeam", "Work", "address", "entry", "planned"]
 
 _log = logging.getLogger("groupnorm")
 
 
-class Team(NamedTuple):
-    """The threads of a library."""
+class ThreadTeam(NamedTuple):
+    """The threads of a library that run kernels."""
 
     helpers_for: Callable[[int], int]
-    run: Callable[[int, Any, int, Any], None]  # helpers, an entry, a frame's address, what it needs
+    run: Callable[[int, Any, int, Any], None]  # helpers, entry, argument block's address, owner
 
 
-OWN = Team(helpers_for, run_together)
+OWN = ThreadTeam(helpers_for, run_together)
 
 
 class Arrays(NamedTuple):
-    """What kernels read, by address.
+    """The addresses of the arrays that kernels read.
 
-    x is flat in the order the `Layout` says; scale and bias are in float32, (channels,); the mask
-    is what `flat_mask` returns, with as many elements as are said, or 0 and 0.
+    x is flat in the order of the `MemoryLayout`; scale and bias are float32, (channels,); the mask
+    is what `flat_mask` returns, and `mask_elements` its size; without a mask both are 0.
     """
 
     x: int
@@ -47,71 +47,77 @@ class Arrays(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What backward needs: mean, rstd and 1 / count, (3, samples * groups) in float64."""
+    """The statistics for backward: mean, rstd and 1 / count, (3, samples * groups) in float64."""
 
     address: int
-    owner: Any  # of that memory
+    owner: Any  # keeps that memory alive
 
 
 class _Program(NamedTuple):
-    """A kernel, and the frame it is called with."""
+    """A kernel, and the argument block that it is called with."""
 
     entry: Any
     helpers: int
-    block: Any  # a type, of the frame and what it has behind it
-    image: bytes  # of such a block, without addresses
-    behind: int  # where the frame ends, in bytes
-    scratch: int  # words
+    block: Any  # the ctypes type of the argument block and the values after it
+    image: bytes  # its initial contents, without addresses
+    argument_bytes: int  # the length of the argument block alone
+    scratch: int  # the length of the scratch buffer, in words
 
 
 class Work:
-    """A normalization of arrays that lie in memory in one way, of any values.
+    """A normalization planned for one memory layout, whatever the values.
 
     Parameters
     ----------
-    layout : Layout
-    kinds : Kinds
+    layout : MemoryLayout
+    dtypes : KernelDtypes
     epsilon : float
     activation : str or None
-    team : Team
-        Whose threads help.
+    team : ThreadTeam
+        Runs the kernels.
     """
 
     def __init__(
-        self, layout: Layout, kinds: Kinds, epsilon: float, activation: str | None, team: Team
+        self,
+        layout: MemoryLayout,
+        dtypes: KernelDtypes,
+        epsilon: float,
+        activation: str | None,
+        team: ThreadTeam,
     ) -> None:
-        self.layout, self.kinds, self.team = layout, kinds, team
-        self.channels = layout.channels
-        # That parameters may have.
+        self.layout, self.dtypes, self.team = layout, dtypes, team
+        self.channels = layout.grouped.channels
+        # The shapes that parameters may have.
         self.parameter_shapes = (layout.feature_shape, (self.channels,))
         self._epsilon, self._activation = epsilon, activation
-        self._elements = layout.elements
+        self._elements = layout.grouped.elements
         self._programs: dict[Any, _Program] = {}
 
     def forward(self, arrays: Arrays, y: int) -> Saved:
-        """Normalize x into y, by its address; return what `backward` needs."""
+        """Normalize x, and write the result to the address y; return what `backward` needs."""
         program = self._program("forward", arrays.mask_elements, "float32")
         block = program.block.from_buffer_copy(program.image)
-        saved = ctypes.addressof(block) + program.behind
+        saved = ctypes.addressof(block) + program.argument_bytes
         self._run(program, block, arrays, y, saved)
         return Saved(saved, block)
 
     def backward(
         self, saved: Saved, arrays: Arrays, dy: int, dy_dtype: str, dx: int, dscale: int, dbias: int
     ) -> None:
-        """Pull dy back into dx, of x's dtype, and the gradients of scale and bias, in float32.
+        """Write dx, in x's dtype, and the gradients of scale and bias, in float32.
 
-        dy is of x's dtype or of float32. The rest is as in `forward`, and what it returned.
+        dy has x's dtype or float32; `saved` is what `forward` returned for the same arrays.
         """
         program = self._program("backward", arrays.mask_elements, dy_dtype)
         block = program.block.from_buffer_copy(program.image)
-        block[frames.SUMS] = ctypes.addressof(block) + program.behind
+        block[frames.SUMS] = ctypes.addressof(block) + program.argument_bytes
         block[frames.DY], block[frames.DSCALE], block[frames.DBIAS] = dy, dscale, dbias
         self._run(program, block, arrays, dx, saved.address)
 
     def saved_values(self, saved: Saved) -> Any:
-        """Return a copy of what was saved, as an array."""
-        size = 8 * 3 * self.layout.samples * self.layout.groups
+        """Return a copy of the saved statistics as an array."""
+        shape = self.layout.grouped
+        size = 8 * 3 * shape.samples * shape.groups
         return np.frombuffer(ctypes.string_at(saved.address, size))
 
     def _run(self, program: _Program, block: Any, arrays: Arrays, y: int, saved: int) -> None:
@@ -132,18 +138,15 @@ class Work:
         return found
 
     def _new(self, direction: str, mask_elements: int, dy: str, helpers: int) -> _Program:
-        layout, backward = self.layout, direction == "backward"
-        kernel = f"{'first' if layout.first else 'last'}_{direction}"
-        template = frames.template(
-            kernel, layout.samples, layout.groups, layout.size, layout.positions, mask_elements,
-            self._epsilon, helpers,
-        )  # fmt: skip
-        # Behind a frame comes what forward saves, or the sums of backward.
-        each = 2 * layout.channels if backward else 3 * layout.groups
-        image = template.words.tobytes() + bytes(8 * layout.samples * each)
+        shape, backward = self.layout.grouped, direction == "backward"
+        kernel = f"{'channels_first' if shape.channels_first else 'channels_last'}_{direction}"
+        template = frames.template(kernel, shape, mask_elements, self._epsilon, helpers)
+        # After the arguments come what forward saves, or the sums of backward.
+        each = 2 * shape.channels if backward else 3 * shape.groups
+        image = template.words.tobytes() + bytes(8 * shape.samples * each)
         return _Program(
             entry(
-                kernel, self.kinds.x, self.kinds.x if backward else self.kinds.result, dy,
+                kernel, self.dtypes.x, self.dtypes.x if backward else self.dtypes.result, dy,
                 mask_elements > 0, self._activation,
             ),
             helpers, ctypes.c_int64 * (len(image) // 8), image, template.words.nbytes,
@@ -153,31 +156,31 @@ class Work:
 
 @lru_cache(maxsize=4096)
 def planned(
-    adapter: Any, shape: Any, strides: Any, x: Any, scale: Any, bias: Any, options: Options,
-    team: Team = OWN,
+    adapter: Any, shape: Any, strides: Any, x: Any, scale: Any, bias: Any, options: CallOptions,
+    team: ThreadTeam = OWN,
 ) -> Work | Unsupported:  # fmt: skip
-    """Return all of a call that does not depend on values: of shape, strides and dtypes."""
-    kinds = kinds_of(adapter, x, scale, bias, options)
-    if isinstance(kinds, Unsupported):
-        return kinds
-    why = unavailable(kinds.float16)
+    """Plan a call by everything but values: shape, strides, dtypes and options."""
+    dtypes = kernel_dtypes(adapter, x, scale, bias, options)
+    if isinstance(dtypes, Unsupported):
+        return dtypes
+    why = why_unavailable(dtypes.float16)
     layout = layout_of(tuple(shape), strides, options) if why is None else why
     if isinstance(layout, Unsupported):
         return layout
-    return Work(layout, kinds, options.epsilon, options.activation, team)
+    return Work(layout, dtypes, options.epsilon, options.activation, team)
 
 
 def address(a: Any) -> int:
-    """Return where a NumPy array begins in memory."""
+    """Return the address of a NumPy array's data."""
     where: int = a.__array_interface__["data"][0]
     return where
 
 
 @lru_cache(maxsize=1024)
 def entry(kernel: str, x: str, y: str, dy: str, masked: bool, activation: str | None) -> Any:
-    """Return a kernel for these dtypes, as a function of ctypes that takes the address of a frame.
+    """Return a kernel for these dtypes: a ctypes function of the argument block's address.
 
-    It is compiled, or loaded from disk, where it has not been yet.
+    The first call compiles it or loads it from disk.
     """
     calls, start = kernels("entry_points"), time.perf_counter()
     variant = calls.Variant(kernel, x, y, dy, masked, ACTIVATIONS[activation])
@@ -191,5 +194,5 @@ def entry(kernel: str, x: str, y: str, dy: str, masked: bool, activation: str | 
             activation, time.perf_counter() - start,
         )  # fmt: skip
     function: Any = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(made.address)
-    function.made = made  # or numba would free the code
+    function.made = made  # keeps numba from freeing the code
     return function

@@ -1,7 +1,7 @@
-"""Threads that help with a kernel that releases the interpreter's lock.
+"""Helper threads for kernels that release the interpreter lock.
 
-Not numba's own threads: its layers abort the process where two Python threads launch kernels at
-once (workqueue), or where a forked process launches one (GNU OpenMP).
+Not numba's own threads: its layers abort the process when two Python threads launch kernels at the
+same time (workqueue), or when a forked process launches one (GNU OpenMP).
 """
 
 import os
@@ -12,43 +12,37 @@ from typing import Any
 
 __all__ = ["helpers_for", "run_together", "thread_count"]
 
-# Waking a thread takes about as long as touching this many elements.
+# Waking a thread takes about as long as processing this many elements.
 WORTH_A_THREAD = 1 << 17
 
 
 def thread_count() -> int:
-    """Return how many threads take part: one for each CPU this process may use."""
+    """Return the number of threads to use: one for each CPU available to this process."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
-def helpers_for(
-    elements: int, threads: Callable[[], int] | None = None, worth: int | None = None
-) -> int:
-    """Return how many threads are to help with so many elements, beside the caller's own.
-
-    `threads` says how many there may be; by default `thread_count`. It is asked only where more
-    than one would be `worth` it, by the elements of each.
-    """
-    parts = elements // (worth or WORTH_A_THREAD)
-    return 0 if parts <= 1 else min(parts, (threads or thread_count)()) - 1
+def helpers_for(elements: int) -> int:
+    """Return the number of helper threads for `elements` elements, besides the calling thread."""
+    parts = elements // WORTH_A_THREAD
+    return 0 if parts <= 1 else min(parts, thread_count()) - 1
 
 
 def run_together(helpers: int, run: Callable[[int], None], argument: int, owner: Any) -> None:
-    """Run a function in this thread and, at the same time, in others.
+    """Run a function in this thread and concurrently in helper threads.
 
     Parameters
     ----------
     helpers : int
-        The number of others.
+        The number of helper threads.
     run : callable
-        Claims its share of the work, and returns when all of it is done. Helpers that come when it
-        is done find nothing to do, and nobody waits for them.
+        Claims tasks until none is left, and returns when all are done. Helpers that start late find
+        no work; nothing waits for them.
     argument : int
-        An address, which `run` is called with.
+        The address passed to `run`.
     owner : object
-        What keeps the memory there, for those who come late.
+        Keeps the memory at that address alive for helpers that start late.
     """
     if helpers:
         pool = _pool()

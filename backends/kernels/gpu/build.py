@@ -1,7 +1,7 @@
-"""Kernels for GPUs compiled ahead: cubins for CuPy, PTX for JAX. This needs no GPU and no driver.
+"""Ahead-of-time compilation of GPU kernels: cubins for CuPy, PTX for JAX; no GPU or driver needed.
 
-Triton keeps what it compiled on disk, by the kernel's source, its constants, types and the GPU's
-architecture, so a program that runs again compiles nothing.
+Triton caches compiled kernels on disk, keyed by the kernel's source, constants, types and the GPU's
+architecture, so later runs of a program compile nothing.
 """
 
 import importlib
@@ -11,53 +11,53 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from groupnorm.adapter import Unsupported
-from groupnorm.backends.kernels.gpu.program import Step
+from groupnorm.backends.kernels.gpu.program import Launch
 
-__all__ = ["ALIGNMENT", "COMPILED", "POINTERS", "Built", "build", "kernel_of", "unavailable"]
+__all__ = ["ALIGNMENT", "COMPILED", "POINTERS", "Built", "build", "kernel_of", "why_unavailable"]
 
 _KERNELS = "groupnorm.backends.kernels.gpu.compiled"
-# What the kernels read and write, and what Triton calls it.
+# The dtypes that kernels read and write, and Triton's names of pointers to them.
 POINTERS = {
     "float32": "*fp32",
     "float16": "*fp16",
     "bfloat16": "*bf16",
     "uint8": "*u8",
 }
-ALIGNMENT = 16  # bytes; elements are read together only if their address is known to be so
+ALIGNMENT = 16  # bytes; loads are vectorized only for addresses known to have it
 
 
-# What is compiled the same in every version of Triton; it warns where this is left open.
+# Set explicitly, so that every version of Triton compiles the same; Triton warns if it is unset.
 COMPILED = {"enable_fp_fusion": True}
 
 
 class Built(NamedTuple):
-    """A kernel, and what launching it takes."""
+    """A compiled kernel, and what is needed to launch it."""
 
     name: str
     cubin_path: str  # in Triton's cache
     ptx: str
     shared: int  # bytes of shared memory
     threads: int
-    scratch: int  # pointers behind the arguments, which are null
+    scratch: int  # null pointers to pass after the arguments
 
 
 class Signature(NamedTuple):
-    """What a kernel is compiled for, beside its constants; by argument."""
+    """What a kernel is specialized for, by argument."""
 
     types: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Any], ...]
-    divisible: tuple[int, ...]  # places of addresses and numbers that are known to be, by 16
+    divisible: tuple[int, ...]  # indices of addresses and integers divisible by 16
 
 
 @lru_cache(maxsize=1)
-def unavailable() -> Unsupported | None:
-    """Say why there are no kernels for GPUs here, if so. This imports Triton."""
+def why_unavailable() -> Unsupported | None:
+    """Return why GPU kernels are unavailable here; None if they are available. Imports Triton."""
     try:
         importlib.import_module(f"{_KERNELS}.forward")
     except ImportError as error:
         return Unsupported(
             f"the kernels for GPUs need triton, which cannot be imported ({error}); "
-            'pip install "groupnorm[gpu]" brings it, on Linux'
+            'install it with pip install "groupnorm[gpu]", on Linux'
         )
     except Exception as error:
         return Unsupported(f"Triton does not work here: {type(error).__name__}: {error}")
@@ -66,43 +66,43 @@ def unavailable() -> Unsupported | None:
 
 @lru_cache(maxsize=64)
 def kernel_of(module: str, name: str) -> Any:
-    """Return a kernel as Triton has it, where `unavailable` says nothing."""
+    """Return Triton's object of a kernel; requires that `why_unavailable` returned None."""
     return getattr(importlib.import_module(f"{_KERNELS}.{module}"), name)
 
 
 def build(
-    step: Step, dtypes: tuple[str, ...], aligned: tuple[bool, ...], capability: int, fixed: bool
+    launch: Launch, dtypes: tuple[str, ...], aligned: tuple[bool, ...], capability: int, fixed: bool
 ) -> tuple[Built, tuple[tuple[str, int], ...]]:
-    """Compile the kernel of a step, and return it and its scalars: types and values.
+    """Compile the kernel of a launch; return it with the types and values of its scalars.
 
     Parameters
     ----------
-    step : Step
-        Its arrays are the kernel's first arguments, and these scalars come behind them.
+    launch : Launch
+        The kernel's arguments are its arrays, followed by the returned scalars.
     dtypes, aligned : tuple
-        For each array its dtype, and whether its address is a multiple of 16 bytes.
+        For each array, its dtype and whether its address is a multiple of 16 bytes.
     capability : int
-        Of the GPU, such as 90.
+        The GPU's compute capability, such as 90.
     fixed : bool
-        Whether the scalars become constants: then the arrays are the only arguments.
+        Whether to compile the scalars as constants; then the arrays are the only arguments.
     """
-    signature, arguments = _signature(step, dtypes, aligned, fixed)
-    return _compiled(step.module, step.kernel, signature, step.warps, capability), arguments
+    signature, arguments = _signature(launch, dtypes, aligned, fixed)
+    return _compiled(launch.module, launch.kernel, signature, launch.warps, capability), arguments
 
 
 @lru_cache(maxsize=4096)
 def _signature(
-    step: Step, dtypes: tuple[str, ...], aligned: tuple[bool, ...], fixed: bool
+    launch: Launch, dtypes: tuple[str, ...], aligned: tuple[bool, ...], fixed: bool
 ) -> tuple[Signature, tuple[tuple[str, int], ...]]:
-    loose: tuple[str, ...] = importlib.import_module(f"{_KERNELS}.tiles").LOOSE
-    constants, scalars = dict(step.constants), dict(step.scalars)
+    loose: tuple[str, ...] = importlib.import_module(f"{_KERNELS}.tiles").UNSPECIALIZED
+    constants, scalars = dict(launch.constants), dict(launch.scalars)
     types: dict[str, str] = {}
     divisible = []
     arguments = []
     arrays = iter(zip(dtypes, aligned, strict=True))
-    for place, name in enumerate(kernel_of(step.module, step.kernel).arg_names):
+    for place, name in enumerate(kernel_of(launch.module, launch.kernel).arg_names):
         if name in scalars and (fixed or (scalars[name] == 1 and name not in loose)):
-            constants[name] = scalars[name]  # Triton's own launcher makes constants of ones as well
+            constants[name] = scalars[name]  # Triton's own launcher also makes ones constants
         if name in constants:
             types[name] = "constexpr"
         elif name in scalars:
@@ -125,7 +125,7 @@ def _compiled(module: str, name: str, signature: Signature, warps: int, capabili
     compiler: Any = importlib.import_module("triton.compiler")
     targets: Any = importlib.import_module("triton.backends.compiler")
 
-    # Importing jax-triton empties this, and then Triton has nowhere to keep what it compiles.
+    # Importing jax-triton sets this to "", and then Triton has no cache directory.
     if os.environ.get("TRITON_CACHE_DIR") == "":
         del os.environ["TRITON_CACHE_DIR"]
     types = dict(signature.types)
@@ -148,6 +148,6 @@ def _compiled(module: str, name: str, signature: Signature, warps: int, capabili
 
 
 def _parameters(ptx: str) -> int:
-    """Count the parameters of the one entry of a PTX module."""
+    """Count the parameters of the only entry point of a PTX module."""
     found = re.search(r"\.entry\s+\w+\s*\((.*?)\)", ptx, re.DOTALL)
     return 0 if found is None else found.group(1).count(".param")

@@ -1,12 +1,12 @@
-"""What the kernels for GPUs are called with: a list of steps for a shape, made once.
+"""The launches of GPU kernels that compute a call, planned once per shape.
 
-Plan A: groups that fit the registers are read once, by one kernel. Plan B: the rest is measured by
-tiles, merged, and read again. Plan C: large arrays take plan B by waves that stay in the cache, in
-a CUDA graph, since outside of one it takes longer to launch a wave than to compute it.
-How groups are cut depends on the shape alone, and there are no atomics: the same call gives the
-same bits.
+Plan A: groups that fit the registers are read once, by one kernel. Plan B: larger groups are
+measured by tiles, merged, and read again. Plan C: large arrays take plan B in waves that stay in
+the cache; only in a CUDA graph, since outside of one launching a wave takes longer than computing
+it. The division of groups depends on the shape alone, and there are no atomics: the same call gives
+the same bits.
 
-Launchers run the steps: by Triton itself for PyTorch, as cubins for CuPy, as PTX for JAX.
+Each library runs the launches: PyTorch by Triton's launcher, CuPy as cubins, JAX as PTX.
 """
 
 import math
@@ -19,136 +19,138 @@ from groupnorm.backends.kernels.gpu.tiling import (
     CHUNK_FORWARD,
     WHOLE_BACKWARD,
     WHOLE_FORWARD,
-    Form,
     Tiles,
-    chunked,
     power_of_two,
+    tile_parts,
+    tile_whole_groups,
     warps_for,
-    whole,
 )
+from groupnorm.backends.kernels.grouped_shape import GroupedShape
 from groupnorm.backends.kernels.variants import ACTIVATIONS
 
-__all__ = ["Asked", "Program", "Step", "backward", "forward", "statistics_shape"]
+__all__ = ["KernelOptions", "Launch", "LaunchSequence", "backward", "forward", "statistics_shape"]
 
 MASKS = {None: 0, "one": 1, "each": 2}
-# Parts of a group that a tile merges itself; more are merged by a kernel of their own.
+# The most parts of a group that every tile merges itself; more are merged by a separate kernel.
 FEW_PARTS = 128
 MERGED_AT_ONCE = 1024
-# Arrays above `LARGE` bytes are computed in waves of at most `WAVE`, which the second-level cache
-# holds: 40 MB and more on the GPUs this is for.
+# Arrays above `LARGE` bytes are computed in waves of at most `WAVE` bytes, which fit the L2 cache:
+# 40 MB and more on the GPUs that are supported.
 LARGE, WAVE = 30_000_000, 24_000_000
 ROWS_AT_ONCE, CHANNELS_AT_ONCE = 32, 32
 MANY_ROWS, ROWS_OF_A_BLOCK = 512, 128
 SUMS = ("products", "gradients")
 
 
-class Asked(NamedTuple):
-    """What is computed, beside the shape."""
+class KernelOptions(NamedTuple):
+    """Kernel options that are independent of the shape."""
 
     epsilon: float
     activation: str | None
-    mask: str | None  # "one" for all samples, one for "each", or None
+    mask: str | None  # "one" for all samples, "each" for one per sample, or None
     scale: bool
     bias: bool
-    waves: bool = False  # where launches cost next to nothing; they do not change what is computed
+    waves: bool = False  # if launches are cheap; results do not depend on it
 
 
-class Step(NamedTuple):
+class Launch(NamedTuple):
     """One launch of a kernel."""
 
     module: str  # of `backends.kernels`
     kernel: str
     grid: tuple[int, ...]
-    arrays: tuple[str, ...]  # in the order of the kernel's pointers; "" for one that is not used
-    written: int  # how many of them, from the last on
+    arrays: tuple[str, ...]  # in the order of the kernel's pointers; "" if unused
+    written: int  # how many of them, the last ones, are written
     scalars: tuple[tuple[str, int], ...]
     constants: tuple[tuple[str, Any], ...]
     warps: int
 
 
-class Program(NamedTuple):
-    """Steps, and how many elements of float32 each array takes that they share."""
+class LaunchSequence(NamedTuple):
+    """Launches, and the names and float32 sizes of the temporary arrays that they share."""
 
-    steps: tuple[Step, ...]
+    launches: tuple[Launch, ...]
     shared: tuple[tuple[str, int], ...]
 
 
-def statistics_shape(form: Form) -> tuple[int, int, int]:
+def statistics_shape(shape: GroupedShape) -> tuple[int, int, int]:
     """Return the shape of the statistics, in float32."""
-    return 2, form.samples * form.groups, 2
+    return 2, shape.samples * shape.groups, 2
 
 
 @lru_cache(maxsize=4096)
-def forward(form: Form, asked: Asked) -> Program:
-    """Return what computes y and the statistics."""
+def forward(shape: GroupedShape, options: KernelOptions) -> LaunchSequence:
+    """Return the launches that compute y and the statistics."""
     arrays = ("x", "scale", "bias", "mask")
-    epsilon, unit = ("EPSILON", asked.epsilon), ("LARGEST_UNIT", _largest_unit(asked.epsilon))
-    mask, *rest = _flags(asked)
-    tiles = whole(form, _limit(WHOLE_FORWARD, form, asked))
+    epsilon, unit = ("EPSILON", options.epsilon), ("LARGEST_UNIT", _largest_unit(options.epsilon))
+    mask, *rest = _flags(options)
+    tiles = tile_whole_groups(shape, _limit(WHOLE_FORWARD, shape, options))
     if tiles is not None:
-        step = partial(_step, "forward", form, tiles, _all(form, tiles))
+        launch = partial(_launch, "forward", shape, tiles, _all(shape, tiles))
         constants = (epsilon, unit, mask, *rest)
-        only = step("whole", (*arrays, "y", "statistics"), 2, (_groups(form),), constants)
-        return Program((only,), ())
-    tiles = chunked(form, CHUNK_FORWARD)
-    count = tiles.parts * tiles.chunks(form)
+        only = launch("whole", (*arrays, "y", "statistics"), 2, (_groups(shape),), constants)
+        return LaunchSequence((only,), ())
+    tiles = tile_parts(shape, CHUNK_FORWARD)
+    count = tiles.parts * tiles.chunks(shape)
     few = count <= FEW_PARTS
-    merged = ("KP", power_of_two(count) if few else 0)
+    merged = ("MERGE_P2", power_of_two(count) if few else 0)
     used = (*arrays, "parts", "y", "statistics") if few else (*arrays, "statistics", "y", "")
-    steps = []
-    for wave in _waves(form, tiles, form.item, asked.waves):
-        step = partial(_step, "forward", form, tiles, wave)
-        steps.append(step("measure", ("x", "mask", "parts"), 1, (), (unit, mask)))
+    launches = []
+    for wave in _waves(shape, tiles, shape.item_bytes, options.waves):
+        launch = partial(_launch, "forward", shape, tiles, wave)
+        launches.append(launch("measure", ("x", "mask", "parts"), 1, (), (unit, mask)))
         if not few:
-            steps.append(_merge("forward", wave, count, form, "statistics", (epsilon,)))
-        steps.append(step("apply", used, 2, (_groups(form),), (epsilon, merged, mask, *rest)))
-    return Program(tuple(steps), (("parts", form.samples * form.groups * count * 5),))
+            launches.append(_merge("forward", wave, count, shape, "statistics", (epsilon,)))
+        launches.append(launch("apply", used, 2, (_groups(shape),), (epsilon, merged, mask, *rest)))
+    return LaunchSequence(tuple(launches), (("parts", shape.samples * shape.groups * count * 5),))
 
 
 @lru_cache(maxsize=4096)
-def backward(form: Form, asked: Asked, batches: int = 1) -> Program:
-    """Return what computes dx, and dscale and dbias, (batches, channels).
+def backward(shape: GroupedShape, options: KernelOptions, batches: int = 1) -> LaunchSequence:
+    """Return the launches that compute dx, and dscale and dbias, (batches, channels).
 
-    The latter are apart for so many parts of the samples.
+    The samples are divided into `batches`, with separate dscale and dbias.
     """
     arrays = ("dy", "x", "scale", "bias", "mask", "statistics")
-    flags = _flags(asked)
+    flags = _flags(options)
     shared: dict[str, int] = {}
-    tiles = whole(form, _limit(WHOLE_BACKWARD, form, asked))
+    tiles = tile_whole_groups(shape, _limit(WHOLE_BACKWARD, shape, options))
     if tiles is not None:
-        step = partial(_step, "backward", form, tiles, _all(form, tiles))
-        steps = [step("whole", (*arrays, "dx", *SUMS), 3, (_groups(form),), flags)]
+        launch = partial(_launch, "backward", shape, tiles, _all(shape, tiles))
+        launches = [launch("whole", (*arrays, "dx", *SUMS), 3, (_groups(shape),), flags)]
     else:
-        tiles = chunked(form, CHUNK_BACKWARD)
-        count = tiles.parts * tiles.chunks(form)
+        tiles = tile_parts(shape, CHUNK_BACKWARD)
+        count = tiles.parts * tiles.chunks(shape)
         few = count <= FEW_PARTS
-        shared["parts"] = form.samples * form.groups * count * 2
+        shared["parts"] = shape.samples * shape.groups * count * 2
         if not few:
-            shared["merged"] = form.samples * form.groups * 2
-        merged = ("KP", power_of_two(count) if few else 1)
+            shared["merged"] = shape.samples * shape.groups * 2
+        merged = ("MERGE_P2", power_of_two(count) if few else 1)
         used = (*arrays, "parts" if few else "merged", "dx")
-        scalars = (_groups(form), ("tiles", count if few else 1))
-        steps = []
-        for wave in _waves(form, tiles, 2 * form.item, asked.waves):
-            step = partial(_step, "backward", form, tiles, wave)
-            steps.append(step("measure", (*arrays, "parts", *SUMS), 3, (_groups(form),), flags))
+        scalars = (_groups(shape), ("tiles", count if few else 1))
+        launches = []
+        for wave in _waves(shape, tiles, 2 * shape.item_bytes, options.waves):
+            launch = partial(_launch, "backward", shape, tiles, wave)
+            launches.append(
+                launch("measure", (*arrays, "parts", *SUMS), 3, (_groups(shape),), flags)
+            )
             if not few:
-                steps.append(_merge("backward", wave, count, form, "merged", ()))
-            steps.append(step("apply", used, 1, scalars, (merged, *flags)))
-    rows = form.samples * tiles.chunks(form)
-    shared |= dict.fromkeys(SUMS, rows * form.channels)
-    steps += _sum_rows(form.channels, rows, batches, shared)
-    return Program(tuple(steps), tuple(shared.items()))
+                launches.append(_merge("backward", wave, count, shape, "merged", ()))
+            launches.append(launch("apply", used, 1, scalars, (merged, *flags)))
+    rows = shape.samples * tiles.chunks(shape)
+    shared |= dict.fromkeys(SUMS, rows * shape.channels)
+    launches += _sum_rows(shape.channels, rows, batches, shared)
+    return LaunchSequence(tuple(launches), tuple(shared.items()))
 
 
-def _limit(limits: tuple[int, int], form: Form, asked: Asked) -> int:
-    """Return the most elements of a group that one tile keeps in the registers."""
-    halvings = (asked.mask is not None) + (asked.activation == "gelu")
-    return limits[0 if form.item == 2 else 1] >> halvings
+def _limit(limits: tuple[int, int], shape: GroupedShape, options: KernelOptions) -> int:
+    """Return the most elements of a group that a tile can keep in registers."""
+    halvings = (options.mask is not None) + (options.activation == "gelu")
+    return limits[0 if shape.item_bytes == 2 else 1] >> halvings
 
 
 class _Wave(NamedTuple):
-    """Tiles that are computed together, and the groups they are of."""
+    """Tiles that are computed together, and their groups."""
 
     begin: int
     tiles: int
@@ -156,17 +158,17 @@ class _Wave(NamedTuple):
     groups: int
 
 
-def _all(form: Form, tiles: Tiles) -> _Wave:
-    count = form.samples * tiles.blocks(form) * tiles.chunks(form)
-    return _Wave(0, count, 0, form.samples * form.groups)
+def _all(shape: GroupedShape, tiles: Tiles) -> _Wave:
+    count = shape.samples * tiles.blocks(shape) * tiles.chunks(shape)
+    return _Wave(0, count, 0, shape.samples * shape.groups)
 
 
-def _waves(form: Form, tiles: Tiles, item: int, wanted: bool) -> Iterator[_Wave]:
-    """Split by groups, or by samples where the channels of all groups lie together."""
-    everything = _all(form, tiles)
-    total = form.samples * form.channels * form.positions * item
-    apart = form.first and tiles.groups(form) == 1
-    units = form.samples * form.groups if apart else form.samples
+def _waves(shape: GroupedShape, tiles: Tiles, item: int, wanted: bool) -> Iterator[_Wave]:
+    """Split tiles into waves of whole groups, or of whole samples if tiles span groups."""
+    everything = _all(shape, tiles)
+    total = shape.samples * shape.channels * shape.positions * item
+    by_group = shape.channels_first and tiles.groups(shape) == 1
+    units = shape.samples * shape.groups if by_group else shape.samples
     if not wanted or total <= LARGE or total > units * WAVE:
         yield everything
         return
@@ -181,73 +183,76 @@ def _waves(form: Form, tiles: Tiles, item: int, wanted: bool) -> Iterator[_Wave]
         )  # fmt: skip
 
 
-def _step(
-    module: str, form: Form, tiles: Tiles, wave: _Wave, kernel: str, arrays: Any, written: int,
-    scalars: Any, constants: Any,
-) -> Step:  # fmt: skip
-    divisor = min(form.positions & -form.positions, 16)
+def _launch(
+    module: str, shape: GroupedShape, tiles: Tiles, wave: _Wave, kernel: str, arrays: Any,
+    written: int, scalars: Any, constants: Any,
+) -> Launch:  # fmt: skip
+    divisor = min(shape.positions & -shape.positions, 16)
     padded = power_of_two(tiles.width)
-    return Step(
+    return Launch(
         module, kernel, (wave.tiles,), arrays, written,
-        (("steps", form.positions // divisor), *scalars, ("begin_at", wave.begin)),
+        (("steps", shape.positions // divisor), *scalars, ("begin_at", wave.begin)),
         (
-            *constants, ("C", form.channels), ("D", form.size), ("W", tiles.width),
-            ("WP", padded), ("BP", tiles.length), ("V", divisor), ("J", tiles.parts),
-            ("NB", tiles.blocks(form)), ("GBP", power_of_two(tiles.groups(form))),
-            ("FIRST", int(form.first)), ("FULL", int(tiles.full(form))),
+            *constants, ("CHANNELS", shape.channels), ("GROUP_SIZE", shape.group_size),
+            ("TILE_CHANNELS", tiles.width), ("TILE_CHANNELS_P2", padded),
+            ("TILE_POSITIONS", tiles.length), ("DIVISOR", divisor), ("PARTS", tiles.parts),
+            ("BLOCKS", tiles.blocks(shape)), ("GROUPS_P2", power_of_two(tiles.groups(shape))),
+            ("CHANNELS_FIRST", int(shape.channels_first)), ("FULL", int(tiles.full(shape))),
         ),
-        # Backward a thread holds two arrays.
+        # In the backward pass a thread holds two arrays.
         warps_for(tiles.elements() * (2 if "dy" in arrays else 1)),
     )  # fmt: skip
 
 
 def _merge(
-    module: str, wave: _Wave, count: int, form: Form, result: str, constants: Any
-) -> Step:  # fmt: skip
+    module: str, wave: _Wave, count: int, shape: GroupedShape, result: str, constants: Any
+) -> Launch:  # fmt: skip
     at_once = min(power_of_two(count), MERGED_AT_ONCE)
     scalars: tuple[tuple[str, int], ...] = (("tiles", count), ("begin_at", wave.first_group))
     if constants:
-        scalars = (*scalars, _groups(form))
-    return Step(
+        scalars = (*scalars, _groups(shape))
+    return Launch(
         module, "merge", (wave.groups,), ("parts", result), 1, scalars,
-        (*constants, ("KP", at_once)), warps_for(8 * at_once),
+        (*constants, ("MERGE_P2", at_once)), warps_for(8 * at_once),
     )  # fmt: skip
 
 
-def _sum_rows(channels: int, rows: int, batches: int, shared: dict[str, int]) -> Iterator[Step]:
+def _sum_rows(channels: int, rows: int, batches: int, shared: dict[str, int]) -> Iterator[Launch]:
     sums = SUMS
     while rows > MANY_ROWS and batches == 1:
         blocks = -(-rows // ROWS_OF_A_BLOCK)
         fewer = (f"{blocks} {SUMS[0]}", f"{blocks} {SUMS[1]}")
         shared |= dict.fromkeys(fewer, blocks * channels)
-        yield _rows_step(channels, rows, ROWS_OF_A_BLOCK, (*sums, *fewer))
+        yield _rows_launch(channels, rows, ROWS_OF_A_BLOCK, (*sums, *fewer))
         rows, sums = blocks, fewer
-    yield _rows_step(channels, rows, rows // batches, (*sums, "dscale", "dbias"))
+    yield _rows_launch(channels, rows, rows // batches, (*sums, "dscale", "dbias"))
 
 
-def _rows_step(channels: int, rows: int, block: int, arrays: tuple[str, ...]) -> Step:
+def _rows_launch(channels: int, rows: int, block: int, arrays: tuple[str, ...]) -> Launch:
     programs = -(-channels // CHANNELS_AT_ONCE) * -(-rows // block)
-    return Step(
-        "backward", "sum_rows", (programs,), arrays, 2, (("rows", rows), ("R", block)),
-        (("C", channels), ("RP", ROWS_AT_ONCE), ("BC", CHANNELS_AT_ONCE)), 4,
+    return Launch(
+        "backward", "sum_rows", (programs,), arrays, 2,
+        (("rows", rows), ("ROWS_PER_BLOCK", block)),
+        (("CHANNELS", channels), ("ROWS_P2", ROWS_AT_ONCE), ("BLOCK_CHANNELS", CHANNELS_AT_ONCE)),
+        4,
     )  # fmt: skip
 
 
-def _groups(form: Form) -> tuple[str, int]:
-    return "groups", form.samples * form.groups
+def _groups(shape: GroupedShape) -> tuple[str, int]:
+    return "groups", shape.samples * shape.groups
 
 
-def _flags(asked: Asked) -> tuple[tuple[str, int], ...]:
+def _flags(options: KernelOptions) -> tuple[tuple[str, int], ...]:
     return (
-        ("MASK", MASKS[asked.mask]), ("SCALE", int(asked.scale)), ("BIAS", int(asked.bias)),
-        ("ACTIVATION", ACTIVATIONS[asked.activation]),
+        ("MASK", MASKS[options.mask]), ("SCALE", int(options.scale)), ("BIAS", int(options.bias)),
+        ("ACTIVATION", ACTIVATIONS[options.activation]),
     )  # fmt: skip
 
 
 def _largest_unit(epsilon: float) -> float:
     """Return the largest power of two that deviations may be multiplied by.
 
-    Then epsilon in the unit squared does not overflow. Data below that scale is nothing beside it.
+    With it, epsilon * unit**2 does not overflow. Smaller deviations are negligible next to epsilon.
     """
     exponent = 100.0 if epsilon == 0 else min(50.0 - 0.5 * math.log2(epsilon), 100.0)
     return 2.0 ** math.floor(exponent)

@@ -1,136 +1,132 @@
-"""How an array is cut into the tiles of the kernels for GPUs, from its shape alone.
+"""Dividing an array into the tiles of GPU kernels, by its shape alone.
 
-Not from the device: the same call gives the same bits on every GPU.
+It does not depend on the device: the same call gives the same bits on every GPU.
 """
 
 from functools import lru_cache
 from math import gcd
 from typing import NamedTuple
 
-__all__ = ["FARTHEST", "Form", "Tiles", "chunked", "power_of_two", "warps_for", "whole"]
+from groupnorm.backends.kernels.grouped_shape import GroupedShape
 
-# Elements of a tile. One that is a group or more is read once and must stay in the registers: as
-# many of these, of 2 and of 4 bytes each, do; half of them with a mask, and with a long activation.
+__all__ = [
+    "MAX_OFFSET",
+    "Tiles",
+    "power_of_two",
+    "tile_parts",
+    "tile_whole_groups",
+    "warps_for",
+]
+
+# The largest tile, in elements of 2 and of 4 bytes, that still fits the registers when it holds
+# whole groups and is read once. A mask halves it, and so does gelu. Chunks are tiles of parts of
+# groups.
 WHOLE_FORWARD, WHOLE_BACKWARD = (32768, 16384), (16384, 16384)
 CHUNK_FORWARD, CHUNK_BACKWARD = 8192, 8192
-# Tiles of whole groups take several of them, up to this many elements, if there are enough tiles.
+# A tile takes several whole groups, up to `SMALL` elements, if at least `ENOUGH` tiles remain.
 SMALL, ENOUGH = 4096, 512
-# Bytes of a row in memory: fewer waste what is fetched with them.
+# Shorter rows (in bytes) waste memory bandwidth.
 ROW_BYTES = 64
 SECTOR_BYTES = 32
 WIDEST = 256
-# Elements of the table that says which channel is of which group.
+# The most elements of the table that maps channels to groups.
 TABLE = 4096
 ELEMENTS_OF_A_THREAD = 32
-# Addresses within a tile are counted in 32 bits.
-FARTHEST = 2**31 - 1
-
-
-class Form(NamedTuple):
-    """The shape the kernels see."""
-
-    samples: int
-    groups: int
-    size: int  # channels of a group
-    positions: int
-    first: bool  # channels before positions
-    item: int  # bytes of an element of x
-
-    @property
-    def channels(self) -> int:
-        """The number of channels."""
-        return self.groups * self.size
+# Offsets within a tile are 32-bit integers.
+MAX_OFFSET = 2**31 - 1
 
 
 class Tiles(NamedTuple):
-    """How it is cut; see `kernels.triton_tiles`."""
+    """The size of tiles; see ``compiled/tiles.py``."""
 
-    width: int  # W
-    length: int  # BP
-    parts: int  # J
+    width: int  # TILE_CHANNELS
+    length: int  # TILE_POSITIONS
+    parts: int  # PARTS
 
-    def blocks(self, form: Form) -> int:
-        """Tiles side by side for all channels."""
+    def blocks(self, shape: GroupedShape) -> int:
+        """The number of tiles that cover all channels."""
         if self.parts > 1:
-            return form.groups * self.parts
-        return -(-form.channels // self.width)
+            return shape.groups * self.parts
+        return -(-shape.channels // self.width)
 
-    def chunks(self, form: Form) -> int:
-        """Tiles one behind the other for all positions."""
-        return -(-form.positions // self.length)
+    def chunks(self, shape: GroupedShape) -> int:
+        """The number of tiles that cover all positions."""
+        return -(-shape.positions // self.length)
 
     def elements(self) -> int:
-        """Elements of a tile, with those that are there for the power of two alone."""
+        """The number of elements of a tile, padding to powers of two included."""
         return power_of_two(self.width) * self.length
 
-    def full(self, form: Form) -> bool:
-        """Whether no tile has elements that are not there."""
-        channels = form.size if self.parts > 1 else form.channels
+    def full(self, shape: GroupedShape) -> bool:
+        """Whether no tile has padding."""
+        channels = shape.group_size if self.parts > 1 else shape.channels
         return (
             self.width == power_of_two(self.width)
             and channels % self.width == 0
-            and form.positions % self.length == 0
+            and shape.positions % self.length == 0
         )
 
-    def groups(self, form: Form) -> int:
-        """Groups of a tile."""
-        return 1 if self.parts > 1 else max(self.width // form.size, 1)
+    def groups(self, shape: GroupedShape) -> int:
+        """The number of groups in a tile."""
+        return 1 if self.parts > 1 else max(self.width // shape.group_size, 1)
 
 
 def power_of_two(number: int) -> int:
-    """Return the least power of two that is not below a number."""
+    """Return the smallest power of two that is at least `number`."""
     return 1 << (number - 1).bit_length()
 
 
 def warps_for(elements: int) -> int:
-    """Return how many warps a tile takes."""
+    """Return the number of warps for a tile."""
     return min(max(elements // (32 * ELEMENTS_OF_A_THREAD), 1), 16)
 
 
 @lru_cache(maxsize=4096)
-def whole(form: Form, limit: int) -> Tiles | None:
-    """Cut into whole groups, or return None where a group is more than `limit` elements."""
-    length = power_of_two(form.positions)
-    too_far = not form.first and length * form.channels > FARTHEST
-    if power_of_two(form.size) * length > limit or too_far:
+def tile_whole_groups(shape: GroupedShape, limit: int) -> Tiles | None:
+    """Divide into whole groups; return None if a group has more than `limit` elements."""
+    length = power_of_two(shape.positions)
+    too_far = not shape.channels_first and length * shape.channels > MAX_OFFSET
+    if power_of_two(shape.group_size) * length > limit or too_far:
         return None
-    found = Tiles(form.size, length, 1)
-    for width in _widths(form, length, limit):
+    found = Tiles(shape.group_size, length, 1)
+    for width in _widths(shape, length, limit):
         tiles = Tiles(width, length, 1)
-        many = form.samples * tiles.blocks(form) >= ENOUGH
-        if not (_wasteful(form, found.width) or (many and tiles.elements() <= SMALL)):
+        many = shape.samples * tiles.blocks(shape) >= ENOUGH
+        if not (_wasteful(shape, found.width) or (many and tiles.elements() <= SMALL)):
             break
         found = tiles
-    # Half of what is fetched would be for others, once more for each of them.
-    narrow = not form.first and found.width < form.channels
-    return None if narrow and found.width * form.item < SECTOR_BYTES else found
+    # Rows shorter than a sector would fetch every sector several times, for different tiles.
+    narrow = not shape.channels_first and found.width < shape.channels
+    return None if narrow and found.width * shape.item_bytes < SECTOR_BYTES else found
 
 
 @lru_cache(maxsize=4096)
-def chunked(form: Form, limit: int) -> Tiles:
-    """Cut into parts of groups, `limit` elements at most."""
-    if form.first:
-        length = min(power_of_two(form.positions), limit)
-        width = min(limit // length, form.size)
+def tile_parts(shape: GroupedShape, limit: int) -> Tiles:
+    """Divide groups into tiles of at most `limit` elements."""
+    if shape.channels_first:
+        length = min(power_of_two(shape.positions), limit)
+        width = min(limit // length, shape.group_size)
     else:
-        width = min(form.size, WIDEST)
-        if form.size > WIDEST:  # prefer parts of equal width
-            width = next((w for w in (256, 192, 128, 96) if form.size % w == 0), WIDEST)
-        for wider in _widths(form, 1, WIDEST):
-            if width >= form.size and _wasteful(form, width):
+        width = min(shape.group_size, WIDEST)
+        if shape.group_size > WIDEST:  # prefer parts of equal width
+            width = next((w for w in (256, 192, 128, 96) if shape.group_size % w == 0), WIDEST)
+        for wider in _widths(shape, 1, WIDEST):
+            if width >= shape.group_size and _wasteful(shape, width):
                 width = wider
-        length = min(power_of_two(form.positions), max(limit // power_of_two(width), 1))
-        while length * form.channels > FARTHEST:
+        length = min(power_of_two(shape.positions), max(limit // power_of_two(width), 1))
+        while length * shape.channels > MAX_OFFSET:
             length //= 2
-    return Tiles(width, length, -(-form.size // width) if width < form.size else 1)
+    return Tiles(width, length, -(-shape.group_size // width) if width < shape.group_size else 1)
 
 
-def _widths(form: Form, length: int, limit: int) -> list[int]:
-    """Return widths of several whole groups that are worth it, the narrow ones first."""
-    together = 1 if form.first else 8 // gcd(form.size, 8)  # groups until rows are aligned
+def _widths(shape: GroupedShape, length: int, limit: int) -> list[int]:
+    """Return efficient widths of several whole groups, in ascending order."""
+    together = (
+        1 if shape.channels_first else 8 // gcd(shape.group_size, 8)
+    )  # groups until rows are aligned
     found = []
-    for groups in range(together, form.groups + 1, together):
-        width = groups * form.size
+    for groups in range(together, shape.groups + 1, together):
+        width = groups * shape.group_size
         padded = power_of_two(width)
         if padded * length > limit or padded * power_of_two(groups) > TABLE:
             break
@@ -139,8 +135,8 @@ def _widths(form: Form, length: int, limit: int) -> list[int]:
     return found
 
 
-def _wasteful(form: Form, width: int) -> bool:
-    """Whether rows this wide fetch memory for others, or cannot be read by whole words."""
-    if form.first or width == form.channels:
+def _wasteful(shape: GroupedShape, width: int) -> bool:
+    """Whether rows of this width waste bandwidth, or prevent vectorized loads."""
+    if shape.channels_first or width == shape.channels:
         return False
-    return width * form.item < ROW_BYTES or (width % 8 > 0 and form.channels % 8 == 0)
+    return width * shape.item_bytes < ROW_BYTES or (width % 8 > 0 and shape.channels % 8 == 0)

@@ -1,12 +1,12 @@
 """Loops over bands of rows, channels last, and their tables, compiled by numba.
 
-A band is so many rows of all channels that loops over it are long, and lies beside tables in which
-each channel's number is repeated as often. See `numba_last`.
+A band is several rows of all channels, enough for long loops. Tables of the same length repeat each
+per-channel value for every row. See ``channels_last.py``.
 
-Sums take four bands at once, so that they are read and written once for four; maps take two. The
-bands of a chunk that go together are a quarter, or half, of it apart: memory is fast where it is
-read in a few long streams. Neighbouring bands would make streams so short that it took four times
-as long.
+Sums take four bands at once, so that the totals are read and written once for all four; maps take
+two. The bands processed together are a quarter, or half, of a chunk apart: memory is fast when it
+is read in a few long streams. With neighbouring bands the streams were so short that it took four
+times as long.
 """
 
 import numpy as np
@@ -14,12 +14,12 @@ import numpy as np
 from groupnorm.backends.kernels.cpu.compiled.elements import (
     MAPS,
     activated,
-    get,
+    activation_vjp,
+    clamp_masked,
     jit,
-    pulled_back,
-    put,
-    put_gradient,
-    tame,
+    load,
+    store,
+    store_gradient,
 )
 
 __all__ = [
@@ -30,11 +30,11 @@ __all__ = [
     "add_products_of_four",
     "apply",
     "apply_to_two",
-    "fold",
-    "pull_back",
-    "pull_back_invalid",
-    "pull_back_two",
-    "spread",
+    "input_gradient",
+    "input_gradient_of_invalid",
+    "input_gradient_of_two",
+    "repeat_rows",
+    "sum_rows",
 ]
 
 F, U = np.float32, np.uint64
@@ -45,7 +45,7 @@ def add(x, a, n, base, total):
     """Add x - base to the total."""
     a = U(a)
     for i in range(n):
-        total[i] += get(x, a + U(i)) - base[i]
+        total[i] += load(x, a + U(i)) - base[i]
 
 
 @jit(MAPS)
@@ -53,7 +53,7 @@ def add_moments(x, a, n, centre, total, squares):
     """Add x - centre and its square to the totals."""
     a = U(a)
     for i in range(n):
-        e = get(x, a + U(i)) - centre[i]
+        e = load(x, a + U(i)) - centre[i]
         total[i] += e
         squares[i] += e * e
 
@@ -64,19 +64,19 @@ def add_moments_of_four(x, a, b, c, d, centre, total, squares):
     a, b, c, d = U(a), U(b), U(c), U(d)
     for i in range(total.size):
         k, j = centre[i], U(i)
-        e, f, g, h = get(x, a + j) - k, get(x, b + j) - k, get(x, c + j) - k, get(x, d + j) - k
+        e, f, g, h = load(x, a + j) - k, load(x, b + j) - k, load(x, c + j) - k, load(x, d + j) - k
         total[i] += (e + f) + (g + h)
         squares[i] += (e * e + f * f) + (g * g + h * h)
 
 
 @jit(MAPS)
 def add_products(x, dy, a, n, valid, centre, factor, term, activation, total, weighted):
-    """Add dy, pulled back through the activation, and its product with x - centre."""
+    """Add g = `activation_vjp` of dy, and g * (x - centre), to the totals."""
     a = U(a)
     for i in range(n):
-        value = get(x, a + U(i))
-        d = (value if valid else tame(value)) - centre[i]
-        g = pulled_back(d * factor[i] + term[i], get(dy, a + U(i)), activation)
+        value = load(x, a + U(i))
+        d = (value if valid else clamp_masked(value)) - centre[i]
+        g = activation_vjp(d * factor[i] + term[i], load(dy, a + U(i)), activation)
         total[i] += g
         weighted[i] += g * d
 
@@ -89,25 +89,25 @@ def add_products_of_four(
     a, b, c, d = U(a), U(b), U(c), U(d)
     for i in range(total.size):
         mean, f, t, j = centre[i], factor[i], term[i], U(i)
-        p, q = get(x, a + j) - mean, get(x, b + j) - mean
-        r, s = get(x, c + j) - mean, get(x, d + j) - mean
-        k = pulled_back(p * f + t, get(dy, a + j), activation)
-        m = pulled_back(q * f + t, get(dy, b + j), activation)
-        n = pulled_back(r * f + t, get(dy, c + j), activation)
-        o = pulled_back(s * f + t, get(dy, d + j), activation)
+        p, q = load(x, a + j) - mean, load(x, b + j) - mean
+        r, s = load(x, c + j) - mean, load(x, d + j) - mean
+        k = activation_vjp(p * f + t, load(dy, a + j), activation)
+        m = activation_vjp(q * f + t, load(dy, b + j), activation)
+        n = activation_vjp(r * f + t, load(dy, c + j), activation)
+        o = activation_vjp(s * f + t, load(dy, d + j), activation)
         total[i] += (k + m) + (n + o)
         weighted[i] += (k * p + m * q) + (n * r + o * s)
 
 
 @jit(MAPS)
 def apply(x, y, a, n, valid, centre, factor, term, activation):
-    """Let y be (x - centre) * factor + term, activated; of a tame x where it is masked out."""
+    """Apply y = activation((x - centre) * factor + term); masked-out x is clamped."""
     a = U(a)
     for i in range(n):
         k = a + U(i)
-        value = get(x, k)
-        value = value if valid else tame(value)
-        put(y, k, activated((value - centre[i]) * factor[i] + term[i], activation))
+        value = load(x, k)
+        value = value if valid else clamp_masked(value)
+        store(y, k, activated((value - centre[i]) * factor[i] + term[i], activation))
 
 
 @jit(MAPS)
@@ -116,54 +116,54 @@ def apply_to_two(x, y, a, b, centre, factor, term, activation):
     a, b = U(a), U(b)
     for i in range(centre.size):
         m, f, t, j, k = centre[i], factor[i], term[i], a + U(i), b + U(i)
-        put(y, j, activated((get(x, j) - m) * f + t, activation))
-        put(y, k, activated((get(x, k) - m) * f + t, activation))
+        store(y, j, activated((load(x, j) - m) * f + t, activation))
+        store(y, k, activated((load(x, k) - m) * f + t, activation))
 
 
 @jit(MAPS)
-def pull_back(x, dy, dx, a, n, centre, factor, term, rstd, slope, offset, activation):
-    """Dy * factor - ((x - centre) * rstd * slope + offset), dy pulled back through activation."""
+def input_gradient(x, dy, dx, a, n, centre, factor, term, rstd, slope, offset, activation):
+    """Store g * factor - ((x - centre) * rstd * slope + offset), g = `activation_vjp` of dy."""
     a = U(a)
     for i in range(n):
         k = a + U(i)
-        d = get(x, k) - centre[i]
-        g = pulled_back(d * factor[i] + term[i], get(dy, k), activation)
-        put_gradient(dx, k, g * factor[i] - (d * rstd[i] * slope[i] + offset[i]))
+        d = load(x, k) - centre[i]
+        g = activation_vjp(d * factor[i] + term[i], load(dy, k), activation)
+        store_gradient(dx, k, g * factor[i] - (d * rstd[i] * slope[i] + offset[i]))
 
 
 @jit(MAPS)
-def pull_back_two(x, dy, dx, a, b, centre, factor, term, rstd, slope, offset, activation):
-    """As `pull_back`, of two bands."""
+def input_gradient_of_two(x, dy, dx, a, b, centre, factor, term, rstd, slope, offset, activation):
+    """As `input_gradient`, of two bands."""
     a, b = U(a), U(b)
     for i in range(centre.size):
         m, f, t, j, k = centre[i], factor[i], term[i], a + U(i), b + U(i)
         r, s, o = rstd[i], slope[i], offset[i]
-        d, e = get(x, j) - m, get(x, k) - m
-        g = pulled_back(d * f + t, get(dy, j), activation)
-        h = pulled_back(e * f + t, get(dy, k), activation)
-        put_gradient(dx, j, g * f - (d * r * s + o))
-        put_gradient(dx, k, h * f - (e * r * s + o))
+        d, e = load(x, j) - m, load(x, k) - m
+        g = activation_vjp(d * f + t, load(dy, j), activation)
+        h = activation_vjp(e * f + t, load(dy, k), activation)
+        store_gradient(dx, j, g * f - (d * r * s + o))
+        store_gradient(dx, k, h * f - (e * r * s + o))
 
 
 @jit(MAPS)
-def pull_back_invalid(x, dy, dx, a, n, centre, factor, term, activation):
-    """As `pull_back`, of a row that is masked out: x has no part in the statistics."""
+def input_gradient_of_invalid(x, dy, dx, a, n, centre, factor, term, activation):
+    """As `input_gradient`, for a masked-out row: the statistics do not depend on it."""
     a = U(a)
     for i in range(n):
         k = a + U(i)
-        value = get(x, k)
-        z = (tame(value) - centre[i]) * factor[i] + term[i]
-        g = pulled_back(z, get(dy, k), activation) * factor[i]
-        # What was taken as 0 has no gradient.
-        put_gradient(dx, k, g if value - value == 0 else F(0))
+        value = load(x, k)
+        z = (clamp_masked(value) - centre[i]) * factor[i] + term[i]
+        g = activation_vjp(z, load(dy, k), activation) * factor[i]
+        # A non-finite element was replaced by 0, and has no gradient.
+        store_gradient(dx, k, g if value - value == 0 else F(0))
 
 
 # Tables -------------------------------------------------------------------------------------------
 
 
 @jit()
-def fold(sums, channels, out):
-    """Add up in float64 what the rows of a band have for each channel."""
+def sum_rows(sums, channels, out):
+    """Sum a band over its rows, in float64: one value per channel."""
     for c in range(channels):
         out[c] = np.float64(sums[c])
     for at in range(channels, sums.size, channels):
@@ -172,8 +172,8 @@ def fold(sums, channels, out):
 
 
 @jit()
-def spread(values, channels):
-    """Repeat what the first row of a band has."""
+def repeat_rows(values, channels):
+    """Copy the first row of a band to its other rows."""
     for at in range(channels, values.size, channels):
         for c in range(channels):
             values[at + c] = values[c]

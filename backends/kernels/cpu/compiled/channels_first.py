@@ -1,20 +1,20 @@
 """Group normalization for CPUs, channels first, compiled by numba: forward and backward.
 
-Arrays come flat, as (N, groups, size, P) with P positions, so that a group is one contiguous
-stretch. It is normalized right after it was measured, while the cache still has it; the groups of
-all samples are the tasks that threads share, see `numba_team`.
+Arrays are flat, of shape (N, groups, size, P) with P positions, so that a group is one contiguous
+stretch. It is normalized right after it was measured, while it is still in the cache. The groups of
+all samples are the tasks that threads share, see ``work_sharing.py``.
 
-A stretch is read once for its statistics, in blocks of `BLOCK` elements. A block is measured
-around the mean of the one before it; only where that turns out to be far from its own mean
-(`is_off`), again around its own. Blocks are merged in float64 by the formula of Chan, Golub and
-LeVeque. So no data can mislead a pivot, and all depends on the shape alone.
+A stretch is read once for its statistics, in blocks of `BLOCK` elements. A block is measured about
+the mean of the previous one, and, only if that turns out to be far from its own mean
+(`centre_is_poor`), again about its own. Blocks are merged in float64 by the formula of Chan, Golub
+and LeVeque. So no data can mislead a pivot, and the order of operations depends on the shape alone.
 
-`mean`, `rstd` and `share` (1 / count) of each group are kept in float64; what is applied to the
-elements is the pair (mean rounded to float32, the rest of it).
+`mean`, `rstd` and `inv_count` (1 / count) of each group are kept in float64; elements are
+normalized by the pair (mean rounded to float32, the remainder).
 
-Loops over elements are functions of their own, which take whole arrays and where to begin: slices
-would cost more than the loop where rows are short. Offsets are unsigned, or numba would ask for
-each element whether it counts from the end.
+Loops over elements are separate functions, which take whole arrays and an offset: for short rows,
+slices would cost more than the loop. Offsets are unsigned, or numba would check for every element
+whether the index is negative.
 """
 
 import numpy as np
@@ -23,34 +23,39 @@ from groupnorm.backends.kernels.cpu.compiled.elements import (
     MAPS,
     SUMS,
     activated,
-    get,
+    activation_vjp,
+    clamp_masked,
     jit,
-    pulled_back,
-    put,
-    put_gradient,
-    tame,
+    load,
+    store,
+    store_gradient,
 )
 from groupnorm.backends.kernels.cpu.compiled.moments import (
-    LEAST,
-    MOST,
-    bounded,
+    MAX_VARIANCE,
+    MIN_VARIANCE,
+    centre_is_poor,
+    finite_float32,
+    in_float64,
     inverse_deviation,
-    is_off,
     mask_begins,
     merged,
     sum_samples,
-    wide,
 )
-from groupnorm.backends.kernels.cpu.compiled.work_sharing import finish, take_seat, take_task, wait
+from groupnorm.backends.kernels.cpu.compiled.work_sharing import (
+    claim_part,
+    claim_task,
+    finish,
+    wait,
+)
 
-__all__ = ["first_backward", "first_forward"]
+__all__ = ["channels_first_backward", "channels_first_forward"]
 
 F, U = np.float32, np.uint64
 
 BLOCK = 2048
-# Elements whose mean the first block is measured around.
+# The number of elements whose mean is the centre of the first block.
 SAMPLE = 64
-# Elements that are worth claiming.
+# The least elements of one claim.
 GRAIN = 16384
 
 
@@ -62,7 +67,7 @@ def _sum(x, at, n, base):
     """Sum of x - base."""
     at, total = U(at), F(0)
     for i in range(n):
-        total += get(x, at + U(i)) - base
+        total += load(x, at + U(i)) - base
     return total
 
 
@@ -71,7 +76,7 @@ def _moments(x, at, n, centre):
     """Sums of x - centre and of its square."""
     at, total, squares = U(at), F(0), F(0)
     for i in range(n):
-        d = get(x, at + U(i)) - centre
+        d = load(x, at + U(i)) - centre
         total += d
         squares += d * d
     return total, squares
@@ -79,12 +84,12 @@ def _moments(x, at, n, centre):
 
 @jit(SUMS)
 def _masked_moments(x, at, n, mask, mask_at, centre):
-    """As `_moments` where the mask is not 0, and how many those are."""
+    """As `_moments`, of the elements whose mask is not 0, and their number."""
     at, mask_at = U(at), U(mask_at)
     total, squares, count = F(0), F(0), F(0)
     for i in range(n):
         valid = mask[mask_at + U(i)] != 0
-        d = get(x, at + U(i)) - centre if valid else F(0)
+        d = load(x, at + U(i)) - centre if valid else F(0)
         total += d
         squares += d * d
         count += F(1) if valid else F(0)
@@ -96,7 +101,7 @@ def _apply(x, y, at, n, centre, factor, term, activation):
     at = U(at)
     for i in range(n):
         k = at + U(i)
-        put(y, k, activated((get(x, k) - centre) * factor + term, activation))
+        store(y, k, activated((load(x, k) - centre) * factor + term, activation))
 
 
 @jit(MAPS)
@@ -104,18 +109,18 @@ def _masked_apply(x, y, at, n, mask, mask_at, centre, factor, term, activation):
     at, mask_at = U(at), U(mask_at)
     for i in range(n):
         k = at + U(i)
-        value = get(x, k)
-        value = value if mask[mask_at + U(i)] else tame(value)
-        put(y, k, activated((value - centre) * factor + term, activation))
+        value = load(x, k)
+        value = value if mask[mask_at + U(i)] else clamp_masked(value)
+        store(y, k, activated((value - centre) * factor + term, activation))
 
 
 @jit(SUMS)
 def _products(x, dy, at, n, centre, factor, term, activation):
-    """Sums of dy, pulled back through the activation, and of its product with x - centre."""
+    """Sums of g = `activation_vjp` of dy, and of g * (x - centre)."""
     at, total, weighted = U(at), F(0), F(0)
     for i in range(n):
-        d = get(x, at + U(i)) - centre
-        g = pulled_back(d * factor + term, get(dy, at + U(i)), activation)
+        d = load(x, at + U(i)) - centre
+        g = activation_vjp(d * factor + term, load(dy, at + U(i)), activation)
         total += g
         weighted += g * d
     return total, weighted
@@ -125,40 +130,40 @@ def _products(x, dy, at, n, centre, factor, term, activation):
 def _masked_products(x, dy, at, n, mask, mask_at, centre, factor, term, activation):
     at, mask_at, total, weighted = U(at), U(mask_at), F(0), F(0)
     for i in range(n):
-        value = get(x, at + U(i))
-        d = (value if mask[mask_at + U(i)] else tame(value)) - centre
-        g = pulled_back(d * factor + term, get(dy, at + U(i)), activation)
+        value = load(x, at + U(i))
+        d = (value if mask[mask_at + U(i)] else clamp_masked(value)) - centre
+        g = activation_vjp(d * factor + term, load(dy, at + U(i)), activation)
         total += g
         weighted += g * d
     return total, weighted
 
 
 @jit(MAPS)
-def _pull_back(x, dy, dx, at, n, centre, factor, term, rstd, slope, offset, activation):
-    """Dy * factor - ((x - centre) * rstd * slope + offset), dy pulled back through activation."""
+def _input_gradient(x, dy, dx, at, n, centre, factor, term, rstd, slope, offset, activation):
+    """Store g * factor - ((x - centre) * rstd * slope + offset), g = `activation_vjp` of dy."""
     at = U(at)
     for i in range(n):
         k = at + U(i)
-        d = get(x, k) - centre
-        g = pulled_back(d * factor + term, get(dy, k), activation)
-        put_gradient(dx, k, g * factor - (d * rstd * slope + offset))
+        d = load(x, k) - centre
+        g = activation_vjp(d * factor + term, load(dy, k), activation)
+        store_gradient(dx, k, g * factor - (d * rstd * slope + offset))
 
 
 @jit(MAPS)
-def _masked_pull_back(
+def _masked_input_gradient(
     x, dy, dx, at, n, mask, mask_at, centre, factor, term, rstd, slope, offset, activation
 ):  # fmt: skip
-    """As `_pull_back`, but only where the mask is not 0 does x act through the statistics."""
+    """As `_input_gradient`; the statistics depend only on elements whose mask is not 0."""
     at, mask_at = U(at), U(mask_at)
     for i in range(n):
         k = at + U(i)
-        value = get(x, k)
+        value = load(x, k)
         valid = mask[mask_at + U(i)] != 0
-        d = (value if valid else tame(value)) - centre
-        g = pulled_back(d * factor + term, get(dy, k), activation)
+        d = (value if valid else clamp_masked(value)) - centre
+        g = activation_vjp(d * factor + term, load(dy, k), activation)
         through = d * rstd * slope + offset if valid else F(0)
-        # What was taken as 0 has no gradient.
-        put_gradient(dx, k, g * factor - through if valid or value - value == 0 else F(0))
+        # A non-finite element was replaced by 0, and has no gradient.
+        store_gradient(dx, k, g * factor - through if valid or value - value == 0 else F(0))
 
 
 # Statistics ---------------------------------------------------------------------------------------
@@ -166,10 +171,10 @@ def _masked_pull_back(
 
 @jit()
 def _block(x, at, n, pivot):
-    """Return a centre near the mean of a block, and the moments about it."""
+    """Return a centre near the mean of a block, and the block's moments about it."""
     total, squares = _moments(x, at, n, pivot)
-    if is_off(total, total / F(n), squares):
-        # From the pivot: so the mean of equal numbers is that number, to the last digit.
+    if centre_is_poor(total, total / F(n), squares):
+        # Relative to the pivot, so that the mean of equal values is exactly that value.
         pivot += _sum(x, at, n, pivot) / F(n)
         total, squares = _moments(x, at, n, pivot)
     return pivot, total, squares
@@ -179,7 +184,7 @@ def _block(x, at, n, pivot):
 def _measure(x, start, stop):
     """Return count, mean and variance of a contiguous stretch."""
     count, mean, m2 = 0.0, 0.0, 0.0
-    first = get(x, U(start))
+    first = load(x, U(start))
     pivot = first + _sum(x, start, min(SAMPLE, stop - start), first) / F(min(SAMPLE, stop - start))
     for at in range(start, stop, BLOCK):
         n = min(BLOCK, stop - at)
@@ -189,14 +194,14 @@ def _measure(x, start, stop):
         )
         pivot += total / F(n)
     variance = m2 / count
-    if not LEAST <= variance <= MOST:
-        return wide(x, start, 1, 0, stop - start, None, 0, False)
+    if not MIN_VARIANCE <= variance <= MAX_VARIANCE:
+        return in_float64(x, start, 1, 0, stop - start, None, 0, False)
     return count, mean, variance
 
 
-@jit(apart=True)
+@jit(inline=False)
 def _measure_masked(x, start, size, positions, mask, mask_at):
-    """As `_measure`, of the positions of `size` channels whose mask is not 0."""
+    """As `_measure`, of `size` channels, at the positions whose mask is not 0."""
     count, mean, m2 = 0.0, 0.0, 0.0
     pivot = F(0)
     for channel in range(size):
@@ -206,8 +211,8 @@ def _measure_masked(x, start, size, positions, mask, mask_at):
             total, squares, valid = _masked_moments(x, at, n, mask, valid_at, pivot)
             if valid == 0:
                 continue
-            if is_off(total, total / valid, squares) or count == 0 or total - total != 0:
-                # Again about a valid element, and then about the mean.
+            if centre_is_poor(total, total / valid, squares) or count == 0 or total - total != 0:
+                # Again about a valid element, then about the mean.
                 pivot = _first_valid(x, at, n, mask, valid_at)
                 pivot += _masked_moments(x, at, n, mask, valid_at, pivot)[0] / valid
                 total, squares, valid = _masked_moments(x, at, n, mask, valid_at, pivot)
@@ -219,8 +224,8 @@ def _measure_masked(x, start, size, positions, mask, mask_at):
     if count == 0:
         return 0.0, 0.0, 1.0
     variance = m2 / count
-    if not LEAST <= variance <= MOST:
-        return wide(x, start, size, positions, positions, mask, mask_at, False)
+    if not MIN_VARIANCE <= variance <= MAX_VARIANCE:
+        return in_float64(x, start, size, positions, positions, mask, mask_at, False)
     return count, mean, variance
 
 
@@ -228,7 +233,7 @@ def _measure_masked(x, start, size, positions, mask, mask_at):
 def _first_valid(x, at, n, mask, mask_at):
     for i in range(n):
         if mask[mask_at + i]:
-            return get(x, U(at + i))
+            return load(x, U(at + i))
     return F(0)
 
 
@@ -242,29 +247,29 @@ def _statistics(x, start, size, positions, mask, mask_at):
     return _measure_masked(x, start, size, positions, mask, mask_at)
 
 
-@jit(apart=True)
-def first_forward(
-    x, y, scale, bias, mask, groups, size, positions, epsilon, activation, mean, rstd, share,
-    parts, team,
+@jit(inline=False)
+def channels_first_forward(
+    x, y, scale, bias, mask, groups, size, positions, epsilon, activation, mean, rstd, inv_count,
+    parts, counters,
 ):  # fmt: skip
     """Measure and normalize the groups of all samples."""
     stretch, tasks = size * positions, mean.size
     grain = max(1, GRAIN // stretch)
-    claims, seat = (tasks + grain - 1) // grain, take_seat(team, 0, parts)
+    claims, own_part = (tasks + grain - 1) // grain, claim_part(counters, 0, parts)
     while True:
-        claim = take_task(team, 2, parts, claims, seat)
+        claim = claim_task(counters, 2, parts, claims, own_part)
         if claim < 0:
             break
         for task in range(claim * grain, min((claim + 1) * grain, tasks)):
             start, mask_at = task * stretch, mask_begins(mask, task // groups, positions)
             count, m, variance = _statistics(x, start, size, positions, mask, mask_at)
             r = inverse_deviation(variance, epsilon)
-            mean[task], rstd[task], share[task] = m, r, 1.0 / count if count > 0 else 0.0
+            mean[task], rstd[task], inv_count[task] = m, r, 1.0 / count if count > 0 else 0.0
             centre = F(m)
             rest = m - np.float64(centre)
             for channel in range(size):
                 c = task % groups * size + channel
-                factor = bounded(r * scale[c])
+                factor = finite_float32(r * scale[c])
                 term = F(bias[c] - rest * r * scale[c])
                 at = start + channel * positions
                 if mask is None:
@@ -273,15 +278,15 @@ def first_forward(
                     _masked_apply(
                         x, y, at, positions, mask, mask_at, centre, factor, term, activation
                     )
-        finish(team, 1, 1)
-    wait(team, 1, claims)
+        finish(counters, 1, 1)
+    wait(counters, 1, claims)
 
 
 @jit()
 def _sums(
     x, dy, at, positions, mask, mask_at, centre, factor, term, activation
 ):  # fmt: skip
-    """Sum dy and dy * (x - centre) over a channel's positions, blocks of them in float64."""
+    """Sum g and g * (x - centre) over a channel's positions; blocks are added in float64."""
     total, weighted = 0.0, 0.0
     for begin in range(0, positions, BLOCK):
         n = min(BLOCK, positions - begin)
@@ -296,22 +301,22 @@ def _sums(
     return total, weighted
 
 
-@jit(apart=True)
-def first_backward(
-    x, dx, scale, bias, mask, groups, size, positions, activation, mean, rstd, share, dy, sums,
-    batches, dscale, dbias, parts, team,
+@jit(inline=False)
+def channels_first_backward(
+    x, dx, scale, bias, mask, groups, size, positions, activation, mean, rstd, inv_count, dy, sums,
+    batches, dscale, dbias, parts, counters,
 ):  # fmt: skip
-    """Pull dy back through the groups of all samples.
+    """Compute dx, dscale and dbias.
 
-    sums (2, N, channels) gets those over positions of dy and of dy * xhat, in float64; dscale and
-    dbias (batches, channels) get what they sum up to.
+    sums (2, N, channels) receives the sums over positions of dy and of dy * xhat, in float64;
+    dscale and dbias (batches, channels) receive their sums over the samples of each batch.
     """
     stretch, tasks = size * positions, mean.size
     sum_dy, sum_dy_xhat = sums[: tasks * size], sums[tasks * size :]
     grain = max(1, GRAIN // stretch)
-    claims, seat = (tasks + grain - 1) // grain, take_seat(team, 0, parts)
+    claims, own_part = (tasks + grain - 1) // grain, claim_part(counters, 0, parts)
     while True:
-        claim = take_task(team, 2, parts, claims, seat)
+        claim = claim_task(counters, 2, parts, claims, own_part)
         if claim < 0:
             break
         for task in range(claim * grain, min((claim + 1) * grain, tasks)):
@@ -324,28 +329,32 @@ def first_backward(
                 c, k = task % groups * size + channel, task * size + channel
                 total, weighted = _sums(
                     x, dy, start + channel * positions, positions, mask, mask_at, centre,
-                    bounded(r * scale[c]), F(bias[c] - rest * r * scale[c]), activation,
+                    finite_float32(r * scale[c]), F(bias[c] - rest * r * scale[c]), activation,
                 )  # fmt: skip
                 sum_dy[k] = total
                 sum_dy_xhat[k] = (weighted - rest * total) * r
-                p += scale[c] * sum_dy[k] * share[task]
-                q += scale[c] * sum_dy_xhat[k] * share[task]
+                p += scale[c] * sum_dy[k] * inv_count[task]
+                q += scale[c] * sum_dy_xhat[k] * inv_count[task]
             # (p + xhat * q) * rstd with xhat = (x - centre - rest) * rstd
-            rounded, slope, offset = bounded(r), bounded(r * q), bounded(r * (p - rest * r * q))
+            rounded, slope, offset = (
+                finite_float32(r),
+                finite_float32(r * q),
+                finite_float32(r * (p - rest * r * q)),
+            )
             for channel in range(size):
                 c, at = task % groups * size + channel, start + channel * positions
-                factor, term = bounded(r * scale[c]), F(bias[c] - rest * r * scale[c])
+                factor, term = finite_float32(r * scale[c]), F(bias[c] - rest * r * scale[c])
                 if mask is None:
-                    _pull_back(
+                    _input_gradient(
                         x, dy, dx, at, positions, centre, factor, term, rounded, slope, offset,
                         activation,
                     )  # fmt: skip
                 else:
-                    _masked_pull_back(
+                    _masked_input_gradient(
                         x, dy, dx, at, positions, mask, mask_at, centre, factor, term, rounded,
                         slope, offset, activation,
                     )  # fmt: skip
-        if finish(team, 1, 1) == claims:
+        if finish(counters, 1, 1) == claims:
             sum_samples(sums, tasks // groups, batches, groups * size, dscale, dbias)
-            finish(team, 1, 1)
-    wait(team, 1, claims + 1)
+            finish(counters, 1, 1)
+    wait(counters, 1, claims + 1)

@@ -1,19 +1,20 @@
 """Group normalization for CPUs, channels last, compiled by numba: forward and backward.
 
-Arrays come flat, as (N, P, groups * size) with P positions. Each channel is measured on its own, a
-chunk of rows at a time; chunks are merged in float64, channels into groups, by the formula of Chan,
-Golub and LeVeque, and then all rows are normalized.
+Arrays are flat, of shape (N, P, groups * size) with P positions. Each channel is measured
+separately, one chunk of rows at a time; chunks, and then the channels of a group, are merged in
+float64 by the formula of Chan, Golub and LeVeque; then all rows are normalized.
 
-A chunk is read once for its statistics: its channels are measured around the means of its first
-rows. Only where one of those turns out to be far from the chunk's own mean (`is_off`) is the chunk
-measured again. So no data can mislead a pivot, and all depends on the shape alone.
+A chunk is read once for its statistics: its channels are measured about the means of its first
+rows. Only if one of these turns out to be far from the chunk's own mean (`centre_is_poor`) is the
+chunk measured again. So no data can mislead a pivot, and the order of operations depends on the
+shape alone.
 
-Few channels make short rows, so loops run over a *band* of several rows at once, beside tables in
-which each channel's number is repeated as often; their length is the `width`. Loops are functions
-of their own, which take whole arrays and where to begin; see `numba_first`.
+Rows of few channels are short, so loops run over a *band* of several rows at once, together with
+tables that repeat each per-channel value for every row; the length of both is the `width`. Loops
+are separate functions, which take whole arrays and an offset; see ``channels_first.py``.
 
-Threads share the chunks of one sample after the other, which so stays in a cache; small samples are
-done by one thread each.
+Threads share the chunks of one sample after the other, so that a sample stays in a cache; small
+samples are processed by one thread each.
 """
 
 import numpy as np
@@ -26,30 +27,35 @@ from groupnorm.backends.kernels.cpu.compiled.bands import (
     add_products_of_four,
     apply,
     apply_to_two,
-    fold,
-    pull_back,
-    pull_back_invalid,
-    pull_back_two,
-    spread,
+    input_gradient,
+    input_gradient_of_invalid,
+    input_gradient_of_two,
+    repeat_rows,
+    sum_rows,
 )
-from groupnorm.backends.kernels.cpu.compiled.elements import get, jit
+from groupnorm.backends.kernels.cpu.compiled.elements import jit, load
 from groupnorm.backends.kernels.cpu.compiled.moments import (
-    LEAST,
-    MOST,
-    bounded,
+    MAX_VARIANCE,
+    MIN_VARIANCE,
+    centre_is_poor,
+    finite_float32,
+    in_float64,
     inverse_deviation,
-    is_off,
     mask_begins,
     sum_samples,
-    wide,
 )
-from groupnorm.backends.kernels.cpu.compiled.work_sharing import finish, take_seat, take_task, wait
+from groupnorm.backends.kernels.cpu.compiled.work_sharing import (
+    claim_part,
+    claim_task,
+    finish,
+    wait,
+)
 
-__all__ = ["last_backward", "last_forward"]
+__all__ = ["channels_last_backward", "channels_last_forward"]
 
 F, U = np.float32, np.uint64
 
-# A chunk is measured around the mean of at least so many rows of it, and of so many bands.
+# The least rows, and bands, of a chunk that its first centre is the mean of.
 SAMPLE_ROWS, SAMPLE_BANDS = 8, 4
 
 
@@ -61,91 +67,91 @@ def _is_valid(mask, mask_at, row):
     return mask is None or mask[mask_at + row] != 0
 
 
-@jit(apart=True)
-def _choose(mask, mask_at, first, rows, channels, width, starts):
-    """List the bands that count, by where they begin in the chunk; with a mask they are rows.
+@jit(inline=False)
+def _choose(mask, mask_at, first, rows, channels, width, band_starts):
+    """List where the valid bands begin in the chunk (with a mask, a band is one row).
 
-    After them comes where the rest begins, which is less than a band.
+    The last entry is where the remainder, less than a band, begins.
     """
     bands, step = 0, width // channels
     for row in range(0, rows - step + 1, step):
         if _is_valid(mask, mask_at, first + row):
-            starts[bands] = row * channels
+            band_starts[bands] = row * channels
             bands += 1
-    starts[bands] = rows // step * step * channels
+    band_starts[bands] = rows // step * step * channels
     return bands
 
 
-@jit(apart=True)
-def _sample_mean(x, begin, starts, bands, left, channels, base, total, folded):
-    """Let base be the mean of the first bands of a chunk, or of what is left without any."""
+@jit(inline=False)
+def _sample_mean(x, begin, band_starts, bands, left, channels, base, total, folded):
+    """Set base to the mean of the first bands of a chunk, or of its remainder if it has none."""
     n = base.size if bands > 0 else left
     for c in range(channels):
-        base[c] = get(x, U(begin + starts[0] + c))
-    spread(base, channels)
+        base[c] = load(x, U(begin + band_starts[0] + c))
+    repeat_rows(base, channels)
     total[:] = 0
     taken = min(max(bands, 1), max(SAMPLE_BANDS, SAMPLE_ROWS * channels // base.size))
     for i in range(taken):
-        add(x, begin + starts[i], n, base, total)
-    fold(total, channels, folded)
+        add(x, begin + band_starts[i], n, base, total)
+    sum_rows(total, channels, folded)
     for c in range(channels):
         base[c] += F(folded[c] / (taken * n // channels))
-    spread(base, channels)
+    repeat_rows(base, channels)
 
 
-@jit(apart=True)
-def _take_moments(x, begin, starts, bands, left, base, total, squares):
+@jit(inline=False)
+def _take_moments(x, begin, band_starts, bands, left, base, total, squares):
     total[:] = 0
     squares[:] = 0
     q = bands // 4
     for i in range(q):
         add_moments_of_four(
-            x, begin + starts[i], begin + starts[i + q], begin + starts[i + 2 * q],
-            begin + starts[i + 3 * q], base, total, squares,
+            x, begin + band_starts[i], begin + band_starts[i + q], begin + band_starts[i + 2 * q],
+            begin + band_starts[i + 3 * q], base, total, squares,
         )  # fmt: skip
     for i in range(4 * q, bands):
-        add_moments(x, begin + starts[i], base.size, base, total, squares)
-    add_moments(x, begin + starts[bands], left, base, total, squares)
+        add_moments(x, begin + band_starts[i], base.size, base, total, squares)
+    add_moments(x, begin + band_starts[bands], left, base, total, squares)
 
 
-@jit(apart=True)
+@jit(inline=False)
 def _measure(
-    x, mask, mask_at, begin, first, rows, channels, base, total, squares, starts, mean, m2
+    x, mask, mask_at, begin, first, rows, channels, base, total, squares, band_starts, mean, m2
 ):  # fmt: skip
-    """Measure the channels of a chunk that begins at an element and a row; return the count."""
+    """Measure the channels of a chunk; return the count. `begin` is an element, `first` a row."""
     width = base.size
-    bands = _choose(mask, mask_at, first, rows, channels, width, starts)
-    left = rows * channels % width  # less than a band; nothing where bands are rows
+    bands = _choose(mask, mask_at, first, rows, channels, width, band_starts)
+    left = rows * channels % width  # less than a band; 0 if bands are rows
     n = bands * (width // channels) + left // channels
     if n == 0:
         mean[:] = 0.0
         m2[:] = 0.0
         return 0.0
-    # mean and m2 lend their memory to the sums.
-    _sample_mean(x, begin, starts, bands, left, channels, base, total, mean)
+    # The sums use the memory of mean and m2.
+    _sample_mean(x, begin, band_starts, bands, left, channels, base, total, mean)
     for attempt in range(2):
-        _take_moments(x, begin, starts, bands, left, base, total, squares)
-        fold(total, channels, mean)
-        fold(squares, channels, m2)
-        off, share = False, 1.0 / n
+        _take_moments(x, begin, band_starts, bands, left, base, total, squares)
+        sum_rows(total, channels, mean)
+        sum_rows(squares, channels, m2)
+        off, inv_count = False, 1.0 / n
         for c in range(channels):
-            off |= is_off(mean[c], mean[c] * share, m2[c])
+            off |= centre_is_poor(mean[c], mean[c] * inv_count, m2[c])
         if not off or attempt == 1:
             break
         for c in range(channels):
             base[c] += F(mean[c] / n)
-        spread(base, channels)
+        repeat_rows(base, channels)
     for c in range(channels):
         shift = mean[c] / n
         rest = m2[c] - mean[c] * shift
         mean[c] = np.float64(base[c]) + shift
-        m2[c] = rest if not rest < 0 else 0.0  # NaN stays NaN
+        m2[c] = rest if not rest < 0 else 0.0  # keeps NaN
     return float(n)
 
 
-@jit(apart=True)
+@jit(inline=False)
 def _merge_chunk(n, count, means, m2s, at, mean, m2):
-    """Merge one chunk's channels into all before it."""
+    """Merge the channels of one chunk into those of all chunks before it."""
     at = U(at)
     weight, product = n / (count + n), count * (n / (count + n))
     for c in range(mean.size):
@@ -154,12 +160,12 @@ def _merge_chunk(n, count, means, m2s, at, mean, m2):
         m2[c] += m2s[at + U(c)] + delta * delta * product
 
 
-@jit(apart=True)
+@jit(inline=False)
 def _merge(
     x, mask, mask_at, sample, groups, size, positions, epsilon, counts, means, m2s, mean, rstd,
-    share,
+    inv_count,
 ):  # fmt: skip
-    """Merge the chunks of a sample into the numbers of its groups."""
+    """Merge the chunks of a sample into the statistics of its groups."""
     channels = groups * size
     m, v = means[:channels], m2s[:channels]
     count = counts[0]
@@ -179,36 +185,36 @@ def _merge(
         variance = 1.0
         if count > 0:
             variance = group_m2 / (count * size)
-            if not LEAST <= variance <= MOST:
+            if not MIN_VARIANCE <= variance <= MAX_VARIANCE:
                 begin = sample * positions * channels + a
-                _, group_mean, variance = wide(
+                _, group_mean, variance = in_float64(
                     x, begin, positions, channels, size, mask, mask_at, True
                 )
         k = sample * groups + group
         mean[k], rstd[k] = group_mean, inverse_deviation(variance, epsilon)
-        share[k] = 1.0 / (count * size) if count > 0 else 0.0
+        inv_count[k] = 1.0 / (count * size) if count > 0 else 0.0
 
 
-@jit(apart=True)
+@jit(inline=False)
 def _set_tables(sample, groups, size, scale, bias, mean, rstd, centre, factor, term):
-    """Let three tables be what is applied to a sample."""
+    """Fill the tables that normalize a sample."""
     for group in range(groups):
         m, r = mean[sample * groups + group], rstd[sample * groups + group]
         rounded = F(m)
         rest = m - np.float64(rounded)
         for c in range(group * size, (group + 1) * size):
             centre[c] = rounded
-            factor[c] = bounded(r * scale[c])
+            factor[c] = finite_float32(r * scale[c])
             term[c] = F(bias[c] - rest * r * scale[c])
-    spread(centre, groups * size)
-    spread(factor, groups * size)
-    spread(term, groups * size)
+    repeat_rows(centre, groups * size)
+    repeat_rows(factor, groups * size)
+    repeat_rows(term, groups * size)
 
 
 # Kernels ------------------------------------------------------------------------------------------
 
 
-@jit(apart=True)
+@jit(inline=False)
 def _apply_chunk(
     x, y, mask, mask_at, begin, first, rows, channels, centre, factor, term, activation
 ):  # fmt: skip
@@ -223,78 +229,82 @@ def _apply_chunk(
         apply(x, y, a, min(width, end - a), valid, centre, factor, term, activation)
 
 
-# The first two counters are of seats and of chunks that are done. Then come, for each sample, those
-# of the chunks that were taken to be measured, by parts, one of those that were measured and, one
-# more, whether they were merged, and those of the chunks that were taken to be applied, by parts.
-# Threads that work apart use the first of these for samples.
+# The first two counters are of the threads' parts and of finished chunks. Then each sample has the
+# counters of chunks claimed for measuring, one per part; one of measured chunks, plus 1 once they
+# are merged; and those of chunks claimed for normalizing, one per part. If threads process whole
+# samples, the first of these count the claimed samples.
 
 
 @jit()
-def _is_last(team, counter, task, chunks, apart):
-    """Whether all chunks of a sample are measured now, so that they can be merged."""
-    return task == chunks - 1 if apart else finish(team, counter, 1) == chunks
+def _is_last(counters, counter, task, chunks, whole):
+    """Whether all chunks of a sample have been measured, so that they can be merged."""
+    return task == chunks - 1 if whole else finish(counters, counter, 1) == chunks
 
 
 @jit()
-def _part(room, number, length):
+def _slice(array, number, length):
     """Return one of the equal parts of an array."""
-    return room[number * length : (number + 1) * length]
+    return array[number * length : (number + 1) * length]
 
 
-@jit(apart=True)
-def last_forward(
-    x, y, scale, bias, mask, groups, size, positions, samples, rows, width, apart, epsilon,
-    activation, mean, rstd, share, room, starts, tables, parts, team,
+@jit(inline=False)
+def channels_last_forward(
+    x, y, scale, bias, mask, groups, size, positions, samples, rows, width, whole, epsilon,
+    activation, mean, rstd, inv_count, chunk_results, band_starts, tables, parts, counters,
 ):  # fmt: skip
     """Measure and normalize all samples.
 
-    Every thread has tables, (parts, 3, width), and starts, (parts, chunks' bands + 1), of its own.
-    room (1, chunks * (1 + 2 * channels)) is the threads' common ground, for one sample at a time;
-    if each does its samples `apart`, they have a part each.
+    Every thread has its own tables, (parts, 3, width), and band_starts, (parts, bands of a chunk +
+    1). chunk_results, (1, chunks * (1 + 2 * channels)), is shared by all threads, one sample at a
+    time; if each thread processes `whole` samples, every thread has its own, (parts, ...).
     """
     channels = groups * size
     chunks = (positions + rows - 1) // rows
-    seat = take_seat(team, 0, parts)
-    # First of sums, then of what is applied.
+    own_part = claim_part(counters, 0, parts)
+    # Tables of the sums first, then of the factors that are applied.
     one, two, three = (
-        _part(tables, 3 * seat, width), _part(tables, 3 * seat + 1, width),
-        _part(tables, 3 * seat + 2, width),
+        _slice(tables, 3 * own_part, width), _slice(tables, 3 * own_part + 1, width),
+        _slice(tables, 3 * own_part + 2, width),
     )  # fmt: skip
-    starts = _part(starts, seat, starts.size // parts)
-    ground = _part(room, seat if apart else 0, chunks * (1 + 2 * channels))
-    counts, moments = ground[:chunks], ground[chunks:]
-    means, m2s = _part(moments, 0, chunks * channels), _part(moments, 1, chunks * channels)
+    band_starts = _slice(band_starts, own_part, band_starts.size // parts)
+    buffer = _slice(chunk_results, own_part if whole else 0, chunks * (1 + 2 * channels))
+    counts, moments = buffer[:chunks], buffer[chunks:]
+    means, m2s = _slice(moments, 0, chunks * channels), _slice(moments, 1, chunks * channels)
     for turn in range(samples):
-        sample = take_task(team, 2, parts, samples, seat) if apart else turn
+        sample = claim_task(counters, 2, parts, samples, own_part) if whole else turn
         if sample < 0:
             break
         counter = 2 + turn * (2 * parts + 1)
         mask_at, begin = mask_begins(mask, sample, positions), sample * positions * channels
         for task in range(chunks):
-            chunk = task if apart else take_task(team, counter, parts, chunks, seat)
+            chunk = task if whole else claim_task(counters, counter, parts, chunks, own_part)
             if chunk < 0:
                 break
             first = chunk * rows
             counts[chunk] = _measure(
                 x, mask, mask_at, begin + first * channels, first, min(rows, positions - first),
-                channels, one, two, three, starts, _part(means, chunk, channels),
-                _part(m2s, chunk, channels),
+                channels, one, two, three, band_starts, _slice(means, chunk, channels),
+                _slice(m2s, chunk, channels),
             )  # fmt: skip
-            if _is_last(team, counter + parts, task, chunks, apart):
+            if _is_last(counters, counter + parts, task, chunks, whole):
                 _merge(
                     x, mask, mask_at, sample, groups, size, positions, epsilon, counts, means, m2s,
-                    mean, rstd, share,
+                    mean, rstd, inv_count,
                 )  # fmt: skip
-                if not apart:
-                    finish(team, counter + parts, 1)
-        if not apart:
-            wait(team, counter + parts, chunks + 1)
+                if not whole:
+                    finish(counters, counter + parts, 1)
+        if not whole:
+            wait(counters, counter + parts, chunks + 1)
         ready = False
         for task in range(chunks):
-            chunk = task if apart else take_task(team, counter + parts + 1, parts, chunks, seat)
+            chunk = (
+                task
+                if whole
+                else claim_task(counters, counter + parts + 1, parts, chunks, own_part)
+            )
             if chunk < 0:
                 break
-            if not ready:  # not before: who comes too late may find only its own memory
+            if not ready:  # only now: a late thread may find the shared buffers freed
                 _set_tables(sample, groups, size, scale, bias, mean, rstd, one, two, three)
                 ready = True
             first = chunk * rows
@@ -302,16 +312,16 @@ def last_forward(
                 x, y, mask, mask_at, begin + first * channels, first, min(rows, positions - first),
                 channels, one, two, three, activation,
             )  # fmt: skip
-            finish(team, 1, 1)
-    wait(team, 1, samples * chunks)
+            finish(counters, 1, 1)
+    wait(counters, 1, samples * chunks)
 
 
-@jit(apart=True)
+@jit(inline=False)
 def _sum_products(
     x, dy, mask, mask_at, begin, first, rows, channels, centre, factor, term, activation,
     total, weighted, sums, weighted_sums,
 ):  # fmt: skip
-    """Sum dy and dy * (x - centre) of each channel of a chunk, in float64 at last."""
+    """Sum g and g * (x - centre) over each channel of a chunk; rows are added in float64."""
     width = centre.size
     step, at, end = width // channels, begin, begin + rows * channels
     total[:] = 0
@@ -329,16 +339,16 @@ def _sum_products(
         add_products(
             x, dy, a, min(width, end - a), valid, centre, factor, term, activation, total, weighted
         )
-    fold(total, channels, sums)
-    fold(weighted, channels, weighted_sums)
+    sum_rows(total, channels, sums)
+    sum_rows(weighted, channels, weighted_sums)
 
 
-@jit(apart=True)
+@jit(inline=False)
 def _merge_backward(
-    scale, sample, groups, size, chunks, mean, rstd, share, sums, weighted_sums, sum_dy,
-    sum_dy_xhat, pulls,
+    scale, sample, groups, size, chunks, mean, rstd, inv_count, sums, weighted_sums, sum_dy,
+    sum_dy_xhat, group_means,
 ):  # fmt: skip
-    """Merge the chunks of a sample into its sums, and the means of two of them by groups."""
+    """Merge the chunks of a sample into its sums, and these into means over each group."""
     channels = groups * size
     sum_dy[:] = 0.0
     sum_dy_xhat[:] = 0.0
@@ -353,31 +363,31 @@ def _merge_backward(
         p, q = 0.0, 0.0
         for c in range(group * size, (group + 1) * size):
             sum_dy_xhat[c] = (sum_dy_xhat[c] - rest * sum_dy[c]) * rstd[k]
-            p += scale[c] * sum_dy[c] * share[k]
-            q += scale[c] * sum_dy_xhat[c] * share[k]
-        pulls[2 * group], pulls[2 * group + 1] = p, q
+            p += scale[c] * sum_dy[c] * inv_count[k]
+            q += scale[c] * sum_dy_xhat[c] * inv_count[k]
+        group_means[2 * group], group_means[2 * group + 1] = p, q
 
 
-@jit(apart=True)
-def _set_pulling_tables(sample, groups, size, mean, rstd, pulls, rstds, slope, offset):
-    """Let three tables be what dx needs: (p + xhat * q) * rstd.
+@jit(inline=False)
+def _set_gradient_tables(sample, groups, size, mean, rstd, group_means, rstds, slope, offset):
+    """Fill the tables that compute (p + xhat * q) * rstd for dx.
 
-    Where xhat is (x - centre - rest) * rstd.
+    There xhat is (x - centre - rest) * rstd.
     """
     for group in range(groups):
         m, r = mean[sample * groups + group], rstd[sample * groups + group]
-        rest, p, q = m - np.float64(F(m)), pulls[2 * group], pulls[2 * group + 1]
+        rest, p, q = m - np.float64(F(m)), group_means[2 * group], group_means[2 * group + 1]
         for c in range(group * size, (group + 1) * size):
-            rstds[c] = bounded(r)
-            slope[c] = bounded(r * q)
-            offset[c] = bounded(r * (p - rest * r * q))
-    spread(rstds, groups * size)
-    spread(slope, groups * size)
-    spread(offset, groups * size)
+            rstds[c] = finite_float32(r)
+            slope[c] = finite_float32(r * q)
+            offset[c] = finite_float32(r * (p - rest * r * q))
+    repeat_rows(rstds, groups * size)
+    repeat_rows(slope, groups * size)
+    repeat_rows(offset, groups * size)
 
 
-@jit(apart=True)
-def _pull_back_chunk(
+@jit(inline=False)
+def _write_gradient_chunk(
     x, dy, dx, mask, mask_at, begin, first, rows, channels, centre, factor, term, activation,
     rstd, slope, offset,
 ):  # fmt: skip
@@ -385,48 +395,50 @@ def _pull_back_chunk(
     if mask is None:
         half = rows * channels // (2 * width) * width
         for a in range(begin, begin + half, width):
-            pull_back_two(
+            input_gradient_of_two(
                 x, dy, dx, a, a + half, centre, factor, term, rstd, slope, offset, activation
             )
         at += 2 * half
     for a in range(at, end, width):
         n = min(width, end - a)
         if _is_valid(mask, mask_at, first + (a - begin) // channels):
-            pull_back(x, dy, dx, a, n, centre, factor, term, rstd, slope, offset, activation)
+            input_gradient(x, dy, dx, a, n, centre, factor, term, rstd, slope, offset, activation)
         else:
-            pull_back_invalid(x, dy, dx, a, n, centre, factor, term, activation)
+            input_gradient_of_invalid(x, dy, dx, a, n, centre, factor, term, activation)
 
 
-@jit(apart=True)
-def last_backward(
-    x, dx, scale, bias, mask, groups, size, positions, samples, rows, width, apart, activation,
-    mean, rstd, share, dy, sums, batches, dscale, dbias, room, pulls, tables, parts, team,
+@jit(inline=False)
+def channels_last_backward(
+    x, dx, scale, bias, mask, groups, size, positions, samples, rows, width, whole, activation,
+    mean, rstd, inv_count, dy, sums, batches, dscale, dbias, chunk_results, group_means, tables,
+    parts, counters,
 ):  # fmt: skip
-    """Pull dy back through all samples.
+    """Compute dx, dscale and dbias.
 
-    sums (2, N, channels) gets those over positions of dy and of dy * xhat, in float64; dscale and
-    dbias (batches, channels) get what they sum up to. pulls is (N, groups, 2). Every thread has
-    tables, (parts, 6, width), of its own; of room (1, 2 * chunks * channels) they have a part each
-    if `apart`, as in `last_forward`.
+    sums (2, N, channels) receives the sums over positions of dy and of dy * xhat, in float64;
+    dscale and dbias (batches, channels) receive their sums over the samples of each batch.
+    group_means is (N, groups, 2). Every thread has its own tables, (parts, 6, width).
+    chunk_results, (1, 2 * chunks * channels), is shared or one per thread, as in
+    `channels_last_forward`.
     """
     channels = groups * size
     chunks = (positions + rows - 1) // rows
-    seat = take_seat(team, 0, parts)
-    own = _part(tables, seat, 6 * width)
-    centre, factor, term = _part(own, 0, width), _part(own, 1, width), _part(own, 2, width)
-    # First of sums, then of what is applied.
-    one, two, three = _part(own, 3, width), _part(own, 4, width), _part(own, 5, width)
-    ground = _part(room, seat if apart else 0, 2 * chunks * channels)
-    products, weighted = _part(ground, 0, chunks * channels), _part(ground, 1, chunks * channels)
+    own_part = claim_part(counters, 0, parts)
+    own = _slice(tables, own_part, 6 * width)
+    centre, factor, term = _slice(own, 0, width), _slice(own, 1, width), _slice(own, 2, width)
+    # Tables of the sums first, then of the factors that are applied.
+    one, two, three = _slice(own, 3, width), _slice(own, 4, width), _slice(own, 5, width)
+    buffer = _slice(chunk_results, own_part if whole else 0, 2 * chunks * channels)
+    products, weighted = _slice(buffer, 0, chunks * channels), _slice(buffer, 1, chunks * channels)
     for turn in range(samples):
-        sample = take_task(team, 2, parts, samples, seat) if apart else turn
+        sample = claim_task(counters, 2, parts, samples, own_part) if whole else turn
         if sample < 0:
             break
         counter = 2 + turn * (2 * parts + 1)
         mask_at, begin = mask_begins(mask, sample, positions), sample * positions * channels
         ready = False
         for task in range(chunks):
-            chunk = task if apart else take_task(team, counter, parts, chunks, seat)
+            chunk = task if whole else claim_task(counters, counter, parts, chunks, own_part)
             if chunk < 0:
                 break
             if not ready:
@@ -436,39 +448,43 @@ def last_backward(
             _sum_products(
                 x, dy, mask, mask_at, begin + first * channels, first,
                 min(rows, positions - first), channels, centre, factor, term, activation, one, two,
-                _part(products, chunk, channels), _part(weighted, chunk, channels),
+                _slice(products, chunk, channels), _slice(weighted, chunk, channels),
             )  # fmt: skip
-            if _is_last(team, counter + parts, task, chunks, apart):
+            if _is_last(counters, counter + parts, task, chunks, whole):
                 _merge_backward(
-                    scale, sample, groups, size, chunks, mean, rstd, share, products, weighted,
-                    _part(sums, sample, channels), _part(sums, samples + sample, channels),
-                    _part(pulls, sample, 2 * groups),
+                    scale, sample, groups, size, chunks, mean, rstd, inv_count, products, weighted,
+                    _slice(sums, sample, channels), _slice(sums, samples + sample, channels),
+                    _slice(group_means, sample, 2 * groups),
                 )  # fmt: skip
-                if not apart:
-                    finish(team, counter + parts, 1)
-        if not apart:
-            wait(team, counter + parts, chunks + 1)
-        pulling = False
+                if not whole:
+                    finish(counters, counter + parts, 1)
+        if not whole:
+            wait(counters, counter + parts, chunks + 1)
+        gradient_ready = False
         for task in range(chunks):
-            chunk = task if apart else take_task(team, counter + parts + 1, parts, chunks, seat)
+            chunk = (
+                task
+                if whole
+                else claim_task(counters, counter + parts + 1, parts, chunks, own_part)
+            )
             if chunk < 0:
                 break
             if not ready:
                 _set_tables(sample, groups, size, scale, bias, mean, rstd, centre, factor, term)
                 ready = True
-            if not pulling:
-                _set_pulling_tables(
-                    sample, groups, size, mean, rstd, _part(pulls, sample, 2 * groups), one, two,
-                    three,
+            if not gradient_ready:
+                _set_gradient_tables(
+                    sample, groups, size, mean, rstd, _slice(group_means, sample, 2 * groups), one,
+                    two, three,
                 )  # fmt: skip
-                pulling = True
+                gradient_ready = True
             first = chunk * rows
-            _pull_back_chunk(
+            _write_gradient_chunk(
                 x, dy, dx, mask, mask_at, begin + first * channels, first,
                 min(rows, positions - first), channels, centre, factor, term, activation,
                 one, two, three,
             )  # fmt: skip
-            if finish(team, 1, 1) == samples * chunks:
+            if finish(counters, 1, 1) == samples * chunks:
                 sum_samples(sums, samples, batches, channels, dscale, dbias)
-                finish(team, 1, 1)
-    wait(team, 1, samples * chunks + 1)
+                finish(counters, 1, 1)
+    wait(counters, 1, samples * chunks + 1)

@@ -1,8 +1,8 @@
-"""Numbers as the kernels for CPUs read, compute and write them, compiled by numba.
+"""Elements of arrays and activations, compiled by numba: loading, computing and storing.
 
-Elements are float32, or halves by their bits, of which the dtype says what they are: float16 comes
-as uint16, bfloat16 as int16. `get` and `put` convert in the registers, so no row is ever widened in
-memory; all between them is float32, in code that LLVM turns into vectors.
+Elements are float32, or the bits of a half, in integers whose dtype identifies the format: uint16
+is float16, int16 is bfloat16. `load` and `store` convert in registers, so no row is ever widened in
+memory; everything in between is float32, in code that LLVM vectorizes.
 """
 
 import platform
@@ -13,38 +13,38 @@ from llvmlite import binding, ir
 from numba import types
 from numba.extending import intrinsic, overload, register_jitable
 
-from groupnorm.portable.activations import ERFC_SERIES
+from groupnorm.backends.kernels.erfc import ERFC_POWERS
 
 __all__ = [
     "MAPS",
     "SUMS",
     "activated",
-    "get",
+    "activation_vjp",
+    "clamp_masked",
     "has_float16",
     "jit",
-    "pulled_back",
-    "put",
-    "put_gradient",
-    "tame",
+    "load",
+    "store",
+    "store_gradient",
 ]
 
-# What LLVM may assume of a loop that sums: any order, so that sums can be vectors; it depends on
-# nothing but the length. Nothing assumes that there is no NaN.
+# Fast-math flags. Loops that sum may be reordered, so that LLVM can vectorize them; the order
+# depends on the length alone. No flag assumes the absence of NaN.
 SUMS = {"reassoc", "contract", "nsz"}
 MAPS = {"contract", "nsz"}
 
 F = np.float32
 
 
-def jit(flags=MAPS, apart=False):
-    """Compile as part of the entries that use it, which are what is kept on disk.
+def jit(flags=MAPS, inline=True):
+    """Compile as part of the entry points that use it; only these are cached on disk.
 
-    Inline, unless it is to stay apart: arrays are structs that calls put on the stack, which takes
-    longer than a short loop. What runs rarely stays apart, for it would be compiled many times.
+    Inline by default: arrays are structs that calls put on the stack, which takes longer than a
+    short loop. Rarely executed code is not inlined, to avoid compiling it repeatedly.
     """
     return numba.njit(
         nogil=True, fastmath=flags, error_model="numpy", boundscheck=False,
-        forceinline=not apart, no_cpython_wrapper=True, no_cfunc_wrapper=True,
+        forceinline=inline, no_cpython_wrapper=True, no_cfunc_wrapper=True,
     )  # fmt: skip
 
 
@@ -52,14 +52,14 @@ def jit(flags=MAPS, apart=False):
 
 
 def has_float16() -> bool:
-    """Whether this CPU converts float16; without it LLVM calls functions numba does not have."""
+    """Whether this CPU converts float16; if not, LLVM would call functions that numba lacks."""
     if platform.machine().lower() in ("x86_64", "amd64"):
         return bool(binding.get_host_cpu_features().get("f16c", False))
     return platform.machine().lower() in ("arm64", "aarch64")
 
 
 def _has_bfloat16():
-    """Whether this CPU rounds to bfloat16; for vectors of all lengths, that is."""
+    """Whether this CPU has instructions that round vectors of every length to bfloat16."""
     features = binding.get_host_cpu_features()
     return features.get("avx512bf16", False) and features.get("avx512vl", False)
 
@@ -92,7 +92,7 @@ def _from_bfloat16(typing_context, bits):
 
 
 class _BFloatType(ir.types._BaseFloatType):
-    """LLVM's bfloat16, which llvmlite has no name for."""
+    """LLVM's bfloat16 type, which llvmlite does not define."""
 
     null = "0.0"
     intrinsic_name = "bf16"
@@ -109,7 +109,7 @@ def _to_bfloat16(typing_context, value):
     """Round to nearest, ties to even; a NaN stays one, whatever its payload."""
 
     def code(context, builder, signature, arguments):
-        # In LLVM's terms, because numba would count in 64 bits.
+        # Written as LLVM IR, because numba would compute in 64 bits.
         word = ir.IntType(32)
         bits = builder.bitcast(arguments[0], word)
         high = builder.lshr(bits, word(16))
@@ -125,7 +125,7 @@ def _to_bfloat16(typing_context, value):
 
 @intrinsic
 def _to_bfloat16_by_instruction(typing_context, value):
-    """As `_to_bfloat16`, but that numbers below the smallest normal one, 1e-38, become 0."""
+    """As `_to_bfloat16`, except that subnormal values (below 1e-38) become 0."""
 
     def code(context, builder, signature, arguments):
         half = builder.fptrunc(arguments[0], _BFloatType())
@@ -148,8 +148,8 @@ def _get_overload(x, i):
 
 
 @register_jitable
-def get(x, i):
-    """Return an element in float32."""
+def load(x, i):
+    """Load an element as float32."""
     return _get(x, i)
 
 
@@ -182,39 +182,38 @@ overload(_put_gradient)(_putting(_to_bfloat16_by_instruction if _has_bfloat16() 
 
 
 @register_jitable
-def put(y, i, value):
-    """Write float32 as an element."""
+def store(y, i, value):
+    """Store a float32 value as an element."""
     _put(y, i, value)
 
 
 @register_jitable
-def put_gradient(y, i, value):
-    """As `put`, for loops that do more.
+def store_gradient(y, i, value):
+    """As `store`, for loops with longer bodies.
 
-    In them LLVM makes good vectors of the instruction for bfloat16, which saves a quarter of the
-    time; in short ones vectors of four, which cost as much.
+    There LLVM vectorizes the bfloat16 instruction well, which saves a quarter of the time; in short
+    loops it makes vectors of four, which save nothing.
     """
     _put_gradient(y, i, value)
 
 
 @jit()
-def tame(value):
-    """Bring what is masked out to a finite number, which no product spoils; NaN and inf to 0."""
-    # Of a NaN no comparison holds; inf - inf is one.
+def clamp_masked(value):
+    """Clamp a masked-out value so that products stay finite; map NaN and inf to 0."""
+    # value - value is NaN for NaN and inf, and comparisons with NaN are false.
     bounded = min(max(value, F(-5e33)), F(5e33))
     return bounded if value - value == 0 else F(0)
 
 
 # Activations --------------------------------------------------------------------------------------
 #
-# Which one it is must be known when a loop is compiled, or the loop does not become vectors. The
-# length of a tuple is part of its type, so that says it: () none, (0,) relu, (0, 0) silu,
-# (0, 0, 0) gelu.
+# The activation must be known when a loop is compiled, or LLVM does not vectorize the loop. A tuple
+# passes it, since its length is part of its type: () none, (0,) relu, (0, 0) silu, (0, 0, 0) gelu.
 
 
 @intrinsic
 def _times_power_of_two(typing_context, value, shifted):
-    """Value * 2**n, with n in the lowest bits of a float; adds to the exponent."""
+    """Value * 2**n, by adding n, the lowest bits of `shifted`, to the exponent."""
 
     def code(context, builder, signature, arguments):
         word = ir.IntType(32)
@@ -226,12 +225,12 @@ def _times_power_of_two(typing_context, value, shifted):
 
 @jit()
 def _exp(x):
-    """Exp of what is brought between -87 and 87, within 1e-7 and x * 3e-8, relatively.
+    """Exp of x clamped to [-87, 87], with a relative error of at most 1e-7 + |x| * 3e-8.
 
-    Cephes' polynomial after one step of Cody and Waite's reduction.
+    The polynomial of Cephes, after one step of Cody-Waite reduction.
     """
     x = min(max(x, F(-87)), F(87))
-    # Adding 1.5 * 2**23 rounds to an integer, and leaves it in the lowest bits.
+    # Adding 1.5 * 2**23 rounds to an integer, which is then in the lowest bits.
     shifted = x * F(1.44269504088896341) + F(12582912)
     r = x - (shifted - F(12582912)) * F(0.69314718056)
     p = F(1.9875691500e-4)
@@ -249,17 +248,12 @@ def _sigmoid(x):
     return F(1) / (F(1) + _exp(-x))
 
 
-# The first twelve are enough for float32; in powers, since that is a third of the operations.
-_P = tuple(
-    np.float32(c)
-    for c in np.polynomial.chebyshev.cheb2poly([0.5 * ERFC_SERIES[0], *ERFC_SERIES[1:12]])
-)
-_P0, _P1, _P2, _P3, _P4, _P5, _P6, _P7, _P8, _P9, _P10, _P11 = _P
+_P0, _P1, _P2, _P3, _P4, _P5, _P6, _P7, _P8, _P9, _P10, _P11 = map(np.float32, ERFC_POWERS)
 
 
 @jit()
 def _normal_cdf(z, bell):
-    """The normal distribution's function; `bell` is exp(-z**2 / 2)."""
+    """The standard normal CDF; `bell` is exp(-z**2 / 2)."""
     t = F(2) / (F(2) + abs(z) * F(0.70710678118654752))
     u = F(2) * t - F(1)
     p = _P11
@@ -302,12 +296,12 @@ def activated(z, activation):
     return _activated(z, activation)
 
 
-def _pulled_back(z, dy, activation):
+def _activation_vjp(z, dy, activation):
     raise NotImplementedError
 
 
-@overload(_pulled_back)
-def _pulled_back_overload(z, dy, activation):
+@overload(_activation_vjp)
+def _activation_vjp_overload(z, dy, activation):
     def relu(z, dy, activation):
         return dy if z > 0 else F(0)
 
@@ -317,13 +311,13 @@ def _pulled_back_overload(z, dy, activation):
 
     def gelu(z, dy, activation):
         bell = _exp(F(-0.5) * z * z)
-        near = min(max(z, F(-40)), F(40))  # inf * 0 is none; there the product is 0
+        near = min(max(z, F(-40)), F(40))  # avoids inf * 0; beyond 40 the product is 0
         return dy * (_normal_cdf(z, bell) + near * bell * F(0.39894228040143268))
 
     return (lambda z, dy, activation: dy, relu, silu, gelu)[len(activation)]
 
 
 @register_jitable
-def pulled_back(z, dy, activation):
-    """Pull dy back through the activation at z."""
-    return _pulled_back(z, dy, activation)
+def activation_vjp(z, dy, activation):
+    """Multiply dy by the derivative of the activation at z."""
+    return _activation_vjp(z, dy, activation)

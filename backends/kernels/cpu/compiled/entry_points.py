@@ -1,10 +1,12 @@
-"""Entries to the kernels for CPUs: functions of C's kind that take the address of a frame.
+"""Entry points of the CPU kernels: C functions that take the address of an argument block.
 
-One is compiled for each `Variant` that is called for, and kept on disk for later processes. See
-`groupnorm.backends.kernels.cpu.call_frame` for what a frame holds.
+One is compiled for each `Variant` that is used, and cached on disk for later processes. See
+`groupnorm.backends.kernels.cpu.call_frame` for the contents of an argument block.
 """
 
+import ast
 import hashlib
+import sys
 from pathlib import Path
 
 import numba
@@ -15,29 +17,77 @@ from numba.core.caching import FunctionCache
 from numba.extending import intrinsic, models, overload, register_model
 
 from groupnorm.backends.kernels.cpu import call_frame as frames
-from groupnorm.backends.kernels.cpu import huge_pages as pages
-from groupnorm.backends.kernels.cpu.compiled.channels_first import first_backward, first_forward
-from groupnorm.backends.kernels.cpu.compiled.channels_last import last_backward, last_forward
+from groupnorm.backends.kernels.cpu.compiled.channels_first import (
+    channels_first_backward,
+    channels_first_forward,
+)
+from groupnorm.backends.kernels.cpu.compiled.channels_last import (
+    channels_last_backward,
+    channels_last_forward,
+)
 from groupnorm.backends.kernels.cpu.compiled.elements import jit
-from groupnorm.portable import activations
 
 __all__ = ["Variant", "address_of", "compiled", "run", "word"]
 
 _ELEMENTS = {"float32": types.float32, "float16": types.uint16, "bfloat16": types.int16}
 
 
+def _file(module: str) -> Path | None:
+    """Return the file of a module of groupnorm; None if there is no such module."""
+    _, *parts = module.split(".")
+    path = Path(str(sys.modules["groupnorm"].__file__)).resolve().parent.joinpath(*parts)
+    files = (path.with_name(f"{path.name}.py"), path / "__init__.py")
+    return next((file.resolve() for file in files if parts and file.is_file()), None)
+
+
+def _imports(path: Path) -> set[Path]:
+    """Return the files of the groupnorm modules that a file imports at module level.
+
+    Imports under `if TYPE_CHECKING` are excluded: they are not compiled in.
+    """
+    found = set()
+    for node in ast.parse(path.read_bytes()).body:
+        if isinstance(node, ast.Import):
+            names = [(alias.name,) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            # The name may be a module of a package, or an object of a module.
+            names = [(f"{node.module}.{alias.name}", node.module) for alias in node.names]
+        else:
+            continue
+        for candidates in names:
+            files = (_file(name) for name in candidates if name.startswith("groupnorm."))
+            found |= {next((file for file in files if file is not None), None)}
+    return found - {None}
+
+
+def _sources() -> list[Path]:
+    """Return the files of this package and, recursively, those they import from groupnorm.
+
+    Following imports, no file is missed when one is added or moved.
+    """
+    own = Path(__file__).resolve()
+    found, waiting = set(), set(own.parent.glob("*.py"))
+    while waiting:
+        path = waiting.pop()
+        found.add(path)
+        waiting |= _imports(path) - found
+    if own not in found:
+        raise RuntimeError(
+            f"the source of the kernels, which their cache is keyed by, is not {own}"
+        )
+    return sorted(found)
+
+
 def _digest() -> str:
-    """Return what changes when any of the kernels does: what was compiled before is void then."""
-    sources = sorted(Path(__file__).parent.glob("*.py"))
-    sources += [Path(m.__file__) for m in (frames, pages, activations)]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    """Return a hash of the kernels' sources: a change invalidates what was compiled before."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in _sources())).hexdigest()[:16]
 
 
 _DIGEST = _digest()
 
 
 class Variant(types.Type):
-    """The address of a frame, and by its type what must be known when the kernel is compiled."""
+    """The address of an argument block; the type carries what a kernel is specialized for."""
 
     def __init__(self, kernel, x="", y="", dy="", masked=False, activation=0):
         self.kernel, self.x, self.y, self.dy = kernel, x, y, dy
@@ -49,12 +99,12 @@ class Variant(types.Type):
 register_model(Variant)(models.OpaqueModel)
 
 
-# Reading a frame ----------------------------------------------------------------------------------
+# Reading an argument block ------------------------------------------------------------------------
 
 
 @intrinsic
 def address_of(typing_context, call):
-    """Return the frame's address as a number."""
+    """Return the argument block's address as an integer."""
 
     def code(context, builder, signature, arguments):
         return builder.ptrtoint(arguments[0], ir.IntType(64))
@@ -72,7 +122,7 @@ def _load(typing_context, address):
 
 @jit()
 def word(address, index):
-    """Read one of the words that begin at an address."""
+    """Read the word with this index, counted from an address."""
     return _load(address + 8 * index)
 
 
@@ -108,7 +158,7 @@ _int64 = _pointer_to(lambda _: types.int64)
 
 @intrinsic
 def _activation(typing_context, call):
-    """Return the tuple whose length says which activation is meant."""
+    """Return the tuple whose length identifies the activation; see `elements`."""
     kind = types.UniTuple(types.int64, call.activation) if call.activation else types.Tuple(())
 
     def code(context, builder, signature, arguments):
@@ -128,9 +178,9 @@ def _mask_overload(call, address, length):
     return lambda call, address, length: None
 
 
-# Running it ---------------------------------------------------------------------------------------
+# Running a kernel ---------------------------------------------------------------------------------
 
-# Each returns what kernels take next to each other, in their order.
+# Each function returns consecutive arguments of the kernels, in their order.
 
 
 @jit()
@@ -148,17 +198,17 @@ def _operands(call, at):
 
 
 @jit()
-def _ways(at):
-    """Return samples, rows, width and whether threads work apart: for channels last."""
+def _chunking(at):
+    """Return samples, rows, width and whether threads process whole samples: channels last."""
     return (
         word(at, frames.SAMPLES), word(at, frames.ROWS), word(at, frames.WIDTH),
-        word(at, frames.APARTNESS) != 0,
+        word(at, frames.WHOLE_SAMPLES) != 0,
     )  # fmt: skip
 
 
 @jit()
-def _numbers(call, at):
-    """Return mean, rstd and share."""
+def _statistics(call, at):
+    """Return mean, rstd and 1 / count."""
     n = word(at, frames.SAMPLES) * word(at, frames.GROUPS)
     saved = numba.carray(_float64(call, word(at, frames.SAVED)), (3 * n,))
     return saved[:n], saved[n : 2 * n], saved[2 * n :]
@@ -166,7 +216,7 @@ def _numbers(call, at):
 
 @jit()
 def _gradients(call, at):
-    """Return dy, room for sums, the number of batches and the gradients of scale and bias."""
+    """Return dy, the sums, the number of batches, and the gradients of scale and bias."""
     channels, batches = word(at, frames.GROUPS) * word(at, frames.SIZE), word(at, frames.BATCHES)
     sums = 2 * word(at, frames.SAMPLES) * channels
     return (
@@ -179,7 +229,7 @@ def _gradients(call, at):
 
 
 @jit()
-def _team(call, at):
+def _counters(call, at):
     """Return the number of parts, and the counters."""
     counters = word(at, frames.COUNTERS) * frames.LINE
     return word(at, frames.PARTS), numba.carray(_int64(call, at + 8 * frames.HEAD), (counters,))
@@ -187,52 +237,52 @@ def _team(call, at):
 
 @jit()
 def _scratch(call, at):
-    """Return room, pulls, starts and tables, of which no kernel takes all."""
-    room, pulls = word(at, frames.ROOM), word(at, frames.PULLS)
-    starts, tables = word(at, frames.STARTS), word(at, frames.TABLES)
+    """Return the parts of the scratch buffer; no kernel uses all of them."""
+    chunk_results, group_means = word(at, frames.CHUNK_RESULTS), word(at, frames.GROUP_MEANS)
+    band_starts, tables = word(at, frames.BAND_STARTS), word(at, frames.TABLES)
     a = word(at, frames.SCRATCH)
-    b = a + 8 * room
-    c = b + 8 * pulls
-    d = (c + 8 * starts + 63) // 64 * 64
+    b = a + 8 * chunk_results
+    c = b + 8 * group_means
+    d = (c + 8 * band_starts + 63) // 64 * 64
     return (
-        numba.carray(_float64(call, a), (room,)),
-        numba.carray(_float64(call, b), (pulls,)),
-        numba.carray(_int64(call, c), (starts,)),
+        numba.carray(_float64(call, a), (chunk_results,)),
+        numba.carray(_float64(call, b), (group_means,)),
+        numba.carray(_int64(call, c), (band_starts,)),
         numba.carray(_float32(call, d), (tables,)),
     )
 
 
-def _first_forward(call):
+def _channels_first_forward(call):
     at = address_of(call)
-    first_forward(
+    channels_first_forward(
         *_operands(call, at), _float(word(at, frames.EPSILON)), _activation(call),
-        *_numbers(call, at), *_team(call, at),
+        *_statistics(call, at), *_counters(call, at),
     )  # fmt: skip
 
 
-def _first_backward(call):
+def _channels_first_backward(call):
     at = address_of(call)
-    first_backward(
-        *_operands(call, at), _activation(call), *_numbers(call, at), *_gradients(call, at),
-        *_team(call, at),
+    channels_first_backward(
+        *_operands(call, at), _activation(call), *_statistics(call, at), *_gradients(call, at),
+        *_counters(call, at),
     )  # fmt: skip
 
 
-def _last_forward(call):
+def _channels_last_forward(call):
     at = address_of(call)
-    room, _, starts, tables = _scratch(call, at)
-    last_forward(
-        *_operands(call, at), *_ways(at), _float(word(at, frames.EPSILON)), _activation(call),
-        *_numbers(call, at), room, starts, tables, *_team(call, at),
+    chunk_results, _, band_starts, tables = _scratch(call, at)
+    channels_last_forward(
+        *_operands(call, at), *_chunking(at), _float(word(at, frames.EPSILON)), _activation(call),
+        *_statistics(call, at), chunk_results, band_starts, tables, *_counters(call, at),
     )  # fmt: skip
 
 
-def _last_backward(call):
+def _channels_last_backward(call):
     at = address_of(call)
-    room, pulls, _, tables = _scratch(call, at)
-    last_backward(
-        *_operands(call, at), *_ways(at), _activation(call), *_numbers(call, at),
-        *_gradients(call, at), room, pulls, tables, *_team(call, at),
+    chunk_results, group_means, _, tables = _scratch(call, at)
+    channels_last_backward(
+        *_operands(call, at), *_chunking(at), _activation(call), *_statistics(call, at),
+        *_gradients(call, at), chunk_results, group_means, tables, *_counters(call, at),
     )  # fmt: skip
 
 
@@ -242,21 +292,26 @@ def _run(call):
 
 @overload(_run)
 def _run_overload(call):
-    bodies = (_first_forward, _first_backward, _last_forward, _last_backward)
+    bodies = (
+        _channels_first_forward,
+        _channels_first_backward,
+        _channels_last_forward,
+        _channels_last_backward,
+    )
     return dict(zip(frames.KERNELS, bodies, strict=True))[call.kernel]
 
 
 def run(call):
-    """Do a thread's share of a call, and return when all of it is done."""
+    """Process tasks of a call until none is left; return when all are finished."""
     _run(call)
 
 
-# Raises RuntimeError where numba finds nowhere to keep what it compiles.
+# Raises RuntimeError if numba finds no writable cache directory.
 FunctionCache(run)
 
 
 def compiled(variant, function=run, result=types.void):
-    """Compile a function of frames, or load it: numba's object, which has its address."""
+    """Compile or load a function of argument blocks; return numba's object, with its address."""
     return numba.cfunc(
         result(variant), cache=True, error_model="numpy", boundscheck=False, nogil=True
     )(function)

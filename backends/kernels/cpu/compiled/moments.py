@@ -1,63 +1,62 @@
-"""What both layouts share: merging measured blocks, wide numbers, what is made of a variance."""
+"""Statistics for both layouts: merging blocks, the float64 fallback, 1 / standard deviation."""
 
 import math
 
 import numpy as np
 
-from groupnorm.backends.kernels.cpu.compiled.elements import get, jit
+from groupnorm.backends.kernels.cpu.compiled.elements import jit, load
 
 __all__ = [
-    "LEAST",
-    "MOST",
-    "bounded",
+    "MAX_VARIANCE",
+    "MIN_VARIANCE",
+    "centre_is_poor",
+    "finite_float32",
+    "in_float64",
     "inverse_deviation",
-    "is_off",
     "mask_begins",
     "merged",
     "sum_samples",
-    "wide",
 ]
 
-# A variance outside of these may have come of squares that left float32's range.
-LEAST, MOST = 1e-30, 1e30
+# A variance outside this range may come from squares that over- or underflowed in float32.
+MIN_VARIANCE, MAX_VARIANCE = 1e-30, 1e30
 
 
 @jit()
 def mask_begins(mask, sample, positions):
-    """Return where a sample's mask begins in all that are given; it may be one for all samples."""
+    """Return the offset of a sample's mask; all samples may have the same one."""
     return 0 if mask is None or mask.size == positions else sample * positions
 
 
 @jit()
-def is_off(total, mean, squares):
-    """Whether the centre of moments lies more than two deviations from the mean.
+def centre_is_poor(total, mean, squares):
+    """Whether moments were taken about a centre more than two standard deviations from the mean.
 
-    Of the deviations from that centre these are the sum, the mean, and the sum of squares.
-
-    Then what is left of `squares` when the centre's distance is taken out has lost digits, and they
-    are to be taken again around the mean.
+    The arguments are the sum, the mean and the sum of squares of the deviations from that centre.
+    Then subtracting the centre's distance from `squares` cancels digits, and the moments must be
+    taken again about the mean.
     """
     return total * mean > 0.8 * squares
 
 
 @jit()
 def merged(count, mean, m2, n, centre, total, squares):
-    """Merge a block into count, mean and M2: n elements, and their moments about a centre."""
+    """Merge a block of n elements, given their moments about a centre, into count, mean and M2."""
     shift = total / n
     block_m2 = squares - total * shift
-    if block_m2 < 0:  # this way round NaN stays NaN
+    if block_m2 < 0:  # this comparison keeps NaN
         block_m2 = 0.0
     delta = (centre + shift) - mean
     weight = n / (count + n)
     return count + n, mean + delta * weight, m2 + block_m2 + delta * delta * (count * weight)
 
 
-@jit(apart=True)
-def wide(x, start, rows, stride, length, mask, mask_at, mask_is_of_rows):
-    """Return count, mean and variance, in float64: for squares that leave float32's range.
+@jit(inline=False)
+def in_float64(x, start, rows, stride, length, mask, mask_at, mask_is_of_rows):
+    """Return count, mean and variance, computed in float64, for squares outside float32's range.
 
-    Of `rows` rows of `length` elements, the first of which lie `stride` apart; the mask is of the
-    rows, or of the elements of each.
+    The elements are `rows` rows of `length` elements, `stride` apart; the mask has one value for
+    each row, or for each element of a row.
     """
     count, total, squares, base, mean = 0.0, 0.0, 0.0, 0.0, 0.0
     for round_ in range(2):
@@ -65,7 +64,7 @@ def wide(x, start, rows, stride, length, mask, mask_at, mask_is_of_rows):
         for row in range(rows):
             for i in range(length):
                 if mask is None or mask[mask_at + (row if mask_is_of_rows else i)]:
-                    value = np.float64(get(x, np.uint64(start + row * stride + i)))
+                    value = np.float64(load(x, np.uint64(start + row * stride + i)))
                     if round_ == 0 and count == 0:
                         base = value
                     d = value - (base if round_ == 0 else mean)
@@ -75,27 +74,27 @@ def wide(x, start, rows, stride, length, mask, mask_at, mask_is_of_rows):
         if round_ == 0:
             mean = base + total / count
     variance = (squares - total * (total / count)) / count
-    return count, mean, 0.0 if variance < 0 else variance  # NaN stays NaN
+    return count, mean, 0.0 if variance < 0 else variance  # keeps NaN
 
 
 @jit()
 def inverse_deviation(variance, epsilon):
-    """1 / sqrt(variance + epsilon), in float64, where no square of a float32 leaves the range."""
+    """1 / sqrt(variance + epsilon), in float64, where squares of float32 values stay in range."""
     total = variance + epsilon
-    return 1.0 / math.sqrt(total) if total != 0 else 1.0  # a constant, and no epsilon: any number
+    return 1.0 / math.sqrt(total) if total != 0 else 1.0  # constant data, no epsilon: any value
 
 
 @jit()
-def bounded(value):
-    """Round to float32 a factor that shall stay finite: inf * 0 would make a NaN of a constant."""
+def finite_float32(value):
+    """Round a factor to finite float32: inf * 0 would make constant data NaN."""
     if abs(value) > 3e38:
         return np.float32(math.copysign(3e38, value))
     return np.float32(value)
 
 
-@jit(apart=True)
+@jit(inline=False)
 def sum_samples(sums, samples, batches, channels, dscale, dbias):
-    """Sum those of dy, and then of dy * xhat, over the samples of each batch, into gradients."""
+    """Sum `sums`, of dy and of dy * xhat, over the samples of each batch, into the gradients."""
     each = samples // batches
     for batch in range(batches):
         for c in range(channels):

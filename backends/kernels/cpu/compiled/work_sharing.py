@@ -1,16 +1,16 @@
 """How several threads share one call of a kernel, compiled by numba.
 
-All of them run the same function, and claim tasks from counters, so that a thread that comes late,
-or not at all, costs nothing but its help: nobody ever waits for one that has not begun a task.
-Which thread does a task changes no number.
+All threads run the same function and claim tasks from counters. A thread that starts late, or
+never, delays nothing: no thread ever waits for one that has not begun a task. Which thread
+processes a task does not change the result.
 
-The tasks are cut into as many parts as there are threads. Each has a seat, and begins with that
-part: neighbouring tasks of one thread find their lines in its cache, and two threads that took
-turns on the memory would fetch it from each other, which took twice as long. Who has done with its
-own part goes on to the others'.
+The tasks are divided into one part per thread, and each thread begins with a part of its own:
+neighbouring tasks of one thread find their cache lines in its cache, while threads that alternate
+on neighbouring memory fetch it from each other, which took twice as long. A thread that has
+finished its part continues with the others'.
 
-A team is an array of zeros in int64, with `LINE` numbers for each counter, so that no two lie in
-one line of the cache.
+`counters` is an int64 array of zeros, with `LINE` words for each counter, so that no two counters
+share a cache line.
 """
 
 import os
@@ -22,7 +22,7 @@ from numba.extending import intrinsic, register_jitable
 from groupnorm.backends.kernels.cpu.call_frame import LINE
 from groupnorm.backends.kernels.cpu.compiled.elements import jit
 
-__all__ = ["finish", "take_seat", "take_task", "wait"]
+__all__ = ["claim_part", "claim_task", "finish", "wait"]
 
 
 def _pointer(context, builder, signature, arguments):
@@ -36,7 +36,7 @@ def _pointer(context, builder, signature, arguments):
 
 @intrinsic
 def _add(typing_context, counters, at, amount):
-    """Add to a number that other threads add to as well; return what it was."""
+    """Add atomically to a counter; return its previous value."""
 
     def code(context, builder, signature, arguments):
         pointer = _pointer(context, builder, signature, arguments)
@@ -46,8 +46,8 @@ def _add(typing_context, counters, at, amount):
 
 
 @intrinsic
-def _look(typing_context, counters, at):
-    """Read a number that other threads write."""
+def _read(typing_context, counters, at):
+    """Read atomically a counter that other threads write."""
 
     def code(context, builder, signature, arguments):
         pointer = _pointer(context, builder, signature, arguments)
@@ -57,47 +57,47 @@ def _look(typing_context, counters, at):
 
 
 if os.name == "posix":
-    _give_way = types.ExternalFunction("sched_yield", types.int32())
+    _yield_cpu = types.ExternalFunction("sched_yield", types.int32())
 else:
 
     @register_jitable
-    def _give_way():
+    def _yield_cpu():
         return 0
 
 
 @jit()
-def take_seat(team, counter, parts):
-    """Return the part of the tasks this thread is to begin with."""
-    return _add(team, counter * LINE, 1) % parts
+def claim_part(counters, counter, parts):
+    """Return the part of the tasks that this thread begins with."""
+    return _add(counters, counter * LINE, 1) % parts
 
 
 @jit()
-def take_task(team, counter, parts, tasks, seat):
-    """Return a task that is this thread's from now on; -1 where there is none left.
+def claim_task(counters, counter, parts, tasks, first_part):
+    """Claim a task for this thread; return -1 if none is left.
 
     Each part has its own counter, from `counter` on.
     """
     for turn in range(parts):
-        part = (seat + turn) % parts
+        part = (first_part + turn) % parts
         first, last = tasks * part // parts, tasks * (part + 1) // parts
-        if _look(team, (counter + part) * LINE) < last - first:
-            task = first + _add(team, (counter + part) * LINE, 1)
+        if _read(counters, (counter + part) * LINE) < last - first:
+            task = first + _add(counters, (counter + part) * LINE, 1)
             if task < last:
                 return task
     return -1
 
 
 @jit()
-def finish(team, counter, amount):
-    """Say that so many tasks are done; return how many are."""
-    return _add(team, counter * LINE, amount) + amount
+def finish(counters, counter, amount):
+    """Record that `amount` tasks are finished; return the total."""
+    return _add(counters, counter * LINE, amount) + amount
 
 
 @jit()
-def wait(team, counter, amount):
-    """Wait until so many tasks are done, which other threads are at."""
-    looks = 0
-    while _look(team, counter * LINE) < amount:
-        looks += 1
-        if looks > 1000:
-            _give_way()
+def wait(counters, counter, amount):
+    """Wait until `amount` tasks are finished, the last of them by other threads."""
+    reads = 0
+    while _read(counters, counter * LINE) < amount:
+        reads += 1
+        if reads > 1000:
+            _yield_cpu()

@@ -1,1 +1,1 @@
-"""What Triton compiles."""
+"""The code that Triton compiles."""

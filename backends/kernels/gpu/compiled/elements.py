@@ -1,34 +1,29 @@
-"""Elements and activations in Triton: everything is read to float32 and written from it."""
+"""Elements and activations in Triton; all values are float32."""
 
-import numpy as np
 import triton
 import triton.language as tl
 
-from groupnorm.portable.activations import ERFC_SERIES
+from groupnorm.backends.kernels.erfc import ERFC_POWERS
 
-__all__ = ["GELU", "RELU", "SILU", "activated", "finite", "pulled_back", "tame"]
+__all__ = ["GELU", "RELU", "SILU", "activated", "activation_vjp", "clamp_masked", "finite"]
 
-# As `frames.ACTIVATIONS` numbers them; 0 is none.
+# The numbers in `variants.ACTIVATIONS`; 0 is no activation.
 RELU = tl.constexpr(1)
 SILU = tl.constexpr(2)
 GELU = tl.constexpr(3)
 
-# The first twelve are enough for float32; in powers, since that is a third of the operations.
-(_P0, _P1, _P2, _P3, _P4, _P5, _P6, _P7, _P8, _P9, _P10, _P11) = (
-    tl.constexpr(float(c))
-    for c in np.polynomial.chebyshev.cheb2poly([0.5 * ERFC_SERIES[0], *ERFC_SERIES[1:12]])
-)
+(_P0, _P1, _P2, _P3, _P4, _P5, _P6, _P7, _P8, _P9, _P10, _P11) = map(tl.constexpr, ERFC_POWERS)
 
 
 @triton.jit
 def finite(value):
-    """Whether a number is neither infinite nor NaN."""
+    """Whether a value is neither infinite nor NaN."""
     return tl.abs(value) < float("inf")
 
 
 @triton.jit
-def tame(value):
-    """Bring what is masked out to a finite number, which no product spoils; NaN and inf to 0."""
+def clamp_masked(value):
+    """Clamp a masked-out value so that products stay finite; map NaN and inf to 0."""
     bounded = tl.minimum(tl.maximum(value, -5e33), 5e33)
     return tl.where(finite(value), bounded, 0.0)
 
@@ -40,7 +35,7 @@ def _sigmoid(z):
 
 @triton.jit
 def _normal_cdf(z, bell):
-    """The normal distribution's function; `bell` is exp(-z**2 / 2)."""
+    """The standard normal CDF; `bell` is exp(-z**2 / 2)."""
     t = 2.0 / (2.0 + tl.abs(z) * 0.70710678118654752)
     u = 2.0 * t - 1.0
     p = u * _P11 + _P10
@@ -60,7 +55,7 @@ def _normal_cdf(z, bell):
 
 @triton.jit
 def _bell(z):
-    near = tl.minimum(tl.maximum(z, -40.0), 40.0)  # beyond, it is 0, and inf * 0 is none
+    near = tl.minimum(tl.maximum(z, -40.0), 40.0)  # beyond 40 the bell is 0; avoids inf * 0
     return near, tl.exp(-0.5 * near * near)
 
 
@@ -78,8 +73,8 @@ def activated(z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def pulled_back(z, dy, ACTIVATION: tl.constexpr):
-    """Pull dy back through the activation at z."""
+def activation_vjp(z, dy, ACTIVATION: tl.constexpr):
+    """Multiply dy by the derivative of the activation at z."""
     if ACTIVATION == RELU:
         dy = tl.where(z > 0, dy, 0.0)
     if ACTIVATION == SILU:

@@ -1,0 +1,401 @@
+"""Imported modules, errors for missing libraries, the command line, examples in docstrings."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import groupnorm
+from groupnorm import __main__ as command
+from groupnorm import selfcheck
+from groupnorm.arguments import IMPLEMENTATIONS
+from groupnorm.dispatch import adapter_named
+from tests import ROOT
+
+PROGRAM = ROOT / "tests" / "programs" / "imported_modules.py"
+HEAVY = {
+    "array_api_strict",
+    "brainstate",
+    "cupy",
+    "dask",
+    "equinox",
+    "flax",
+    "jax",
+    "jaxlib",
+    "keras",
+    "ml_dtypes",
+    "numba",
+    "optax",
+    "rich",
+    "scipy",
+    "torch",
+    "triton",
+}
+# Hides one library from all finders, as if it were not installed.
+HIDE = """
+import sys
+class Without:
+    def __init__(self, finder): self.finder = finder
+    def __getattr__(self, name): return getattr(self.finder, name)
+    def find_spec(self, name, path=None, target=None):
+        hidden = name.partition(".")[0] == {library!r}
+        return None if hidden else self.finder.find_spec(name, path, target)
+sys.meta_path[:] = map(Without, sys.meta_path)
+"""
+
+
+def python(*arguments: str, check: bool = True) -> subprocess.CompletedProcess:
+    """Run a new interpreter, with warnings as errors, in the current working directory."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "COV"))}
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in (os.getcwd(), *sys.path[1:]) if p)
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+    )
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def loaded_by(statements: str) -> set[str]:
+    return set(python("-W", "error", str(PROGRAM), statements).stdout.split())
+
+
+IMPORTS = {
+    "import": "import groupnorm",
+    "its modules": "import groupnorm.errors, groupnorm.initializers, groupnorm.backends",
+    "a layer": "import groupnorm; groupnorm.GroupNorm(8, num_groups=2)",
+    "a call": "import groupnorm, numpy; groupnorm.group_norm(numpy.ones((2, 8)), num_groups=2)",
+    "a gradient": (
+        "import groupnorm, numpy; x = numpy.ones((2, 8)); groupnorm.group_norm_vjp("
+        "x, num_groups=2)[1](x)"
+    ),
+    "an error": (
+        "import groupnorm\n"
+        "try: groupnorm.group_norm([[1.0]])\n"
+        "except groupnorm.errors.ArgumentTypeError: pass"
+    ),
+}
+
+
+@pytest.mark.parametrize("statements", IMPORTS.values(), ids=IMPORTS)
+def test_nothing_heavy_is_loaded(statements):
+    loaded = loaded_by(statements)
+    assert "groupnorm" in loaded
+    assert not loaded & HEAVY
+
+
+def test_a_call_of_a_kernel_loads_only_its_compiler():
+    code = (
+        "import groupnorm, numpy; x = numpy.ones((2, 8), 'float32');"
+        "groupnorm.group_norm(x, num_groups=2)"
+    )
+    # numba tries to import SciPy.
+    assert loaded_by(code) & HEAVY <= {"numba", "scipy"}
+
+
+@pytest.mark.parametrize(
+    "library",
+    [pytest.param(n, marks=pytest.mark.needs(n)) for n in ("jax", "torch", "cupy", "dask")],
+)
+def test_loaded_libraries_are_detected(library):
+    """The control: a loaded library is detected."""
+    assert library in loaded_by(f"import groupnorm, {library}") & HEAVY
+
+
+@pytest.mark.parametrize(
+    ("wanted", "other"),
+    [
+        pytest.param("jax", "torch", marks=pytest.mark.needs("jax")),
+        pytest.param("torch", "jax", marks=pytest.mark.needs("torch")),
+    ],
+)
+def test_a_backend_loads_only_its_own_library(wanted, other):
+    made = f"import groupnorm; groupnorm.GroupNorm(8, num_groups=2, backend={wanted!r})"
+    loaded = loaded_by(made)
+    assert wanted in loaded
+    assert other not in loaded
+
+
+@pytest.mark.parametrize("library", ["jax", "torch", "cupy"])
+@pytest.mark.parametrize(
+    "how", ["GroupNorm(8, num_groups=2, backend={0!r})", "{1}.to_backend({0!r})"]
+)
+def test_a_missing_library_raises_naming_its_extra(library, how):
+    call = how.format(library, "GroupNorm(8, num_groups=2)")
+    program = HIDE.format(library=library) + (
+        "from groupnorm import GroupNorm, errors\n"
+        f"try: {call}\n"
+        "except errors.BackendImportError as error: print(isinstance(error, ImportError), error)\n"
+    )
+    said = python("-W", "error", "-c", program).stdout
+    assert said.startswith("True ")
+    for part in (f"backend={library!r}", f"groupnorm[{library}]", "pip install"):
+        assert part in said
+
+
+@pytest.mark.parametrize("library", ["jax", "torch", "cupy"])
+def test_a_missing_library_is_reported_as_not_installed(library):
+    program = HIDE.format(library=library) + (
+        "from groupnorm import available_backends\n"
+        f"print(*next(b for b in available_backends() if b.name == {library!r}))\n"
+    )
+    said = python("-c", program).stdout.split()
+    assert said == [library, "False", "None", "()", "None", "{}", "{}"]
+
+
+@pytest.mark.every_library
+def test_available_backends():
+    found = groupnorm.available_backends()
+    assert [info.name for info in found][:4] == ["numpy", "jax", "torch", "cupy"]
+    numpy = found[0]
+    assert numpy[:5] == ("numpy", True, np.__version__, ("cpu",), None)
+    if importlib.util.find_spec("numba"):
+        assert numpy.implementations == {"cpu": ("fused", "portable")}
+        assert numpy.why_not_fused == {}
+    else:
+        assert numpy.implementations == {"cpu": ("portable",)}
+        assert "groupnorm[cpu]" in numpy.why_not_fused["cpu"]
+
+
+@pytest.mark.needs("jax", "torch")
+def test_available_backends_of_other_libraries():
+    found = {info.name: info for info in groupnorm.available_backends()}
+    for name in ("jax", "torch"):
+        assert found[name].installed
+        assert found[name].version == importlib.import_module(name).__version__
+        assert any(device.startswith("cpu") for device in found[name].devices)
+        assert found[name].error is None
+    assert found["torch"].implementations["cpu"][-1] == "native"
+
+
+@pytest.mark.every_library
+def test_listed_implementations_are_those_that_work():
+    for info in groupnorm.available_backends():
+        assert set(info.implementations) == set(info.devices)
+        for device, names in info.implementations.items():
+            # implementation=None uses the first one, which is never "native".
+            assert names[0] == ("fused" if "fused" in names else "portable")
+            assert ("fused" in names) == (device not in info.why_not_fused)
+            assert set(names) == {n for n in IMPLEMENTATIONS if can_compute(info.name, device, n)}
+
+
+def can_compute(backend: str, device: str, implementation: str) -> bool:
+    """Whether this implementation computes an ordinary call, which is tried out."""
+    adapter = adapter_named(backend)
+    x = adapter.place(adapter.from_host(np.ones((2, 8, 50), np.float32)), device)
+    try:
+        groupnorm.group_norm(x, num_groups=2, feature_axis=1, implementation=implementation)
+    except groupnorm.errors.ArgumentValueError as error:
+        if "cannot compute this call" not in str(error):
+            raise
+        return False
+    return True
+
+
+# numba has to be hidden if it is installed; the others only take time to import.
+def without(*libraries: str) -> str:
+    return "".join(HIDE.format(library=library) for library in libraries)
+
+
+@pytest.mark.parametrize(
+    ("library", "others", "left"),
+    [
+        ("numpy", ("jax", "torch", "cupy"), ("portable",)),
+        pytest.param(
+            "torch", ("jax", "cupy"), ("portable", "native"), marks=pytest.mark.needs("torch")
+        ),
+    ],
+)
+def test_available_backends_names_the_extra_if_numba_is_missing(library, others, left):
+    program = without("numba", *others) + (
+        "import json, groupnorm\n"
+        f"info = next(b for b in groupnorm.available_backends() if b.name == {library!r})\n"
+        "print(json.dumps([info.error, info.implementations['cpu'], info.why_not_fused['cpu']]))\n"
+    )
+    error, names, why = json.loads(python("-W", "error", "-c", program).stdout)
+    assert error is None
+    assert tuple(names) == left
+    for part in ("numba", 'pip install "groupnorm[cpu]"'):
+        assert part in why
+
+
+@pytest.mark.needs("torch")
+def test_cpu_kernels_are_unavailable_on_other_devices():
+    why = adapter_named("torch").kernels.why_unavailable("cuda:0")
+    assert why is not None
+    assert "cuda" in why.reason
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("call", [False, True], ids=["query", "control: call"])
+def test_available_backends_compiles_nothing(tmp_path, call):
+    pytest.importorskip("numba", reason="needs numba, without which nothing is compiled")
+    program = without("jax", "torch", "cupy") + (
+        f"import os; os.environ['NUMBA_CACHE_DIR'] = {str(tmp_path)!r}\n"
+        "import groupnorm, numpy\n"
+        "assert groupnorm.available_backends()[0].implementations['cpu'][0] == 'fused'\n"
+        f"if {call}: groupnorm.group_norm(numpy.ones((2, 4), 'float32'), num_groups=2)\n"
+    )
+    python("-c", program)
+    assert any(tmp_path.rglob("*.nbc")) == call
+
+
+def test_public_names():
+    expected = {
+        *("GroupNorm", "group_norm", "group_norm_vjp", "available_backends", "bind_axis"),
+        *("GroupStatistics", "group_statistics", "merge_statistics", "normalize"),
+    }
+    assert expected <= set(groupnorm.__all__)
+    for name in groupnorm.__all__:
+        thing = getattr(groupnorm, name)
+        assert thing.__doc__, f"{name} has no docstring"
+
+
+def test_every_error_derives_from_a_package_and_a_builtin_error():
+    errors = groupnorm.errors
+    kinds = {
+        errors.ArgumentValueError: ValueError,
+        errors.ArgumentTypeError: TypeError,
+        errors.BackendImportError: ImportError,
+        errors.AxisNameError: NameError,
+    }
+    for error, kind in kinds.items():
+        assert issubclass(error, errors.GroupNormError)
+        assert issubclass(error, kind)
+    assert set(errors.__all__) == {"GroupNormError", *(error.__name__ for error in kinds)}
+
+
+@pytest.mark.every_library
+@pytest.mark.slow
+def test_command_line_table():
+    done = python("-m", "groupnorm")
+    for name in ("numpy", "jax", "torch", "cupy", "implementation"):
+        assert name in done.stdout
+
+
+def test_command_line_names_the_extra_if_numba_is_missing():
+    program = without("numba", "jax", "torch", "cupy", "rich") + (
+        "import sys, groupnorm.__main__ as m\nsys.exit(m.main([]))"
+    )
+    lines = python("-W", "error", "-c", program).stdout.splitlines()
+    assert lines[1].split() == ["backend", "version", "devices", "implementation", "status"]
+    assert lines[3].split() == ["numpy", np.__version__, "cpu", "portable", "agrees"]
+    assert lines[4].split() == ["jax", "-", "-", "-", "not", "installed"]
+    [line] = [line for line in lines if "groupnorm[cpu]" in line]
+    assert line.startswith("numpy, cpu: not fused, ")
+
+
+def test_command_line_lists_devices_separately_if_implementations_differ(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    report = selfcheck.BackendReport(
+        name="torch",
+        version="1",
+        devices=("cpu", "cuda:0", "cuda:1"),
+        reason=None,
+        checks=(),
+        implementations={
+            "cpu": ("fused", "portable", "native"),
+            "cuda:0": ("portable", "native"),
+            "cuda:1": ("portable", "native"),
+        },
+        why_not_fused={"cuda:0": "no kernels", "cuda:1": "no kernels"},
+    )
+    command._print_report([report])
+    lines = capsys.readouterr().out.splitlines()
+    assert "fused (cpu), portable (cuda:0, cuda:1)" in lines[3]
+    # One line per reason.
+    assert [line for line in lines if "no kernels" in line] == [
+        "torch, cuda:0, cuda:1: not fused, no kernels"
+    ]
+
+
+@pytest.mark.every_library
+@pytest.mark.slow
+def test_command_line_json():
+    report = json.loads(python("-m", "groupnorm", "--json").stdout)
+    assert report["agree"] is True
+    backends = {entry["name"]: entry for entry in report["backends"]}
+    assert list(backends) == ["numpy", "jax", "torch", "cupy"]
+    for info in groupnorm.available_backends():
+        entry = backends[info.name]
+        assert entry["version"] == info.version
+        assert entry["implementations"] == {d: list(n) for d, n in info.implementations.items()}
+        assert entry["why_not_fused"] == info.why_not_fused
+        if info.devices:
+            assert entry["checks"]
+            assert all(check["agrees"] for check in entry["checks"])
+
+
+@pytest.mark.slow
+def test_command_line_fails_if_a_backend_is_wrong():
+    """The control: with wrong NumPy results the exit status is not 0."""
+    program = (
+        "import sys, groupnorm.selfcheck as s, groupnorm.__main__ as m\n"
+        "right = s.group_norm\n"
+        "s.group_norm = lambda *a, **k: right(*a, **k) * 1.001\n"
+        "sys.exit(m.main(['--json']))"
+    )
+    done = python("-c", program, check=False)
+    assert done.returncode == 1, done.stderr
+    assert json.loads(done.stdout)["agree"] is False
+
+
+PUBLIC_MODULES = [
+    "groupnorm",
+    "groupnorm.distributed.axis_names",
+    "groupnorm.tiled",
+    "groupnorm.discovery",
+    "groupnorm.functional",
+    "groupnorm.initializers",
+    "groupnorm.layer",
+    "groupnorm.portable.merge",
+]
+
+
+@pytest.mark.parametrize("name", PUBLIC_MODULES)
+def test_examples_in_docstrings(name):
+    failed, _ = doctest.testmod(importlib.import_module(name), raise_on_error=False)
+    assert failed == 0
+
+
+def test_docstrings_contain_examples():
+    """Otherwise the test above would run nothing."""
+    finder = doctest.DocTestFinder()
+    for thing in (
+        groupnorm.GroupNorm,
+        groupnorm.group_norm,
+        groupnorm.group_norm_vjp,
+        groupnorm.available_backends,
+        groupnorm.bind_axis,
+        groupnorm.GroupStatistics,
+        groupnorm.group_statistics,
+        groupnorm.merge_statistics,
+        groupnorm.normalize,
+    ):
+        found = finder.find(thing)
+        assert any(test.examples for test in found), f"{thing.__name__} has no example"
+
+
+@pytest.mark.needs("jax", "torch", "cupy")
+def test_examples_in_docstrings_of_adapters():
+    for name in (
+        "numpy.adapter",
+        "jax.adapter",
+        "torch.adapter",
+        "torch.process_groups",
+        "cupy.adapter",
+        "array_api",
+    ):
+        failed, _ = doctest.testmod(importlib.import_module(f"groupnorm.backends.{name}"))
+        assert failed == 0

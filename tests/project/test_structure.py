@@ -1,0 +1,69 @@
+"""What is packaged, and that the private names of libraries stay in one file each."""
+
+from __future__ import annotations
+
+import ast
+import tomllib
+from pathlib import Path
+
+from tests import ROOT
+
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+
+
+def folders(top: str) -> set[str]:
+    """Return the dotted names of the folders of Python files below a folder, itself included."""
+    files = (p for p in (ROOT / top).rglob("*.py") if "__pycache__" not in p.parts)
+    return {".".join(p.parent.relative_to(ROOT).parts) for p in files}
+
+
+def test_every_folder_is_packaged():
+    """A folder that the list forgets is missing from the wheel, silently."""
+    found = {name for name in folders("groupnorm") if ".backends" not in name}
+    found |= {f"groupnorm.{name}" for name in folders("backends")}
+    listed = PYPROJECT["tool"]["setuptools"]["packages"]
+    assert sorted(listed) == listed
+    assert set(listed) == found
+    assert len(found) > 10
+
+
+def test_every_package_has_its_init_file():
+    for name in PYPROJECT["tool"]["setuptools"]["packages"]:
+        path = Path(*name.removeprefix("groupnorm.").split("."))
+        path = path if name.startswith("groupnorm.backends") else Path(*name.split("."))
+        assert (ROOT / path / "__init__.py").is_file(), name
+
+
+def private_names(path: Path) -> set[str]:
+    """Return the attributes and imports of a file whose names say that they are private.
+
+    Those of self and cls, of modules of this package and of named tuples are the file's own.
+    """
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_"):
+            text = ast.unparse(node)
+            root = text.partition(".")[0]
+            if root in LIBRARIES:
+                found.add(text)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in LIBRARIES:
+            names = [*node.module.split("."), *(alias.name for alias in node.names)]
+            found |= {name for name in names if name.startswith("_")}
+    return {name for name in found if not name.rpartition(".")[2].startswith("__")}
+
+
+LIBRARIES = {"torch", "jax", "jaxlib", "forward_ad", "mlir", "ad", "batching"}
+
+
+def test_private_names_stand_in_internals():
+    for library in ("torch", "jax"):
+        for path in (ROOT / "backends" / library).glob("*.py"):
+            if path.name != "internals.py":
+                assert private_names(path) == set(), path
+
+
+def test_private_names_are_found(tmp_path):
+    """So that the test above can fail."""
+    file = tmp_path / "module.py"
+    file.write_text("import torch\nfrom torch._C import x\ntorch._C._get_tracing_state()\n")
+    assert private_names(file) == {"torch._C._get_tracing_state", "torch._C", "_C"}

@@ -7,11 +7,12 @@ than the one JAX derives from it.
 """
 
 import math
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from groupnorm.adapter import Kernels, Unsupported
 from groupnorm.arguments import CallOptions
@@ -25,6 +26,8 @@ from groupnorm.portable.inputs import check, check_cotangent, from_work, to_work
 from groupnorm.typing import Gradients
 
 __all__ = ["JaxKernels"]
+
+_FLOAT16 = np.dtype(np.float16)
 
 
 class JaxKernels(Kernels):
@@ -98,23 +101,25 @@ def _bind(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: CallO
             )
     if not all(a is None or is_plain(a) for a in (x, scale, bias, mask)):
         return Unsupported("a shard_map checks over which of its axes values vary")
-    if plan.roles not in ROLES:
-        return Unsupported(f"the axes' order is {plan.roles} (kept, positions, channels)")
+    roles = plan.roles
+    if roles not in ROLES:
+        return Unsupported(f"the axes' order is {roles} (kept, positions, channels)")
     if mask is not None:
-        channel_axes = mask.shape[
-            plan.channel : len(mask.shape) - len(plan.roles) + plan.channel + 1
-        ]
+        channel_axes = mask.shape[plan.channel : len(mask.shape) - len(roles) + plan.channel + 1]
         if math.prod(channel_axes) > 1:
             return Unsupported("the mask tells channels apart")
-        samples = mask.shape[0] if "K" in plan.roles else 1
+        samples = mask.shape[0] if "K" in roles else 1
         mask = mask.reshape(samples, mask.size // samples)
     dtypes = (x.dtype, checked.work_dtype, checked.result_dtype)
-    no_kernels = why_unknown_dtypes(*dtypes) or _why_no_kernels(jnp.float16 in dtypes)
+    no_kernels = why_unknown_dtypes(*dtypes) or _why_no_kernels(_FLOAT16 in dtypes)
     if no_kernels and (options.implementation == "fused" or jax.default_backend() == "gpu"):
         return no_kernels
-    return _spec(adapter, plan, x.dtype, *dtypes[1:], options), (x, scale, bias, mask)
+    # As work arrays have it: channels on one axis. Slices have no hash.
+    plan = plan._replace(two_stages=True, sample=None)
+    return _spec(adapter, plan, *dtypes, options), (x, scale, bias, mask)
 
 
+@lru_cache(maxsize=1024)
 def _spec(
     adapter: Any, plan: Plan, x_dtype: Any, work_dtype: Any, result_dtype: Any, options: CallOptions
 ) -> Spec:
@@ -123,8 +128,7 @@ def _spec(
     first = plan.roles.endswith("CP")
     return Spec(
         adapter=adapter,
-        # As work arrays have it: channels on one axis. Slices have no hash.
-        plan=plan._replace(two_stages=True, sample=None),
+        plan=plan,
         shape=GroupedShape(
             sizes.get("K", 1), groups, group_size, sizes.get("P", 1), first, x_dtype.itemsize
         ),

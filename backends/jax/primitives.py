@@ -7,7 +7,7 @@ again, every platform without kernels, and exported programs, which must run wit
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -72,6 +72,7 @@ class Spec(NamedTuple):
         return self._replace(shape=self.shape._replace(samples=samples))
 
 
+@lru_cache(maxsize=1024)
 def why_unknown_dtypes(x: Any, work: Any, result: Any) -> Unsupported | None:
     """Return why no kernel is compiled for these dtypes, on any device."""
     names = [jnp.dtype(dtype).name for dtype in (x, result)]

@@ -22,7 +22,7 @@ tensors.
 ``needs``, no import of one), for a second run under other conditions that should not repeat them.
 
 JAX sees four devices by default; its arrays then use the portable implementation.
-``--jax-devices 1`` tests the kernels and XLA passes that are used with a single device.
+``--jax-devices 1`` tests the kernels and primitives that are used with a single device.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def pytest_addoption(parser):
         choices=(1, 4),
         default=4,
         help="JAX devices on the host: 4, for pmap and shard_map, with the portable code, "
-        "or 1, as most users have, with the kernels and XLA passes",
+        "or 1, as most users have, with the kernels and primitives",
     )
 
     parser.addoption(

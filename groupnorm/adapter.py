@@ -305,11 +305,13 @@ def as_native_contiguous(value: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]
 
 
 def library_of(x: Any) -> str | None:
-    """Return the name of an array's library, such as "torch"; None if x is not an array."""
+    """Return the name of an array's library in messages; None if x is not an array."""
     if not array_api_compat.is_array_api_obj(x):
         return None
     name: str = array_api_compat.array_namespace(x).__name__
-    return name.removeprefix("array_api_compat.").partition(".")[0]
+    name = name.removeprefix("array_api_compat.").partition(".")[0]
+    labels = {"numpy": "NumPy", "jax": "JAX", "torch": "PyTorch", "cupy": "CuPy"}
+    return labels.get(name, name)
 
 
 def not_an_array(x: Any, argument: str) -> ArgumentTypeError:

@@ -77,10 +77,9 @@ class JaxAdapter(Adapter):
             and jax.dtypes.canonicalize_dtype(name) != name
         ):
             raise ArgumentValueError(
-                f"parameters of dtype {name} cannot be stored with JAX's current configuration, which "
-                "rounds values to 32 bits. Call "
-                "jax.config.update('jax_enable_x64', True) first, or use "
-                "32-bit parameters."
+                f"parameters of dtype {name} cannot be stored with JAX's current configuration, "
+                "which rounds values to 32 bits. Call jax.config.update('jax_enable_x64', True) "
+                "first, or use 32-bit parameters."
             )
         return jnp.asarray(as_native_contiguous(value))
 

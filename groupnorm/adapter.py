@@ -6,7 +6,7 @@ specific library.
 """
 
 import logging
-from functools import cached_property
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import array_api_compat
@@ -74,6 +74,19 @@ class Kernels:
     ) -> Any:
         """Return the result and its pullback, or `Unsupported`."""
         return Unsupported(self._why_none)
+
+
+class _Once:
+    """As `functools.cached_property`, without its lock (Python 3.11), which no compiler traces."""
+
+    def __init__(self, function: "Callable[[Adapter], Kernels]") -> None:
+        self._function = function
+        self.__doc__ = function.__doc__
+
+    def __get__(self, adapter: "Adapter", owner: Any = None) -> Kernels:
+        found = self._function(adapter)
+        adapter.__dict__[self._function.__name__] = found
+        return found
 
 
 class Planning(NamedTuple):
@@ -255,7 +268,7 @@ class Adapter:
 
     # Faster implementations, if there are any -------------------------------------------------
 
-    @cached_property
+    @_Once
     def kernels(self) -> Kernels:
         """The library's compiled kernels, imported at first use.
 
@@ -292,11 +305,13 @@ def as_native_contiguous(value: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]
 
 
 def library_of(x: Any) -> str | None:
-    """Return the name of an array's library, such as "torch"; None if x is not an array."""
+    """Return the name of an array's library in messages; None if x is not an array."""
     if not array_api_compat.is_array_api_obj(x):
         return None
     name: str = array_api_compat.array_namespace(x).__name__
-    return name.removeprefix("array_api_compat.").partition(".")[0]
+    name = name.removeprefix("array_api_compat.").partition(".")[0]
+    labels = {"numpy": "NumPy", "jax": "JAX", "torch": "PyTorch", "cupy": "CuPy"}
+    return labels.get(name, name)
 
 
 def not_an_array(x: Any, argument: str) -> ArgumentTypeError:

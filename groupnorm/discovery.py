@@ -81,6 +81,13 @@ def _info(name: str) -> BackendInfo:
 
 
 def _version(library: str) -> str | None:
-    """Return the version of a library; None if it could not be imported."""
     version: str | None = getattr(sys.modules.get(library), "__version__", None)
-    return version
+    if version is not None:
+        return version
+    # The library failed to import, which is when its version is of most use. Imported here, since
+    # the module takes longer to import than this whole package.
+    import importlib.metadata
+
+    for distribution in importlib.metadata.packages_distributions().get(library, ()):
+        return importlib.metadata.version(distribution)
+    return None

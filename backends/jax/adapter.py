@@ -1,4 +1,4 @@
-"""JAX: arrays and tracers, statistics over mapped axes, and a layer that is a pytree."""
+"""JAX: arrays and tracers, and statistics over mapped axes."""
 
 from typing import Any
 
@@ -37,8 +37,8 @@ class JaxAdapter(Adapter):
         return Planning(merge_axes=jax.device_count() == 1)
 
     def sharded_call(self, x: Any) -> Any:
-        """Leave it to the compiler, where shardings are parts of types."""
-        # Not only axes that x's own sharding names: those a vmap has taken away lie somewhere too.
+        """Leave sharded computation to the compiler if shardings are parts of types."""
+        # Not only the axes in x's own sharding: axes that a vmap has removed are sharded as well.
         return over_shards if explicit_axes(x) else None
 
     def is_sharded(self, x: Any) -> bool:
@@ -65,7 +65,7 @@ class JaxAdapter(Adapter):
         return tuple(jnp.sum(jnp.stack([v, jnp.zeros_like(v)]), axis=0) for v in values)
 
     def from_host(self, value: "np.ndarray[Any, Any]", like: Any = None) -> Any:
-        """Bring a NumPy array here.
+        """Convert a NumPy array to a JAX array.
 
         A constant of one call (which has a `like`) is rounded to JAX's precision, as JAX does with
         NumPy arrays; what is to be kept is not.
@@ -77,15 +77,14 @@ class JaxAdapter(Adapter):
             and jax.dtypes.canonicalize_dtype(name) != name
         ):
             raise ArgumentValueError(
-                f"parameters of dtype {name} cannot be held by JAX as it is set up: it would round "
-                "the values to 32 bits. Call "
-                "jax.config.update('jax_enable_x64', True) first, or use "
-                "32-bit parameters."
+                f"parameters of dtype {name} cannot be stored with JAX's current configuration, "
+                "which rounds values to 32 bits. Call jax.config.update('jax_enable_x64', True) "
+                "first, or use 32-bit parameters."
             )
         return jnp.asarray(as_native_contiguous(value))
 
     def dtype(self, name: str) -> Any:
-        """Return the dtype, 32 bits wide where JAX is set up so."""
+        """Return the dtype, narrowed to 32 bits unless 64-bit dtypes are enabled."""
         return jax.dtypes.canonicalize_dtype(super().dtype(name))
 
     def default_float(self) -> Any:
@@ -101,7 +100,7 @@ class JaxAdapter(Adapter):
         return lax.erfc(x)
 
     def complex_from(self, real: Any, imaginary: Any) -> Any:
-        """Put two real arrays together."""
+        """Combine real and imaginary parts."""
         return lax.complex(real, imaginary)
 
     def load_kernels(self) -> Kernels:
@@ -111,7 +110,7 @@ class JaxAdapter(Adapter):
         return JaxKernels(self)
 
     def replicas(self, axis_name: Any) -> Replicas:
-        """Find a mapped axis, or several."""
+        """Return the replicas of one or several mapped axes."""
         try:
             index, size = lax.axis_index(axis_name), lax.axis_size(axis_name)
         except NameError as error:
@@ -129,7 +128,7 @@ class JaxAdapter(Adapter):
         return super().unwrap_parameter(stored) if get_value is None else get_value()
 
     def devices(self) -> tuple[str, ...]:
-        """Name JAX's devices."""
+        """Return the names of JAX's devices."""
         return tuple(f"{d.platform}:{d.id}" for d in jax.devices())
 
 

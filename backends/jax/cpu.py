@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from groupnorm.adapter import Unsupported
+from groupnorm.backends.jax.internals import operand_and_result_types
 from groupnorm.backends.jax.primitives import Spec, normalize_p, pull_back_p, register_lowering
 from groupnorm.backends.kernels.cpu import availability as cpu
 from groupnorm.backends.kernels.cpu import call_frame as frames
@@ -62,11 +63,12 @@ def _call(
 
     `slots` maps slots of the frame to operands, counted from 1, and results, counted from 101.
     """
-    x, activation = context.avals_in[slots[frames.X] - 1].dtype.name, spec.options.activation
+    given: Any = operand_and_result_types(context)
+    x, activation = given[0][slots[frames.X] - 1].dtype.name, spec.options.activation
     y, masked = result.dtype.name, frames.MASK in slots
     shape = spec.shape
     name = f"channels_{'first' if shape.channels_first else 'last'}_{kernel}"
-    mask = context.avals_in[slots[frames.MASK] - 1].size if masked else 0
+    mask = given[0][slots[frames.MASK] - 1].size if masked else 0
     helpers = helpers_for(result.size)
     template = frames.template(name, shape, mask, spec.options.epsilon, helpers)
     number = frames.number(name, x, y, dy, masked, activation)
@@ -86,7 +88,8 @@ def _lower_normalize(context: Any, *operands: Any, spec: Spec) -> Any:
     slots = {frames.X: 1, frames.SCALE: 2, frames.BIAS: 3, frames.Y: 101, frames.SAVED: 102}
     if len(operands) > 3:
         slots[frames.MASK] = 4
-    result = context.avals_out[0]
+    given: Any = operand_and_result_types(context)
+    result = given[1][0]
     return _call(context, operands, spec, "forward", "float32", slots, result, 1)
 
 
@@ -95,7 +98,8 @@ def _lower_pull_back(context: Any, *operands: Any, spec: Spec, batches: int) -> 
     slots |= {frames.SAVED: len(operands), frames.Y: 101, frames.DSCALE: 102, frames.DBIAS: 103}
     if len(operands) > 5:
         slots[frames.MASK] = 5
-    dy, result = context.avals_in[0].dtype.name, context.avals_out[0]
+    given: Any = operand_and_result_types(context)
+    dy, result = given[0][0].dtype.name, given[1][0]
     return _call(context, operands, spec, "backward", dy, slots, result, batches)
 
 

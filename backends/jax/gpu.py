@@ -150,7 +150,7 @@ def compute_capability() -> int:
 def chosen_launcher() -> Launcher | Unsupported:
     """Return the function that launches kernels here: the first that computes correctly."""
     if jax.default_backend() != "gpu":
-        return Unsupported("these kernels are for GPUs, and JAX's default device is none")
+        return Unsupported("the kernels for GPUs need a GPU as JAX's default device")
     why = why_too_old(compute_capability())
     if why is not None:
         return why

@@ -23,11 +23,12 @@ __all__ = [
     "is_plain",
     "missing",
     "mlir",
+    "operand_and_result_types",
     "require_all",
 ]
 
-# Found one by one, so that a test can delete each in turn. Names with a bar are of successive
-# releases: one of them is enough.
+# Looked up one by one, so that a test can delete each in turn. A bar separates the names of
+# different JAX releases, of which one is enough.
 PRIVATE_NAMES = (
     "jax.core.ShapedArray",
     "jax.core.ShapedArray.manual_axis_type|jax.core.ShapedArray.vma",
@@ -90,6 +91,12 @@ def is_plain(x: Any) -> bool:
     manual = getattr(kind, "manual_axis_type", None)  # of JAX 0.10; `vma` before
     varying = getattr(kind, "vma", None) if manual is None else getattr(manual, "varying", None)
     return varying is not None and not varying
+
+
+def operand_and_result_types(context: Any) -> tuple[Any, Any] | None:
+    """Return the types of a lowering's operands and results; None by default."""
+    found = getattr(context, "avals_in", None), getattr(context, "avals_out", None)
+    return None if None in found else found
 
 
 def is_exporting(context: Any) -> bool:

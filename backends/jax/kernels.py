@@ -90,13 +90,13 @@ def _bind(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: CallO
     if why is not None:
         return why
     if not x.size:
-        return Unsupported("there is nothing to compute")
+        return Unsupported("x has no elements")
     checked = check(adapter, x, scale, bias, mask, options)
     scale, bias, mask, plan = checked.scale, checked.bias, checked.mask, checked.plan
     for a in (x, scale, bias):
         if a is not None and not adapter.is_real_floating(a.dtype):
             return Unsupported(
-                f"x or a parameter is of {a.dtype}: the kernels are for the real floating dtypes "
+                f"x or a parameter is of {a.dtype}: the kernels support the real floating dtypes "
                 "float32, float16 and bfloat16"
             )
     if not all(a is None or is_plain(a) for a in (x, scale, bias, mask)):
@@ -107,7 +107,7 @@ def _bind(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: CallO
     if mask is not None:
         channel_axes = mask.shape[plan.channel : len(mask.shape) - len(roles) + plan.channel + 1]
         if math.prod(channel_axes) > 1:
-            return Unsupported("the mask tells channels apart")
+            return Unsupported("the mask varies along the feature axes")
         samples = mask.shape[0] if "K" in roles else 1
         mask = mask.reshape(samples, mask.size // samples)
     dtypes = (x.dtype, checked.work_dtype, checked.result_dtype)
@@ -138,7 +138,7 @@ def _spec(
             group_size=None,
             reduction=(1, 2),
             dtype=jnp.dtype(result_dtype).name,
-            implementation="portable",
+            implementation=None,
             feature_shape=None,
         ),
         work_dtype=jnp.dtype(work_dtype),

@@ -24,6 +24,7 @@ from groupnorm.backends.jax.internals import (
     batching,
     is_exporting,
     mlir,
+    operand_and_result_types,
     require_all,
 )
 from groupnorm.backends.kernels.grouped_shape import GroupedShape
@@ -80,7 +81,7 @@ def why_unknown_dtypes(x: Any, work: Any, result: Any) -> Unsupported | None:
         return None
     return Unsupported(
         f"x of {names[0]} to a result of {names[1]}, computed in {jnp.dtype(work).name}: the "
-        "kernels are for float32, float16 and bfloat16, computed in float32"
+        "kernels support float32, float16 and bfloat16, computed in float32"
     )
 
 
@@ -358,11 +359,13 @@ def register_lowering(
     at = 1 if primitive is pull_back_p else 0  # where x is among the operands
 
     def rule(context: Any, *operands: Any, **parameters: Any) -> Any:
-        x, scale = context.avals_in[at : at + 2]
-        dtypes = (x.dtype, scale.dtype, context.avals_out[0].dtype)
+        known = operand_and_result_types(context)
+        if known is None or is_exporting(context):
+            return _portable_lowerings[primitive](context, *operands, **parameters)
+        x, scale = known[0][at : at + 2]
+        dtypes = (x.dtype, scale.dtype, known[1][0].dtype)
         portable = (
-            is_exporting(context)
-            or why_unknown_dtypes(*dtypes) is not None
+            why_unknown_dtypes(*dtypes) is not None
             or why_unavailable(np.dtype(np.float16) in dtypes) is not None
         )
         chosen = _portable_lowerings[primitive] if portable else lower

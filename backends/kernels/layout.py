@@ -13,7 +13,7 @@ import array_api_compat.numpy as numpy_namespace
 from groupnorm.adapter import Unsupported
 from groupnorm.arguments import CallOptions
 from groupnorm.backends.kernels.grouped_shape import GroupedShape
-from groupnorm.backends.kernels.variants import DTYPES
+from groupnorm.backends.kernels.variants import ACTIVATIONS, DTYPES
 from groupnorm.plan import Plan, make_plan, product
 from groupnorm.portable.inputs import dtypes_of
 
@@ -73,6 +73,8 @@ def kernel_dtypes(
     adapter: Any, x: Any, scale: Any, bias: Any, options: CallOptions
 ) -> KernelDtypes | Unsupported:
     """Return the kernels' dtypes for a call; a missing parameter's dtype is None."""
+    if options.activation not in ACTIVATIONS:
+        return Unsupported(f"the kernels have no activation {options.activation!r}")
     # Constants from the host have NumPy dtypes, in any byte order.
     names: list[Any] = [None if d is None else _name(d) for d in (x, scale, bias)]
     if not all(n is None or n in DTYPES or n.startswith("float8") for n in names):

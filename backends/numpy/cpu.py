@@ -12,7 +12,7 @@ from groupnorm.backends.kernels.cpu import availability
 from groupnorm.backends.kernels.cpu.launch import Arrays, Saved, Work, address, planned
 from groupnorm.backends.kernels.layout import flat_mask, in_memory, restored
 from groupnorm.errors import ArgumentTypeError
-from groupnorm.portable.inputs import check_cotangent, host_mask
+from groupnorm.portable.inputs import HOST_MASKS, check_cotangent, host_mask
 from groupnorm.typing import Gradients
 
 __all__ = ["NumpyKernels"]
@@ -116,6 +116,8 @@ def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: CallO
 
 
 def _flat_mask(mask: Any, work: Work) -> Any:
+    if not isinstance(mask, HOST_MASKS):
+        return Unsupported("the mask is an array of another library")
     return flat_mask(host_mask(mask), work.layout)
 
 

@@ -91,7 +91,7 @@ def over_shards(
     Parameters
     ----------
     apply : callable
-        `groupnorm.portable.group_norm.apply`, for plain tensors.
+        `groupnorm.dispatch.compute_local`, for plain tensors.
     adapter : Adapter
         PyTorch's.
     x : DTensor

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 
 __all__ = [
+    "PRIVATE_NAMES",
     "apply_without_transforms",
     "assume_constant",
+    "has_modes",
     "in_forward_mode",
     "is_seen_through",
     "is_transformed",

@@ -1,7 +1,7 @@
 """Activations that may follow a normalization, and their derivatives, in array API terms.
 
 They consist of differentiable array API functions, so that libraries can differentiate them; NaN
-stays NaN. ``gelu`` is the exact one, with the normal distribution's cumulative function.
+stays NaN. ``gelu`` is the exact one, with the normal cumulative distribution function.
 """
 
 import math

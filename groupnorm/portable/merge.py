@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from array_api_compat import array_namespace
 
+from groupnorm.adapter import library_of, not_an_array
 from groupnorm.distributed.replicas import IndexGroups, Replicas
 from groupnorm.portable.collectives import gather_checked
 from groupnorm.portable.complex_parts import join, split
@@ -68,6 +69,8 @@ class GroupStatistics(NamedTuple):
     @property
     def variance(self) -> "Array":
         """The biased variance; 1 for groups without valid elements, as in the layer."""
+        if library_of(self.m2) is None:
+            raise not_an_array(self.m2, "m2")
         xp = array_namespace(self.m2)
         count = xp.ones_like(self.m2) * self.count
         variance = self.m2 / at_least_one(count, xp) / self.unit / self.unit

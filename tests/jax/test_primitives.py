@@ -367,8 +367,8 @@ def test_group_norm_vjp(jax, rng):
     [
         ((2, 20, 4), "complex64", {}, "real floating dtypes"),
         ((2, 20, 4), "int32", {}, "real floating dtypes"),
-        ((0, 20, 4), "float32", {}, "nothing to compute"),
-        ((2, 20, 4), "float32", {"mask": np.ones(4, bool)}, "tells channels apart"),
+        ((0, 20, 4), "float32", {}, "x has no elements"),
+        ((2, 20, 4), "float32", {"mask": np.ones(4, bool)}, "varies along the feature axes"),
         ((2, 20, 4, 5), "float32", {"feature_axis": 2}, "order is KPCP"),
     ],
 )

@@ -5,11 +5,13 @@ import logging
 import numpy as np
 import pytest
 
+from groupnorm import arguments, group_norm, group_norm_vjp
 from groupnorm.adapter import Kernels, Unsupported
 from groupnorm.arguments import validate
 from groupnorm.backends.numpy.adapter import numpy_adapter
 from groupnorm.dispatch import compute, compute_with_pullback, implementations_on
 from groupnorm.errors import ArgumentValueError
+from groupnorm.portable import activations
 from tests import oracle
 from tests.rows import CONTRACT, assert_close
 
@@ -59,3 +61,17 @@ def test_no_kernels():
     assert kernels.forward(None, None, None, None, None) == Unsupported("none here")
     assert kernels.vjp(None, None, None, None, None) == Unsupported("none here")
     assert kernels.why_unavailable("cpu") == Unsupported("none here")
+
+
+def test_an_activation_that_only_the_portable_implementation_has(rng, monkeypatch):
+    """Adding one must not break the calls that kernels would compute."""
+    tanh = activations._Activation(
+        lambda z, adapter: adapter.xp.tanh(z), lambda z, adapter: 1 - adapter.xp.tanh(z) ** 2
+    )
+    monkeypatch.setattr(arguments, "ACTIVATIONS", (*arguments.ACTIVATIONS, "tanh"))
+    monkeypatch.setitem(activations.ACTIVATIONS, "tanh", tanh)
+    x = rng.normal(size=(2, 5, 8)).astype(np.float32)
+    want = np.tanh(oracle.group_norm(x, num_groups=2))
+    assert_close(group_norm(x, num_groups=2, activation="tanh"), want, tolerance=CONTRACT)
+    y, _ = group_norm_vjp(x, num_groups=2, activation="tanh")
+    assert_close(y, want, tolerance=CONTRACT)

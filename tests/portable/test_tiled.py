@@ -348,13 +348,11 @@ def test_statistics_of_two_libraries_raise(backend):
     other = group_statistics(backend.asarray(x), num_groups=GROUPS)
     name = {"torch": "PyTorch", "jax": "JAX"}.get(backend.library, backend.library)
     message = r"statistics\[0\] are of {} \w+ and statistics\[1\] of {} arrays: "
-    with pytest.raises(Type, match=message.format("NumPy", backend.library)):
+    with pytest.raises(Type, match=message.format("NumPy", name)):
         merge_statistics(part(), other)
-    with pytest.raises(Type, match=message.format(name, "numpy")):
+    with pytest.raises(Type, match=message.format(name, "NumPy")):
         merge_statistics(other, part())
-    with pytest.raises(
-        Type, match=rf"x is of NumPy arrays and statistics\.\w+ of {backend.library} arrays"
-    ):
+    with pytest.raises(Type, match=rf"x is of NumPy arrays and statistics\.\w+ of {name} arrays"):
         normalize(x, other, num_groups=GROUPS)
 
 

@@ -382,3 +382,33 @@ def test_a_layer_of_two_feature_axes(rng):
 def test_registering_does_not_import_the_compiler():
     program = "import sys, groupnorm.backends.torch; sys.exit('torch._dynamo' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+FIRST_CALL = """
+import sys, warnings
+import numpy as np
+import torch
+from groupnorm import GroupNorm, group_norm, group_norm_vjp
+from tests import oracle
+
+warnings.simplefilter("ignore")
+x = np.random.default_rng(0).normal(size=(2, 8, 5, 3)).astype(np.float32)
+options = {"num_groups": 2, "feature_axis": 1}
+calls = {
+    "function": lambda x: group_norm(x, **options),
+    "vjp": lambda x: group_norm_vjp(x, **options)[0],
+}
+if sys.argv[1] == "layer":
+    calls["layer"] = GroupNorm((8, ...), backend="torch", num_groups=2, feature_axis=0)
+y = torch.compile(calls[sys.argv[1]], backend="eager", fullgraph=True)(torch.tensor(x))
+assert np.abs(y.detach().numpy() - oracle.group_norm(x, **options)).max() < 5e-6
+"""
+
+
+@pytest.mark.parametrize("call", ["function", "vjp", "layer"])
+def test_the_first_call_of_a_process_may_be_compiled(call):
+    """It then imports adapters and kernels, while the compiler traces."""
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST_CALL, call], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr

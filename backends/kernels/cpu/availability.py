@@ -18,8 +18,9 @@ def why_unavailable(float16: bool) -> Unsupported | None:
     This call imports numba; nothing imports it earlier.
     """
     try:
-        elements = kernels("elements")
         kernels("entry_points")
+        if float16 and not kernels("elements").has_float16():
+            return Unsupported("this CPU has no instructions for converting float16")
     except ImportError as error:
         return Unsupported(
             f"the kernels for CPUs need numba, which cannot be imported ({error}); "
@@ -32,8 +33,6 @@ def why_unavailable(float16: bool) -> Unsupported | None:
             f"numba cannot compile the kernels for CPUs here ({error}); if no cache directory is "
             "writable, set NUMBA_CACHE_DIR"
         )
-    if float16 and not elements.has_float16():
-        return Unsupported("this CPU has no instructions for converting float16")
     return None
 
 

@@ -56,7 +56,7 @@ class KernelOptions(NamedTuple):
 class Launch(NamedTuple):
     """One launch of a kernel."""
 
-    module: str  # of `backends.kernels`
+    module: str  # of `kernels.gpu.compiled`
     kernel: str
     grid: tuple[int, ...]
     arrays: tuple[str, ...]  # in the order of the kernel's pointers; "" if unused

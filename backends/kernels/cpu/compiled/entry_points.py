@@ -12,8 +12,8 @@ from pathlib import Path
 import numba
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.core.caching import FunctionCache
+from numba.core.cgutils import get_null_value
 from numba.extending import intrinsic, models, overload, register_model
 
 from groupnorm.backends.kernels.cpu import call_frame as frames
@@ -162,7 +162,7 @@ def _activation(typing_context, call):
     kind = types.UniTuple(types.int64, call.activation) if call.activation else types.Tuple(())
 
     def code(context, builder, signature, arguments):
-        return cgutils.get_null_value(context.get_value_type(kind))
+        return get_null_value(context.get_value_type(kind))
 
     return kind(call), code
 

@@ -17,6 +17,7 @@ import os
 
 from llvmlite import ir
 from numba import types
+from numba.core.cgutils import get_item_pointer
 from numba.extending import intrinsic, register_jitable
 
 from groupnorm.backends.kernels.cpu.call_frame import LINE
@@ -26,10 +27,8 @@ __all__ = ["claim_part", "claim_task", "finish", "wait"]
 
 
 def _pointer(context, builder, signature, arguments):
-    from numba.core import cgutils
-
     array = context.make_array(signature.args[0])(context, builder, arguments[0])
-    return cgutils.get_item_pointer(
+    return get_item_pointer(
         context, builder, signature.args[0], array, [arguments[1]], wraparound=False
     )
 

@@ -18,7 +18,7 @@ from functools import lru_cache
 
 from llvmlite import binding, ir
 from numba import types
-from numba.core import cgutils
+from numba.core.cgutils import alloca_once, get_or_insert_function, memset
 from numba.extending import intrinsic
 
 from groupnorm.backends.kernels.cpu import call_frame as frames
@@ -98,8 +98,8 @@ def _passed(typing_context):
     """
 
     def code(context, builder, signature, arguments):
-        words = cgutils.alloca_once(builder, ir.ArrayType(ir.IntType(64), PASSED_WORDS))
-        cgutils.memset(builder, words, ir.IntType(64)(8 * PASSED_WORDS), 0)
+        words = alloca_once(builder, ir.ArrayType(ir.IntType(64), PASSED_WORDS))
+        memset(builder, words, ir.IntType(64)(8 * PASSED_WORDS), 0)
         return builder.ptrtoint(words, ir.IntType(64))
 
     return types.int64(), code
@@ -158,7 +158,7 @@ def _table_address(typing_context):
 
     def code(context, builder, signature, arguments):
         kind = ir.FunctionType(ir.VoidType(), [])
-        symbol = cgutils.get_or_insert_function(builder.module, kind, _TABLE)
+        symbol = get_or_insert_function(builder.module, kind, _TABLE)
         return builder.ptrtoint(symbol, ir.IntType(64))
 
     return types.int64(), code

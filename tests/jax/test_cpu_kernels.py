@@ -446,7 +446,7 @@ def test_a_frame_of_other_structs_is_refused_not_read(jax, where, change):
     assert frame.handle() == 4711
     ((code, message),) = frame.errors
     assert code == 9
-    assert "not of the version that the handler was written for" in message
+    assert "does not have the version that the handler was written for" in message
 
 
 @pytest.mark.parametrize("others", [0, 1, 2])

@@ -190,7 +190,7 @@ def check_errors(shards: list[dict]) -> None:
         "num_groups": ("num_groups=3", "8 channels", "divisor"),
         "scale": ("scale has shape (2,)", "(8,)", "Reshape"),
         "mask's shape": ("mask has shape (2, 5)", "(4, 8, 5)", "x's length or 1"),
-        "mask's values": ("mask holds 2", "zeros and ones", "mask != 0"),
+        "mask's values": ("mask contains 2", "zeros and ones", "mask != 0"),
         "in_size": ("x of shape (4, 8, 5)", "made for (4,)", "in_size"),
     }
     for shard in shards:  # on all ranks, or some would wait for others

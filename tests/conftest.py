@@ -1,7 +1,7 @@
 """Fixtures, and the options ``--backends`` and ``--jax-devices``.
 
-``--backends all`` (the default) runs every row but ``toy`` of `tests.rows.Backend`; a library that cannot
-be imported then fails the run instead of being skipped. ``--backends numpy`` (or
+``--backends all`` (the default) runs every row of `tests.rows.Backend` but ``toy``; a library that
+cannot be imported then fails the run instead of being skipped. ``--backends numpy`` (or
 ``numpy,torch:compile``) runs only these rows and imports no other library: test files with a
 top-level import of another library are not collected, and tests marked ``needs("flax")`` are
 skipped with that reason.
@@ -126,8 +126,8 @@ SELECTED = pytest.StashKey[list[Backend]]()
 def select(option: str) -> list[Backend]:
     """Return the rows selected by the option; an unknown name ends the run."""
     if option == "all":
-        # Nobody can be expected to install a GPU: without one, its rows do not exist. `nox -s quick`
-        # runs the toy, whose code is NumPy's.
+        # Nobody can be expected to install a GPU: without one, its rows do not exist. The toy, whose
+        # code is NumPy's, runs in `nox -s quick`.
         rows = (row for row in Backend if row is not Backend.TOY)
         return [row for row in rows if not row.needs_gpu or row.gpu_present()]
     names = [name.strip() for name in option.split(",")]

@@ -126,8 +126,8 @@ SELECTED = pytest.StashKey[list[Backend]]()
 def select(option: str) -> list[Backend]:
     """Return the rows selected by the option; an unknown name ends the run."""
     if option == "all":
-        # Nobody can be expected to install a GPU: without one, its rows do not exist. The toy, whose
-        # code is NumPy's, runs in `nox -s quick`.
+        # Nobody can be expected to install a GPU: without one, its rows do not exist. The toy runs
+        # in `nox -s quick`.
         rows = (row for row in Backend if row is not Backend.TOY)
         return [row for row in rows if not row.needs_gpu or row.gpu_present()]
     names = [name.strip() for name in option.split(",")]

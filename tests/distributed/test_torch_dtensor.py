@@ -191,7 +191,7 @@ def check_errors(shards: list[dict]) -> None:
         "scale": ("scale has shape (2,)", "(8,)", "Reshape"),
         "mask's shape": ("mask has shape (2, 5)", "(4, 8, 5)", "x's length or 1"),
         "mask's values": ("mask contains 2", "zeros and ones", "mask != 0"),
-        "in_size": ("x of shape (4, 8, 5)", "made for (4,)", "in_size"),
+        "in_size": ("x of shape (4, 8, 5)", "created for (4,)", "in_size"),
     }
     for shard in shards:  # on all ranks, or some would wait for others
         assert set(shard) == set(wanted)

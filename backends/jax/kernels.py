@@ -18,7 +18,7 @@ from groupnorm.adapter import Kernels, Unsupported
 from groupnorm.arguments import CallOptions
 from groupnorm.backends.jax import cpu, gpu
 from groupnorm.backends.jax.internals import explicit_axes, is_plain
-from groupnorm.backends.jax.primitives import Spec, normalize, pull_back, why_unknown_dtypes
+from groupnorm.backends.jax.primitives import Spec, normalize, pull_back, why_not_compiled
 from groupnorm.backends.kernels.grouped_shape import GroupedShape
 from groupnorm.backends.kernels.layout import ROLES
 from groupnorm.plan import Plan
@@ -111,7 +111,9 @@ def _bind(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: CallO
         samples = mask.shape[0] if "K" in roles else 1
         mask = mask.reshape(samples, mask.size // samples)
     dtypes = (x.dtype, checked.work_dtype, checked.result_dtype)
-    no_kernels = why_unknown_dtypes(*dtypes) or _why_no_kernels(_FLOAT16 in dtypes)
+    no_kernels = why_not_compiled(*dtypes, options.activation)
+    if no_kernels is None:
+        no_kernels = _why_no_kernels(_FLOAT16 in dtypes)
     if no_kernels and (options.implementation == "fused" or jax.default_backend() == "gpu"):
         return no_kernels
     # As work arrays have it: channels on one axis. Slices have no hash.

@@ -28,7 +28,7 @@ from groupnorm.backends.jax.internals import (
     require_all,
 )
 from groupnorm.backends.kernels.grouped_shape import GroupedShape
-from groupnorm.backends.kernels.variants import DTYPES
+from groupnorm.backends.kernels.layout import why_no_variant
 from groupnorm.plan import Plan
 from groupnorm.portable.group_norm import group_norm, group_norm_vjp
 
@@ -40,7 +40,7 @@ __all__ = [
     "pull_back_p",
     "register_lowering",
     "saved_shape",
-    "why_unknown_dtypes",
+    "why_not_compiled",
 ]
 
 require_all()
@@ -74,15 +74,10 @@ class Spec(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def why_unknown_dtypes(x: Any, work: Any, result: Any) -> Unsupported | None:
-    """Return why no kernel is compiled for these dtypes, on any device."""
-    names = [jnp.dtype(dtype).name for dtype in (x, result)]
-    if jnp.dtype(work) == jnp.float32 and set(names) <= set(DTYPES):
-        return None
-    return Unsupported(
-        f"x of {names[0]} to a result of {names[1]}, computed in {jnp.dtype(work).name}: the "
-        "kernels support float32, float16 and bfloat16, computed in float32"
-    )
+def why_not_compiled(x: Any, work: Any, result: Any, activation: str | None) -> Unsupported | None:
+    """Return why no kernel is compiled for these dtypes and this activation, on any device."""
+    x_name, work_name, result_name = (jnp.dtype(dtype).name for dtype in (x, work, result))
+    return why_no_variant(x_name, work_name, result_name, activation)
 
 
 # By the portable implementation -------------------------------------------------------------------
@@ -365,7 +360,7 @@ def register_lowering(
         x, scale = known[0][at : at + 2]
         dtypes = (x.dtype, scale.dtype, known[1][0].dtype)
         portable = (
-            why_unknown_dtypes(*dtypes) is not None
+            why_not_compiled(*dtypes, parameters["spec"].options.activation) is not None
             or why_unavailable(np.dtype(np.float16) in dtypes) is not None
         )
         chosen = _portable_lowerings[primitive] if portable else lower

@@ -27,6 +27,7 @@ __all__ = [
     "layout_of",
     "memory_order",
     "restored",
+    "why_no_variant",
 ]
 
 # The orders of axes that the kernels support; see `Plan.roles`.
@@ -73,8 +74,6 @@ def kernel_dtypes(
     adapter: Any, x: Any, scale: Any, bias: Any, options: CallOptions
 ) -> KernelDtypes | Unsupported:
     """Return the kernels' dtypes for a call; a missing parameter's dtype is None."""
-    if options.activation not in ACTIVATIONS:
-        return Unsupported(f"the kernels have no activation {options.activation!r}")
     # Constants from the host have NumPy dtypes, in any byte order.
     names: list[Any] = [None if d is None else _name(d) for d in (x, scale, bias)]
     if not all(n is None or n in DTYPES or n.startswith("float8") for n in names):
@@ -86,12 +85,20 @@ def kernel_dtypes(
     typed: list[Any] = [None if n is None else _Typed(adapter.dtype(n)) for n in names]
     work, _, result = dtypes_of(adapter, typed[0], typed[1], typed[2], options)
     dtypes = KernelDtypes(names[0], _name(result), result)
-    if _name(work) != "float32" or dtypes.x not in DTYPES or dtypes.result not in DTYPES:
-        return Unsupported(
-            f"x of {dtypes.x} to a result of {dtypes.result}, computed in {_name(work)}: "
-            "the kernels support float32, float16 and bfloat16, computed in float32"
-        )
-    return dtypes
+    why = why_no_variant(dtypes.x, _name(work), dtypes.result, options.activation)
+    return dtypes if why is None else why
+
+
+def why_no_variant(x: str, work: str, result: str, activation: str | None) -> Unsupported | None:
+    """Return why no kernel is compiled for dtypes of these names and this activation, or None."""
+    if activation not in ACTIVATIONS:
+        return Unsupported(f"the kernels have no activation {activation!r}")
+    if work == "float32" and x in DTYPES and result in DTYPES:
+        return None
+    return Unsupported(
+        f"x of {x} to a result of {result}, computed in {work}: the kernels support float32, "
+        "float16 and bfloat16, computed in float32"
+    )
 
 
 def _name(dtype: Any) -> str:

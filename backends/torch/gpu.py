@@ -85,7 +85,7 @@ class GpuEngine:
 
     def captures(self) -> bool:
         """Whether launches are recorded in a CUDA graph."""
-        return _captures()
+        return torch.cuda.is_current_stream_capturing()
 
     def bind(
         self, adapter: Any, x: torch.Tensor, scale: Any, bias: Any, mask: Any, options: CallOptions
@@ -172,13 +172,8 @@ def _launch(step: gpu.Launch) -> tuple[Any, dict[str, Any]]:
     }
 
 
-def _captures() -> bool:
-    """Whether launches are recorded in a CUDA graph."""
-    return torch.cuda.is_current_stream_capturing()
-
-
 def _busy() -> bool:
-    return _captures() or has_modes()
+    return torch.cuda.is_current_stream_capturing() or has_modes()
 
 
 def _why_unsupported(index: int) -> Unsupported | None:

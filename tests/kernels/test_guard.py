@@ -1,5 +1,6 @@
 """Kernels that cannot be loaded cost speed, never the library."""
 
+import importlib
 import logging
 
 import numpy as np
@@ -9,8 +10,8 @@ from groupnorm import arguments, group_norm, group_norm_vjp
 from groupnorm.adapter import Kernels, Unsupported
 from groupnorm.arguments import validate
 from groupnorm.backends.numpy.adapter import numpy_adapter
-from groupnorm.dispatch import compute, compute_with_pullback, implementations_on
-from groupnorm.errors import ArgumentValueError
+from groupnorm.dispatch import adapter_named, compute, compute_with_pullback, implementations_on
+from groupnorm.errors import ArgumentValueError, BackendImportError
 from groupnorm.portable import activations
 from tests import oracle
 from tests.rows import CONTRACT, assert_close
@@ -63,15 +64,26 @@ def test_no_kernels():
     assert kernels.why_unavailable("cpu") == Unsupported("none here")
 
 
-def test_an_activation_that_only_the_portable_implementation_has(rng, monkeypatch):
+@pytest.mark.parametrize("library", ["numpy", "jax", "torch"])
+def test_an_activation_that_only_the_portable_implementation_has(library, rng, monkeypatch):
     """Adding one must not break the calls that kernels would compute."""
+    try:
+        adapter = adapter_named(library)
+    except BackendImportError as error:
+        pytest.skip(str(error))
+    if library == "jax":
+        monkeypatch.setattr(importlib.import_module("jax"), "device_count", lambda: 1)
     tanh = activations._Activation(
         lambda z, adapter: adapter.xp.tanh(z), lambda z, adapter: 1 - adapter.xp.tanh(z) ** 2
     )
     monkeypatch.setattr(arguments, "ACTIVATIONS", (*arguments.ACTIVATIONS, "tanh"))
     monkeypatch.setitem(activations.ACTIVATIONS, "tanh", tanh)
-    x = rng.normal(size=(2, 5, 8)).astype(np.float32)
-    want = np.tanh(oracle.group_norm(x, num_groups=2))
-    assert_close(group_norm(x, num_groups=2, activation="tanh"), want, tolerance=CONTRACT)
+    host = rng.normal(size=(2, 5, 8)).astype(np.float32)
+    want = np.tanh(oracle.group_norm(host, num_groups=2))
+    x = adapter.from_host(host)
+    y = group_norm(x, num_groups=2, activation="tanh")
+    assert_close(adapter.to_host(y), want, tolerance=CONTRACT)
     y, _ = group_norm_vjp(x, num_groups=2, activation="tanh")
-    assert_close(y, want, tolerance=CONTRACT)
+    assert_close(adapter.to_host(y), want, tolerance=CONTRACT)
+    with pytest.raises(ArgumentValueError, match=r"the kernels have no activation 'tanh'|numba"):
+        group_norm(x, num_groups=2, activation="tanh", implementation="fused")

@@ -150,10 +150,17 @@ def line_of(name: str, record: Record) -> str:
 # ---- in the parent ------------------------------------------------------------------------------
 
 
-def run_child(request: dict[str, Any], seconds: float) -> tuple[int, list[Record]]:
-    """Run a child with a time limit and some grace; return its exit status and records."""
+def run_child(
+    request: dict[str, Any], seconds: float, into: Path | None = None
+) -> tuple[int, list[Record]]:
+    """Run a child with a time limit and some grace; return its exit status and records.
+
+    The records are also appended to `into` as they are made, so that none are lost if this process
+    is killed.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "records"
+        file = into or Path(folder) / "records"
+        before = file.stat().st_size if file.exists() else 0
         request = {**request, "seconds": seconds, "file": str(file)}
         command = [sys.executable, str(Path(__file__).with_name("gpu.py")), "--child"]
         # JAX would reserve most of the memory, but other libraries run in the same process.
@@ -167,7 +174,8 @@ def run_child(request: dict[str, Any], seconds: float) -> tuple[int, list[Record
         finally:
             if process.poll() is None:
                 process.kill()
-        lines = file.read_text().splitlines() if file.exists() else []
+        written = file.read_bytes()[before:] if file.exists() else b""
+        lines = written.decode(errors="replace").splitlines()
     records = []
     for line in lines:
         try:
@@ -177,7 +185,9 @@ def run_child(request: dict[str, Any], seconds: float) -> tuple[int, list[Record
     return status, records
 
 
-def run_library(library: str, quick: bool, seconds: float) -> list[Record]:
+def run_library(
+    library: str, quick: bool, seconds: float, into: Path | None = None
+) -> list[Record]:
     """All records of a library, with its failures and the items without time."""
     end = time.monotonic() + seconds
     names = names_of(library, quick)
@@ -188,7 +198,7 @@ def run_library(library: str, quick: bool, seconds: float) -> list[Record]:
         if left <= 0 or begin >= len(names):
             break
         request = {"library": library, "quick": quick, "begin": begin}
-        status, records = run_child(request, left)
+        status, records = run_child(request, left, into)
         found += [record for record in records if record["kind"] != "begun"]
         begun = [record["name"] for record in records if record["kind"] == "begun"]
         begin = names.index(begun[-1]) + 1 if begun else begin
@@ -204,12 +214,14 @@ def run_library(library: str, quick: bool, seconds: float) -> list[Record]:
     return found + [{"kind": "skipped", "name": name, "why": why} for name in names[begin:]]
 
 
-def run_all(libraries: Sequence[str], quick: bool, end: float) -> list[Record]:
+def run_all(
+    libraries: Sequence[str], quick: bool, end: float, into: Path | None = None
+) -> list[Record]:
     """The records of several libraries, which share the time until `end`."""
     found: list[Record] = []
     waiting = [library for library in LIBRARIES if library in libraries]
     while waiting:
         shares = [SHARES[library] for library in waiting]
         left = max(end - time.monotonic(), 0)
-        found += run_library(waiting.pop(0), quick, left * shares[0] / sum(shares))
+        found += run_library(waiting.pop(0), quick, left * shares[0] / sum(shares), into)
     return found

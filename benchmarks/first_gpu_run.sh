@@ -5,10 +5,10 @@
 #
 # Wheels that the machine lacks lie in .whl/ there, which git ignores (array_api_compat is needed, jax_triton of use):
 #   python3 -m pip download --no-deps -d .whl array-api-compat==1.16.0 jax-triton==0.3.1
-# OUT is where everything is written while it happens (default ./first_run_out), in at most 5 files:
+# OUT is where everything is written while it happens (default ./first_run_out), in at most 8 files:
 #   log.txt       all that was printed          facts.jsonl  a line of JSON for each fact
 #   failures.txt  each failing test, at once    steps.txt    what ran, for how long, how it ended
-#   results.tgz   the benchmark's JSON
+#   bench/        the benchmark's records, as they are made, and its JSON
 # LIMIT is for all of it, in seconds (default 520). A step that fails or hangs does not stop the next.
 # STEPS chooses and orders: "versions torch cupy jax own rows bench" is the default. There is also
 # "sanitize": a few calls under compute-sanitizer, each array in memory of its own.
@@ -604,8 +604,7 @@ PYTHON
       most=$((LIMIT - SECONDS - 45)); [ $most -gt 120 ] && most=120
       if [ $most -ge 45 ]; then
         PYTHONPATH="$WORK/nonumba:$PYTHONPATH" step "benchmark torch" $((most + 40)) \
-          $PY benchmarks/gpu.py --quick --only torch --seconds $most --into "$WORK/bench"
-        [ -d "$WORK/bench" ] && tar -C "$WORK" -czf "$OUT/results.tgz" bench
+          $PY benchmarks/gpu.py --quick --only torch --seconds $most --into "$OUT/bench"
       else
         echo "benchmark: no time was left" | tee -a "$OUT/steps.txt"
       fi ;;

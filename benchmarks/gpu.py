@@ -10,12 +10,15 @@ and recorded, and make the exit status 1. It is 2 if there is no GPU::
     python benchmarks/gpu.py [--quick] [--seconds N] [--only torch,cupy,jax] [--into DIR]
     python benchmarks/gpu.py --from-json FILE
 
-The figures go to DIR/<gpu>-<date>.json and, with matplotlib, a PNG next to it.
+Each record is appended to DIR/records-<time>.jsonl when it is made, so that a run that is killed
+loses none. The figures go to DIR/<gpu>-<date>.json and, with matplotlib, a PNG next to it;
+``--from-json`` shows either kind of file.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import subprocess
@@ -75,7 +78,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any] | str:
     begun = time.monotonic()
     # Each library's process may end with a row that takes longer than expected.
     end = begun + options.seconds
-    status, records = run_child({"library": PROBE, "libraries": options.only}, 90)
+    options.into.mkdir(parents=True, exist_ok=True)
+    raw = options.into / f"records-{datetime.datetime.now():%Y%m%d-%H%M%S}.jsonl"
+    status, records = run_child({"library": PROBE, "libraries": options.only}, 90, raw)
     records = [record for record in records if record["kind"] != "begun"]
     probes = {record["library"]: record for record in records if record["kind"] == "probe"}
     for name in options.only:
@@ -86,19 +91,35 @@ def measure(options: argparse.Namespace) -> dict[str, Any] | str:
     usable = [name for name in options.only if probes[name]["why"] is None]
     if not usable:
         reasons = "; ".join(f"{name}: {probes[name]['why']}" for name in options.only)
+        raw.unlink(missing_ok=True)
         return f"there is no GPU here for any of the libraries: nothing is measured ({reasons})"
     if status:
         why = f"the process ended with status {status}"
         records.append({"kind": "failure", "name": "selfcheck", "why": why})
     gpu = probes[usable[0]]["gpu"]
     print(f"{gpu}: {', '.join(usable)}; at most about {options.seconds} s", flush=True)
-    records += run_all(usable, options.quick, end)
+    records += run_all(usable, options.quick, end, raw)
     revision, dirty = commit()
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "gpu": gpu, "driver": driver(), "commit": revision, "dirty": dirty,
         "versions": versions(*PACKAGES), "machine": machine(), "quick": options.quick,
         "only": options.only, "seconds": round(time.monotonic() - begun, 1), **sorted_out(records),
+    }  # fmt: skip
+
+
+def read(file: Path) -> dict[str, Any]:
+    """A finished result, or what a run that was killed had recorded."""
+    if file.suffix != ".jsonl":
+        return json.loads(file.read_text())
+    records = []
+    for line in file.read_text().splitlines():
+        with contextlib.suppress(ValueError):  # truncated when the process was killed
+            records.append(json.loads(line))
+    gpu = next((r["gpu"] for r in records if r["kind"] == "probe" and r["gpu"]), "unknown GPU")
+    return {
+        "gpu": gpu, "driver": None, "commit": "unknown", "dirty": False, "quick": False,
+        **sorted_out([record for record in records if record["kind"] != "begun"]),
     }  # fmt: skip
 
 
@@ -186,13 +207,12 @@ def main() -> int:
     if options.child:
         return child(json.loads(options.child))
     if options.from_json:
-        result, path = json.loads(options.from_json.read_text()), options.from_json
+        result, path = read(options.from_json), options.from_json
     else:
         result = measure(options)
         if isinstance(result, str):
             print(f"gpu.py: {result}.", file=sys.stderr)
             return 2
-        options.into.mkdir(parents=True, exist_ok=True)
         path = options.into / file_name(result)
         write_json(path, result)
     draw(result, path.with_suffix(".png"))

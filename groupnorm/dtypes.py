@@ -6,7 +6,7 @@ import numpy as np
 
 from groupnorm.errors import ArgumentTypeError, BackendImportError
 
-__all__ = ["dtype_name", "small_float"]
+__all__ = ["NumpyDtypes", "dtype_name", "small_float"]
 
 
 def dtype_name(argument: str, dtype: Any, extra: tuple[str, ...] = ()) -> str:
@@ -71,3 +71,31 @@ def small_float(name: str) -> "np.dtype[Any]":
         )
     dtype: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
     return dtype
+
+
+class NumpyDtypes:
+    """The dtype methods of adapters whose dtypes are those of NumPy and ml_dtypes."""
+
+    def dtype(self, name: str) -> Any:
+        """Return the dtype with this name, of NumPy or ml_dtypes."""
+        try:
+            return np.dtype(name)
+        except TypeError:  # NumPy has no such name
+            return small_float(name)
+
+    def is_complex(self, dtype: Any) -> bool:
+        """Whether dtype is complex."""
+        return bool(np.dtype(dtype).kind == "c")
+
+    def is_real_floating(self, dtype: Any) -> bool:
+        """Whether dtype is real floating; ml_dtypes' floats are of kind "V" or "f"."""
+        dtype = np.dtype(dtype)
+        small = dtype.kind == "V" and dtype.name.startswith(("bfloat", "float"))
+        return bool(dtype.kind == "f" or small)
+
+    def result_type(self, *dtypes: Any) -> Any:
+        """Promote; small floats that NumPy cannot promote with each other become float32."""
+        try:
+            return np.result_type(*dtypes)
+        except TypeError:
+            return np.result_type(*(np.result_type(d, np.float32) for d in dtypes))

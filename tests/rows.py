@@ -119,9 +119,9 @@ class Backend(enum.Enum):
     def dtypes(self) -> set[str]:
         """The dtypes the library supports."""
         names = set(COMMON.split())
-        if self.library in ("numpy", "jax", "torch"):
+        if self.library in ("numpy", "jax", "torch", "cupy"):
             names |= {"float16", "bfloat16"}
-        elif self.library in ("dask", "cupy"):
+        elif self.library == "dask":
             names |= {"float16"}
         return names
 

@@ -10,12 +10,13 @@ from groupnorm.adapter import Adapter, Kernels
 from groupnorm.backends.cupy.nccl import replicas_of
 from groupnorm.distributed.axis_names import bound
 from groupnorm.distributed.replicas import Replicas, over_all
+from groupnorm.dtypes import NumpyDtypes
 from groupnorm.errors import ArgumentValueError, BackendImportError
 
 __all__ = ["CupyAdapter", "cupy_adapter"]
 
 
-class CupyAdapter(Adapter):
+class CupyAdapter(NumpyDtypes, Adapter):
     """`cupy.ndarray` on any device."""
 
     label = "CuPy"

@@ -9,13 +9,13 @@ from groupnorm.adapter import Adapter, Kernels
 from groupnorm.backends.numpy.mpi import replicas_of
 from groupnorm.distributed.axis_names import bound
 from groupnorm.distributed.replicas import Replicas, over_all
-from groupnorm.dtypes import small_float
+from groupnorm.dtypes import NumpyDtypes
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
 
 __all__ = ["NumpyAdapter", "numpy_adapter"]
 
 
-class NumpyAdapter(Adapter):
+class NumpyAdapter(NumpyDtypes, Adapter):
     """NumPy arrays, including those of ml_dtypes' small floats."""
 
     label = "NumPy"
@@ -68,23 +68,6 @@ class NumpyAdapter(Adapter):
         """Return the value; NumPy is eager."""
         return bool(x)
 
-    def is_complex(self, dtype: Any) -> bool:
-        """Whether dtype is complex."""
-        return bool(np.dtype(dtype).kind == "c")
-
-    def is_real_floating(self, dtype: Any) -> bool:
-        """Whether dtype is real floating; ml_dtypes' floats are of kind "V" or "f"."""
-        dtype = np.dtype(dtype)
-        small = dtype.kind == "V" and dtype.name.startswith(("bfloat", "float"))
-        return bool(dtype.kind == "f" or small)
-
-    def result_type(self, *dtypes: Any) -> Any:
-        """Promote; small floats that NumPy cannot promote with each other become float32."""
-        try:
-            return np.result_type(*dtypes)
-        except TypeError:
-            return np.result_type(*(np.result_type(d, np.float32) for d in dtypes))
-
     def real_dtype(self, dtype: Any) -> Any:
         """Return the dtype of the real and imaginary parts, longdouble included."""
         return np.zeros((), dtype).real.dtype
@@ -108,13 +91,6 @@ class NumpyAdapter(Adapter):
     def replicas(self, axis_name: Any) -> Replicas:
         """Return the ranks of one or several mpi4py communicators."""
         return over_all([replicas_of(communicator) for communicator in bound(axis_name)])
-
-    def dtype(self, name: str) -> Any:
-        """Return the dtype with this name, of NumPy or ml_dtypes."""
-        try:
-            return np.dtype(name)
-        except TypeError:  # NumPy has no such name
-            return small_float(name)
 
     def load_kernels(self) -> Kernels:
         """Return the CPU kernels."""

@@ -10,7 +10,7 @@ import torch
 
 from groupnorm.adapter import Adapter, Kernels, Planning, as_native_contiguous
 from groupnorm.arguments import CallOptions
-from groupnorm.backends.torch.internals import is_wrapped
+from groupnorm.backends.torch.internals import is_exporting, is_wrapped
 from groupnorm.backends.torch.native import functional
 from groupnorm.backends.torch.process_groups import replicas_of
 from groupnorm.distributed.axis_names import bound
@@ -37,7 +37,7 @@ class TorchAdapter(Adapter):
         """Keep sizes symbolic while compiling."""
         if torch.compiler.is_compiling() or any(isinstance(n, torch.SymInt) for n in shape):
             # Blocks are valid for a range of sizes only; an exported program is for all sizes.
-            return Planning(static=False, blocked_sums=not torch.compiler.is_exporting())
+            return Planning(static=False, blocked_sums=not is_exporting())
         return Planning()
 
     def place(self, x: Any, device: Any) -> Any:

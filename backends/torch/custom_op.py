@@ -17,7 +17,12 @@ from groupnorm.adapter import Unsupported
 from groupnorm.arguments import CallOptions
 from groupnorm.backends.kernels.layout import ROLES, kernel_dtypes, memory_order
 from groupnorm.backends.torch import kernels
-from groupnorm.backends.torch.internals import assume_constant, in_forward_mode, is_transformed
+from groupnorm.backends.torch.internals import (
+    assume_constant,
+    in_forward_mode,
+    is_exporting,
+    is_transformed,
+)
 from groupnorm.backends.torch.kernels import as_parameter
 from groupnorm.backends.torch.memory import PLAIN
 from groupnorm.dispatch import adapter_named
@@ -40,7 +45,7 @@ _ARRAYS = "Tensor x, Tensor? scale, Tensor? bias, Tensor? mask"
 
 def traced(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -> Any:
     """Return y, computed by the operator, or `Unsupported`; the compiler traces this function."""
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return Unsupported(
             "exported programs use portable code, so that they run without this package"
         )

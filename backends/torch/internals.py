@@ -19,6 +19,7 @@ __all__ = [
     "assume_constant",
     "has_modes",
     "in_forward_mode",
+    "is_exporting",
     "is_seen_through",
     "is_transformed",
     "is_wrapped",
@@ -32,6 +33,7 @@ PRIVATE_NAMES = (
     "torch._C._len_torch_dispatch_stack",
     "torch._C._get_tracing_state",
     "torch.autograd.forward_ad._current_level",
+    "torch.compiler._is_exporting_flag",
 )
 
 
@@ -58,6 +60,16 @@ _tracing_state: Callable[[], Any] = _found(PRIVATE_NAMES[3]) or _always
 _forward_ad: Any = importlib.import_module("torch.autograd.forward_ad")
 if _found(PRIVATE_NAMES[4]) is None:
     _forward_ad = SimpleNamespace(_current_level=0)
+# Likewise. Before version 2.12, torch.compile takes `torch.compiler.is_exporting()` for the
+# constant True, also in programs that are not exported; it reads this flag as it is.
+_compiler: Any = torch.compiler
+if _found(PRIVATE_NAMES[5]) is None:
+    _compiler = SimpleNamespace(_is_exporting_flag=True)
+
+
+def is_exporting() -> bool:
+    """Whether torch.export traces the program, which then must hold portable code only."""
+    return bool(_compiler._is_exporting_flag)
 
 
 def in_forward_mode() -> bool:

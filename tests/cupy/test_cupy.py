@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 
 from groupnorm import GroupNorm, available_backends, group_norm, group_norm_vjp
+from groupnorm.adapter import Unsupported
+from groupnorm.backends.kernels.gpu.launch import planned
 from groupnorm.dispatch import adapter_named, adapter_of
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError, BackendImportError
 from tests import oracle
@@ -68,6 +70,23 @@ def test_cupy_arrays_are_dispatched_to_the_cupy_adapter():
     assert adapter_of(unplaced_array(Derived)) is adapter_named("cupy")
 
 
+def test_bfloat16_needs_no_gpu_to_be_planned():
+    """CuPy computes in bfloat16, whose dtype is ml_dtypes'; array-api-compat does not know it."""
+    adapter, bfloat16 = adapter_named("cupy"), np.dtype("bfloat16")
+    assert adapter.dtype("bfloat16") == bfloat16
+    assert adapter.is_real_floating(bfloat16)
+    assert not adapter.is_complex(bfloat16)
+    assert adapter.result_type(bfloat16, np.float32) == np.float32
+    assert adapter.result_type(bfloat16, np.float16) == np.float32
+    layer = GroupNorm(CHANNELS, num_groups=GROUPS, dtype="input")
+    strides = (3 * CHANNELS, CHANNELS, 1)
+    work = planned(
+        adapter, (2, 3, CHANNELS), strides, bfloat16, bfloat16, None, layer._config.options
+    )
+    assert not isinstance(work, Unsupported), work
+    assert work.dtypes.result_dtype == bfloat16
+
+
 @without_gpu
 def test_layer_without_a_gpu():
     with pytest.raises(BackendImportError) as caught:
@@ -107,7 +126,8 @@ def test_available_backends_reports_what_is_missing():
     if GPU:
         assert len(info.devices) == count_devices()
         assert info.error is None
-        assert "CuPy" in info.why_not_fused["cuda:0"]
+        assert info.why_not_fused["cuda:0"] is None
+        assert "fused" in info.implementations["cuda:0"]
     else:
         assert info.devices == ()
         assert info.implementations == {}

@@ -46,6 +46,16 @@ def settings(activation=None, dtype=None):
     return ([1], GROUPS, None, None, 1e-5, dtype, True, activation)
 
 
+def test_compiled_programs_call_the_operator_where_the_compiler_assumes_an_export(monkeypatch, rng):
+    """Before PyTorch 2.12 torch.compile takes `is_exporting()` for True in every program."""
+    x, graphs = tensor(rng, 2, CHANNELS, 9), Graphs()
+    compiled = torch.compile(lambda x: group_norm(x, **KEYWORDS), backend=graphs, fullgraph=True)
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    y = compiled(x)
+    assert graphs.operators == 1
+    assert_close(y.numpy(), oracle.group_norm(x.numpy(), **KEYWORDS), tolerance=CONTRACT)
+
+
 class Graphs(list):
     """A compiler that records the graphs it receives and runs them unchanged."""
 

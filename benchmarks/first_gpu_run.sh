@@ -58,7 +58,7 @@ BEGUN = time.time()
 LIBRARY = os.path.basename(sys.argv[0]).removeprefix("smoke_").removesuffix(".py")
 
 
-def fact(name, **values):
+def fact(name, /, **values):
     record = {"library": LIBRARY, "fact": name, "at": round(time.time() - BEGUN, 1), **values}
     with open(os.path.join(os.environ["OUT"], "facts.jsonl"), "a") as file:
         file.write(json.dumps(record, default=str) + "\n")

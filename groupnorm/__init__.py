@@ -8,6 +8,7 @@ from groupnorm.discovery import BackendInfo, available_backends
 from groupnorm.distributed.axis_names import bind_axis
 from groupnorm.functional import group_norm, group_norm_vjp
 from groupnorm.layer import GroupNorm
+from groupnorm.num_threads import get_num_threads, set_num_threads
 from groupnorm.portable.merge import GroupStatistics
 from groupnorm.tiled import group_statistics, merge_statistics, normalize
 
@@ -20,10 +21,12 @@ __all__ = [
     "available_backends",
     "bind_axis",
     "errors",
+    "get_num_threads",
     "group_norm",
     "group_norm_vjp",
     "group_statistics",
     "initializers",
     "merge_statistics",
     "normalize",
+    "set_num_threads",
 ]

@@ -37,7 +37,7 @@ class _Call(NamedTuple):
         """Return y, which has x's memory layout, and the statistics for backward."""
         layout, dtypes = self.work.layout, self.work.dtypes
         y = np.empty(layout.plan.shape, dtypes.result_dtype)
-        saved = self.work.forward(self.arrays, address(y))
+        saved = self.work.forward(self.arrays, address(y), (self, y))
         return restored(y, layout), saved
 
 
@@ -84,7 +84,7 @@ def _pullback(
         dscale, dbias = np.empty((2, work.channels), np.float32)
         work.backward(
             saved, call.arrays, address(dy), dy.dtype.name, address(dx), address(dscale),
-            address(dbias),
+            address(dbias), (call, dy, dx, dscale, dbias),
         )  # fmt: skip
         return Gradients(
             restored(dx, layout), _as_parameter(dscale, scale), _as_parameter(dbias, bias)

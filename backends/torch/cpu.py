@@ -36,7 +36,7 @@ class Call(NamedTuple):
         """Return y, which has x's memory layout, and the statistics for backward."""
         work = self.work
         x, y = in_memory(x, work.layout), like(x, work.layout, work.dtypes.result_dtype)
-        return y, work.forward(self._arrays(x), _fresh(y))
+        return y, work.forward(self._arrays(x), _fresh(y), (self, x, y))
 
     def backward(
         self, saved: Saved, x: torch.Tensor, dy: torch.Tensor
@@ -50,7 +50,7 @@ class Call(NamedTuple):
         dy_dtype = "float32" if dy.dtype is torch.float32 else work.dtypes.x
         work.backward(
             saved, self._arrays(x), dy.data_ptr(), dy_dtype, _fresh(dx), dscale.data_ptr(),
-            dbias.data_ptr(),
+            dbias.data_ptr(), (self, x, dy, dx, dscale, dbias),
         )  # fmt: skip
         return dx, dscale, dbias
 

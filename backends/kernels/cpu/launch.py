@@ -93,26 +93,31 @@ class Work:
         self._elements = layout.grouped.elements
         self._programs: dict[Any, _Program] = {}
 
-    def forward(self, arrays: Arrays, y: int) -> Saved:
-        """Normalize x, and write the result to the address y; return what `backward` needs."""
+    def forward(self, arrays: Arrays, y: int, owner: Any) -> Saved:
+        """Normalize x, and write the result to the address y; return what `backward` needs.
+
+        `owner` keeps all of these arrays alive, even if an exception ends this call early.
+        """
         program = self._program("forward", arrays.mask_elements, "float32")
         block = program.block.from_buffer_copy(program.image)
         saved = ctypes.addressof(block) + program.argument_bytes
-        self._run(program, block, arrays, y, saved)
+        self._run(program, block, arrays, y, saved, owner)
         return Saved(saved, block)
 
     def backward(
-        self, saved: Saved, arrays: Arrays, dy: int, dy_dtype: str, dx: int, dscale: int, dbias: int
-    ) -> None:
+        self, saved: Saved, arrays: Arrays, dy: int, dy_dtype: str, dx: int, dscale: int,
+        dbias: int, owner: Any,
+    ) -> None:  # fmt: skip
         """Write dx, in x's dtype, and the gradients of scale and bias, in float32.
 
-        dy has x's dtype or float32; `saved` is what `forward` returned for the same arrays.
+        dy has x's dtype or float32; `saved` is what `forward` returned for the same arrays, and
+        `owner` keeps all of the others alive, as in `forward`.
         """
         program = self._program("backward", arrays.mask_elements, dy_dtype)
         block = program.block.from_buffer_copy(program.image)
         block[frames.SUMS] = ctypes.addressof(block) + program.argument_bytes
         block[frames.DY], block[frames.DSCALE], block[frames.DBIAS] = dy, dscale, dbias
-        self._run(program, block, arrays, dx, saved.address)
+        self._run(program, block, arrays, dx, saved.address, (owner, saved))
 
     def saved_values(self, saved: Saved) -> Any:
         """Return a copy of the saved statistics as an array."""
@@ -120,14 +125,17 @@ class Work:
         size = 8 * 3 * shape.samples * shape.groups
         return np.frombuffer(ctypes.string_at(saved.address, size))
 
-    def _run(self, program: _Program, block: Any, arrays: Arrays, y: int, saved: int) -> None:
+    def _run(
+        self, program: _Program, block: Any, arrays: Arrays, y: int, saved: int, owner: Any
+    ) -> None:
         scratch = None
         block[frames.X], block[frames.SCALE], block[frames.BIAS], block[frames.MASK], _ = arrays
         block[frames.Y], block[frames.SAVED] = y, saved
         if program.scratch:
             scratch = np.empty(program.scratch)
             block[frames.SCRATCH] = address(scratch)
-        self.team.run(program.helpers, program.entry, ctypes.addressof(block), (block, scratch))
+        everything = (block, scratch, owner)
+        self.team.run(program.helpers, program.entry, ctypes.addressof(block), everything)
 
     def _program(self, direction: str, mask_elements: int, dy: str) -> _Program:
         helpers = self.team.helpers_for(self._elements)

@@ -113,6 +113,14 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def fuzz(session: nox.Session) -> None:
+    """Compare random calls with the reference: `-- --seconds 600 --seed 1`, or `-- --count 10000`."""
+    install(session, *group("tests"))
+    session.install("-e", ".")
+    session.run("python", "-m", "tests.fuzz", *session.posargs)
+
+
+@nox.session
 def minimal(session: nox.Session) -> None:
     """Import and test with only NumPy and array-api-compat, in the oldest supported versions."""
     install(session, *LOWEST, *group("runner"))

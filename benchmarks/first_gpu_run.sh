@@ -10,8 +10,9 @@
 #   failures.txt  each failing test, at once    steps.txt    what ran, for how long, how it ended
 #   bench/        the benchmark's records, as they are made, and its JSON
 # LIMIT is for all of it, in seconds (default 520). A step that fails or hangs does not stop the next.
-# STEPS chooses and orders: "versions torch cupy jax own rows bench" is the default. There is also
-# "sanitize": a few calls under compute-sanitizer, each array in memory of its own.
+# STEPS chooses and orders: "versions torch cupy jax own rows bench" is the default. There are also
+# "all", every test of PyTorch and CuPy marked gpu, and "sanitize", a few calls under
+# compute-sanitizer, each array in memory of its own.
 # FIRST_RUN_DRY=1 tries the script out where there is no GPU.
 set -u
 ROOT=$PWD
@@ -600,6 +601,7 @@ PYTHON
     own) test_run 80 6 -m gpu --backends torch:gpu,jax:gpu,cupy tests/torch/test_gpu.py tests/cupy/test_cupy.py tests/jax/test_gpu.py ;;
     rows) test_run 75 12 -m gpu --backends torch:gpu,cupy tests/portable/test_accuracy.py tests/portable/test_masks.py tests/portable/test_activation.py \
       tests/portable/test_gradients.py tests/portable/test_layouts.py tests/portable/test_dtypes.py ;;
+    all) test_run 150 12 -m gpu --backends torch:gpu,cupy tests ;;
     bench)
       most=$((LIMIT - SECONDS - 45)); [ $most -gt 120 ] && most=120
       if [ $most -ge 45 ]; then

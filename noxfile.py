@@ -114,7 +114,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def fuzz(session: nox.Session) -> None:
-    """Compare random calls with the reference: `-- --seconds 600 --seed 1`, or `-- --count 10000`."""
+    """Compare random calls with a reference: `-- --seconds 600 --seed 1`, `-- --count 10000`."""
     install(session, *group("tests"))
     session.install("-e", ".")
     session.run("python", "-m", "tests.fuzz", *session.posargs)

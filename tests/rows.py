@@ -173,7 +173,7 @@ class Backend(enum.Enum):
         match self.library:
             case "torch":
                 torch = importlib.import_module("torch")
-                y = y.detach().cpu().resolve_conj()
+                y = y.detach().cpu().resolve_conj().resolve_neg()
                 if y.dtype == torch.bfloat16:
                     return y.contiguous().view(torch.int16).numpy().view(host_dtype("bfloat16"))
                 return y.numpy()

@@ -109,8 +109,10 @@ KNOWN = [
         lambda case: case.padding == "lowest" and case.work in COMPLEX,
     ),
     Known(
-        "padding of the lowest number overflows where epsilon is tiny or the scale large",
-        lambda case: case.padding == "lowest" and (case.epsilon < 1e-6 or case.gain > 1),
+        "padding of the lowest number overflows where the spread is tiny or the scale large",
+        lambda case: (
+            case.padding == "lowest" and (case.epsilon < 1e-6 or case.gain > 1 or case.size < 1)
+        ),
     ),
 ]
 
@@ -232,8 +234,10 @@ def _draw(rng: np.random.Generator, index: int, libraries) -> Case:
     fields["size"] = often(1.0, *SIZES[real])
     if dtype == "float16":  # up to 65504
         fields["offset"] = often(0.0, 1.0, 1e3) if fields["size"] == 1 else 0.0
-    elif fields["size"] == LARGEST:
-        # Masked-out values are bounded at 5e33: see `statistics._saturate`.
+    elif fields["size"] in LARGEST:
+        # Masked-out values are bounded, at 5e33 in float32: see `statistics._saturate`.
+        if fields.get("padding") == "lowest":
+            fields["padding"] = "inf"
         fields["offset"] = often(0.0, 1.0, 1e3)
         if fields["values"] == "channel means":
             fields["values"] = "normal"
@@ -260,13 +264,13 @@ LAYOUTS = {
     "torch": ("F", "permuted", "strided", "broadcast", "offset", "conj", "neg", "channels_last"),
     "jax": ("C",),
 }  # fmt: skip
-LARGEST = 1e30  # in float32
+LARGEST = (1e30, 1e290)  # in float32 and float64
 # Squares of some leave the dtype's range.
 SIZES = {
     "float16": (1e-2, 1e2, 1e3),
     "bfloat16": (1e-3, 1e3, 1e15, 1e-15),
-    "float32": (1e-3, 1e3, 1e20, 1e-20, LARGEST, 1e-30),
-    "float64": (1e-3, 1e3, 1e150, 1e-150, 1e290),
+    "float32": (1e-3, 1e3, 1e20, 1e-20, LARGEST[0], 1e-30),
+    "float64": (1e-3, 1e3, 1e150, 1e-150, LARGEST[1]),
 }
 
 

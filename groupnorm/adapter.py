@@ -208,6 +208,10 @@ class Adapter:
         """Return the dtype that integers are converted to."""
         return self.xp.__array_namespace_info__().default_dtypes()["real floating"]
 
+    def default_param_dtype(self) -> str:
+        """Return the name of the dtype of a new layer's parameters."""
+        return "float32"
+
     def result_type(self, *dtypes: Any) -> Any:
         """Return the dtype that floating and complex dtypes promote to."""
         return self.xp.result_type(*dtypes)

@@ -17,8 +17,10 @@ __all__ = [
     "IMPLEMENTATIONS",
     "CallOptions",
     "InSize",
+    "check_epsilon",
     "check_in_size",
     "flag",
+    "positive",
     "validate",
 ]
 
@@ -41,6 +43,10 @@ class CallOptions(NamedTuple):
     activation: str | None
     implementation: str | None
     feature_shape: tuple[int, ...] | None  # of the layer; None accepts any
+
+    def __deepcopy__(self, memo: Any) -> "CallOptions":
+        """Return self: it is immutable, and a process group cannot be copied."""
+        return self
 
 
 def validate(
@@ -77,7 +83,7 @@ def validate(
         num_groups=num_groups,
         group_size=group_size,
         reduction=None if reduction_axes is None else _ints("reduction_axes", reduction_axes),
-        epsilon=_epsilon(epsilon),
+        epsilon=check_epsilon("epsilon", epsilon),
         dtype=None if dtype is None else dtype_name("dtype", dtype, extra=("input",)),
         axis_name=tuple(axis_name) if isinstance(axis_name, list) else axis_name,
         axis_index_groups=_index_groups(axis_index_groups, axis_name),
@@ -98,8 +104,8 @@ def _groups(num_groups: Any, group_size: Any) -> tuple[int | None, int | None]:
             "required. Pass num_groups=None together with group_size=, or num_groups= alone."
         )
     if num_groups is not None:
-        return _positive("num_groups", num_groups), None
-    return None, _positive("group_size", group_size)
+        return positive("num_groups", num_groups), None
+    return None, positive("group_size", group_size)
 
 
 def _integer(argument: str, value: Any) -> int:
@@ -118,7 +124,8 @@ def _integer(argument: str, value: Any) -> int:
         ) from None
 
 
-def _positive(argument: str, value: Any) -> int:
+def positive(argument: str, value: Any) -> int:
+    """Check that an argument is a positive integer."""
     number = _integer(argument, value)
     if number <= 0:
         raise ArgumentValueError(
@@ -147,16 +154,18 @@ def _one_of(argument: str, value: Any, names: tuple[str, ...]) -> str:
     return value
 
 
-def _epsilon(value: Any) -> float:
+def check_epsilon(argument: str, value: Any) -> float:
+    """Check that an argument is a number that can be added to the variance."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ArgumentTypeError(
-            f"epsilon={value!r} is of type {type(value).__name__}: it must be a real number, "
+            f"{argument}={value!r} is of type {type(value).__name__}: it must be a real number, "
             "such as 1e-6."
         )
     epsilon = float(value)
-    if not (math.isfinite(epsilon) and epsilon >= 0):
+    # Not math.isfinite, which torch.compile cannot trace with dynamic=True; NaN fails this too.
+    if not 0 <= epsilon < math.inf:
         raise ArgumentValueError(
-            f"epsilon={value!r} must be finite and not negative: it is added to the variance. "
+            f"{argument}={value!r} must be finite and not negative: it is added to the variance. "
             "The default is 1e-6; PyTorch's is 1e-5."
         )
     return epsilon

@@ -1,5 +1,6 @@
 """`GroupNorm`: the constructor, calls, conversion between backends, and the plain layer."""
 
+import math
 from collections.abc import Callable, Sequence
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
@@ -98,7 +99,8 @@ class Layer(ConfigProperties):
             scale_init=scale_init,
             param_type=_check_param_type(param_type),
             param_dtype=dtype_name(
-                "param_dtype", "float32" if param_dtype is None else param_dtype
+                "param_dtype",
+                self._adapter.default_param_dtype() if param_dtype is None else param_dtype,
             ),
         )
         self._setup(config, *self._initial(config, device))
@@ -115,10 +117,11 @@ class Layer(ConfigProperties):
 
     # Calls -------------------------------------------------------------------------------------
 
-    def __call__(self, x: ArrayT, mask: MaskLike = None) -> ArrayT:
-        """Normalize x; see `update`."""
-        y: ArrayT = self._normalize(x, mask)
-        return y
+    if TYPE_CHECKING:
+        # Defined by `PlainGroupNorm` and by `torch.nn.Module`, whose own one must stay visible.
+        def __call__(self, x: ArrayT, mask: MaskLike = None) -> ArrayT:
+            """Normalize x; see `update`."""
+            return x
 
     def update(self, x: ArrayT, mask: MaskLike = None) -> ArrayT:
         """Normalize x; the same as calling the layer.
@@ -146,7 +149,7 @@ class Layer(ConfigProperties):
         return y
 
     def _normalize(self, x: Any, mask: Any) -> Any:
-        return compute(self._adapter_for(x), x, self.scale, self.bias, mask, self._config.options)
+        return compute(self._adapter_for(x), x, self.scale, self.bias, mask, self._options)
 
     def vjp(self, x: ArrayT, mask: MaskLike = None) -> tuple[ArrayT, Callable[[ArrayT], Gradients]]:
         """Normalize x and return the vector-Jacobian product; see `groupnorm.group_norm_vjp`.
@@ -166,7 +169,7 @@ class Layer(ConfigProperties):
         array([3., 3., 3., 3.], dtype=float32)
         """
         return compute_with_pullback(
-            self._adapter_for(x), x, self.scale, self.bias, mask, self._config.options
+            self._adapter_for(x), x, self.scale, self.bias, mask, self._options
         )
 
     def _adapter_for(self, x: Any) -> "Adapter":
@@ -232,14 +235,25 @@ class Layer(ConfigProperties):
         2
         """
         target = adapter_named(backend)
-        config = self._config._replace(param_type=_check_param_type(param_type))
+        config = self._config._replace(
+            param_type=_check_param_type(param_type),
+            use_scale=self.use_scale,
+            use_bias=self.use_bias,
+        )
         values: list[Array | None] = []
-        for stored in (self.scale, self.bias):
+        for name, stored in (("scale", self.scale), ("bias", self.bias)):
             if stored is None:
                 values.append(None)
                 continue
-            host = np.array(self._adapter.to_host(stored)).reshape(config.feature_shape)
-            values.append(target.place(target.from_host(host), device))
+            host = np.array(self._adapter.to_host(stored))
+            if host.size != math.prod(config.feature_shape):
+                raise ArgumentValueError(
+                    f"{name} has shape {host.shape}, and the layer's feature axes are "
+                    f"{config.feature_shape}: set num_channels to the number of channels first."
+                )
+            values.append(
+                target.place(target.from_host(host.reshape(config.feature_shape)), device)
+            )
         return layer_class_named(backend)._of(config, *values)
 
     @classmethod
@@ -303,7 +317,8 @@ class GroupNorm(Layer):
         Added to the variance. Default is 1e-6; PyTorch's is 1e-5.
     dtype : str or dtype, optional
         The result's dtype; ``"input"`` keeps x's. Default is the dtype to which the library
-        promotes x and the parameters: bfloat16 x with float32 parameters gives float32.
+        promotes x and the parameters: bfloat16 x with float32 parameters gives float32. A layer
+        that is a `torch.nn.GroupNorm` keeps x's dtype by default, as that does.
     use_bias, use_scale : bool
         Whether to add a bias (beta), and to multiply by a scale (gamma).
     bias_init, scale_init : callable
@@ -321,7 +336,7 @@ class GroupNorm(Layer):
         The parameter type, such as `flax.nnx.Param` or `brainstate.ParamState`. Default is a
         plain array, in PyTorch `torch.nn.Parameter`.
     param_dtype : str or dtype, optional
-        Default is float32.
+        Default is float32; in PyTorch the dtype set by `torch.set_default_dtype`.
     backend : {"numpy", "jax", "torch", "cupy"}
         The library of the parameters. It also determines the type of the layer: a plain object, a
         pytree (jax) or a `torch.nn.Module`. A NumPy layer accepts arrays of every library.
@@ -396,6 +411,12 @@ class PlainGroupNorm(GroupNorm):
 
     _scale: Any
     _bias: Any
+
+    if not TYPE_CHECKING:
+
+        def __call__(self, x: ArrayT, mask: MaskLike = None) -> ArrayT:
+            """Normalize x; see `update`."""
+            return self._normalize(x, mask)
 
     def _setup(self, config: LayerConfig, scale: Array | None, bias: Array | None) -> None:
         self._config = config

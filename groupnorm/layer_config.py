@@ -51,7 +51,14 @@ class ConfigProperties:
     """The fields of a layer's configuration as read-only properties."""
 
     _adapter_name: ClassVar[BackendName]
+    #: Fields that repr always shows.
+    _always_shown: ClassVar[tuple[str, ...]] = ()
     _config: LayerConfig
+
+    @property
+    def _options(self) -> CallOptions:
+        """The options of a call."""
+        return self._config.options
 
     @property
     def in_size(self) -> "tuple[int | EllipsisType, ...]":
@@ -160,8 +167,8 @@ class ConfigProperties:
             "feature_axis": (config.feature_axis, -1),
             "epsilon": (options.epsilon, 1e-6),
             "dtype": (options.dtype, None),
-            "use_bias": (config.use_bias, True),
-            "use_scale": (config.use_scale, True),
+            "use_bias": (self.use_bias, True),
+            "use_scale": (self.use_scale, True),
             "reduction_axes": (options.reduction, None),
             "axis_name": (options.axis_name, None),
             "axis_index_groups": (options.axis_index_groups, None),
@@ -171,5 +178,9 @@ class ConfigProperties:
             "implementation": (options.implementation, None),
         }
         parts += [f"{name}={value!r}" for name, value in grouping.items()]
-        parts += [f"{name}={v!r}" for name, (v, default) in shown.items() if v != default]
+        parts += [
+            f"{name}={v!r}"
+            for name, (v, default) in shown.items()
+            if v != default or name in self._always_shown
+        ]
         return ", ".join(parts)

@@ -85,6 +85,10 @@ class TorchAdapter(Adapter):
         """Return the dtype set by `torch.set_default_dtype`."""
         return torch.get_default_dtype()
 
+    def default_param_dtype(self) -> str:
+        """Return the dtype set by `torch.set_default_dtype`, as torch's own layers use."""
+        return str(torch.get_default_dtype()).removeprefix("torch.")
+
     def result_type(self, *dtypes: Any) -> Any:
         """Promote dtypes, with a function that the compiler can trace."""
         return reduce(torch.promote_types, dtypes)
@@ -112,6 +116,14 @@ class TorchAdapter(Adapter):
         from groupnorm.backends.torch.dtensor import over_shards
 
         return over_shards
+
+    def sharded_like(self, value: Any, like: Any) -> Any:
+        """Return a tensor, the same on all ranks, sharded as a DTensor is; as it is for others."""
+        if self.sharded_call(like) is None:
+            return value
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(value, like.device_mesh, like.placements)
 
     def load_kernels(self) -> Kernels:
         """Return the kernels, for eager and compiled calls."""

@@ -4,8 +4,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from groupnorm.arguments import CallOptions, check_epsilon, positive
 from groupnorm.backends.torch.adapter import torch_adapter
 from groupnorm.dispatch import compute_local
+from groupnorm.errors import ArgumentTypeError, ArgumentValueError
 from groupnorm.layer import GroupNorm
 from groupnorm.layer_config import LayerConfig
 from groupnorm.typing import ArrayT, MaskLike
@@ -17,13 +19,16 @@ class TorchGroupNorm(GroupNorm, torch.nn.Module):
     """Group normalization as an `nn.Module`; see `groupnorm.GroupNorm`.
 
     The parameters are `weight` and `bias`, flat (C,), as `torch.nn.GroupNorm` names them; `scale`
-    reads the weight in the shape of the feature axes.
+    reads the weight in the shape of the feature axes. As in PyTorch's layer, one may assign `eps`,
+    `num_groups`, `num_channels`, `weight` and `bias`; the next call uses them.
     """
 
     _adapter_name = "torch"
+    # PyTorch's default differs from ours, so both are shown.
+    _always_shown = ("epsilon",)
     weight: Any
-    eps: float
-    num_channels: int
+    _call_options: CallOptions
+    #: As in `torch.nn.GroupNorm`, read by `reset_parameters` only.
     affine: bool
 
     if TYPE_CHECKING:
@@ -31,32 +36,38 @@ class TorchGroupNorm(GroupNorm, torch.nn.Module):
         def __call__(self, x: ArrayT, mask: MaskLike = None) -> ArrayT:
             """Normalize x; see `update`."""
             return x
-    else:
-        # nn.Module's, which runs hooks and calls `forward`.
-        __call__ = torch.nn.Module.__call__
+
+    # At run time `__call__` is looked up in nn.Module, where torch.fx replaces it.
 
     def _setup(self, config: LayerConfig, scale: Any, bias: Any) -> None:
         torch.nn.Module.__init__(self)
         if config.as_torch_native:
             self.__class__ = TorchNativeGroupNorm  # pyright: ignore[reportAttributeAccessIssue]
-        self._config = config
+        self._configure(config)
         wrap = self._adapter.wrap_parameter
         for name, value in (("weight", scale), ("bias", bias)):
             if value is None:
                 self.register_parameter(name, None)
             else:
                 setattr(self, name, wrap(value.reshape(-1), config.param_type))
-        # nn.GroupNorm's attributes, which other tools read.
-        self.num_channels = config.num_groups * config.group_size
-        self.eps = config.options.epsilon
-        self.affine = config.use_scale
+        self.affine = config.use_scale or config.use_bias
+
+    def _configure(self, config: LayerConfig, **changes: Any) -> None:
+        """Set the configuration, with changes to its options."""
+        options = config.options._replace(**changes)
+        self._config = config._replace(options=options)
+        # `dtype` reads what was given, so that a converted layer is an equal one.
+        keeps = options.dtype is None and isinstance(self, torch.nn.GroupNorm)
+        self._call_options = options._replace(dtype="input") if keeps else options
+
+    @property
+    def _options(self) -> CallOptions:
+        return self._call_options
 
     def forward(self, x: Any, mask: Any = None) -> Any:
         """Normalize x; see `update`."""
         if type(x) is torch.Tensor:  # a plain tensor, not a DTensor
-            return compute_local(
-                torch_adapter, x, self.scale, self.bias, mask, self._config.options
-            )
+            return compute_local(torch_adapter, x, self.scale, self.bias, mask, self._call_options)
         return self._normalize(x, mask)
 
     @property
@@ -65,13 +76,88 @@ class TorchGroupNorm(GroupNorm, torch.nn.Module):
         weight, shape = self.weight, self._config.options.feature_shape
         return weight if weight is None or shape is None or len(shape) == 1 else weight.view(shape)
 
+    @property
+    def use_scale(self) -> bool:
+        """Whether there is a weight."""
+        return self.weight is not None
+
+    @property
+    def use_bias(self) -> bool:
+        """Whether there is a bias."""
+        return self.bias is not None
+
+    # nn.GroupNorm's attributes, which other tools read and set ----------------------------------
+
+    @property
+    def eps(self) -> float:
+        """The constant added to the variance."""
+        return self.epsilon
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        self._configure(self._config, epsilon=check_epsilon("eps", value))
+
+    @property
+    def num_groups(self) -> int:
+        """The number of groups; the next call checks that it divides the channels."""
+        return self._config.num_groups
+
+    @num_groups.setter
+    def num_groups(self, value: int) -> None:
+        self._regroup(positive("num_groups", value), self.num_channels)
+
+    @property
+    def num_channels(self) -> int:
+        """The number of channels."""
+        return int(torch.Size(self._config.feature_shape).numel())
+
+    @num_channels.setter
+    def num_channels(self, value: int) -> None:
+        channels, config = positive("num_channels", value), self._config
+        if channels == self.num_channels:
+            return
+        if not isinstance(config.feature_axis, int):
+            raise ArgumentValueError(
+                f"num_channels={value!r} cannot be set on a layer with the feature axes "
+                f"{config.feature_axis}: which of them changes is unknown. Create a new layer."
+            )
+        size = list(config.in_size)
+        size[config.feature_axis] = channels
+        self._configure(config._replace(in_size=tuple(size)), feature_shape=(channels,))
+        self._regroup(self.num_groups, channels)
+
+    def _regroup(self, groups: int, channels: int) -> None:
+        """Set the number of groups, which may not divide the channels until both are set."""
+        config = self._config._replace(num_groups=groups, group_size=channels // groups)
+        self._configure(config, num_groups=groups, group_size=None)
+
+    # Initialization -------------------------------------------------------------------------------
+
     def reset_parameters(self) -> None:
         """Fill the parameters in place with their initial values, as after `to_empty`."""
-        scale, bias = self._initial(self._config, None)
-        with torch.no_grad():
-            for stored, value in ((self.weight, scale), (self.bias, bias)):
-                if stored is not None and value is not None:
-                    stored.copy_(value.reshape(-1))
+        if not self.affine:
+            return
+        for name, stored in (("scale", self.weight), ("bias", self.bias)):
+            if stored is None:
+                continue
+            value = self._initial_parameter(name, self._config, stored.device).reshape(-1)
+            with torch.no_grad():
+                stored.copy_(torch_adapter.sharded_like(value, stored))
+
+    def _initial_parameter(self, name: str, config: LayerConfig, device: Any) -> Any:
+        """Initialize on the device itself: from the meta device nothing can be moved."""
+        if device is None:
+            return super()._initial_parameter(name, config, None)
+        torch_adapter.place(torch.empty(0, device="cpu"), device)  # raises for an unknown device
+        with torch.device(device):
+            return super()._initial_parameter(name, config, None)
+
+    def __prepare_scriptable__(self) -> Any:
+        """Refuse `torch.jit.script`, which calls this first."""
+        raise ArgumentTypeError(
+            "torch.jit.script cannot compile groupnorm's layers, which are not written in "
+            "TorchScript: use torch.compile, torch.export or torch.jit.trace."
+        )
 
     def extra_repr(self) -> str:
         """Show the arguments."""
@@ -81,8 +167,11 @@ class TorchGroupNorm(GroupNorm, torch.nn.Module):
         return torch.nn.Module.__repr__(self)
 
 
-class TorchNativeGroupNorm(TorchGroupNorm, torch.nn.GroupNorm):  # type: ignore[override]
-    """A layer that computes what `torch.nn.GroupNorm` computes, and is one."""
+class TorchNativeGroupNorm(TorchGroupNorm, torch.nn.GroupNorm):
+    """A layer that computes what `torch.nn.GroupNorm` computes, and is one.
+
+    As in that layer, the result has x's dtype by default.
+    """
 
     def _get_name(self) -> str:
         return "GroupNorm"

@@ -10,6 +10,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import nn
 
 import groupnorm
@@ -210,14 +211,214 @@ def test_half(rng):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_mixed_dtypes(dtype, rng):
-    layer, x = native(rng), tensor(rng, 2, CHANNELS, 6, dtype=dtype)
-    assert layer(x).dtype == torch.promote_types(dtype, torch.float32)
-    assert_equals_oracle(layer, x, axis=1)
-    y = native(rng, dtype="input")(x)
-    assert y.dtype == dtype
+@pytest.mark.parametrize("asked", [None, "input"])
+def test_a_torch_group_norm_keeps_the_dtype(asked, dtype, rng):
+    layer, x = native(rng, dtype=asked), tensor(rng, 2, CHANNELS, 6, dtype=dtype)
+    assert layer.dtype == asked
+    y = layer(x)
+    assert y.dtype == layer.vjp(x)[0].dtype == dtype
+    assert_equals_oracle(layer, x, 1, y, tolerance=max(CONTRACT, torch.finfo(dtype).eps))
     y.float().square().sum().backward()
     assert x.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_layers_promote(dtype, rng):
+    layer, x = channels_last(rng), tensor(rng, 2, 6, CHANNELS, dtype=dtype)
+    assert layer(x).dtype == torch.promote_types(dtype, torch.float32)
+    assert_equals_oracle(layer, x, axis=-1)
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_the_default_dtype_survives_a_conversion(library, rng):
+    layer = native(rng)
+    assert layer.to_backend(library).dtype is None
+    assert (
+        layer.to_backend(library)
+        .to_backend("torch")(torch.ones(1, CHANNELS, 2, dtype=torch.float16))
+        .dtype
+        == torch.float16
+    )
+
+
+def test_norms_kept_in_float32(rng):
+    """A model in half precision whose norms are float32, as transformers and diffusers do."""
+    model = nn.Sequential(nn.Conv1d(3, CHANNELS, 1), native(rng), nn.Conv1d(CHANNELS, 4, 1))
+    model.bfloat16()
+    model[1].float()
+    assert model(tensor(rng, 2, 3, 5, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+# What other tools do to a torch.nn.GroupNorm -----------------------------------------------------
+
+
+def pair(rng) -> tuple[nn.Module, nn.Module]:
+    """Our layer and PyTorch's with equal parameters."""
+    ours, theirs = native(rng), nn.GroupNorm(GROUPS, CHANNELS, eps=1e-5)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+def set_epsilon(layer):
+    layer.eps = 0.25
+
+
+def set_groups(layer):
+    layer.num_groups = 2
+
+
+def prune_channels(layer):
+    """As pruning tools do, in their order: the counts, then the parameters."""
+    layer.num_channels, layer.num_groups = 6, 3
+    layer.weight = nn.Parameter(layer.weight.detach()[2:].clone())
+    layer.bias = nn.Parameter(layer.bias.detach()[2:].clone())
+
+
+def prune_data(layer):
+    layer.weight.data, layer.bias.data = layer.weight.data[:4], layer.bias.data[:4]
+    layer.num_groups, layer.num_channels = 2, 4
+
+
+def prune_by_a_mask(layer):
+    nn.utils.prune.l1_unstructured(layer, "weight", amount=3)
+    nn.utils.prune.random_unstructured(layer, "bias", amount=0.5)
+
+
+def prune_for_good(layer):
+    torch.manual_seed(0)
+    prune_by_a_mask(layer)
+    nn.utils.prune.remove(layer, "weight")
+
+
+def prune_a_model(layer):
+    nn.utils.prune.global_unstructured(
+        [(layer, "weight"), (layer, "bias")], nn.utils.prune.L1Unstructured, amount=5
+    )
+
+
+def drop_the_bias(layer):
+    layer.bias = None
+
+
+def drop_all_parameters(layer):
+    layer.affine = False
+    layer.weight = layer.bias = None
+
+
+def switch_affine_off(layer):
+    """PyTorch's layer still applies its weights, and no longer resets them."""
+    layer.affine = False
+    layer.reset_parameters()
+
+
+def share_the_weight(layer):
+    layer.weight = nn.Parameter(torch.arange(8.0))
+    layer.bias = layer.weight
+
+
+CHANGES = [
+    set_epsilon, set_groups, prune_channels, prune_data, prune_by_a_mask, prune_for_good,
+    prune_a_model, drop_the_bias, drop_all_parameters, switch_affine_off, share_the_weight,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+# The compiler reads it of a pruned weight, which is no leaf.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_changes_from_outside_take_effect(change, compiled, rng):
+    ours, theirs = pair(rng)
+    run = torch.compile(ours, backend="eager") if compiled else ours
+    if compiled:
+        run(tensor(rng, 2, CHANNELS, 5))
+    for layer in (ours, theirs):
+        torch.manual_seed(0)
+        change(layer)
+    for name in ("eps", "num_groups", "num_channels", "affine"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert [n for n, _ in ours.named_parameters()] == [n for n, _ in theirs.named_parameters()]
+    # Of a small spread, so that epsilon shows.
+    x = (tensor(rng, 2, theirs.num_channels, 5).detach() / 4).requires_grad_()
+    want = theirs.double()(x.double())
+    dy = tensor(rng, *x.shape)
+    y = run(x)
+    assert_close(y.detach().double().numpy(), want.detach().numpy(), tolerance=2 * CONTRACT)
+    (got,) = torch.autograd.grad(y, x, dy)
+    (expected,) = torch.autograd.grad(want, x, dy.double())
+    assert_gradient(got.double().numpy(), expected.double().numpy(), rtol=GRADIENT)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+def test_changed_layers_are_copied_and_converted(change, rng):
+    layer = native(rng)
+    change(layer)
+    if all(a is None or a.is_leaf for a in (layer.weight, layer.bias)):
+        # PyTorch copies no pruned layer, whose weight is a product.
+        for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert repr(other) == repr(layer)
+    other = layer.to_backend("numpy")
+    x = tensor(rng, 2, layer.num_channels, 5)
+    assert_close(other(x).detach().numpy(), layer(x).detach().double().numpy(), tolerance=CONTRACT)
+    assert f"num_groups={layer.num_groups}" in repr(layer)
+    assert f"epsilon={layer.eps}" in repr(layer)
+    assert f"({layer.num_channels}, ...)" in repr(layer)
+    assert ("use_bias=False" in repr(layer)) == (layer.bias is None)
+    assert layer.group_size * layer.num_groups == layer.num_channels
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("eps", -1.0, "eps=-1.0"),
+        ("eps", "small", "eps='small'"),
+        ("num_groups", 0, "num_groups=0"),
+        ("num_groups", 2.0, "num_groups=2.0"),
+        ("num_channels", -8, "num_channels=-8"),
+        ("num_channels", True, "num_channels=True"),
+    ],
+)
+def test_wrong_values_from_outside(name, value, message, rng):
+    layer = native(rng)
+    before = repr(layer)
+    with pytest.raises(groupnorm.errors.GroupNormError, match=message):
+        setattr(layer, name, value)
+    assert repr(layer) == before
+
+
+def test_half_of_a_change_raises_in_the_call(rng):
+    layer, x = native(rng), tensor(rng, 2, 6, 5)
+    layer.weight = nn.Parameter(layer.weight.detach()[:6])
+    with pytest.raises(groupnorm.errors.ArgumentValueError, match=r"\(6,\).*\(8,\)"):
+        layer(x)
+    layer.num_channels = 6
+    with pytest.raises(groupnorm.errors.ArgumentValueError, match="num_groups=4 does not divide"):
+        layer(x)
+    layer.num_groups = 3
+    with pytest.raises(groupnorm.errors.ArgumentValueError, match=r"bias has shape \(8,\)"):
+        layer(x)
+    with pytest.raises(groupnorm.errors.ArgumentValueError, match="bias has shape"):
+        layer.to_backend("numpy")
+
+
+def test_the_channels_of_several_axes_cannot_be_set():
+    layer = GroupNorm((2, 5, 4), (0, 2), num_groups=GROUPS, backend="torch")
+    layer.num_channels = 8
+    with pytest.raises(groupnorm.errors.ArgumentValueError, match="num_channels=6"):
+        layer.num_channels = 6
+
+
+@pytest.mark.parametrize("epsilon", [1e-6, 1e-5, 1e-3])
+def test_repr_shows_epsilon_whatever_it_is(epsilon):
+    """Neither the default here nor PyTorch's goes without saying."""
+    layer = GroupNorm((CHANNELS, ...), 0, num_groups=GROUPS, epsilon=epsilon, backend="torch")
+    assert f"epsilon={epsilon}" in repr(layer)
+    assert "param_dtype" not in repr(layer)
+    assert "param_dtype='float64'" in repr(
+        GroupNorm(CHANNELS, num_groups=GROUPS, param_dtype="float64", backend="torch")
+    )
+
+
+# Initialization ----------------------------------------------------------------------------------
 
 
 def test_meta_device_then_reset(rng):
@@ -253,10 +454,67 @@ def test_reset_parameters_calls_the_initializers():
     assert torch.equal(layer.bias, torch.full((CHANNELS,), -1.0))
 
 
-def test_meta_device_context():
+INITIALIZERS = {
+    "default": {},
+    "constant": {"scale_init": groupnorm.initializers.constant(3.0)},
+    "torch": {"scale_init": nn.init.normal_, "bias_init": nn.init.ones_},
+}
+
+
+@pytest.mark.parametrize("keywords", INITIALIZERS.values(), ids=INITIALIZERS)
+def test_meta_device_context(keywords):
     with torch.device("meta"):
-        layer = GroupNorm((CHANNELS, ...), 0, num_groups=GROUPS, backend="torch")
+        layer = GroupNorm((CHANNELS, ...), 0, num_groups=GROUPS, backend="torch", **keywords)
+        here = GroupNorm(
+            (CHANNELS, ...), 0, num_groups=GROUPS, backend="torch", device="cpu", **keywords
+        )
     assert layer.weight.is_meta
+    assert layer.bias.is_meta
+    torch.manual_seed(0)
+    expected = GroupNorm((CHANNELS, ...), 0, num_groups=GROUPS, backend="torch", **keywords)
+    layer.to_empty(device="cpu")
+    layer.affine = True
+    for other in (layer, here):
+        torch.manual_seed(0)
+        with torch.device("meta"):  # the parameters' own device counts
+            other.reset_parameters()
+        for name in ("weight", "bias"):
+            assert torch.equal(getattr(other, name), getattr(expected, name))
+
+
+def test_the_default_device():
+    torch.set_default_device("meta")
+    try:
+        layer = GroupNorm(CHANNELS, num_groups=GROUPS, backend="torch")
+        assert layer.weight.is_meta
+        assert GroupNorm(CHANNELS, num_groups=GROUPS, device="cpu", backend="torch").bias.is_cpu
+    finally:
+        torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("name", ["float64", "bfloat16", "float16"])
+def test_the_default_dtype(name):
+    """As PyTorch's own layers; the other backends always create float32."""
+    torch.set_default_dtype(getattr(torch, name))
+    try:
+        layer = GroupNorm(CHANNELS, num_groups=GROUPS, backend="torch")
+        theirs = nn.GroupNorm(GROUPS, CHANNELS)
+        assert GroupNorm(CHANNELS, num_groups=GROUPS).param_dtype == "float32"
+        given = GroupNorm(CHANNELS, num_groups=GROUPS, backend="torch", param_dtype="float32")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert layer.weight.dtype == layer.bias.dtype == theirs.weight.dtype
+    assert layer.param_dtype == name
+    assert f"param_dtype={name!r}" in repr(layer)
+    assert given.weight.dtype == torch.float32
+    layer.reset_parameters()
+    assert layer.weight.dtype == theirs.weight.dtype
+
+
+@pytest.mark.parametrize("device", ["gpu0", "cuda:99", object()])
+def test_an_unknown_device(device):
+    with pytest.raises(groupnorm.errors.ArgumentValueError, match="device="):
+        GroupNorm(CHANNELS, num_groups=GROUPS, backend="torch", device=device)
 
 
 def test_channels_last_memory_format_is_kept(rng):

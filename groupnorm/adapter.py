@@ -293,6 +293,13 @@ class Adapter:
         """Import and return the library's kernels; called once, by `kernels`."""
         return Kernels(f"there are no kernels for {self.array_name}")
 
+    def portable(self, compute: "Callable[..., Array]", *arguments: Any) -> "Array":
+        """Call `compute`, the portable `group_norm`, with this adapter and the arguments.
+
+        A library may differentiate it as a whole, by `group_norm_vjp`.
+        """
+        return compute(self, *arguments)
+
     def native(
         self, x: "Array", scale: "Array", bias: "Array", mask: Any, options: "CallOptions"
     ) -> Any:

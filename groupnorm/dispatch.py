@@ -194,7 +194,7 @@ def compute_local(
     """Normalize as `compute` does, for an array whose type describes no sharding."""
     wanted = options.implementation
     if wanted == "portable":
-        return group_norm(adapter, x, scale, bias, mask, options)
+        return adapter.portable(group_norm, x, scale, bias, mask, options)
     if wanted == "native":
         result = adapter.native(x, scale, bias, mask, options)
     elif options.axis_name is not None:
@@ -205,7 +205,7 @@ def compute_local(
         return result
     if wanted is not None:
         _refuse(result, adapter, x, scale, bias, mask, options)
-    return group_norm(adapter, x, scale, bias, mask, options)
+    return adapter.portable(group_norm, x, scale, bias, mask, options)
 
 
 def compute_with_pullback(

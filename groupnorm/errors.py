@@ -1,6 +1,7 @@
 """The exceptions of this package; each derives from `GroupNormError` and a built-in exception."""
 
 __all__ = [
+    "ArgumentStateError",
     "ArgumentTypeError",
     "ArgumentValueError",
     "AxisNameError",
@@ -19,6 +20,10 @@ class ArgumentValueError(GroupNormError, ValueError):
 
 class ArgumentTypeError(GroupNormError, TypeError):
     """An argument has an unsupported type."""
+
+
+class ArgumentStateError(GroupNormError, RuntimeError):
+    """An array's memory was freed, or its values were changed while they were still needed."""
 
 
 class BackendImportError(GroupNormError, ImportError):

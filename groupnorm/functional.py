@@ -145,6 +145,10 @@ def group_norm_vjp(
 ) -> tuple[ArrayT, Callable[[ArrayT], Gradients]]:
     """Normalize and return the vector-Jacobian product, for libraries with and without autograd.
 
+    The pullback uses the values of this call: `scale`, `bias` and `mask` may be changed in place
+    afterwards, x may not, since no copy of it is kept. If x was changed, PyTorch's pullback raises;
+    with NumPy and CuPy dx may be that of the new values. JAX's arrays cannot be changed.
+
     Parameters
     ----------
     x, scale, bias, num_groups, group_size, feature_axis, reduction_axes, epsilon, dtype, mask

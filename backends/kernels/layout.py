@@ -27,6 +27,7 @@ __all__ = [
     "layout_of",
     "memory_order",
     "restored",
+    "unflat_mask",
     "why_no_variant",
 ]
 
@@ -39,6 +40,7 @@ class MemoryLayout(NamedTuple):
 
     order: tuple[int, ...] | None  # the axes of x in memory order; None if it is x's own
     dense: bool  # whether x is stored in that order without gaps
+    strides: tuple[int, ...]  # of x, in elements
     grouped: GroupedShape
     plan: Plan  # of the array in memory order
     shape: tuple[int, ...]  # of x
@@ -118,6 +120,17 @@ def memory_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int,
     return order if _dense(order, shape, strides) else None
 
 
+def _order_with_gaps(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the axes from the slowest to the fastest; their own order if strides do not say.
+
+    Results are stored in this order, so a part of a channels-last array stays channels-last.
+    """
+    own = tuple(range(len(shape)))
+    if any(s <= 0 and n != 1 for n, s in zip(shape, strides, strict=True)):
+        return own
+    return tuple(sorted(own, key=lambda a: -strides[a]))
+
+
 def _dense(order: tuple[int, ...], shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     expected = 1
     for axis in reversed(order):
@@ -145,18 +158,21 @@ def layout_of(
     if 0 in shape:
         return Unsupported("x has no elements")
     own = tuple(range(len(shape)))
-    order = memory_order(shape, strides) or own
-    features = [
-        order.index(a % len(shape)) for a in sorted(a % len(shape) for a in options.feature)
-    ]
-    if features != sorted(features):  # parameters are in the order of x's axes
-        order, features = own, sorted(a % len(shape) for a in options.feature)
-    reduced = tuple(i for i, a in enumerate(order) if a not in plan.kept_axes)
-    there = make_plan(
-        tuple(shape[a] for a in order), tuple(features), *groups, reduced, None, sampled=False
-    )
-    roles = there.roles
-    if there.permutation is not None or roles not in ROLES:
+    own_features = sorted(a % len(shape) for a in options.feature)
+    stored = memory_order(shape, strides)
+    # An array with gaps is copied, so it may also be copied into the order of its own axes.
+    for order in (stored,) if stored is not None else (_order_with_gaps(shape, strides), own):
+        features = [order.index(a) for a in own_features]
+        if features != sorted(features):  # parameters are in the order of x's axes
+            order, features = own, own_features
+        reduced = tuple(i for i, a in enumerate(order) if a not in plan.kept_axes)
+        there = make_plan(
+            tuple(shape[a] for a in order), tuple(features), *groups, reduced, None, sampled=False
+        )
+        roles = there.roles
+        if there.permutation is None and roles in ROLES:
+            break
+    else:
         letters = ["C" if i in features else "P" if i in reduced else "K" for i in own]
         found = "".join(letter for letter, _ in groupby(letters))
         return Unsupported(
@@ -168,7 +184,8 @@ def layout_of(
     num_groups, group_size = there.parameter_shape[there.channel : there.channel + 2]
     return MemoryLayout(
         order=None if order == own else order,
-        dense=order == memory_order(shape, strides),
+        dense=order == stored,
+        strides=tuple(strides),
         grouped=GroupedShape(
             samples=sizes.get("K", 1),
             groups=num_groups,
@@ -208,11 +225,25 @@ def flat_mask(mask: Any, layout: MemoryLayout, xp: Any = numpy_namespace) -> Any
     return xp.astype(flat, xp.uint8)  # a copy, so without gaps
 
 
+def unflat_mask(flat: Any, layout: MemoryLayout) -> Any:
+    """Convert what `flat_mask` returned, as booleans, back to a mask that broadcasts to x."""
+    plan, grouped = layout.plan, layout.grouped
+    features = plan.merged[plan.channel]
+    alike = flat.shape[0] == grouped.positions
+    shape = (
+        1 if a in features or (alike and a in plan.kept_axes) else n
+        for a, n in enumerate(plan.shape)
+    )
+    return restored(flat.reshape(tuple(shape)), layout)
+
+
 def in_memory(a: Any, layout: MemoryLayout, library: Any) -> Any:
     """Return a NumPy or CuPy array, contiguous in x's memory order."""
     return library.ascontiguousarray(a if layout.order is None else a.transpose(layout.order))
 
 
 def restored(a: Any, layout: MemoryLayout) -> Any:
-    """Permute an array in memory order back to the order of x's axes."""
-    return a if layout.order is None else a.transpose(layout.inverse)
+    """Permute an array or tensor in memory order back to the order of x's axes."""
+    if layout.order is None:
+        return a
+    return getattr(a, "permute", a.transpose)(layout.inverse)

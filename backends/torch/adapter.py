@@ -10,7 +10,10 @@ import torch
 
 from groupnorm.adapter import Adapter, Kernels, Planning, as_native_contiguous
 from groupnorm.arguments import CallOptions
-from groupnorm.backends.torch.internals import is_exporting, is_wrapped
+from groupnorm.backends.kernels.layout import memory_order
+from groupnorm.backends.torch.differentiation import portable
+from groupnorm.backends.torch.internals import has_memory, is_exporting, is_zero_tensor
+from groupnorm.backends.torch.memory import check_memory
 from groupnorm.backends.torch.native import functional
 from groupnorm.backends.torch.process_groups import replicas_of
 from groupnorm.distributed.axis_names import bound
@@ -32,6 +35,21 @@ class TorchAdapter(Adapter):
     def is_array(self, x: object) -> bool:
         """Whether x is a tensor."""
         return isinstance(x, torch.Tensor)
+
+    def admit(self, x: Any, argument: str = "x") -> Any:
+        """Reject tensors whose memory was freed, which PyTorch's operations would read.
+
+        Zero tensors, which cannot be written to, become ordinary ones. An x with gaps is copied in
+        the order of its memory, so that a part of a channels-last tensor stays channels-last.
+        """
+        if torch.compiler.is_compiling():
+            return x
+        if not has_memory(x):
+            return x.clone() if is_zero_tensor(x) else x
+        check_memory(x, argument)
+        if argument == "x" and not x.is_contiguous() and memory_order(x.shape, x.stride()) is None:
+            return x.clone()
+        return x
 
     def planning(self, shape: tuple[int, ...]) -> Planning:
         """Keep sizes symbolic while compiling."""
@@ -57,7 +75,7 @@ class TorchAdapter(Adapter):
 
     def value_if_ready(self, x: Any) -> bool | None:
         """Return the value, or None while compiling, under torch.func, or on an accelerator."""
-        if torch.compiler.is_compiling() or x.device.type != "cpu" or is_wrapped(x):
+        if torch.compiler.is_compiling() or x.device.type != "cpu" or not has_memory(x):
             return None
         return bool(x)
 
@@ -131,8 +149,15 @@ class TorchAdapter(Adapter):
 
         return TorchKernels(self, _traced)
 
+    def portable(self, compute: Any, *arguments: Any) -> Any:
+        """Call the portable implementation, as one function for autograd."""
+        return portable(compute, self, *arguments)
+
     def native(self, x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -> Any:
         """Compute with `torch.nn.functional.group_norm`."""
+        for argument, a in (("x", x), ("scale", scale), ("bias", bias)):
+            if isinstance(a, torch.Tensor):
+                self.admit(a, argument)
         return functional(x, scale, bias, mask, options)
 
     def wrap_parameter(self, value: Any, param_type: Any) -> Any:

@@ -11,7 +11,7 @@ from groupnorm.backends.kernels.binding import bind
 from groupnorm.backends.kernels.cpu import availability
 from groupnorm.backends.kernels.cpu.huge_pages import WORTH, want_large_pages
 from groupnorm.backends.kernels.cpu.launch import Arrays, Saved, ThreadTeam, Work, address, planned
-from groupnorm.backends.kernels.layout import MemoryLayout, flat_mask
+from groupnorm.backends.kernels.layout import MemoryLayout, flat_mask, unflat_mask
 from groupnorm.backends.torch.memory import cotangent, in_memory, is_plain, like
 from groupnorm.backends.torch.openmp import run_in_torch_threads, torch_helpers_for
 from groupnorm.portable.inputs import HOST_MASKS, host_mask
@@ -27,15 +27,29 @@ class Call(NamedTuple):
     adapter: Any
     options: CallOptions
     work: Work
-    mask: Any  # as passed by the caller
-    flat_mask: Any
+    mask: Any  # as `layout.flat_mask` returns it
     scale: Any  # float32, a tensor or a NumPy array
     bias: Any
+
+    def with_parameters(self, x: torch.Tensor, scale: Any, bias: Any) -> "Call | Unsupported":
+        """Return the call with other parameters; all tensors must be plain ones."""
+        if scale is self.scale and bias is self.bias:  # mostly
+            return self
+        bound = bind(self.work, scale, bias, None, _flat_mask, _flat_parameter)
+        if isinstance(bound, Unsupported):
+            return bound
+        return Call(self.adapter, self.options, self.work, self.mask, bound.scale, bound.bias)
+
+    def broadcastable_mask(self) -> Any:
+        """Return the mask as it was at the call, broadcastable to x; None without a mask."""
+        return None if self.mask is None else unflat_mask(self.mask.view(bool), self.work.layout)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Saved]:
         """Return y, which has x's memory layout, and the statistics for backward."""
         work = self.work
-        x, y = in_memory(x, work.layout), like(x, work.layout, work.dtypes.result_dtype)
+        y = like(x, work.layout, work.dtypes.result_dtype)
+        if not work.layout.dense:
+            x = in_memory(x, work.layout)
         return y, work.forward(self._arrays(x), _fresh(y), (self, x, y))
 
     def backward(
@@ -61,12 +75,18 @@ class Call(NamedTuple):
 
     def unpacked(self, packed: torch.Tensor) -> Saved | None:
         """Return the statistics that were packed, or None if they have another memory order."""
-        if packed[0].item() != _signature(self.work.layout):
+        layout = self.work.layout
+        size = 1 + 3 * layout.grouped.samples * layout.grouped.groups
+        ours = packed.is_cpu and packed.dtype is torch.float64 and packed.shape == (size,)
+        if not ours or not is_plain(packed, "saved"):
+            return None
+        packed = packed.contiguous()
+        if packed[0].item() != _signature(layout):
             return None
         return Saved(packed.data_ptr() + packed.itemsize, packed)
 
     def _arrays(self, x: torch.Tensor) -> Arrays:
-        mask = self.flat_mask
+        mask = self.mask
         where, size = (0, 0) if mask is None else (address(mask), mask.size)
         return Arrays(x.data_ptr(), _where(self.scale), _where(self.bias), where, size)
 
@@ -92,7 +112,7 @@ class CpuEngine:
         bound = bind(work, scale, bias, mask, _flat_mask, _flat_parameter)
         if isinstance(bound, Unsupported):
             return bound
-        return Call(adapter, options, bound.work, mask, bound.mask, bound.scale, bound.bias)
+        return Call(adapter, options, bound.work, bound.mask, bound.scale, bound.bias)
 
     def nothing_saved(self, x: torch.Tensor, groups: int) -> torch.Tensor:
         """Return a tensor of the size of `Call.packed` that stands for no saved statistics."""
@@ -104,7 +124,7 @@ def _flat_parameter(parameter: Any, neutral: float, work: Work) -> Any:
     if parameter is None:
         return availability.constant(neutral, work.channels)
     if not isinstance(parameter, torch.Tensor):
-        return np.ascontiguousarray(parameter, np.float32)
+        return np.array(parameter, np.float32, order="C")  # the caller may change his in place
     if parameter.dtype is torch.float32 and parameter.is_contiguous():
         return parameter
     return parameter.detach().to(torch.float32).contiguous()
@@ -112,7 +132,7 @@ def _flat_parameter(parameter: Any, neutral: float, work: Work) -> Any:
 
 def _flat_mask(mask: Any, work: Work) -> Any:
     if isinstance(mask, torch.Tensor):
-        if not is_plain(mask) or not mask.is_cpu or mask.is_complex():
+        if not is_plain(mask, "mask") or not mask.is_cpu or mask.is_complex():
             return Unsupported("the mask is complex, or not a plain tensor on the CPU")
         return flat_mask((mask.detach() != 0).numpy(), work.layout)
     if not isinstance(mask, HOST_MASKS):

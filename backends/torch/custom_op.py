@@ -24,7 +24,7 @@ from groupnorm.backends.torch.internals import (
     is_transformed,
 )
 from groupnorm.backends.torch.kernels import as_parameter
-from groupnorm.backends.torch.memory import PLAIN
+from groupnorm.backends.torch.memory import PLAIN, check_memory
 from groupnorm.dispatch import adapter_named
 from groupnorm.plan import make_plan_uncached, product
 from groupnorm.portable.group_norm import group_norm, group_norm_vjp
@@ -121,7 +121,10 @@ def _forward(x: Any, scale: Any, bias: Any, mask: Any, *settings: Any) -> Any:
     device_types=("cpu", "cuda"),
 )
 def _backward(dy: Any, x: Any, scale: Any, bias: Any, mask: Any, saved: Any, *settings: Any) -> Any:
+    check_memory(dy, "dy")
     x, read, call = _dense_call(x, scale, bias, mask, settings)
+    if not isinstance(call, Unsupported):
+        call = kernels.bind_again(call, read, scale, bias, dy)
     if isinstance(call, Unsupported):
         dx, *gradients = _portable_backward(dy, x, scale, bias, mask, saved, *settings)
         return _laid_out_as(x, dx), *gradients
@@ -158,6 +161,9 @@ def _options(*settings: Any) -> CallOptions:
 
 def _dense_call(x: Any, scale: Any, bias: Any, mask: Any, settings: Any) -> tuple[Any, Any, Any]:
     """Return x without gaps, x as the kernels read it, and the bound call or `Unsupported`."""
+    for name, a in (("x", x), ("scale", scale), ("bias", bias), ("mask", mask)):
+        if a is not None:
+            check_memory(a, name)
     if x.numel() and memory_order(x.shape, x.stride()) is None:
         x = x.clone()  # keeps the order of the axes, which the result has too
     adapter, options = adapter_named("torch"), _options(*settings)

@@ -13,9 +13,10 @@ from groupnorm.backends.kernels.gpu import program as gpu
 from groupnorm.backends.kernels.gpu.build import COMPILED, kernel_of
 from groupnorm.backends.kernels.gpu.launch import Work, planned
 from groupnorm.backends.kernels.gpu.probe import DeviceProbe, why_too_old
-from groupnorm.backends.kernels.layout import flat_mask
-from groupnorm.backends.torch.internals import has_modes, is_wrapped
-from groupnorm.backends.torch.memory import PLAIN, cotangent, in_memory, like
+from groupnorm.backends.kernels.layout import flat_mask, unflat_mask
+from groupnorm.backends.torch.internals import has_modes
+from groupnorm.backends.torch.memory import cotangent, in_memory, is_plain, like
+from groupnorm.plan import product
 from groupnorm.portable.inputs import HOST_MASKS, host_mask
 
 __all__ = ["Call", "GpuEngine", "run"]
@@ -27,11 +28,28 @@ class Call(NamedTuple):
     adapter: Any
     options: CallOptions
     work: Work
-    mask: Any  # as passed by the caller
-    flat_mask: torch.Tensor | None
+    mask: torch.Tensor | None  # as `layout.flat_mask` returns it
     scale: torch.Tensor | None  # contiguous, of any dtype that kernels read
     bias: torch.Tensor | None
     engine: "GpuEngine"
+
+    def with_parameters(self, x: torch.Tensor, scale: Any, bias: Any) -> "Call | Unsupported":
+        """Return the call with other parameters; all tensors must be plain ones."""
+        if scale is self.scale and bias is self.bias:  # mostly
+            return self
+        bound = bind(
+            self.work, scale, bias, None, lambda given, work: None,
+            lambda given, neutral, work: _parameter(self.adapter, given, x),
+        )  # fmt: skip
+        if isinstance(bound, Unsupported):
+            return bound
+        return self._replace(scale=bound.scale, bias=bound.bias)
+
+    def broadcastable_mask(self) -> Any:
+        """Return the mask as it was at the call, broadcastable to x; None without a mask."""
+        if self.mask is None:
+            return None
+        return unflat_mask(self.mask.view(torch.bool), self.work.layout)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return y, which has x's memory layout, and the statistics for backward."""
@@ -59,18 +77,25 @@ class Call(NamedTuple):
         """Return the statistics as the operator saves them."""
         return statistics.view(-1)
 
-    def unpacked(self, packed: torch.Tensor) -> torch.Tensor:
-        """Return the statistics that were packed; they do not depend on the memory order."""
-        return packed
+    def unpacked(self, packed: torch.Tensor) -> torch.Tensor | None:
+        """Return the statistics that were packed, or None if something else came back.
+
+        They do not depend on the memory order.
+        """
+        ours = packed.dtype is torch.float32 and packed.is_cuda
+        if not ours or not is_plain(packed, "saved"):
+            return None
+        size = product(gpu.statistics_shape(self.work.shape))
+        return packed.contiguous() if packed.shape == (size,) else None
 
     @property
     def _there(self) -> tuple[int, bool, bool, bool]:
-        mask = 0 if self.flat_mask is None else self.flat_mask.numel()
+        mask = 0 if self.mask is None else self.mask.numel()
         return mask, self.scale is not None, self.bias is not None, self.engine.captures()
 
     def _arrays(self, x: torch.Tensor, **others: torch.Tensor) -> dict[str, Any]:
         return {
-            "x": x, "scale": self.scale, "bias": self.bias, "mask": self.flat_mask, **others
+            "x": x, "scale": self.scale, "bias": self.bias, "mask": self.mask, **others
         }  # fmt: skip
 
 
@@ -106,7 +131,7 @@ class GpuEngine:
         )  # fmt: skip
         if isinstance(bound, Unsupported):
             return bound
-        return Call(adapter, options, bound.work, mask, bound.mask, bound.scale, bound.bias, self)
+        return Call(adapter, options, bound.work, bound.mask, bound.scale, bound.bias, self)
 
     def nothing_saved(self, x: torch.Tensor, groups: int) -> torch.Tensor:
         """Return a tensor of the size of `Call.packed` that stands for no saved statistics.
@@ -129,10 +154,10 @@ def _parameter(adapter: Any, parameter: Any, x: torch.Tensor) -> torch.Tensor | 
 
 def _flat_mask(adapter: Any, mask: Any, x: torch.Tensor, work: Work) -> Any:
     if isinstance(mask, torch.Tensor):
-        if type(mask) not in PLAIN or is_wrapped(mask) or mask.is_complex():
+        if not is_plain(mask, "mask") or mask.is_complex():
             return Unsupported("the mask is complex, or not a plain tensor")
-        if mask.device != x.device or mask.layout is not torch.strided:
-            return Unsupported("the mask is sparse, or on a different device than x")
+        if mask.device != x.device:
+            return Unsupported("the mask is on a different device than x")
     elif not isinstance(mask, HOST_MASKS):
         return Unsupported("the mask is an array of another library")
     else:

@@ -15,30 +15,48 @@ import torch
 
 __all__ = [
     "PRIVATE_NAMES",
+    "SPECIAL_KEYS",
     "apply_without_transforms",
     "assume_constant",
+    "dispatch_keys",
+    "has_memory",
     "has_modes",
     "in_forward_mode",
     "is_exporting",
     "is_seen_through",
+    "is_traced",
     "is_transformed",
-    "is_wrapped",
+    "is_zero_tensor",
     "missing",
 ]
 
 # Looked up one by one, so that a test can delete each in turn.
 PRIVATE_NAMES = (
-    "torch._C._functorch.is_functorch_wrapped_tensor",
+    "torch._C._dispatch_keys",
+    "torch._C.DispatchKeySet",
+    "torch._C.DispatchKey",
     "torch._C._functorch.peek_interpreter_stack",
     "torch._C._len_torch_dispatch_stack",
     "torch._C._get_tracing_state",
     "torch.autograd.forward_ad._current_level",
+    "torch.Tensor._is_zerotensor",
     "torch.compiler._is_exporting_flag",
 )
 
 
 def _always(*_: Any) -> bool:
     return True
+
+
+class _Unknown:
+    """Stands for the dispatch keys of any tensor."""
+
+    def __init__(self, a: Any) -> None:
+        pass
+
+    def raw_repr(self) -> int:
+        """Return all keys."""
+        return -1
 
 
 def _found(name: str) -> Any:
@@ -51,25 +69,58 @@ def _found(name: str) -> Any:
 
 missing: tuple[str, ...] = tuple(name for name in PRIVATE_NAMES if _found(name) is None)
 
-#: Whether a tensor belongs to a torch.func transform and has no values.
-is_wrapped: Callable[[Any], bool] = _found(PRIVATE_NAMES[0]) or _always
-_peek: Callable[[], Any] = _found(PRIVATE_NAMES[1]) or _always
-_modes: Callable[[], int] = _found(PRIVATE_NAMES[2]) or _always
-_tracing_state: Callable[[], Any] = _found(PRIVATE_NAMES[3]) or _always
+dispatch_keys: Any = _found(PRIVATE_NAMES[0])
+if dispatch_keys is None:
+    dispatch_keys = _Unknown
+_key_set: Any = _found(PRIVATE_NAMES[1])
+_key: Any = _found(PRIVATE_NAMES[2])
+_peek: Callable[[], Any] = _found(PRIVATE_NAMES[3]) or _always
+_modes: Callable[[], int] = _found(PRIVATE_NAMES[4]) or _always
+_tracing_state: Callable[[], Any] = _found(PRIVATE_NAMES[5]) or _always
 # The module, since the value of its `_current_level` changes.
 _forward_ad: Any = importlib.import_module("torch.autograd.forward_ad")
-if _found(PRIVATE_NAMES[4]) is None:
+if _found(PRIVATE_NAMES[6]) is None:
     _forward_ad = SimpleNamespace(_current_level=0)
 # Likewise. Before version 2.12, torch.compile takes `torch.compiler.is_exporting()` for the
 # constant True, also in programs that are not exported; it reads this flag as it is.
 _compiler: Any = torch.compiler
-if _found(PRIVATE_NAMES[5]) is None:
+if _found(PRIVATE_NAMES[8]) is None:
     _compiler = SimpleNamespace(_is_exporting_flag=True)
 
 
 def is_exporting() -> bool:
     """Whether torch.export traces the program, which then must hold portable code only."""
     return bool(_compiler._is_exporting_flag)
+
+
+#: Whether a tensor is all zeros without memory, as automatic differentiation makes them.
+is_zero_tensor: Callable[[Any], bool] = _found(PRIVATE_NAMES[7]) or (lambda _: False)
+
+
+def _bits(*names: str) -> int:
+    """Return the dispatch keys with these names, as PyTorch numbers them; 0 if there are none."""
+    found = 0
+    if dispatch_keys is not _Unknown and _key_set is not None and _key is not None:
+        for name in names:
+            found |= _key_set(getattr(_key, name)).raw_repr()
+    return found
+
+
+# The dispatch keys that tensors in memory have. Every other kind adds one of its own: batched,
+# fake, zero, sparse, quantized, nested and meta tensors, other devices', and subclasses that
+# compute for themselves. So a kind that is not known here, such as one of a later release, is not
+# taken for memory.
+_ORDINARY = _bits("CPU", "CUDA", "ADInplaceOrView", "AutogradCPU", "AutogradCUDA", "AutocastCPU",
+                  "AutocastCUDA")  # fmt: skip
+#: A tensor's values are those in its memory if it has none of these keys.
+SPECIAL_KEYS = ~_ORDINARY if _ORDINARY else -1
+# These have memory, but not its values: negative and conjugate views.
+_WITHOUT_MEMORY = ~(_ORDINARY | _bits("Negative", "Conjugate")) if _ORDINARY else -1
+
+
+def has_memory(a: torch.Tensor) -> bool:
+    """Whether a tensor is a strided one in memory, on a CPU or a CUDA device."""
+    return not dispatch_keys(a).raw_repr() & _WITHOUT_MEMORY
 
 
 def in_forward_mode() -> bool:
@@ -85,6 +136,11 @@ def is_transformed() -> bool:
 def has_modes() -> bool:
     """Whether a dispatch mode is active, such as one that traces or counts operations."""
     return _modes() > 0
+
+
+def is_traced() -> bool:
+    """Whether `torch.jit.trace` records operations."""
+    return _tracing_state() is not None
 
 
 def is_seen_through() -> bool:

@@ -12,19 +12,22 @@ import torch
 
 from groupnorm.adapter import Kernels, Unsupported
 from groupnorm.arguments import CallOptions
+from groupnorm.backends.kernels.variants import DTYPES
 from groupnorm.backends.torch.cpu import CpuEngine
-from groupnorm.backends.torch.gpu import GpuEngine
-from groupnorm.backends.torch.internals import (
-    apply_without_transforms,
-    is_seen_through,
-    is_wrapped,
+from groupnorm.backends.torch.differentiation import (
+    Constants,
+    constants,
+    portable_gradients,
+    requires_grad,
 )
-from groupnorm.backends.torch.memory import PLAIN
-from groupnorm.portable.group_norm import group_norm, group_norm_vjp
+from groupnorm.backends.torch.gpu import GpuEngine
+from groupnorm.backends.torch.internals import apply_without_transforms, is_seen_through
+from groupnorm.backends.torch.memory import check_memory, is_plain
+from groupnorm.errors import ArgumentStateError
 from groupnorm.portable.inputs import check_cotangent
 from groupnorm.typing import Gradients
 
-__all__ = ["TorchKernels", "as_parameter", "bind_call", "engine_for"]
+__all__ = ["TorchKernels", "as_parameter", "bind_again", "bind_call", "engine_for"]
 
 
 class TorchKernels(Kernels):
@@ -60,7 +63,7 @@ class TorchKernels(Kernels):
         call = bind_call(self._adapter, x, scale, bias, mask, options)
         if isinstance(call, Unsupported):
             return call
-        return _with_pullback(self._adapter, call, x, scale, bias, mask, options)
+        return _with_pullback(call, x, scale, bias)
 
 
 # Binding a call -----------------------------------------------------------------------------------
@@ -75,17 +78,46 @@ def engine_for(device: torch.device) -> Engine:
 
 
 def bind_call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -> Any:
-    """Return the call, bound to an engine's kernels, or `Unsupported`."""
+    """Return the call, bound to an engine's kernels, or `Unsupported`.
+
+    Raises
+    ------
+    ArgumentStateError
+        If the memory of a tensor was freed.
+    """
     if is_seen_through():
         return Unsupported("PyTorch has to see the individual operations of this computation")
-    # Inlined, cheap checks first: this is a large part of the time of a small call.
     for name, a in (("x", x), ("scale", scale), ("bias", bias)):
-        if type(a) in PLAIN:
-            if a.layout is not torch.strided or a.is_neg() or is_wrapped(a):
-                return Unsupported(f"{name} is not a plain tensor")
-        elif a is not None and (a is x or type(a) is not np.ndarray):
-            return Unsupported(f"{name} is of type {type(a).__name__}")
+        if not is_plain(a, name) and a is not None and (a is x or type(a) is not np.ndarray):
+            return Unsupported(f"{name} is not a plain tensor, but {_kind(a)}")
     return engine_for(x.device).bind(adapter, x, scale, bias, mask, options)
+
+
+def bind_again(call: Any, x: Any, scale: Any, bias: Any, dy: Any) -> Any:
+    """Return the call with the parameters of its backward pass, or `Unsupported`.
+
+    Hooks may return other tensors than those that were saved. Raises as `bind_call`.
+    """
+    if is_seen_through():
+        return Unsupported("PyTorch has to see the individual operations of this computation")
+    device = dy.get_device()  # autograd checked that it is that of y
+    for name, a in (("x", x), ("dy", dy), ("scale", scale), ("bias", bias)):
+        if a is None or type(a) is np.ndarray:
+            continue
+        if not is_plain(a, name) or a.get_device() != device:
+            return Unsupported(f"{name} is not a plain tensor on the device of y")
+    work = call.work
+    if x.shape != work.layout.shape or dy.shape != x.shape or x.dtype is not _DTYPES[work.dtypes.x]:
+        return Unsupported("x or dy has another shape or dtype than in the forward pass")
+    return call.with_parameters(x, scale, bias)
+
+
+_DTYPES = {name: getattr(torch, name) for name in DTYPES}
+
+
+def _kind(a: Any) -> str:
+    kind = type(a).__name__
+    return kind if not isinstance(a, torch.Tensor) else f"{kind} ({a.layout}, {a.device.type})"
 
 
 # Differentiating it -------------------------------------------------------------------------------
@@ -95,70 +127,78 @@ class _ByKernels(torch.autograd.Function):
     """The kernels forward and backward; double backward uses the portable implementation."""
 
     @staticmethod
-    def forward(ctx: Any, x: Any, scale: Any, bias: Any, call: Any) -> Any:
+    def forward(ctx: Any, x: Any, scale: Any, bias: Any, call: Any, kept: Any) -> Any:
         y, ctx.saved_statistics = call.forward(x)
         ctx.save_for_backward(x, scale, bias)
-        ctx.call = call
+        ctx.call, ctx.constants = call, kept
         return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        (dy,) = gradients
+        (dy,), call = gradients, ctx.call
         x, scale, bias = ctx.saved_tensors
-        call = ctx.call
-        if torch.is_grad_enabled() or type(dy) is not torch.Tensor or is_wrapped(dy):
-            return (*_portable_gradients(call, (x, scale, bias), ctx.needs_input_grad, dy), None)
-        dx, dscale, dbias = call.backward(ctx.saved_statistics, x, dy)
-        _, for_scale, for_bias, _ = ctx.needs_input_grad
-        return (
-            dx,
-            as_parameter(dscale, scale) if for_scale else None,
-            as_parameter(dbias, bias) if for_bias else None,
-            None,
+        wants_scale, wants_bias = scale is not None, bias is not None
+        if ctx.constants is not _NO_CONSTANTS:
+            scale, bias = ctx.constants.over(scale, bias)
+        dx, dscale, dbias = _gradients(
+            call, ctx.saved_statistics, x, scale, bias, dy, graph=torch.is_grad_enabled()
         )
+        return dx, dscale if wants_scale else None, dbias if wants_bias else None, None, None
 
 
 # Tensors of torch.func's transforms never get here.
 _apply: Any = apply_without_transforms(_ByKernels)
+_NO_CONSTANTS = Constants(None, None)
 
 
-def _portable_gradients(call: Any, inputs: Any, wanted: Any, dy: Any) -> list[Any]:
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        y = group_norm(call.adapter, inputs[0], inputs[1], inputs[2], call.mask, call.options)
-    chosen = [a for a, w in zip(inputs, wanted, strict=False) if w]
-    found = iter(torch.autograd.grad(y, chosen, dy, create_graph=create_graph))
-    return [next(found) if w else None for _, w in zip(inputs, wanted, strict=False)]
+def _gradients(
+    call: Any, saved: Any, x: Any, scale: Any, bias: Any, dy: Any, *, graph: bool
+) -> Gradients:
+    """Return the gradients; by portable code if autograd needs their graph."""
+    if not graph and dy.is_neg():
+        check_memory(dy, "dy")
+        dy = dy.resolve_neg()
+    again = None if graph else bind_again(call, x, scale, bias, dy)
+    if again is None or isinstance(again, Unsupported):
+        mask = call.broadcastable_mask()
+        return portable_gradients(call.adapter, x, scale, bias, mask, call.options, dy)
+    dx, dscale, dbias = again.backward(saved, x, dy)
+    return Gradients(dx, as_parameter(dscale, scale), as_parameter(dbias, bias))
 
 
 def _differentiable(call: Any, x: Any, scale: Any, bias: Any) -> Any:
     """Compute a bound call; autograd can differentiate the result."""
-    if torch.is_grad_enabled() and (
-        x.requires_grad or _requires_grad(scale) or _requires_grad(bias)
-    ):
-        # Host constants are stored in the call; autograd accepts tensors only.
-        scale = scale if isinstance(scale, torch.Tensor) else None
-        bias = bias if isinstance(bias, torch.Tensor) else None
-        return _apply(x, scale, bias, call)
-    return call.forward(x)[0]
+    if not torch.is_grad_enabled() or not requires_grad(x, scale, bias):
+        return call.forward(x)[0]
+    # Autograd saves tensors only.
+    kept = _NO_CONSTANTS
+    if isinstance(scale, np.ndarray) or isinstance(bias, np.ndarray):
+        kept = constants(scale, bias)
+        scale, bias = (a if isinstance(a, torch.Tensor) else None for a in (scale, bias))
+    return _apply(x, scale, bias, call, kept)
 
 
-def _requires_grad(a: Any) -> bool:
-    return isinstance(a, torch.Tensor) and a.requires_grad
-
-
-def _with_pullback(
-    adapter: Any, call: Any, x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions
-) -> Any:
+def _with_pullback(call: Any, x: Any, scale: Any, bias: Any) -> Any:
     """Compute a bound call; return y and its pullback."""
-    y, saved = call.forward(x)
+    adapter, graph = call.adapter, requires_grad(x, scale, bias)
+    y, saved = (_differentiable(call, x, scale, bias), None) if graph else call.forward(x)
+    # The caller may change parameters in place before the pullback, but not x.
+    scale, bias = (
+        a if a is None else a.clone() if isinstance(a, torch.Tensor) else a.copy()
+        for a in (scale, bias)
+    )  # fmt: skip
+    version = None if x.is_inference() else x._version
 
     def pullback(dy: Any) -> Gradients:
         check_cotangent(adapter, dy, x)
-        if is_wrapped(dy):  # torch.func maps or differentiates the pullback
-            return group_norm_vjp(adapter, x, scale, bias, mask, options)[1](dy)
-        dx, dscale, dbias = call.backward(saved, x, dy)
-        return Gradients(dx, as_parameter(dscale, scale), as_parameter(dbias, bias))
+        if version is not None and x._version != version:
+            raise ArgumentStateError(
+                f"x, of shape {tuple(x.shape)}, was changed in place between group_norm_vjp and "
+                "its pullback, which needs the values of the forward pass. Pass x.clone()."
+            )
+        return _gradients(
+            call, saved, x, scale, bias, dy, graph=saved is None or requires_grad(dy)
+        )  # fmt: skip
 
     return y, pullback
 

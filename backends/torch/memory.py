@@ -1,48 +1,82 @@
-"""Tensors as kernels read and write them: without gaps, in x's memory order."""
+"""Tensors as kernels read and write them: without gaps, in x's memory order.
+
+What a kernel reads, forward or backward, has passed `is_plain`: a kernel takes addresses, so it
+must read neither memory that was freed nor a tensor whose values are somewhere else.
+"""
 
 from typing import Any
 
 import torch
 
 from groupnorm.backends.kernels.layout import MemoryLayout
-from groupnorm.backends.torch.internals import is_wrapped
+from groupnorm.backends.torch.internals import SPECIAL_KEYS, dispatch_keys, has_memory
+from groupnorm.errors import ArgumentStateError
 
-__all__ = ["PLAIN", "cotangent", "in_memory", "is_plain", "like"]
+__all__ = ["PLAIN", "check_memory", "cotangent", "in_memory", "is_plain", "like"]
 
 # Tensor types that store their values themselves.
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def is_plain(a: Any) -> bool:
-    """Whether a value is a strided tensor that stores its values itself."""
-    return type(a) in PLAIN and a.layout is torch.strided and not a.is_neg() and not is_wrapped(a)
+def is_plain(a: Any, argument: str) -> bool:
+    """Whether a value is a tensor whose values are those in its memory.
+
+    Raises
+    ------
+    ArgumentStateError
+        If that memory was freed.
+    """
+    if type(a) not in PLAIN or dispatch_keys(a).raw_repr() & SPECIAL_KEYS:
+        return False
+    # Inlined: whether a tensor that begins with its storage fits into it.
+    size = a.numel() * a.itemsize  # not `nbytes`, which fails in dynamo's frames
+    if a.untyped_storage().nbytes() < size or a.storage_offset() or not a.is_contiguous():
+        _check_storage(a, argument)
+    return True
+
+
+def check_memory(a: torch.Tensor, argument: str) -> None:
+    """Raise `ArgumentStateError` if a tensor, of any kind, has memory that was freed."""
+    if has_memory(a):
+        _check_storage(a, argument)
+
+
+def _check_storage(a: torch.Tensor, argument: str) -> None:
+    if a.is_contiguous() or (
+        a.dim() == 4 and a.is_contiguous(memory_format=torch.channels_last)
+    ):  # fmt: skip
+        elements = a.storage_offset() + a.numel()
+    else:
+        last = sum((n - 1) * s for n, s in zip(a.shape, a.stride(), strict=True))
+        elements = a.storage_offset() + 1 + last
+    held = a.untyped_storage().nbytes()
+    if held < elements * a.itemsize and a.numel():
+        raise ArgumentStateError(
+            f"{argument} has shape {tuple(a.shape)} and needs {elements * a.itemsize} bytes, and "
+            f"its storage has {held}: its memory was freed, as sharding and offloading do. "
+            "Restore the storage before the call."
+        )
 
 
 def in_memory(x: torch.Tensor, layout: MemoryLayout) -> torch.Tensor:
-    """Return x, or a copy without gaps."""
-    return x if layout.dense else _in_order(x, layout)
+    """Return a tensor of x's shape in memory order without gaps: itself or a copy."""
+    if layout.dense and x.stride() == layout.strides:
+        return x
+    if layout.order is not None:
+        x = x.permute(layout.order)
+    return x.contiguous()
 
 
 def like(x: torch.Tensor, layout: MemoryLayout, dtype: torch.dtype) -> torch.Tensor:
-    """Return an uninitialized tensor with x's memory layout."""
+    """Return an uninitialized tensor of x's shape, on its device, with the memory layout."""
     if layout.dense:
-        return torch.empty_like(x, dtype=dtype)
+        return torch.empty_strided(layout.shape, layout.strides, dtype=dtype, device=x.device)
     made = torch.empty(layout.plan.shape, dtype=dtype, device=x.device)
     return made if layout.order is None else made.permute(layout.inverse)
 
 
 def cotangent(dy: torch.Tensor, x: torch.Tensor, layout: MemoryLayout) -> torch.Tensor:
-    """Return dy with x's memory layout, in x's dtype or float32."""
-    dy = dy.resolve_neg()
+    """Return dy in memory order without gaps, in x's dtype or float32."""
     if dy.dtype is not x.dtype and dy.dtype is not torch.float32:
         dy = dy.to(torch.float32)
-    if not layout.dense or dy.stride() != x.stride():
-        dy = _in_order(dy, layout)
-    return dy
-
-
-def _in_order(a: torch.Tensor, layout: MemoryLayout) -> torch.Tensor:
-    """Return a tensor that is contiguous in x's memory order."""
-    if layout.order is not None:
-        a = a.permute(layout.order)
-    return a.contiguous()
+    return in_memory(dy, layout)

@@ -59,7 +59,7 @@ def group_norm_vjp(
     """Return the normalized x and its pullback; raises as `group_norm`."""
     xp = adapter.xp
     _check_local(adapter, x)
-    inputs = prepare(adapter, x, scale, bias, mask, options)
+    inputs = prepare(adapter, x, scale, bias, mask, options, keep=True)
     plan = inputs.plan
     # Resolved now: the name may no longer be bound when the pullback runs.
     replicas = _replicas(adapter, inputs, options)
@@ -68,7 +68,7 @@ def group_norm_vjp(
     y = from_work(activate(z, activation, adapter), plan, inputs.result_dtype, xp)
 
     def pullback(dy: Array) -> Gradients:
-        check_cotangent(adapter, dy, x)
+        dy = check_cotangent(adapter, dy, x)
         dz = to_work(xp.astype(dy, inputs.cotangent_dtype, copy=False), plan, xp)
         if activation is not None:
             dz = dz * slope(z, activation, adapter)

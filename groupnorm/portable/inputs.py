@@ -112,18 +112,28 @@ def is_floating(dtype: Any, adapter: "Adapter") -> bool:
 
 
 def prepare(
-    adapter: "Adapter", x: Array, scale: Array, bias: Array, mask: Any, options: CallOptions
-) -> WorkInputs:
-    """Check the arguments, and bring the arrays to the work shape."""
+    adapter: "Adapter", x: Array, scale: Array, bias: Array, mask: Any, options: CallOptions,
+    *, keep: bool = False,
+) -> WorkInputs:  # fmt: skip
+    """Check the arguments, and bring the arrays to the work shape.
+
+    Parameters
+    ----------
+    keep : bool
+        Whether the parameters and the mask are needed after the call, so that they are copied: the
+        caller may change his in place.
+    """
     xp = adapter.xp
     x, scale, bias, mask, plan, work_dtype, parameter_dtype, result_dtype = check(
         adapter, x, scale, bias, mask, options
     )
     x_work = to_work(xp.astype(x, work_dtype, copy=False), plan, xp)
-    scale = _parameter_to_work(adapter, scale, 1.0, x_work, parameter_dtype, plan)
-    bias = _parameter_to_work(adapter, bias, 0.0, x_work, parameter_dtype, plan)
+    scale = _parameter_to_work(adapter, scale, 1.0, x_work, parameter_dtype, plan, keep)
+    bias = _parameter_to_work(adapter, bias, 0.0, x_work, parameter_dtype, plan, keep)
     counted = None
     if mask is not None:
+        if keep:
+            mask = xp.astype(mask, xp.bool, copy=True)
         counted = mask | xp.isfinite(x_work)
         x_work = xp.where(counted, x_work, 0.0)
     return WorkInputs(x_work, scale, bias, mask, counted, plan, result_dtype, parameter_dtype)
@@ -145,8 +155,8 @@ def from_work(y: Array, plan: "Plan", dtype: Any, xp: Any) -> Array:
     return y if plan.permutation is None else xp.permute_dims(y, plan.inverse_permutation)
 
 
-def check_same_library(adapter: "Adapter", value: Any, argument: str, x: Array) -> None:
-    """Reject arrays of another library or on another device than x.
+def check_same_library(adapter: "Adapter", value: Any, argument: str, x: Array) -> Array:
+    """Return the array as the library can compute with it; it must be on x's device.
 
     Raises
     ------
@@ -162,29 +172,31 @@ def check_same_library(adapter: "Adapter", value: Any, argument: str, x: Array) 
             "converted between libraries implicitly. Convert one of them; for a layer, "
             f"layer.to_backend({adapter.name or 'numpy'!r})."
         )
-    adapter.admit(value, argument)
+    value = adapter.admit(value, argument)
     x_device, device = adapter.device_of(x), adapter.device_of(value)
     if x_device is not None and device is not None and x_device != device:
         raise ArgumentValueError(
             f"{argument} is on device {device} and x on device {x_device}: arrays are not moved "
             "between devices implicitly. Move one of them."
         )
+    return value
 
 
-def check_cotangent(adapter: "Adapter", dy: Any, x: Array) -> None:
-    """Reject a cotangent of another library, device or shape than x.
+def check_cotangent(adapter: "Adapter", dy: Any, x: Array) -> Array:
+    """Return a cotangent as the library can compute with it; it must be an array like x.
 
     Raises
     ------
     ArgumentTypeError, ArgumentValueError
         Naming both sides.
     """
-    check_same_library(adapter, dy, "dy", x)
+    dy = check_same_library(adapter, dy, "dy", x)
     if tuple(dy.shape) != tuple(x.shape):
         raise ArgumentValueError(
             f"dy has shape {tuple(dy.shape)}: a cotangent must have the shape of y, which is "
             f"{tuple(x.shape)}."
         )
+    return dy
 
 
 def _parameter(
@@ -195,7 +207,7 @@ def _parameter(
     # NumPy arrays are accepted with every library, as constants.
     if isinstance(value, np.ndarray) and not adapter.is_array(value):
         value = adapter.from_host(value, x)
-    check_same_library(adapter, value, argument, x)
+    value = check_same_library(adapter, value, argument, x)
     shape = tuple(value.shape)
     if not (same_shape(shape, plan.feature_shape) or same_shape(shape, (plan.channels,))):
         raise ArgumentValueError(
@@ -249,12 +261,13 @@ def _parameter_to_work(
     x: Array,
     dtype: Any,
     plan: "Plan",
+    copy: bool,
 ) -> Array:
     xp = adapter.xp
     if value is None:
         # Of full shape, so that every operand of the last pass runs along whole rows.
         return xp.full(plan.parameter_shape, neutral, dtype=dtype, device=adapter.device_of(x))
-    flat = xp.reshape(xp.astype(value, dtype, copy=False), (plan.channels,))
+    flat = xp.reshape(xp.astype(value, dtype, copy=copy), (plan.channels,))
     return xp.reshape(flat, plan.parameter_shape)
 
 
@@ -262,7 +275,7 @@ def _mask_to_work(adapter: "Adapter", mask: Any, x: Array, plan: "Plan") -> Arra
     xp = adapter.xp
     if isinstance(mask, HOST_MASKS):
         mask = adapter.from_host(host_mask(mask), x)
-    check_same_library(adapter, mask, "mask", x)
+    mask = check_same_library(adapter, mask, "mask", x)
     if adapter.is_complex(mask.dtype):
         raise ArgumentTypeError(
             f"mask has dtype {mask.dtype}: a mask is boolean, or holds zeros and ones. "

@@ -93,6 +93,22 @@ def test_gradients_do_not_change_when_the_cotangent_is_overwritten(rng):
     np.testing.assert_array_equal(kept, first)
 
 
+@pytest.mark.parametrize("implementation", [None, "portable"])
+def test_gradients_do_not_change_with_parameters_and_masks(implementation, rng):
+    """The pullback uses the values of the call."""
+    x, dy = draw(rng, 0), rng.normal(size=SHAPE).astype(np.float32)
+    scale, bias = rng.normal(size=(2, SHAPE[-1])).astype(np.float32)
+    mask = rng.random((*SHAPE[:-1], 1)) < 0.7
+    want = oracle.group_norm_gradients(x, dy, scale, bias, num_groups=3, mask=mask)
+    _, pullback = group_norm_vjp(
+        x, scale, bias, num_groups=3, mask=mask, implementation=implementation
+    )
+    scale *= 3
+    bias += 1
+    mask[...] = True
+    assert_gradients(pullback(dy), want, rtol=GRADIENT)
+
+
 def test_read_only_broadcast_input(rng):
     """A broadcast array has stride 0 and is read-only: twelve equal channels."""
     column = rng.normal(size=(2, 9, 10, 1)).astype(np.float32)

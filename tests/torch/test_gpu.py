@@ -86,7 +86,7 @@ def test_without_triton_the_extra_is_named(monkeypatch):
 def test_tensors_on_other_devices_use_the_portable_implementation():
     x = torch.empty(2, 8, 4, device="meta")
     assert group_norm(x, num_groups=2, feature_axis=1).shape == x.shape
-    with pytest.raises(ArgumentValueError, match="no kernels for PyTorch tensors on meta"):
+    with pytest.raises(ArgumentValueError, match=r"x is not a plain tensor.*meta"):
         group_norm(x, num_groups=2, feature_axis=1, implementation="fused")
 
 

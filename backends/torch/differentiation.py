@@ -1,0 +1,124 @@
+"""The portable implementation as one autograd function.
+
+So the portable implementation saves the same tensors as the kernels, and activation checkpointing
+works if only one of forward and recomputation is computed by kernels. Its backward pass is the
+explicit pullback, whose sums, unlike those of autograd, do not depend on the number of threads.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from groupnorm.arguments import CallOptions
+from groupnorm.backends.torch.internals import (
+    apply_without_transforms,
+    has_memory,
+    in_forward_mode,
+    is_traced,
+    is_transformed,
+)
+from groupnorm.backends.torch.memory import PLAIN, check_memory
+from groupnorm.portable.group_norm import group_norm_vjp
+from groupnorm.portable.inputs import HOST_MASKS, host_mask
+from groupnorm.typing import Gradients
+
+__all__ = ["Constants", "constants", "portable", "portable_gradients", "requires_grad"]
+
+
+class Constants(NamedTuple):
+    """Parameters that are arrays of the host; copies, since the caller may change his in place."""
+
+    scale: "np.ndarray[Any, Any] | None"
+    bias: "np.ndarray[Any, Any] | None"
+
+    def over(self, scale: Any, bias: Any) -> tuple[Any, Any]:
+        """Return the parameters, of which autograd saved those that are tensors."""
+        return self.scale if scale is None else scale, self.bias if bias is None else bias
+
+
+def constants(scale: Any, bias: Any) -> Constants:
+    """Return the parameters that autograd cannot save."""
+    return Constants(*(a.copy() if isinstance(a, np.ndarray) else None for a in (scale, bias)))
+
+
+def requires_grad(*arrays: Any) -> bool:
+    """Whether autograd records operations on these arrays; some may be None, or of the host."""
+    return torch.is_grad_enabled() and any(
+        isinstance(a, torch.Tensor) and a.requires_grad for a in arrays
+    )
+
+
+def portable(
+    compute: Callable[..., Any], adapter: Any, x: Any, scale: Any, bias: Any, mask: Any,
+    options: CallOptions,
+) -> Any:  # fmt: skip
+    """Call `compute`, the portable implementation, as one function for autograd if possible.
+
+    Compilers, tracers, forward mode and torch.func's transforms must see the operations. With
+    replicas, autograd decides which of them communicate in the backward pass.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or options.axis_name is not None
+        or not requires_grad(x, scale, bias)
+        or is_traced()
+        or in_forward_mode()
+        or is_transformed()
+        or not all(_is_savable(a) for a in (x, scale, bias, mask))
+    ):
+        return compute(adapter, x, scale, bias, mask, options)
+    if isinstance(mask, torch.Tensor):
+        check_memory(mask, "mask")
+        mask = mask.detach().clone()
+    elif mask is not None:
+        mask = host_mask(mask)  # a copy
+    call = _Call(compute, adapter, mask, options, constants(scale, bias))
+    tensors = (a if isinstance(a, torch.Tensor) else None for a in (x, scale, bias))
+    return _apply(*tensors, call)
+
+
+class _Call(NamedTuple):
+    """What the backward pass needs besides the tensors that autograd saves."""
+
+    compute: Callable[..., Any]
+    adapter: Any
+    mask: Any
+    options: CallOptions
+    constants: Constants
+
+
+class _ByPullback(torch.autograd.Function):
+    """The portable implementation; backward measures again, which is cheaper than to save more."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, scale: Any, bias: Any, call: Any) -> Any:
+        ctx.save_for_backward(x, scale, bias)
+        ctx.call = call
+        scale, bias = call.constants.over(scale, bias)
+        return call.compute(call.adapter, x, scale, bias, call.mask, call.options)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (dy,), call = gradients, ctx.call
+        saved = x, scale, bias = ctx.saved_tensors
+        scale, bias = call.constants.over(scale, bias)
+        found = portable_gradients(call.adapter, x, scale, bias, call.mask, call.options, dy)
+        return *(g if a is not None else None for g, a in zip(found, saved, strict=True)), None
+
+
+_apply: Any = apply_without_transforms(_ByPullback)
+
+
+def portable_gradients(
+    adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions, dy: Any
+) -> Gradients:
+    """Return the gradients by portable code, which autograd can differentiate again."""
+    return group_norm_vjp(adapter, x, scale, bias, mask, options)[1](dy)
+
+
+def _is_savable(a: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return type(a) in PLAIN and has_memory(a)
+    return a is None or isinstance(a, HOST_MASKS)

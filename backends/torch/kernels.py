@@ -154,7 +154,7 @@ def _with_pullback(
     y, saved = call.forward(x)
 
     def pullback(dy: Any) -> Gradients:
-        check_cotangent(adapter, dy, x)
+        dy = check_cotangent(adapter, dy, x)
         if is_wrapped(dy):  # torch.func maps or differentiates the pullback
             return group_norm_vjp(adapter, x, scale, bias, mask, options)[1](dy)
         dx, dscale, dbias = call.backward(saved, x, dy)

@@ -68,7 +68,7 @@ def group_norm_vjp(
     y = from_work(activate(z, activation, adapter), plan, inputs.result_dtype, xp)
 
     def pullback(dy: Array) -> Gradients:
-        check_cotangent(adapter, dy, x)
+        dy = check_cotangent(adapter, dy, x)
         dz = to_work(xp.astype(dy, inputs.cotangent_dtype, copy=False), plan, xp)
         if activation is not None:
             dz = dz * slope(z, activation, adapter)

@@ -145,8 +145,8 @@ def from_work(y: Array, plan: "Plan", dtype: Any, xp: Any) -> Array:
     return y if plan.permutation is None else xp.permute_dims(y, plan.inverse_permutation)
 
 
-def check_same_library(adapter: "Adapter", value: Any, argument: str, x: Array) -> None:
-    """Reject arrays of another library or on another device than x.
+def check_same_library(adapter: "Adapter", value: Any, argument: str, x: Array) -> Array:
+    """Return an array as x itself is admitted; reject other libraries and devices than x's.
 
     Raises
     ------
@@ -162,29 +162,31 @@ def check_same_library(adapter: "Adapter", value: Any, argument: str, x: Array) 
             "converted between libraries implicitly. Convert one of them; for a layer, "
             f"layer.to_backend({adapter.name or 'numpy'!r})."
         )
-    adapter.admit(value, argument)
+    value = adapter.admit(value, argument)
     x_device, device = adapter.device_of(x), adapter.device_of(value)
     if x_device is not None and device is not None and x_device != device:
         raise ArgumentValueError(
             f"{argument} is on device {device} and x on device {x_device}: arrays are not moved "
             "between devices implicitly. Move one of them."
         )
+    return value
 
 
-def check_cotangent(adapter: "Adapter", dy: Any, x: Array) -> None:
-    """Reject a cotangent of another library, device or shape than x.
+def check_cotangent(adapter: "Adapter", dy: Any, x: Array) -> Array:
+    """Return a cotangent as x is admitted; reject other libraries, devices and shapes than x's.
 
     Raises
     ------
     ArgumentTypeError, ArgumentValueError
         Naming both sides.
     """
-    check_same_library(adapter, dy, "dy", x)
+    dy = check_same_library(adapter, dy, "dy", x)
     if tuple(dy.shape) != tuple(x.shape):
         raise ArgumentValueError(
             f"dy has shape {tuple(dy.shape)}: a cotangent must have the shape of y, which is "
             f"{tuple(x.shape)}."
         )
+    return dy
 
 
 def _parameter(
@@ -195,7 +197,7 @@ def _parameter(
     # NumPy arrays are accepted with every library, as constants.
     if isinstance(value, np.ndarray) and not adapter.is_array(value):
         value = adapter.from_host(value, x)
-    check_same_library(adapter, value, argument, x)
+    value = check_same_library(adapter, value, argument, x)
     shape = tuple(value.shape)
     if not (same_shape(shape, plan.feature_shape) or same_shape(shape, (plan.channels,))):
         raise ArgumentValueError(
@@ -262,7 +264,7 @@ def _mask_to_work(adapter: "Adapter", mask: Any, x: Array, plan: "Plan") -> Arra
     xp = adapter.xp
     if isinstance(mask, HOST_MASKS):
         mask = adapter.from_host(host_mask(mask), x)
-    check_same_library(adapter, mask, "mask", x)
+    mask = check_same_library(adapter, mask, "mask", x)
     if adapter.is_complex(mask.dtype):
         raise ArgumentTypeError(
             f"mask has dtype {mask.dtype}: a mask is boolean, or holds zeros and ones. "

@@ -91,7 +91,7 @@ def _pullback(
     adapter: Any, call: _Call, statistics: Any, x: Any, scale: Any, bias: Any
 ) -> Callable[[Any], Gradients]:
     def pullback(dy: Any) -> Gradients:
-        check_cotangent(adapter, dy, x)
+        dy = check_cotangent(adapter, dy, x)
         with x.device:
             if dy.dtype != x.dtype and dy.dtype != np.float32:
                 dy = dy.astype(np.float32)

@@ -58,7 +58,7 @@ class JaxKernels(Kernels):
         y, saved = _normalized(spec, *arrays)
 
         def pullback(dy: Any) -> Gradients:
-            check_cotangent(self._adapter, dy, x)
+            dy = check_cotangent(self._adapter, dy, x)
             return Gradients(*_pulled_back(spec, *arrays, saved, dy.astype(spec.work_dtype)))
 
         return y, pullback

@@ -76,7 +76,7 @@ def _pullback(
             raise ArgumentTypeError(
                 f"dy is of type {type(dy).__name__}: a cotangent must be a NumPy array, as y is."
             )
-        check_cotangent(adapter, dy, x)
+        dy = check_cotangent(adapter, dy, x)
         if dy.dtype != x.dtype:  # kernels are compiled for x's dtype and float32
             dy = dy.astype(np.float32)
         work, layout = call.work, call.work.layout

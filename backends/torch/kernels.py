@@ -190,7 +190,7 @@ def _with_pullback(call: Any, x: Any, scale: Any, bias: Any) -> Any:
     version = None if x.is_inference() else x._version
 
     def pullback(dy: Any) -> Gradients:
-        check_cotangent(adapter, dy, x)
+        dy = check_cotangent(adapter, dy, x)
         if version is not None and x._version != version:
             raise ArgumentStateError(
                 f"x, of shape {tuple(x.shape)}, was changed in place between group_norm_vjp and "

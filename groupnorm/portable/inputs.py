@@ -156,7 +156,7 @@ def from_work(y: Array, plan: "Plan", dtype: Any, xp: Any) -> Array:
 
 
 def check_same_library(adapter: "Adapter", value: Any, argument: str, x: Array) -> Array:
-    """Return the array as the library can compute with it; it must be on x's device.
+    """Return an array as x itself is admitted; reject other libraries and devices than x's.
 
     Raises
     ------
@@ -183,7 +183,7 @@ def check_same_library(adapter: "Adapter", value: Any, argument: str, x: Array) 
 
 
 def check_cotangent(adapter: "Adapter", dy: Any, x: Array) -> Array:
-    """Return a cotangent as the library can compute with it; it must be an array like x.
+    """Return a cotangent as x is admitted; reject other libraries, devices and shapes than x's.
 
     Raises
     ------

@@ -117,6 +117,7 @@ def merge_values(adapter: "Adapter", statistics: Sequence[GroupStatistics]) -> G
         If their groups or libraries differ.
     """
     first, xp = statistics[0].mean, adapter.xp
+    admitted = []
     for i, part in enumerate(statistics):
         if not adapter.is_array(part.mean):
             other = library_of(part.mean)
@@ -127,7 +128,8 @@ def merge_values(adapter: "Adapter", statistics: Sequence[GroupStatistics]) -> G
                 f"{other} arrays: arrays are not converted between libraries implicitly. Convert "
                 "one, as in GroupStatistics(*map(numpy.asarray, statistics))."
             )
-        check_same_library(adapter, part.mean, f"statistics[{i}].mean", first)
+        mean = check_same_library(adapter, part.mean, f"statistics[{i}].mean", first)
+        admitted.append(part._replace(mean=mean))
         if not same_shape(tuple(part.mean.shape), tuple(first.shape)):
             raise ArgumentValueError(
                 f"statistics[{i}].mean has shape {tuple(part.mean.shape)} and statistics[0].mean "
@@ -142,10 +144,12 @@ def merge_values(adapter: "Adapter", statistics: Sequence[GroupStatistics]) -> G
     def stacked(name: str) -> Array:
         dtype = dtypes.get(name, adapter.real_dtype(mean_dtype))
         parts = []
-        for part in statistics:
+        for part in admitted:
             value, zeros = getattr(part, name), xp.zeros_like(part.mean, dtype=dtype)
             number = isinstance(value, numbers.Number)
-            parts.append(zeros + (value if number else xp.astype(value, dtype)))
+            if not number:
+                value = xp.astype(adapter.admit(value, f"statistics.{name}"), dtype)
+            parts.append(zeros + value)
         return xp.stack(parts)
 
     count, mean, m2, residual, unit = map(stacked, GroupStatistics._fields)
@@ -201,7 +205,7 @@ def _array(adapter: "Adapter", argument: str, value: Any, x: Array, plan: "Plan"
         return xp.full(shape, value, dtype=dtype, device=adapter.device_of(x))
     if isinstance(value, np.ndarray) and not adapter.is_array(value):
         value = adapter.from_host(value, x)
-    check_same_library(adapter, value, argument, x)
+    value = check_same_library(adapter, value, argument, x)
     if not same_shape(tuple(value.shape), shape):
         raise ArgumentValueError(
             f"{argument} has shape {tuple(value.shape)}, and for x of shape {plan.shape} it must "

@@ -6,7 +6,14 @@ import importlib
 import numpy as np
 import pytest
 
-from groupnorm import group_norm, group_norm_vjp
+from groupnorm import (
+    GroupStatistics,
+    group_norm,
+    group_norm_vjp,
+    group_statistics,
+    merge_statistics,
+    normalize,
+)
 from groupnorm.errors import ArgumentValueError
 from tests import oracle
 from tests.rows import (
@@ -261,6 +268,44 @@ def test_empty_dask_chunks(masked, rng):
     assert_gradient(pullback(cotangent).x.compute(), gradients.x, rtol=GRADIENT)
     # An empty array in empty chunks.
     assert group_norm(given[:, 4:4], num_groups=4).compute().shape == (2, 0, 8)
+
+
+@pytest.mark.needs("dask")
+@pytest.mark.parametrize("axis", [0, 1, 2], ids=["batch", "positions", "channels"])
+@pytest.mark.parametrize("which", ["x", "dy", "mask", "scale", "bias"])
+def test_empty_dask_chunks_of_one_argument(which, axis, rng):
+    """Whatever is done to x on the way in is done to all other arrays."""
+    from_array = importlib.import_module("dask.array").from_array
+    host = {name: rng.normal(size=(2, 1, 8)).astype(np.float32) for name in ("x", "dy")}
+    host["mask"] = rng.random((2, 1, 8)) < 0.8
+    host |= {name: rng.normal(size=8).astype(np.float32) for name in ("scale", "bias")}
+    given = {name: from_array(a) for name, a in host.items()}
+    chunks = [(n,) for n in host[which].shape]
+    axis = min(axis, len(chunks) - 1)
+    chunks[axis] = (0, *chunks[axis], 0)
+    given[which] = from_array(host[which], chunks=tuple(chunks))
+    dy, cotangent = host.pop("dy"), given.pop("dy")
+    y, pullback = group_norm_vjp(**given, num_groups=2)
+    assert_close(y.compute(), oracle.group_norm(**host, num_groups=2), tolerance=2 * CONTRACT)
+    want = oracle.group_norm_gradients(dy=dy, **host, num_groups=2)
+    for got, reference in zip(pullback(cotangent), want, strict=True):
+        assert got.shape == reference.shape
+        assert_gradient(got.compute(), reference, rtol=2 * GRADIENT)
+
+
+@pytest.mark.needs("dask")
+@pytest.mark.parametrize("field", GroupStatistics._fields)
+def test_empty_dask_chunks_of_statistics(field, rng):
+    dask_array = importlib.import_module("dask.array")
+    x = rng.normal(size=(2, 9, 8)).astype(np.float32)
+    given = dask_array.from_array(x)
+    parts = [group_statistics(part, num_groups=4) for part in (given[:, :4], given[:, 4:])]
+    chunked = getattr(parts[1], field).rechunk(((2, 0), (0, 4)))
+    parts[1] = parts[1]._replace(**{field: chunked})
+    merged = merge_statistics(*parts)
+    merged = merged._replace(**{field: getattr(merged, field).rechunk(((0, 2), (4, 0)))})
+    y = normalize(given, merged, num_groups=4)
+    assert_close(y.compute(), oracle.group_norm(x, num_groups=4), tolerance=CONTRACT)
 
 
 @pytest.mark.needs("dask")

@@ -39,7 +39,6 @@ PRIVATE_NAMES = (
     "torch._C._len_torch_dispatch_stack",
     "torch._C._get_tracing_state",
     "torch.autograd.forward_ad._current_level",
-    "torch.Tensor._is_zerotensor",
     "torch.compiler._is_exporting_flag",
 )
 
@@ -84,17 +83,13 @@ if _found(PRIVATE_NAMES[6]) is None:
 # Likewise. Before version 2.12, torch.compile takes `torch.compiler.is_exporting()` for the
 # constant True, also in programs that are not exported; it reads this flag as it is.
 _compiler: Any = torch.compiler
-if _found(PRIVATE_NAMES[8]) is None:
+if _found(PRIVATE_NAMES[7]) is None:
     _compiler = SimpleNamespace(_is_exporting_flag=True)
 
 
 def is_exporting() -> bool:
     """Whether torch.export traces the program, which then must hold portable code only."""
     return bool(_compiler._is_exporting_flag)
-
-
-#: Whether a tensor is all zeros without memory, as automatic differentiation makes them.
-is_zero_tensor: Callable[[Any], bool] = _found(PRIVATE_NAMES[7]) or (lambda _: False)
 
 
 def _bits(*names: str) -> int:
@@ -116,6 +111,12 @@ _ORDINARY = _bits("CPU", "CUDA", "ADInplaceOrView", "AutogradCPU", "AutogradCUDA
 SPECIAL_KEYS = ~_ORDINARY if _ORDINARY else -1
 # These have memory, but not its values: negative and conjugate views.
 _WITHOUT_MEMORY = ~(_ORDINARY | _bits("Negative", "Conjugate")) if _ORDINARY else -1
+_ZERO = _bits("ZeroTensor")
+
+
+def is_zero_tensor(a: torch.Tensor) -> bool:
+    """Whether a tensor is all zeros without memory, as automatic differentiation makes them."""
+    return bool(dispatch_keys(a).raw_repr() & _ZERO)
 
 
 def has_memory(a: torch.Tensor) -> bool:

@@ -184,6 +184,9 @@ class Adapter:
         """Return 1 - erf(x), which the array API lacks; None if the library lacks it too."""
         return None
 
+    #: ``dz * slope(z)`` of an activation, ``(dz, z, name)``, if the library is faster at it.
+    times_slope: "ClassVar[Callable[[Array, Array, str], Array] | None]" = None
+
     # Dtypes -----------------------------------------------------------------------------------
 
     def is_complex(self, dtype: Any) -> bool:

@@ -115,6 +115,24 @@ class TorchAdapter(Adapter):
         """1 - erf(x)."""
         return torch.special.erfc(x)
 
+    def sum_of_product(self, factors: tuple[Any, ...], axis: int) -> Any:
+        """Sum in the order of memory: in another, PyTorch takes up to 50 times as long."""
+        x = factors[0] if len(factors) == 1 else factors[0] * factors[1]
+        if torch.compiler.is_compiling() or not has_memory(x) or x.is_contiguous():
+            return x.sum(axis, keepdim=True)
+        strides = x.stride()
+        order = sorted(range(x.ndim), key=lambda a: -strides[a])
+        inverse = [order.index(a) for a in range(x.ndim)]
+        return x.permute(order).sum(order.index(axis), keepdim=True).permute(inverse)
+
+    @staticmethod
+    def times_slope(dz: Any, z: Any, name: str) -> Any:  # type: ignore[override]
+        """Differentiate the library's own activation: in one pass, without temporary arrays."""
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            y = getattr(torch.nn.functional, name)(z)
+        return torch.autograd.grad(y, z, dz)[0]
+
     def complex_from(self, real: Any, imaginary: Any) -> Any:
         """Combine two real tensors into a complex one."""
         return torch.complex(real, imaginary)

@@ -20,7 +20,7 @@ from groupnorm.backends.torch.internals import (
     is_transformed,
 )
 from groupnorm.backends.torch.memory import PLAIN, check_memory
-from groupnorm.portable.group_norm import group_norm_vjp
+from groupnorm.portable.group_norm import gradients, group_norm_measured, group_norm_vjp
 from groupnorm.portable.inputs import HOST_MASKS, host_mask
 from groupnorm.typing import Gradients
 
@@ -74,7 +74,7 @@ def portable(
         mask = mask.detach().clone()
     elif mask is not None:
         mask = host_mask(mask)  # a copy
-    call = _Call(compute, adapter, mask, options, constants(scale, bias))
+    call = _Call(adapter, mask, options, constants(scale, bias))
     tensors = (a if isinstance(a, torch.Tensor) else None for a in (x, scale, bias))
     return _apply(*tensors, call)
 
@@ -82,7 +82,6 @@ def portable(
 class _Call(NamedTuple):
     """What the backward pass needs besides the tensors that autograd saves."""
 
-    compute: Callable[..., Any]
     adapter: Any
     mask: Any
     options: CallOptions
@@ -90,21 +89,36 @@ class _Call(NamedTuple):
 
 
 class _ByPullback(torch.autograd.Function):
-    """The portable implementation; backward measures again, which is cheaper than to save more."""
+    """The portable implementation; it saves no array of the size of x but x itself."""
 
     @staticmethod
     def forward(ctx: Any, x: Any, scale: Any, bias: Any, call: Any) -> Any:
         ctx.save_for_backward(x, scale, bias)
-        ctx.call = call
+        ctx.call, ctx.like = call, (x.dtype, x.device)
         scale, bias = call.constants.over(scale, bias)
-        return call.compute(call.adapter, x, scale, bias, call.mask, call.options)
+        y, ctx.measured = group_norm_measured(
+            call.adapter, x, scale, bias, call.mask, call.options
+        )  # fmt: skip
+        return y
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        (dy,), call = gradients, ctx.call
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        (dy,), call = cotangents, ctx.call
         saved = x, scale, bias = ctx.saved_tensors
         scale, bias = call.constants.over(scale, bias)
-        found = portable_gradients(call.adapter, x, scale, bias, call.mask, call.options, dy)
+        given = (call.adapter, x, scale, bias, call.mask, call.options, dy)
+        # Hooks may return another x than the one that was measured; other kinds of tensors, and
+        # recorded operations, must not overwrite arrays.
+        if (
+            x.shape == dy.shape
+            and (x.dtype, x.device) == ctx.like
+            and not torch.is_grad_enabled()
+            and not in_forward_mode()
+            and all(_is_savable(a) for a in (x, scale, bias, dy))
+        ):
+            found = gradients(*given, ctx.measured)
+        else:
+            found = portable_gradients(*given)
         return *(g if a is not None else None for g, a in zip(found, saved, strict=True)), None
 
 

@@ -34,12 +34,20 @@ def pull_back(
     adapter: "Adapter",
     replicas: Replicas | None,
     groups: IndexGroups,
+    *,
+    overwrite: bool = False,
 ) -> WorkGradients:
     """Compute the vector-Jacobian product of the normalization.
 
     With ``xhat = (x - mean) * rstd``, ``g = conj(scale) * dy`` and ``m`` the mask,
     ``dx = rstd * (g - m * (mean(g) + xhat * mean(Re(conj(xhat) * g))))``, where the means run over
     a group's valid elements on all replicas. Complex gradients are ``dL/dRe + i dL/dIm``.
+
+    Parameters
+    ----------
+    overwrite : bool
+        Whether the deviations are needed no more, and no operation is recorded or batched: large
+        arrays are then used again, since allocating them takes longer than computing.
     """
     xp = adapter.xp
     rstd = coefficients.rstd
@@ -52,7 +60,11 @@ def pull_back(
 
     ones = xp.ones_like(rstd * real_part(scale, adapter))
     gain, shift = adapter.materialize(coefficients.gain * ones, coefficients.shift * ones)
-    xhat = deviations.values * channels(gain)
+    xhat = deviations.values
+    if overwrite and gain.dtype == xhat.dtype:
+        xhat *= channels(gain)
+    else:
+        xhat = xhat * channels(gain)
     xhat -= channels(shift)
     sum_dy = grouped(total(dy, plan.positions, plan, adapter))
     sum_dy_xhat = grouped(
@@ -70,7 +82,11 @@ def pull_back(
     # Expanded to all channels: an operand broadcast within its rows costs NumPy tenfold.
     weight = rstd * coefficients.inv_count * ones
     factor, slope, offset = adapter.materialize(conj_scale * rstd, q * weight, p * weight)
-    through_statistics = xhat * channels(slope)
+    through_statistics = xhat
+    if overwrite and slope.dtype == xhat.dtype:
+        through_statistics *= channels(slope)
+    else:
+        through_statistics = xhat * channels(slope)
     through_statistics += channels(offset)
     if mask is not None:
         through_statistics = xp.where(mask, through_statistics, 0.0)

@@ -1,7 +1,7 @@
 """One call from arguments to result: forward, forward and pullback, or statistics only."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from groupnorm.arguments import CallOptions
 from groupnorm.distributed.replicas import Replicas
@@ -23,6 +23,7 @@ from groupnorm.portable.statistics import (
     Coefficients,
     Deviations,
     centre,
+    centre_at,
     finish,
     measure,
     normalize,
@@ -33,7 +34,23 @@ from groupnorm.typing import Array, Gradients
 if TYPE_CHECKING:
     from groupnorm.adapter import Adapter
 
-__all__ = ["group_norm", "group_norm_vjp", "group_statistics", "normalize_by"]
+__all__ = [
+    "Measured",
+    "gradients",
+    "group_norm",
+    "group_norm_measured",
+    "group_norm_vjp",
+    "group_statistics",
+    "normalize_by",
+]
+
+
+class Measured(NamedTuple):
+    """What a backward pass needs of the forward pass besides its arguments: one value a channel."""
+
+    pivot: Array
+    unit: Array
+    coefficients: Coefficients
 
 
 def group_norm(
@@ -53,6 +70,39 @@ def group_norm(
     return from_work(y, inputs.plan, inputs.result_dtype, adapter.xp)
 
 
+def group_norm_measured(
+    adapter: "Adapter", x: Array, scale: Array, bias: Array, mask: Any, options: CallOptions
+) -> tuple[Array, Measured]:
+    """Return the normalized x of a call without replicas, and what `gradients` takes."""
+    inputs = prepare(adapter, x, scale, bias, mask, options)
+    y, deviations, coefficients = _forward(adapter, inputs, options, None, keep_deviations=False)
+    y = activate(y, options.activation, adapter)
+    y = from_work(y, inputs.plan, inputs.result_dtype, adapter.xp)
+    return y, Measured(deviations.pivot, deviations.unit, coefficients)
+
+
+def gradients(
+    adapter: "Adapter", x: Array, scale: Array, bias: Array, mask: Any, options: CallOptions,
+    dy: Array, measured: Measured,
+) -> Gradients:  # fmt: skip
+    """Return the gradients of a call without replicas, which was measured before."""
+    inputs = prepare(adapter, x, scale, bias, mask, options)
+    plan, coefficients = inputs.plan, measured.coefficients
+    deviations = centre_at(
+        inputs.x, inputs.mask, measured.pivot, measured.unit, plan, adapter
+    )  # fmt: skip
+    z = None
+    if options.activation is not None:
+        z = normalize(
+            deviations, coefficients, inputs.scale, inputs.bias, plan, adapter,
+            keep_deviations=True,
+        )  # fmt: skip
+    return _gradients(
+        adapter, x, scale, bias, inputs, options, None, dy, z, deviations, coefficients,
+        overwrite=True,
+    )  # fmt: skip
+
+
 def group_norm_vjp(
     adapter: "Adapter", x: Array, scale: Array, bias: Array, mask: Any, options: CallOptions
 ) -> tuple[Array, Callable[[Array], Gradients]]:
@@ -68,32 +118,48 @@ def group_norm_vjp(
     y = from_work(activate(z, activation, adapter), plan, inputs.result_dtype, xp)
 
     def pullback(dy: Array) -> Gradients:
-        dy = check_cotangent(adapter, dy, x)
-        dz = to_work(xp.astype(dy, inputs.cotangent_dtype, copy=False), plan, xp)
-        if activation is not None:
-            dz = dz * slope(z, activation, adapter)
-        work = pull_back(
-            dz,
-            inputs.mask,
-            inputs.scale,
-            deviations,
-            coefficients,
-            plan,
-            adapter,
-            replicas,
-            options.axis_index_groups,
-        )
-        dx = work.x
-        if inputs.counted is not None:
-            dx = xp.where(inputs.counted, dx, 0.0)
-        floating = is_floating(x.dtype, adapter)
-        return Gradients(
-            from_work(dx, plan, x.dtype if floating else dx.dtype, xp),
-            _parameter_gradient(adapter, work.scale, scale),
-            _parameter_gradient(adapter, work.bias, bias),
+        return _gradients(
+            adapter, x, scale, bias, inputs, options, replicas, dy, z, deviations, coefficients
         )
 
     return y, pullback
+
+
+def _gradients(
+    adapter: "Adapter", x: Array, scale: Array, bias: Array, inputs: WorkInputs,
+    options: CallOptions, replicas: Replicas | None, dy: Array, z: Array, deviations: Deviations,
+    coefficients: Coefficients, *, overwrite: bool = False,
+) -> Gradients:  # fmt: skip
+    xp, plan = adapter.xp, inputs.plan
+    dy = check_cotangent(adapter, dy, x)
+    dz = to_work(xp.astype(dy, inputs.cotangent_dtype, copy=False), plan, xp)
+    if options.activation is not None:
+        times_slope: Any = adapter.times_slope if overwrite else None
+        if times_slope is not None:
+            dz = times_slope(dz, z, options.activation)
+        else:
+            dz = dz * slope(z, options.activation, adapter)
+    work = pull_back(
+        dz,
+        inputs.mask,
+        inputs.scale,
+        deviations,
+        coefficients,
+        plan,
+        adapter,
+        replicas,
+        options.axis_index_groups,
+        overwrite=overwrite,
+    )
+    dx = work.x
+    if inputs.counted is not None:
+        dx = xp.where(inputs.counted, dx, 0.0)
+    floating = is_floating(x.dtype, adapter)
+    return Gradients(
+        from_work(dx, plan, x.dtype if floating else dx.dtype, xp),
+        _parameter_gradient(adapter, work.scale, scale),
+        _parameter_gradient(adapter, work.bias, bias),
+    )
 
 
 def group_statistics(

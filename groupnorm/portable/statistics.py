@@ -120,7 +120,7 @@ def measure(
     unit = group_unit * xp.ones_like(magnitude(pivot, adapter))
     pivot, unit = adapter.materialize(pivot, unit)
 
-    centred = _centre(x, mask, pivot, unit, plan, adapter, scaled=scaled)
+    centred = centre_at(x, mask, pivot, unit, plan, adapter, scaled=scaled)
     valid = centred.values if mask is None else xp.where(mask, centred.values, 0.0)
     delta = total(valid, plan.inner, plan, adapter) / enough
     m2 = _total_abs2(valid, plan, adapter) - counts * abs2(delta, adapter)
@@ -150,7 +150,7 @@ def _is_ordinary(unit: "Array", xp: Any) -> bool:
     return bool(xp.all((unit >= 1 / ORDINARY) & (unit <= ORDINARY)))
 
 
-def _centre(
+def centre_at(
     x: "Array",
     mask: "Array | None",
     pivot: "Array",
@@ -160,6 +160,7 @@ def _centre(
     *,
     scaled: bool = True,
 ) -> Deviations:
+    """Return the deviations from given pivots, in given units."""
     xp = adapter.xp
     deviations = x - xp.reshape(pivot, plan.ungrouped(pivot.shape))
     unit_of_channel = xp.reshape(unit, plan.ungrouped(unit.shape))
@@ -184,7 +185,7 @@ def centre(
         plan.parameter_shape, dtype=unit.dtype, device=adapter.device_of(unit)
     )
     pivot = adapter.detach(statistics.mean) * members
-    return _centre(x, mask, pivot, unit * members, plan, adapter)
+    return centre_at(x, mask, pivot, unit * members, plan, adapter)
 
 
 def recentre(
@@ -198,7 +199,7 @@ def recentre(
 ) -> Deviations:
     """Centre groups whose valid elements are all on other replicas near their mean."""
     pivot = adapter.xp.where(local.count > 0, centred.pivot, merged.mean)
-    return _centre(x, mask, pivot, centred.unit, plan, adapter)
+    return centre_at(x, mask, pivot, centred.unit, plan, adapter)
 
 
 def _saturate(deviations: "Array", mask: "Array", unit: "Array", adapter: "Adapter") -> "Array":

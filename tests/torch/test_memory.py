@@ -5,11 +5,15 @@ Whatever is read, in any direction, gives right numbers or a clear error.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from groupnorm import group_norm, group_norm_vjp
 from groupnorm.errors import ArgumentStateError, ArgumentValueError
@@ -338,3 +342,53 @@ def test_parts_of_channels_last_tensors_stay_channels_last(implementation, rng):
         dy = torch.tensor(rng.normal(size=x.shape).astype(np.float32))
         gradients = oracle.group_norm_gradients(x.numpy(), dy.numpy(), **OPTIONS)
         assert_gradient(pullback(dy).x.numpy(), gradients.x, rtol=GRADIENT)
+
+
+# Checkpoints and bits -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("host", [False, True], ids=["tensors", "host"])
+def test_every_implementation_saves_the_same_tensors(masked, host, arrays):
+    mask = torch.ones(3, 1, 5, 4, dtype=torch.bool) if masked else None
+    x, scale, bias = leaves(arrays)
+    counts = []
+    for mode in (FlopCounterMode(display=False), nullcontext()):
+        for implementation in IMPLEMENTATIONS:
+            saved = []
+            with mode, saved_tensors_hooks(saved.append, lambda t: t):
+                group_norm(x, arrays["scale"] if host else scale, bias, mask=mask,
+                           implementation=implementation, **OPTIONS)  # fmt: skip
+            counts.append([t.shape for t in saved])
+    assert all(c == counts[0] for c in counts)
+    assert len(counts[0]) == (2 if host else 3)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_checkpoints_of_which_one_pass_is_under_a_mode(backward, arrays):
+    given = leaves(arrays)
+    with nullcontext() if backward else FlopCounterMode(display=False):
+        y = checkpoint(lambda *a: group_norm(*a, **OPTIONS), *given, use_reentrant=False)
+    with FlopCounterMode(display=False) if backward else nullcontext():
+        found = torch.autograd.grad(y, given, torch.tensor(arrays["dy"]))
+    assert_all(found, expected(arrays))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("shape", [(1, 1, 117532), (1, 96, 64, 50), (2, 6, 9001), (1, 40000, 3)])
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+def test_gradients_have_the_same_bits_for_any_number_of_threads(last, shape, implementation, rng):
+    x, dy = torch.tensor(rng.normal(size=(2, *shape)).astype(np.float32))
+    if last:
+        x, dy = (a.movedim(1, -1).contiguous().movedim(-1, 1) for a in (x, dy))
+    given = [a.requires_grad_() for a in (x, torch.ones(shape[1]), torch.zeros(shape[1]))]
+    threads, results = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 5):
+            torch.set_num_threads(number)
+            y = group_norm(*given, num_groups=1, feature_axis=1, implementation=implementation)
+            results.append((y.detach(), *torch.autograd.grad(y, given, dy)))
+    finally:
+        torch.set_num_threads(threads)
+    for found in results[1:]:
+        assert all(map(torch.equal, found, results[0]))

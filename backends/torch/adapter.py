@@ -12,16 +12,29 @@ from groupnorm.adapter import Adapter, Kernels, Planning, as_native_contiguous
 from groupnorm.arguments import CallOptions
 from groupnorm.backends.kernels.layout import memory_order
 from groupnorm.backends.torch.differentiation import portable
-from groupnorm.backends.torch.internals import has_memory, is_exporting, is_zero_tensor
+from groupnorm.backends.torch.internals import (
+    has_memory,
+    is_exporting,
+    is_recorded,
+    is_zero_tensor,
+)
 from groupnorm.backends.torch.memory import check_memory
 from groupnorm.backends.torch.native import functional
 from groupnorm.backends.torch.process_groups import replicas_of
 from groupnorm.distributed.axis_names import bound
 from groupnorm.distributed.replicas import Replicas, over_all
 from groupnorm.dtypes import small_float
-from groupnorm.errors import ArgumentValueError
+from groupnorm.errors import ArgumentTypeError, ArgumentValueError
 
 __all__ = ["TorchAdapter", "torch_adapter"]
+
+_LAZY = (torch.nn.parameter.UninitializedParameter, torch.nn.parameter.UninitializedBuffer)
+# The dtypes that PyTorch promotes. It only converts others, such as float8.
+_NAMES = (
+    "bool uint8 uint16 uint32 uint64 int8 int16 int32 int64 "
+    "float16 bfloat16 float32 float64 complex64 complex128"
+)
+_DTYPES = frozenset(getattr(torch, name) for name in _NAMES.split())
 
 
 class TorchAdapter(Adapter):
@@ -33,15 +46,46 @@ class TorchAdapter(Adapter):
     has_sharded_arrays = True
 
     def is_array(self, x: object) -> bool:
-        """Whether x is a tensor."""
-        return isinstance(x, torch.Tensor)
+        """Whether x is a tensor, or stands for one in torch.fx's tracing."""
+        return isinstance(x, torch.Tensor | torch.fx.Proxy)
 
     def admit(self, x: Any, argument: str = "x") -> Any:
-        """Reject tensors whose memory was freed, which PyTorch's operations would read.
+        """Reject tensors without one number for each element, or whose memory was freed.
 
         Zero tensors, which cannot be written to, become ordinary ones. An x with gaps is copied in
         the order of its memory, so that a part of a channels-last tensor stays channels-last.
         """
+        if isinstance(x, torch.fx.Proxy):
+            raise ArgumentTypeError(
+                f"{argument} is a torch.fx.Proxy, without values: torch.fx records calls of layers "
+                "and of group_norm whose x is one, nothing else. Call one of them."
+            )
+        if isinstance(x, _LAZY):
+            raise ArgumentTypeError(
+                f"{argument} is a {type(x).__name__}, which has no shape yet: initialize it first, "
+                "by a first call of the module that it belongs to."
+            )
+        if x.is_nested:
+            raise ArgumentTypeError(
+                f"{argument} is a nested tensor, whose parts have different lengths: pass "
+                "torch.nested.to_padded_tensor(..., 0.0), and mask= for its valid elements."
+            )
+        if x.layout is not torch.strided:
+            raise ArgumentTypeError(
+                f"{argument} has the layout {x.layout}, not torch.strided: pass "
+                f"{argument}.to_dense()."
+            )
+        if x.dtype not in _DTYPES and not str(x.dtype).startswith("torch.float8"):
+            how = "dequantize()" if x.is_quantized else "to(torch.float32)"
+            raise ArgumentTypeError(
+                f"{argument} has dtype {x.dtype}, in which PyTorch does not compute: pass "
+                f"{argument}.{how}."
+            )
+        if type(x).__name__ == "MaskedTensor":
+            raise ArgumentTypeError(
+                f"{argument} is a MaskedTensor: its mask would be ignored. Pass "
+                f"{argument}.get_data(), and mask={argument}.get_mask()."
+            )
         if torch.compiler.is_compiling():
             return x
         if not has_memory(x):
@@ -51,11 +95,23 @@ class TorchAdapter(Adapter):
             return x.clone()
         return x
 
+    def is_sharded(self, x: Any) -> bool:
+        """Whether x is a DTensor."""
+        return not isinstance(x, torch.fx.Proxy) and super().is_sharded(x)
+
     def planning(self, shape: tuple[int, ...]) -> Planning:
         """Keep sizes symbolic while compiling."""
         if torch.compiler.is_compiling() or any(isinstance(n, torch.SymInt) for n in shape):
             # Blocks are valid for a range of sizes only; an exported program is for all sizes.
             return Planning(static=False, blocked_sums=not is_exporting())
+        if any(isinstance(n, torch.Tensor) for n in shape):
+            # torch.jit.trace records sizes as tensors, and keeps what is decided by their values.
+            if any(int(n) == 0 for n in shape):
+                raise ArgumentValueError(
+                    "x has no elements, and torch.jit.trace would record a program for such "
+                    "inputs only: trace it with an example that has elements."
+                )
+            return Planning(static=False, blocked_sums=False)
         return Planning()
 
     def place(self, x: Any, device: Any) -> Any:
@@ -76,6 +132,8 @@ class TorchAdapter(Adapter):
     def value_if_ready(self, x: Any) -> bool | None:
         """Return the value, or None while compiling, under torch.func, or on an accelerator."""
         if torch.compiler.is_compiling() or x.device.type != "cpu" or not has_memory(x):
+            return None
+        if is_recorded():  # the decision would be kept for all values
             return None
         return bool(x)
 
@@ -108,11 +166,19 @@ class TorchAdapter(Adapter):
         return str(torch.get_default_dtype()).removeprefix("torch.")
 
     def result_type(self, *dtypes: Any) -> Any:
-        """Promote dtypes, with a function that the compiler can trace."""
-        return reduce(torch.promote_types, dtypes)
+        """Promote dtypes, with a function that the compiler can trace.
+
+        float8, which PyTorch does not promote, counts as float32 next to others.
+        """
+        if all(d == dtypes[0] for d in dtypes):
+            return dtypes[0]
+        known = (d if d in _DTYPES else torch.float32 for d in dtypes)
+        return reduce(torch.promote_types, known)
 
     def erfc(self, x: Any) -> Any:
-        """1 - erf(x)."""
+        """1 - erf(x); None for ONNX, which has no such operator."""
+        if is_recorded() and torch.onnx.is_in_onnx_export():
+            return None
         return torch.special.erfc(x)
 
     def sum_of_product(self, factors: tuple[Any, ...], axis: int) -> Any:
@@ -142,9 +208,13 @@ class TorchAdapter(Adapter):
         return over_all([replicas_of(communicator) for communicator in bound(axis_name)])
 
     def sharded_call(self, x: Any) -> Any:
-        """Return `over_shards`, which computes a DTensor by its local shards, or None."""
+        """Return `over_shards` for a DTensor, `record_call` for torch.fx, otherwise None."""
         if type(x) is torch.Tensor:
             return None
+        if isinstance(x, torch.fx.Proxy):
+            from groupnorm.backends.torch.fx import record_call
+
+            return record_call
         # A DTensor's module is already imported; importing it takes a while.
         module = sys.modules.get("torch.distributed.tensor")
         if module is None or not isinstance(x, module.DTensor):

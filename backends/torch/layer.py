@@ -68,6 +68,12 @@ class TorchGroupNorm(GroupNorm, torch.nn.Module):
         """Normalize x; see `update`."""
         if type(x) is torch.Tensor:  # a plain tensor, not a DTensor
             return compute_local(torch_adapter, x, self.scale, self.bias, mask, self._call_options)
+        if isinstance(x, torch.fx.Proxy):
+            from groupnorm.backends.torch.fx import record_layer
+
+            recorded = record_layer(self, x, mask)
+            if recorded is not None:
+                return recorded
         return self._normalize(x, mask)
 
     @property

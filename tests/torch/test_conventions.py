@@ -1,0 +1,347 @@
+"""PyTorch's tools around the layer: torch.fx, torch.jit, ONNX, hooks, other kinds of tensors."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+import torch.masked
+from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import groupnorm
+from groupnorm import GroupNorm, group_norm, group_norm_vjp
+from groupnorm.errors import ArgumentTypeError, ArgumentValueError, GroupNormError
+from tests import oracle
+from tests.rows import CONTRACT, GRADIENT, assert_close, assert_gradient
+from tests.torch.test_layer import CHANNELS, GROUPS, channels_last, native, randomize
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+    # The checks of arguments, which hold for the example only; PyTorch's own layer gives one too.
+    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
+]
+
+
+def tensor(rng, *shape, dtype=torch.float32, requires_grad=False):
+    return torch.from_numpy(rng.normal(size=shape)).to(dtype).requires_grad_(requires_grad)
+
+
+# torch.fx ----------------------------------------------------------------------------------------
+
+
+class Mixed(nn.Module):
+    """Uses the layer, and the function with parameters of its own and a mask."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.scale, self.layer = nn.Parameter(torch.arange(8.0)), layer
+
+    def forward(self, x, mask):
+        y = group_norm(x, self.scale, num_groups=2, feature_axis=1, mask=mask, activation="silu")
+        return y + self.layer(x, mask=mask) + self.layer.update(x)
+
+
+def operations(graph) -> list[str]:
+    return [n.op for n in graph.nodes if n.op.startswith("call")]
+
+
+def test_fx_records_a_layer_as_one_node(rng):
+    model = nn.Sequential(nn.Conv1d(3, CHANNELS, 1), native(rng), channels_last(rng), nn.ReLU())
+    traced = torch.fx.symbolic_trace(model)
+    x = tensor(rng, 2, 3, CHANNELS)
+    assert operations(traced.graph) == ["call_module"] * 4
+    assert isinstance(traced.get_submodule("1"), nn.GroupNorm)
+    assert torch.equal(traced(x), model(x))
+    again = torch.fx.symbolic_trace(traced)
+    assert torch.equal(again(x), model(x))
+
+
+def test_fx_records_masks_functions_and_updates(rng):
+    model = Mixed(native(rng))
+    traced = torch.fx.symbolic_trace(model)
+    x, mask = tensor(rng, 2, CHANNELS, 5), torch.from_numpy(rng.random((2, 1, 5)) < 0.6)
+    assert "call_function" in operations(traced.graph)
+    assert torch.equal(traced(x, mask), model(x, mask))
+
+
+@pytest.mark.parametrize("in_size", [(8, ...), (8,), (2, ..., 4)], ids=str)
+def test_fx_traces_the_layer_itself(in_size, rng):
+    axes = tuple(i for i, n in enumerate(in_size) if n is not ...)
+    layer = randomize(GroupNorm(in_size, axes, num_groups=GROUPS, backend="torch"), rng)
+    traced = torch.fx.symbolic_trace(layer)
+    shape = (3, *(7 if n is ... else n for n in in_size))
+    x = tensor(rng, *shape)
+    assert torch.equal(traced(x, None), layer(x))
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    assert torch.equal(traced(x, None), layer(x))
+
+
+def test_fx_refuses_the_rest_clearly(rng):
+    with pytest.raises(ArgumentTypeError, match=r"x is a torch\.fx\.Proxy"):
+        torch.fx.symbolic_trace(lambda x: group_norm_vjp(x, num_groups=2)[0])
+    x = tensor(rng, 2, CHANNELS, 5)
+    with pytest.raises(ArgumentTypeError, match=r"mask is a torch\.fx\.Proxy"):
+        torch.fx.symbolic_trace(lambda mask: group_norm(x, num_groups=5, mask=mask))
+
+
+@pytest.mark.parametrize("mode", ["real", "symbolic"])
+def test_make_fx(mode, rng):
+    layer, other = native(rng), native(rng)
+    call = lambda p, x: torch.func.functional_call(layer, p, (x,))  # noqa: E731
+    given = {k: v.detach() for k, v in layer.named_parameters()}
+    traced = make_fx(call, tracing_mode=mode)(given, tensor(rng, 2, CHANNELS, 5))
+    x = tensor(rng, *((2, CHANNELS, 5) if mode == "real" else (3, CHANNELS, 7)))
+    given = {k: v.detach() for k, v in other.named_parameters()}
+    torch.testing.assert_close(traced(given, x), other(x), rtol=1e-5, atol=1e-5)
+
+
+# Hooks -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [native, channels_last])
+@pytest.mark.parametrize("call", ["layer", "update"])
+def test_no_hook_is_passed_by(make, call, rng):
+    layer, x = make(rng), tensor(rng, 2, CHANNELS, CHANNELS, requires_grad=True)
+    seen = []
+    layer.register_forward_pre_hook(lambda module, args: (2 * args[0], *args[1:]))
+    layer.register_forward_hook(lambda module, args, y: y + 1)
+    layer.register_full_backward_pre_hook(lambda module, dy: (3 * dy[0],))
+    layer.register_full_backward_hook(lambda module, dx, dy: seen.append((dx, dy)))
+    everywhere = nn.modules.module.register_module_forward_hook(
+        lambda module, args, y: seen.append("global")
+    )
+    try:
+        y = (layer if call == "layer" else layer.update)(x)
+    finally:
+        everywhere.remove()
+    assert seen.pop(0) == "global"
+    dy = tensor(rng, *x.shape).detach()
+    y.backward(dy)
+    ((dx, cotangent),) = seen
+    assert torch.equal(cotangent[0], 3 * dy)
+    assert torch.equal(x.grad, 2 * dx[0])
+    torch.testing.assert_close(y - 1, layer.forward(2 * x))
+
+
+def test_another_call_of_modules_is_used(rng, monkeypatch):
+    """Tools replace `nn.Module.__call__`."""
+    layer, called = native(rng), []
+    own = nn.Module.__call__
+    monkeypatch.setattr(
+        nn.Module, "__call__", lambda self, *args: (called.append(self), own(self, *args))[1]
+    )
+    layer(tensor(rng, 2, CHANNELS, 5))
+    assert called == [layer]
+
+
+# torch.jit.trace, ONNX ---------------------------------------------------------------------------
+
+TRACED = {
+    "2d": ({"num_groups": 1}, (2, 8), (5, 8)),
+    "few positions": ({}, (2, 8, 1), (3, 8, 900)),
+    "many positions": ({}, (2, 8, 5), (3, 8, 20_000)),
+    "images": ({}, (1, 8, 64, 64), (3, 8, 9, 7)),
+    "other channels": ({"num_groups": 2}, (2, 8, 5), (3, 6, 4)),
+    "last": ({"feature_axis": -1}, (2, 5, 3, 8), (3, 7, 9, 8)),
+    "two axes": ({"feature_axis": (1, -1)}, (2, 2, 5, 4), (3, 2, 7, 4)),
+    "batch": ({"reduction_axes": (0, 1, 2)}, (2, 8, 5), (3, 8, 7)),
+    "two passes": ({"use_fast_variance": False}, (2, 8, 5), (3, 8, 7)),
+    "one channel each": ({"num_groups": 8}, (2, 8, 5), (3, 8, 7)),
+    "portable": ({"implementation": "portable"}, (2, 8, 5), (3, 8, 7)),
+    "double": ({"dtype": "float64"}, (2, 8, 5), (3, 8, 7)),
+}
+
+
+@pytest.mark.parametrize(("keywords", "example", "shape"), TRACED.values(), ids=TRACED)
+def test_jit_trace_for_other_sizes(keywords, example, shape, rng):
+    keywords = {"num_groups": GROUPS, "feature_axis": 1, **keywords}
+    program = torch.jit.trace(lambda x: group_norm(x, **keywords), tensor(rng, *example))
+    for offset in (0.0, 1e4):
+        x = (tensor(rng, *shape) + offset).requires_grad_()
+        y = program(x)
+        options = {
+            k: v
+            for k, v in keywords.items()
+            if k not in ("implementation", "use_fast_variance", "dtype")
+        }
+        want = oracle.group_norm(x.detach().double().numpy(), **options)
+        assert_close(y.detach().numpy(), want, tolerance=2 * CONTRACT)
+    dy = tensor(rng, *shape, dtype=y.dtype)
+    x = tensor(rng, *shape, requires_grad=True)
+    (dx,) = torch.autograd.grad(program(x), x, dy)
+    want = oracle.group_norm_gradients(x.detach().double().numpy(), dy.double().numpy(), **options)
+    assert_gradient(dx.numpy(), want.x, rtol=GRADIENT)
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_jit_trace_of_a_layer_is_saved(activation, rng):
+    layer = native(rng, activation=activation)
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(layer, tensor(rng, 1, CHANNELS, 4)), file)
+    file.seek(0)
+    program, x = torch.jit.load(file), tensor(rng, 3, CHANNELS, 5, 6)[..., 0]
+    torch.testing.assert_close(program(x), layer(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("example", "shape"), [((2, 1, 5), (3, 1, 7)), ((2, 1, 1), (3, 1, 1)), ((5,), (7,))], ids=str
+)
+def test_jit_trace_with_a_mask(example, shape, rng):
+    call = lambda x, mask: group_norm(x, num_groups=2, feature_axis=1, mask=mask)  # noqa: E731
+    masks = [torch.from_numpy(rng.random(s) < 0.6) for s in (example, shape)]
+    program = torch.jit.trace(call, (tensor(rng, 2, 8, 5), masks[0]))
+    x = tensor(rng, 3, 8, 7)
+    want = oracle.group_norm(x.numpy(), num_groups=2, feature_axis=1, mask=masks[1].numpy())
+    assert_close(program(x, masks[1]).numpy(), want, tolerance=CONTRACT)
+
+
+def test_jit_trace_of_statistics(rng):
+    keywords = {"num_groups": 2, "feature_axis": 1}
+    program = torch.jit.trace(
+        lambda x: tuple(groupnorm.group_statistics(x, **keywords)[:2]), tensor(rng, 2, 8, 5)
+    )
+    x = tensor(rng, 3, 8, 7)
+    for got, want in zip(program(x), groupnorm.group_statistics(x, **keywords)[:2], strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_jit_trace_refuses_what_it_would_keep(rng):
+    with pytest.raises(ArgumentValueError, match="no elements"):
+        torch.jit.trace(native(rng), torch.ones(2, CHANNELS, 0))
+    program = torch.jit.trace(native(rng), tensor(rng, 2, CHANNELS, 5))
+    with pytest.raises(RuntimeError, match="shape"):
+        program(tensor(rng, 2, 2 * CHANNELS, 5))
+    with pytest.raises(RuntimeError, match="min"):
+        program(torch.ones(2, CHANNELS, 0))
+
+
+def test_jit_script_names_the_alternatives(rng):
+    for model in (native(rng), nn.Sequential(channels_last(rng))):
+        with pytest.raises(ArgumentTypeError, match=r"torch\.compile.*torch\.jit\.trace"):
+            torch.jit.script(model)
+
+
+# torch.compile with symbolic sizes ---------------------------------------------------------------
+
+DYNAMIC = {
+    "function": lambda x: group_norm(x, num_groups=4, feature_axis=1),
+    "default groups": lambda x: group_norm(x.repeat(1, 8, 1), feature_axis=1),
+    "group size": lambda x: group_norm(x, num_groups=None, group_size=2, feature_axis=1),
+    "portable": lambda x: group_norm(x, num_groups=4, feature_axis=1, implementation="portable"),
+    "masked": lambda x: group_norm(x, num_groups=4, feature_axis=1, mask=x[:, :1] > 0),
+    "vjp": lambda x: group_norm_vjp(x, num_groups=4, feature_axis=1)[1](x.cos()).x,
+    "tiled": lambda x: groupnorm.normalize(
+        x,
+        groupnorm.group_statistics(x, num_groups=4, feature_axis=1),
+        num_groups=4,
+        feature_axis=1,
+    ),
+}
+
+
+@pytest.mark.parametrize("how", ["dynamic", "marked"])
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_compiled_functions_for_all_sizes(name, how, rng):
+    torch._dynamo.reset()
+    graphs = []
+
+    def counting(module, inputs):
+        graphs.append(module)
+        return module.forward
+
+    function = DYNAMIC[name]
+    compiled = torch.compile(
+        function, backend=counting, fullgraph=True, dynamic=True if how == "dynamic" else None
+    )
+    for shape in ((2, 8, 6), (3, 8, 9), (5, 8, 20)):
+        x = tensor(rng, *shape)
+        if how == "marked":
+            torch._dynamo.mark_dynamic(x, 0)
+            torch._dynamo.mark_dynamic(x, 2)
+        torch.testing.assert_close(compiled(x), function(x), rtol=1e-5, atol=1e-5)
+    assert len(graphs) == 1
+    torch._dynamo.reset()
+
+
+# Tensors of other kinds --------------------------------------------------------------------------
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+REFUSED = {
+    "nested": lambda a: torch.nested.nested_tensor([a[:1], a]),
+    "jagged": lambda a: torch.nested.nested_tensor([a[:1], a], layout=torch.jagged),
+    "sparse": lambda a: a.to_sparse(),
+    "sparse rows": lambda a: (a if a.ndim == 2 else a[None]).to_sparse_csr(),
+    "mkldnn": lambda a: a.to_mkldnn(),
+    "quantized": lambda a: torch.quantize_per_tensor(a, 0.1, 0, torch.quint8),
+    "complex32": lambda a: a.to(torch.complex32),
+    "masked": lambda a: torch.masked.masked_tensor(a, a > -9),
+    "lazy": lambda a: nn.UninitializedParameter(),
+}
+TAKEN = {
+    "subclass": lambda a: a.as_subclass(Subclass),
+    "buffer": nn.Buffer,
+    "parameter": lambda a: nn.Parameter(a, requires_grad=False),
+    "integers": lambda a: a.long(),
+    "float8": lambda a: a.to(torch.float8_e4m3fn),
+    "complex": lambda a: a.to(torch.complex64),
+}
+ARGUMENTS = {
+    "x": lambda: torch.linspace(-2, 2, 16).view(2, 8),
+    "scale": lambda: torch.ones(8),
+    "bias": lambda: torch.zeros(8),
+    "mask": lambda: torch.ones(2, 1),
+    "dy": lambda: torch.ones(2, 8),
+}
+
+
+def call_with(implementation=None, **arguments):
+    dy = arguments.pop("dy")
+    y, pullback = group_norm_vjp(
+        **arguments, num_groups=4, feature_axis=1, implementation=implementation
+    )
+    return y, pullback(dy)
+
+
+# PyTorch warns that some of these are prototypes.
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("implementation", [None, "portable"])
+@pytest.mark.parametrize("argument", ARGUMENTS)
+@pytest.mark.parametrize("kind", REFUSED)
+def test_other_kinds_of_tensors_are_refused_in_our_words(kind, argument, implementation):
+    given = {name: make() for name, make in ARGUMENTS.items()}
+    call_with(implementation, **given)
+    given[argument] = REFUSED[kind](given[argument])
+    with pytest.raises(GroupNormError, match=f"{argument} (is a|has)"):
+        call_with(implementation, **given)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", REFUSED)
+def test_other_kinds_of_tensors_are_refused_by_layers(kind):
+    layer = GroupNorm((CHANNELS, ...), 0, num_groups=GROUPS, backend="torch")
+    with pytest.raises(ArgumentTypeError, match=r"x (is a|has)"):
+        layer(REFUSED[kind](ARGUMENTS["x"]()))
+
+
+@pytest.mark.parametrize("argument", ARGUMENTS)
+@pytest.mark.parametrize("kind", TAKEN)
+def test_kinds_of_tensors_that_are_right(kind, argument):
+    if kind == "complex" and argument in ("mask", "dy"):
+        pytest.skip("masks are real, and so is the cotangent of a real result")
+    given = {name: make() for name, make in ARGUMENTS.items()}
+    given[argument] = TAKEN[kind](given[argument])
+    y, gradients = call_with(**given)
+    plain = {k: torch.Tensor.as_subclass(v.detach(), torch.Tensor) for k, v in given.items()}
+    want, wanted = call_with("portable", **plain)
+    torch.testing.assert_close(y.as_subclass(torch.Tensor), want, rtol=1e-5, atol=1e-5)
+    for got, expected in zip(gradients, wanted, strict=True):
+        got = got.as_subclass(torch.Tensor)
+        assert got.dtype == expected.dtype
+        torch.testing.assert_close(got.cfloat(), expected.cfloat(), rtol=1e-5, atol=1e-5)

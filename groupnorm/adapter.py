@@ -175,6 +175,10 @@ class Adapter:
         """Return the values as a NumPy array."""
         return np.asarray(x)
 
+    def count_of(self, count: Any, like: "Array") -> Any:
+        """Return a number of elements as a factor of arrays like `like`; a symbolic one too."""
+        return count
+
     def sum_of_product(self, factors: "tuple[Array, ...]", axis: int) -> "Array":
         """Sum one array, or the product of two, along an axis, which is kept with length 1."""
         x = factors[0] if len(factors) == 1 else factors[0] * factors[1]

@@ -1,9 +1,11 @@
 """A layer's configuration (everything but its parameters), its properties and repr."""
 
+import pickle
 from types import EllipsisType
 from typing import Any, ClassVar, NamedTuple
 
 from groupnorm.arguments import CallOptions
+from groupnorm.errors import ArgumentValueError
 from groupnorm.typing import BackendName, Initializer
 
 __all__ = ["ConfigProperties", "LayerConfig"]
@@ -23,6 +25,26 @@ class LayerConfig(NamedTuple):
     scale_init: Initializer
     param_type: Any
     param_dtype: str
+
+    @property
+    def _identity(self) -> tuple[Any, ...]:
+        """All fields but the initializers: they made the values, and have no effect on calls."""
+        return (*self[:7], *self[9:])
+
+    def __eq__(self, other: object) -> bool:
+        """Whether layers with these configurations compute the same."""
+        return isinstance(other, LayerConfig) and self._identity == other._identity
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(self._identity)
+
+    def __reduce__(self) -> Any:
+        """Pickle without the initializers that cannot be pickled, such as local functions."""
+        inits = (i if _can_be_pickled(i) else _not_pickled for i in self[7:9])
+        return LayerConfig, (*self[:7], *inits, *self[9:])
 
     def __deepcopy__(self, memo: Any) -> "LayerConfig":
         """Return self: it is immutable, and a process group cannot be copied."""
@@ -45,6 +67,23 @@ class LayerConfig(NamedTuple):
             and options.activation is None
             and (self.use_scale or not self.use_bias)
         )
+
+
+def _can_be_pickled(value: Any) -> bool:
+    try:
+        pickle.dumps(value)
+    except (pickle.PicklingError, AttributeError, TypeError):
+        return False
+    return True
+
+
+def _not_pickled(shape: Any, dtype: Any) -> Any:
+    """Stand in for an initializer that could not be pickled."""
+    raise ArgumentValueError(
+        "this layer was pickled, and its initializer was not, being a local function: the "
+        "parameters cannot be initialized again. Use an initializer that can be imported, or set "
+        "the parameters."
+    )
 
 
 class ConfigProperties:

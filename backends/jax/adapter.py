@@ -1,5 +1,6 @@
 """JAX: arrays and tracers, and statistics over mapped axes."""
 
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 from jax import lax
 
 from groupnorm.adapter import Adapter, Kernels, Planning, as_native_contiguous
+from groupnorm.backends.jax.debugging import as_one_operation, is_debugging
 from groupnorm.backends.jax.internals import explicit_axes
 from groupnorm.backends.jax.sharding import over_shards
 from groupnorm.distributed.replicas import Replicas
@@ -34,12 +36,23 @@ class JaxAdapter(Adapter):
 
     def planning(self, shape: tuple[int, ...]) -> Planning:
         """Keep axes apart if one may lie on several devices, which tracers do not state."""
-        return Planning(merge_axes=jax.device_count() == 1)
+        static = all(isinstance(n, int) for n in shape)  # not so for symbolic sizes of jax.export
+        # Symbolic axes apart: those of known length are still summed in blocks of fixed size.
+        return Planning(static=static, merge_axes=static and jax.device_count() == 1)
+
+    def count_of(self, count: Any, like: Any) -> Any:
+        """Convert a symbolic count, which JAX compares with no number, to an array."""
+        if isinstance(count, int | float):
+            return count
+        return jnp.asarray(count).astype(self.real_dtype(like.dtype))
 
     def sharded_call(self, x: Any) -> Any:
-        """Leave sharded computation to the compiler if shardings are parts of types."""
+        """Leave sharded computation to the compiler if shardings are parts of types.
+
+        Under modes of debugging the call is one operation, computed by its own rules.
+        """
         # Not only the axes in x's own sharding: axes that a vmap has removed are sharded as well.
-        return over_shards if explicit_axes(x) else None
+        return over_shards if explicit_axes(x) else as_one_operation if is_debugging() else None
 
     def is_sharded(self, x: Any) -> bool:
         """Whether x's own type says that its parts lie on several devices."""
@@ -91,6 +104,11 @@ class JaxAdapter(Adapter):
         """Return float32, or float64 if enabled."""
         return jnp.result_type(float)
 
+    def result_type(self, *dtypes: Any) -> Any:
+        """Promote by JAX's standard rules, under strict ones too: the result's dtype is stated."""
+        config: Any = jax.config
+        return _promoted(config.jax_enable_x64, dtypes)
+
     def real_dtype(self, dtype: Any) -> Any:
         """Return the dtype of a complex dtype's parts."""
         return jnp.finfo(dtype).dtype if self.is_complex(dtype) else dtype
@@ -130,6 +148,12 @@ class JaxAdapter(Adapter):
     def devices(self) -> tuple[str, ...]:
         """Return the names of JAX's devices."""
         return tuple(f"{d.platform}:{d.id}" for d in jax.devices())
+
+
+@lru_cache(maxsize=256)
+def _promoted(x64: bool, dtypes: tuple[Any, ...]) -> Any:
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*dtypes)
 
 
 def _device(name: str) -> Any:

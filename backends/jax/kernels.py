@@ -17,6 +17,7 @@ import numpy as np
 from groupnorm.adapter import Kernels, Unsupported
 from groupnorm.arguments import CallOptions
 from groupnorm.backends.jax import cpu, gpu
+from groupnorm.backends.jax.debugging import is_debugging
 from groupnorm.backends.jax.internals import explicit_axes, is_plain
 from groupnorm.backends.jax.primitives import Spec, normalize, pull_back, why_not_compiled
 from groupnorm.backends.kernels.grouped_shape import GroupedShape
@@ -89,6 +90,8 @@ def _bind(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: CallO
     why = _why_no_primitives()
     if why is not None:
         return why
+    if not all(isinstance(n, int) for n in x.shape):
+        return Unsupported(f"x has symbolic sizes, {x.shape}")
     if not x.size:
         return Unsupported("x has no elements")
     checked = check(adapter, x, scale, bias, mask, options)
@@ -104,6 +107,9 @@ def _bind(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: CallO
     roles = plan.roles
     if roles not in ROLES:
         return Unsupported(f"the axes' order is {roles} (kept, positions, channels)")
+    if mask is not None and is_debugging() and options.implementation is None:
+        # The kernels' backward pass keeps x itself, and an alarm would be raised for its padding.
+        return Unsupported("a mode of debugging looks at padding that is kept for gradients")
     if mask is not None:
         channel_axes = mask.shape[plan.channel : len(mask.shape) - len(roles) + plan.channel + 1]
         if math.prod(channel_axes) > 1:

@@ -6,6 +6,7 @@ import jax
 
 from groupnorm.layer import PlainGroupNorm
 from groupnorm.layer_config import LayerConfig
+from groupnorm.typing import ArrayT, MaskLike
 
 __all__ = ["JaxGroupNorm"]
 
@@ -25,6 +26,11 @@ class JaxGroupNorm(PlainGroupNorm):
             # An nnx module takes a pytree of Params as data only if it knows its class.
             nnx.register_data_type(JaxGroupNorm)
         super()._setup(config, scale, bias)
+
+    def __call__(self, x: ArrayT, mask: MaskLike = None, *, key: Any = None) -> ArrayT:
+        """Normalize x; see `update`. The key is ignored: equinox passes one to every layer."""
+        y: ArrayT = self._normalize(x, mask)
+        return y
 
     def _flatten(self) -> tuple[tuple[Any, ...], Any]:
         return (self._scale, self._bias), self._config

@@ -17,6 +17,7 @@ from jax import lax
 
 from groupnorm.adapter import Unsupported
 from groupnorm.arguments import CallOptions
+from groupnorm.backends.jax.debugging import own_rules, raise_alarm
 from groupnorm.backends.jax.internals import (
     Primitive,
     ShapedArray,
@@ -89,7 +90,8 @@ def _mask_of(spec: Spec, mask: Any) -> Any:
 
 
 def _portable(x: Any, scale: Any, bias: Any, *mask: Any, spec: Spec) -> Any:
-    return group_norm(spec.adapter, x, scale, bias, _mask_of(spec, mask), spec.options)
+    with own_rules():
+        return group_norm(spec.adapter, x, scale, bias, _mask_of(spec, mask), spec.options)
 
 
 def _portable_normalize(*arrays: Any, spec: Spec) -> Any:
@@ -111,10 +113,11 @@ def _portable_pull_back(
     dy: Any, x: Any, scale: Any, bias: Any, *rest: Any, spec: Spec, batches: int
 ) -> Any:
     def pull(dy: Any, x: Any, *mask: Any) -> Any:
-        _, pullback = group_norm_vjp(
-            spec.adapter, x, scale, bias, _mask_of(spec, mask), spec.options
-        )
-        return tuple(pullback(dy))
+        with own_rules():
+            _, pullback = group_norm_vjp(
+                spec.adapter, x, scale, bias, _mask_of(spec, mask), spec.options
+            )
+            return tuple(pullback(dy))
 
     mask = rest[:-1]
     if batches == 1:  # XLA takes up to five times as long for derivatives of a vmap over one
@@ -188,8 +191,11 @@ def _eagerly(primitive: Any) -> None:
     """Compile the primitive even under `jax.disable_jit`, which would have it computed eagerly."""
 
     def implementation(*arguments: Any, **parameters: Any) -> Any:
-        with jax.disable_jit(False):
-            return jax.jit(partial(primitive.bind, **parameters))(*arguments)
+        # An alarm inside of the compiled call would have it computed eagerly again, for ever.
+        with jax.disable_jit(False), jax.debug_nans(False), jax.debug_infs(False):
+            out = jax.jit(partial(primitive.bind, **parameters))(*arguments)
+        raise_alarm(primitive.name, out)
+        return out
 
     primitive.def_impl(implementation)
 

@@ -35,7 +35,9 @@ def _sum(factors: "tuple[Array, ...]", axis: int, plan: "Plan", adapter: "Adapte
     """Sum the product of the factors along one axis."""
     shape = factors[0].shape
     length = shape[axis]
-    if not plan.blocked or length <= 2 * BLOCK:
+    # A symbolic length may be any: always sum blocks, and the rest, which may be empty.
+    symbolic = not isinstance(length, int)
+    if not plan.blocked or (not symbolic and length <= 2 * BLOCK):
         return adapter.sum_of_product(factors, axis)
     xp = adapter.xp
     block = _block(length) if plan.static else BLOCK
@@ -45,12 +47,18 @@ def _sum(factors: "tuple[Array, ...]", axis: int, plan: "Plan", adapter: "Adapte
     before = (slice(None),) * axis
     after = (slice(None),) * (len(shape) - axis - 1)
     head = tuple(
-        xp.reshape(f[(*before, slice(None, blocks * block), *after)] if rest else f, split)
+        xp.reshape(
+            f[(*before, slice(None, blocks * block), *after)] if symbolic or rest else f, split
+        )
         for f in factors
     )
     partial = xp.reshape(adapter.sum_of_product(head, axis + 1), partial_shape)
-    result = _sum((partial,), axis, plan, adapter)
-    if rest:
+    result = (
+        adapter.sum_of_product((partial,), axis)
+        if symbolic
+        else _sum((partial,), axis, plan, adapter)
+    )
+    if symbolic or rest:
         tail = tuple(f[(*before, slice(blocks * block, None), *after)] for f in factors)
         result = result + adapter.sum_of_product(tail, axis)
     return result

@@ -102,8 +102,12 @@ def measure(
         The deviations that were summed.
     """
     xp = adapter.xp
-    counts: Array | float = plan.inner_count
-    enough: Array | float = max(plan.inner_count, 1)
+    counts: Array | float = adapter.count_of(plan.inner_count, x)
+    enough: Array | float
+    if counts is plan.inner_count:
+        enough = max(plan.inner_count, 1)
+    else:
+        enough = at_least_one(counts, xp)
     if mask is not None:
         counts = _counts(mask, plan, x, adapter)
         enough = at_least_one(counts, xp)
@@ -221,7 +225,7 @@ def _counts(mask: "Array", plan: "Plan", x: "Array", adapter: "Adapter") -> "Arr
     real = adapter.real_dtype(x.dtype)
     counts = total(xp.astype(mask, real), plan.inner, plan, adapter)
     repeats = product(plan.work_shape[a] for a in plan.inner if mask.shape[a] == 1)
-    return counts * (float(repeats) if plan.static else repeats)
+    return counts * (float(repeats) if plan.static else adapter.count_of(repeats, x))
 
 
 def _total_abs2(x: "Array", plan: "Plan", adapter: "Adapter") -> "Array":

@@ -212,3 +212,23 @@ def test_converted_to_another_backend_and_back(param_type, rng):
 def test_param_type_that_is_no_class():
     with pytest.raises(ArgumentTypeError, match="param_type"):
         GroupNorm(CHANNELS, num_groups=GROUPS, backend="jax", param_type=3)
+
+
+@pytest.mark.parametrize("compiler", [lambda f: f, eqx.filter_jit], ids=["eager", "jit"])
+def test_equinox_sequential_passes_a_key(compiler, rng):
+    layer, x = make_layer(rng), array(rng, 2, 5, CHANNELS)
+    model = eqx.nn.Sequential([eqx.nn.Lambda(lambda x: 2 * x), layer, eqx.nn.Lambda(jnp.tanh)])
+    y = compiler(model)(x, key=jax.random.key(0))
+    parameters = (np.asarray(p) for p in (layer.scale, layer.bias))
+    want = np.tanh(oracle.group_norm(2 * np.asarray(x), *parameters, num_groups=GROUPS))
+    assert_close(np.asarray(y), want, tolerance=2 * CONTRACT)
+
+
+def test_equinox_filter_vmap_over_samples_and_layers(rng):
+    layers, x = [make_layer(rng) for _ in range(3)], array(rng, 3, 5, CHANNELS)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    got = eqx.filter_vmap(lambda layer, x: layer(x[None], key=None)[0])(stacked, x)
+    for layer, one, y in zip(layers, x, got, strict=True):
+        parameters = (np.asarray(p) for p in (layer.scale, layer.bias))
+        want = oracle.group_norm(np.asarray(one)[None], *parameters, num_groups=GROUPS)[0]
+        assert_close(np.asarray(y), want, tolerance=2 * CONTRACT)

@@ -323,3 +323,29 @@ def test_replicas_without_a_valid_element_keep_the_digits_of_what_is_masked_out(
     want = oracle.group_norm(whole, num_groups=2, mask=np.concatenate(list(mask), axis=1))
     error = np.abs(np.concatenate(list(np.asarray(got)), axis=1) - want)
     assert (error <= 5e-6 * np.maximum(1, np.abs(want))).all()
+
+
+def test_initializers_are_no_part_of_a_layer(rng):
+    """Equal layers have equal trees, whatever made their values, and share a compilation."""
+    sizes = (CHANNELS, (CHANNELS,), [CHANNELS], np.int64(CHANNELS), np.array([CHANNELS]))
+    layers = [
+        GroupNorm(size, num_groups=GROUPS, backend="jax", scale_init=init, bias_init=init)
+        for size in sizes
+        for init in (jax.nn.initializers.constant(0.5), lambda shape, dtype: np.ones(shape, dtype))
+    ]
+    traces = []
+
+    @jax.jit
+    def call(layer, x):
+        traces.append(layer)
+        return layer(x)
+
+    x = array(rng, 2, 5, CHANNELS)
+    for layer in layers:
+        assert jax.tree.structure(layer) == jax.tree.structure(layers[0])
+        mixed = jax.tree.map(lambda a, b: a + b, layer, layers[0])
+        np.testing.assert_array_equal(mixed.scale, layer.scale + 0.5)
+        assert_equals_oracle(layer, x, call(layer, x))
+    assert len(traces) == 1
+    other = GroupNorm(CHANNELS, num_groups=GROUPS, backend="jax", epsilon=0.5)
+    assert jax.tree.structure(other) != jax.tree.structure(layers[0])

@@ -66,17 +66,17 @@ def _call(
     given: Any = operand_and_result_types(context)
     x, activation = given[0][slots[frames.X] - 1].dtype.name, spec.options.activation
     y, masked = result.dtype.name, frames.MASK in slots
-    shape = spec.shape
+    shape = frames.kernel_shape(spec.shape)
     name = f"channels_{'first' if shape.channels_first else 'last'}_{kernel}"
     mask = given[0][slots[frames.MASK] - 1].size if masked else 0
     helpers = helpers_for(result.size)
-    template = frames.template(name, shape, mask, spec.options.epsilon, helpers)
+    template = frames.template(name, shape, mask, spec.options.epsilon, helpers, batches)
     number = frames.number(name, x, y, dy, masked, activation)
     entry = cpu_launch.entry(name, x, y, dy, masked, activation)
     where = ctypes.cast(entry, ctypes.c_void_p).value
     cpu.kernels("xla_handler").table()[number] = where
-    words = template.words.copy()
-    words[frames.RUN], words[frames.BATCHES] = number, batches
+    words = template.words
+    words[frames.RUN] = number
     size = result.size * result.dtype.itemsize
     words[frames.LARGE_PAGES] = size if are_worth_it(size) else 0
     for slot, place in slots.items():

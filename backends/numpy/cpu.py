@@ -33,11 +33,11 @@ class _Call(NamedTuple):
         mask, size = (0, 0) if self.mask is None else (address(self.mask), self.mask.size)
         return Arrays(address(self.x), address(self.scale), address(self.bias), mask, size)
 
-    def forward(self) -> tuple[Any, Saved]:
+    def forward(self, *, keep: bool) -> tuple[Any, Saved]:
         """Return y, which has x's memory layout, and the statistics for backward."""
         layout, dtypes = self.work.layout, self.work.dtypes
         y = np.empty(layout.plan.shape, dtypes.result_dtype)
-        saved = self.work.forward(self.arrays, address(y), (self, y))
+        saved = self.work.forward(self.arrays, address(y), (self, y), keep=keep)
         return restored(y, layout), saved
 
 
@@ -55,7 +55,7 @@ class NumpyKernels(Kernels):
     def forward(self, x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -> Any:
         """Return y, or `Unsupported`."""
         call = _call(self._adapter, x, scale, bias, mask, options)
-        return call if isinstance(call, Unsupported) else call.forward()[0]
+        return call if isinstance(call, Unsupported) else call.forward(keep=False)[0]
 
     def vjp(self, x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -> Any:
         """Return y and its pullback, or `Unsupported`."""
@@ -64,7 +64,7 @@ class NumpyKernels(Kernels):
             return call
         # The caller may modify parameters in place before calling the pullback.
         call = call._replace(scale=call.scale.copy(), bias=call.bias.copy())
-        y, saved = call.forward()
+        y, saved = call.forward(keep=True)
         return y, _pullback(self._adapter, call, saved, x, scale, bias)
 
 

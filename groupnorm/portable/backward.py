@@ -82,11 +82,12 @@ def pull_back(
     # Expanded to all channels: an operand broadcast within its rows costs NumPy tenfold.
     weight = rstd * coefficients.inv_count * ones
     factor, slope, offset = adapter.materialize(conj_scale * rstd, q * weight, p * weight)
-    through_statistics = xhat
+    # With a mask, first of all: what is masked out may be so large that the product overflows.
+    through_statistics = xhat if mask is None else xp.where(mask, xhat, 0.0)
     if overwrite and slope.dtype == xhat.dtype:
         through_statistics *= channels(slope)
     else:
-        through_statistics = xhat * channels(slope)
+        through_statistics = through_statistics * channels(slope)
     through_statistics += channels(offset)
     if mask is not None:
         through_statistics = xp.where(mask, through_statistics, 0.0)

@@ -28,6 +28,7 @@ from groupnorm.portable.statistics import (
     measure,
     normalize,
     recentre,
+    saturate,
 )
 from groupnorm.typing import Array, Gradients
 
@@ -91,6 +92,8 @@ def gradients(
     deviations = centre_at(
         inputs.x, inputs.mask, measured.pivot, measured.unit, plan, adapter
     )  # fmt: skip
+    if inputs.mask is not None:
+        deviations = saturate(deviations, inputs.mask, coefficients, inputs.scale, plan, adapter)
     z = None
     if options.activation is not None:
         z = normalize(
@@ -188,6 +191,8 @@ def normalize_by(
     grouped = from_value(statistics, inputs.x, plan, adapter, options.epsilon)
     deviations = centre(inputs.x, inputs.mask, grouped, plan, adapter)
     coefficients = finish(grouped, deviations, adapter, options.epsilon, may_be_empty=True)
+    if inputs.mask is not None:
+        deviations = saturate(deviations, inputs.mask, coefficients, inputs.scale, plan, adapter)
     y = normalize(
         deviations,
         coefficients,
@@ -242,9 +247,7 @@ def _forward(
 ) -> tuple[Array, Deviations, Coefficients]:
     statistics, local, deviations = _measure(adapter, inputs, options, replicas)
     if replicas is not None and inputs.mask is not None:
-        deviations = recentre(
-            inputs.x, inputs.mask, deviations, local, statistics, inputs.plan, adapter
-        )
+        deviations = recentre(inputs.x, deviations, local, statistics, inputs.plan, adapter)
     coefficients = finish(
         statistics,
         deviations,
@@ -252,6 +255,10 @@ def _forward(
         options.epsilon,
         may_be_empty=inputs.mask is not None or inputs.plan.empty or replicas is not None,
     )
+    if inputs.mask is not None:
+        deviations = saturate(
+            deviations, inputs.mask, coefficients, inputs.scale, inputs.plan, adapter
+        )
     y = normalize(
         deviations,
         coefficients,

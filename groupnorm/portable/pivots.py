@@ -65,8 +65,9 @@ def unit_of(spread: "Array", epsilon: float, adapter: "Adapter") -> "Array":
     xp = adapter.xp
     smallest = 4.0 * float(xp.finfo(spread.dtype).smallest_normal)
     least = max(math.sqrt(epsilon), smallest)
-    # For a constant group, or a constant sample of data with an unknown spread.
-    instead = least if epsilon else 1.0
+    # For a constant group, or a constant sample of data with an unknown spread. An epsilon whose
+    # root is subnormal is none: its reciprocal overflows.
+    instead = least if 4.0 * math.sqrt(epsilon) >= smallest else 1.0
     return xp.ones_like(spread) / xp.where(spread > least, spread, xp.full_like(spread, instead))
 
 

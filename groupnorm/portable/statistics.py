@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from groupnorm.plan import product
 from groupnorm.portable.blocked_sums import total, total_of_products
-from groupnorm.portable.complex_parts import abs2, magnitude, split
+from groupnorm.portable.complex_parts import abs2, join, magnitude, split
 from groupnorm.portable.merge import GroupStatistics, at_least_one
 from groupnorm.portable.pivots import clip, pivots, unit_of
 
@@ -49,10 +49,12 @@ __all__ = [
     "Coefficients",
     "Deviations",
     "centre",
+    "centre_at",
     "finish",
     "measure",
     "normalize",
     "recentre",
+    "saturate",
 ]
 
 
@@ -64,9 +66,10 @@ ORDINARY = 2.0**20
 class Deviations(NamedTuple):
     """The data relative to its pivots."""
 
-    values: "Array"  # (x - pivot) * unit, in the work shape
+    values: "Array"  # (x - pivot) * unit, in the work shape; with a mask x - pivot until `saturate`
     pivot: "Array"  # per channel (or, in one stage, per group), in the grouped shape
     unit: "Array"  # the scale of the deviations, shaped as the pivot
+    scaled: bool = True  # False if the unit is known to be 1 everywhere
 
 
 class Coefficients(NamedTuple):
@@ -99,7 +102,7 @@ def measure(
     GroupStatistics
         In the grouped shape; of this array alone, not pooled over replicas.
     Deviations
-        The deviations that were summed.
+        The deviations that were summed. With a mask, call `saturate` before using them.
     """
     xp = adapter.xp
     counts: Array | float = adapter.count_of(plan.inner_count, x)
@@ -124,8 +127,11 @@ def measure(
     unit = group_unit * xp.ones_like(magnitude(pivot, adapter))
     pivot, unit = adapter.materialize(pivot, unit)
 
-    centred = centre_at(x, mask, pivot, unit, plan, adapter, scaled=scaled)
+    centred = _centre(x, pivot, unit, plan, adapter, scaled=scaled)
     valid = centred.values if mask is None else xp.where(mask, centred.values, 0.0)
+    if scaled:
+        valid *= xp.reshape(unit, plan.ungrouped(unit.shape))
+        centred = centred if mask is not None else centred._replace(values=valid)
     delta = total(valid, plan.inner, plan, adapter) / enough
     m2 = _total_abs2(valid, plan, adapter) - counts * abs2(delta, adapter)
     if not plan.two_stages:
@@ -154,25 +160,12 @@ def _is_ordinary(unit: "Array", xp: Any) -> bool:
     return bool(xp.all((unit >= 1 / ORDINARY) & (unit <= ORDINARY)))
 
 
-def centre_at(
-    x: "Array",
-    mask: "Array | None",
-    pivot: "Array",
-    unit: "Array",
-    plan: "Plan",
-    adapter: "Adapter",
-    *,
-    scaled: bool = True,
+def _centre(
+    x: "Array", pivot: "Array", unit: "Array", plan: "Plan", adapter: "Adapter", *, scaled: bool
 ) -> Deviations:
-    """Return the deviations from given pivots, in given units."""
-    xp = adapter.xp
-    deviations = x - xp.reshape(pivot, plan.ungrouped(pivot.shape))
-    unit_of_channel = xp.reshape(unit, plan.ungrouped(unit.shape))
-    if mask is not None:
-        deviations = _saturate(deviations, mask, unit_of_channel, adapter)
-    if scaled:
-        deviations *= unit_of_channel
-    return Deviations(deviations, pivot, unit)
+    """Subtract the pivots; do not scale yet."""
+    pivot_of_channel = adapter.xp.reshape(pivot, plan.ungrouped(pivot.shape))
+    return Deviations(x - pivot_of_channel, pivot, unit, scaled)
 
 
 def centre(
@@ -182,7 +175,7 @@ def centre(
     plan: "Plan",
     adapter: "Adapter",
 ) -> Deviations:
-    """Centre x at given means, one per group."""
+    """Centre x at given means, one per group. With a mask, call `saturate` before using them."""
     # One value per channel: loops run along whole rows, and the work shape has no group axis.
     unit = statistics.unit
     members = adapter.xp.ones(
@@ -192,31 +185,66 @@ def centre(
     return centre_at(x, mask, pivot, unit * members, plan, adapter)
 
 
+def centre_at(
+    x: "Array",
+    mask: "Array | None",
+    pivot: "Array",
+    unit: "Array",
+    plan: "Plan",
+    adapter: "Adapter",
+) -> Deviations:
+    """Centre x at given pivots. With a mask, call `saturate` before using the deviations."""
+    centred = _centre(x, pivot, unit, plan, adapter, scaled=True)
+    return centred if mask is not None else _scale(centred, plan, adapter)
+
+
 def recentre(
     x: "Array",
-    mask: "Array",
     centred: Deviations,
     local: GroupStatistics,
     merged: GroupStatistics,
     plan: "Plan",
     adapter: "Adapter",
 ) -> Deviations:
-    """Centre groups whose valid elements are all on other replicas near their mean."""
+    """Centre groups whose valid elements are all on other replicas near their mean, with a mask."""
     pivot = adapter.xp.where(local.count > 0, centred.pivot, merged.mean)
-    return centre_at(x, mask, pivot, centred.unit, plan, adapter)
+    return _centre(x, pivot, centred.unit, plan, adapter, scaled=centred.scaled)
 
 
-def _saturate(deviations: "Array", mask: "Array", unit: "Array", adapter: "Adapter") -> "Array":
-    """Bound masked-out elements, such as padding with the dtype's lowest value.
+def _scale(centred: Deviations, plan: "Plan", adapter: "Adapter") -> Deviations:
+    if not centred.scaled:
+        return centred
+    unit = adapter.xp.reshape(centred.unit, plan.ungrouped(centred.unit.shape))
+    return centred._replace(values=centred.values * unit)
 
-    They would overflow when scaled, and then inf times a cotangent of 0 makes a channel NaN.
+
+def saturate(
+    centred: Deviations,
+    mask: "Array",
+    coefficients: "Coefficients",
+    scale: "Array",
+    plan: "Plan",
+    adapter: "Adapter",
+) -> Deviations:
+    """Scale the deviations; bound masked-out ones, such as padding with the dtype's lowest value.
+
+    Where one of their products with the unit, with 1 / sqrt(var + epsilon) or with the parameter
+    overflowed, inf times a cotangent of 0 would make the gradients of whole channels NaN.
     """
     xp = adapter.xp
-    if adapter.is_complex(deviations.dtype):
-        return deviations
-    limit = 2.0**-16 * float(xp.finfo(deviations.dtype).max) / xp.where(unit > 1, unit, 1.0)
-    bounded = xp.where(deviations > 0, limit, -limit)
-    return xp.where(mask | (xp.abs(deviations) <= limit), deviations, bounded)
+    unit, rstd = centred.unit, adapter.detach(coefficients.rstd)
+    gain = adapter.detach(magnitude(scale, adapter))
+    largest = xp.where(gain > 1, gain, xp.ones_like(gain)) * rstd
+    largest = xp.where(largest > unit, largest, unit)
+    least = 2.0**-14  # the limit itself must not overflow
+    largest = xp.where(largest < least, xp.full_like(largest, least), largest)
+    limit = 2.0**-16 * float(xp.finfo(largest.dtype).max) / largest
+    limit = xp.reshape(limit, plan.ungrouped(limit.shape))
+    parts = [
+        xp.where(mask | (xp.abs(part) <= limit), part, xp.where(part > 0, limit, -limit))
+        for part in split(centred.values, adapter)
+    ]
+    return _scale(centred._replace(values=join(parts, adapter)), plan, adapter)
 
 
 def _counts(mask: "Array", plan: "Plan", x: "Array", adapter: "Adapter") -> "Array":

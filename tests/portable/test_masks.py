@@ -1,6 +1,8 @@
 """Masks: all shapes and kinds, non-finite padding, groups without valid elements, gradients."""
 
+import importlib
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -12,9 +14,11 @@ from tests.rows import (
     GRADIENT,
     Backend,
     assert_close,
+    assert_gradient,
     assert_gradients,
     assert_result,
     differentiate,
+    host_dtype,
     place,
     run,
 )
@@ -172,23 +176,96 @@ def test_a_fully_masked_group_is_not_scaled_up(quick_backend):
     np.testing.assert_allclose(quick_backend.to_numpy(y), 1e30, rtol=1e-6)
 
 
-@pytest.mark.parametrize("padding", [np.finfo(np.float32).min, 1e37, -1e37])
-def test_gradients_are_finite_with_huge_padding_and_zero_cotangent(quick_backend, padding, rng):
-    x = rng.normal(size=(1, 20, 4)).astype(np.float32)
-    valid = (np.arange(20) < 15)[:, None]
-    padded = np.where(valid, 0.01 * x, np.float32(padding))
-    dy = np.where(valid, rng.normal(size=x.shape), 0).astype(np.float32)
-    scale = np.ones(4, np.float32)
-    _, pullback = groupnorm.group_norm_vjp(
-        quick_backend.asarray(padded), scale, num_groups=2, mask=quick_backend.asarray(valid)
-    )
-    got = pullback(quick_backend.asarray(dy))
-    want = oracle.group_norm_gradients(
-        np.where(valid, padded, np.nan), dy, scale, num_groups=2, mask=valid
-    )
-    for actual, expected in ((got.x, want.x), (got.scale, want.scale)):
-        actual = quick_backend.to_numpy(actual)
-        assert np.abs(actual - expected).max() <= 1e-5 * np.abs(expected).max()
+# Spread of the valid data, epsilon and scale: 1 / sqrt(var + epsilon), and the factor of the data,
+# from 1 to 1e20.
+FACTORS = {
+    "ordinary": (1.0, 1e-6, 1.0),
+    "small spread": (0.01, 1e-6, 1.0),
+    "no spread": (0.0, 1e-12, 1.0),
+    "tiny epsilon": (0.0, 1e-40, 1.0),
+    "large scale": (1.0, 1e-6, 1e5),
+    "huge scale": (1.0, 1e-6, 1e20),
+}
+DTYPES = ["float16", "bfloat16", "float32", "float64", "complex64", "complex128"]
+CASES = [("float32", name) for name in FACTORS]
+CASES += [(dtype, "ordinary") for dtype in DTYPES if dtype != "float32"]
+CASES += [
+    (dtype, name) for dtype in ("float64", "complex64") for name in FACTORS if name != "ordinary"
+]
+
+
+def check_finite_padding(backend, how, dtype, factors, activation, feature_axis, rng, **more):
+    """The lowest and highest numbers where nothing is valid, with a cotangent of 0."""
+    if dtype not in backend.dtypes:
+        pytest.skip(f"{backend} has no {dtype}")
+    spread, epsilon, size = FACTORS[factors]
+    dtype = host_dtype(dtype)
+    shape = (2, 20, 4) if feature_axis == -1 else (2, 4, 20)
+    x, dy = rng.normal(size=(2, *shape))
+    scale = size * rng.uniform(0.5, 1.5, size=4).astype(np.float32)
+    bias = rng.normal(size=4).astype(np.float32)
+    if np.dtype(dtype).kind == "c":
+        x, dy = (a + 1j * rng.normal(size=shape) for a in (x, dy))
+    valid = np.arange(20) < 15
+    valid = valid[:, None] if feature_axis == -1 else valid
+    info = (importlib.import_module("ml_dtypes") if dtype.name == "bfloat16" else np).finfo(dtype)
+    ends = np.asarray([info.min, info.max]).astype(dtype)
+    if np.dtype(dtype).kind == "c":
+        ends = np.concatenate([ends, 1j * ends, ends + 1j * ends, np.conj(ends - 1j * ends)])
+    padding = np.resize(ends, shape)
+    clean = np.where(valid, 3 + spread * x, 0).astype(dtype)
+    padded, dy = np.where(valid, clean, padding), np.where(valid, dy, 0).astype(dtype)
+    keywords = {"num_groups": 2, "feature_axis": feature_axis, "epsilon": epsilon}
+    with backend.precision(dtype.name):
+        got = differentiate(
+            backend, padded, dy, scale, bias, how=how, mask=valid, dtype="input",
+            activation=activation, **keywords, **more,
+            **keywords, **more,
+        )  # fmt: skip
+    keywords["mask"] = valid
+    if np.dtype(dtype).kind not in "fc":  # of ml_dtypes
+        clean, dy = clean.astype(np.float64), dy.astype(np.float64)
+    z = oracle.group_norm(clean, scale, bias, **keywords)
+    if activation == "silu":
+        sigmoid = 0.5 + 0.5 * np.tanh(0.5 * z)
+        dy = dy * (sigmoid * (1 + z * (1 - sigmoid)))
+    elif activation == "gelu":
+        cdf = np.vectorize(lambda v: 0.5 * math.erfc(-v / math.sqrt(2)))(z)
+        dy = dy * (cdf + z * np.exp(-0.5 * z * z) / math.sqrt(2 * math.pi))
+    elif activation == "relu":
+        dy = dy * (z > 0)
+    want = oracle.group_norm_gradients(clean, dy, scale, bias, **keywords)
+    rtol = 2e-2 if dtype.itemsize == 2 else 1e-4
+    assert_gradient(got.x, np.where(valid, want.x, 0), rtol=rtol)
+    # With the same values everywhere, the gradient of scale is 0 but for rounding.
+    assert np.isfinite(got.scale).all()
+    if spread:
+        assert_gradient(got.scale, want.scale, rtol=rtol)
+    assert_gradient(got.bias, want.bias, rtol=rtol)
+
+
+@pytest.mark.parametrize("feature_axis", [-1, 1])
+@pytest.mark.parametrize(("dtype", "factors"), CASES)
+def test_finite_padding_leaks_into_no_gradient(backend, dtype, factors, feature_axis, rng):
+    check_finite_padding(backend, "vjp", dtype, factors, None, feature_axis, rng)
+
+
+@pytest.mark.parametrize(("dtype", "factors"), CASES)
+def test_finite_padding_leaks_into_no_gradient_by_autodiff(autodiff_backend, dtype, factors, rng):
+    check_finite_padding(autodiff_backend, "autodiff", dtype, factors, None, -1, rng)
+
+
+@pytest.mark.parametrize("how", ["vjp", "autodiff"])
+@pytest.mark.parametrize("implementation", [None, "portable"])
+@pytest.mark.parametrize("activation", ["relu", "silu", "gelu"])
+@pytest.mark.parametrize("factors", ["small spread", "no spread", "large scale"])
+def test_finite_padding_before_an_activation(
+    autodiff_backend, factors, activation, implementation, how, rng
+):
+    check_finite_padding(
+        autodiff_backend, how, "float32", factors, activation, -1, rng,
+        implementation=implementation,
+    )  # fmt: skip
 
 
 NOTHING = {"bool": False, "list": [False], "ints": [[[0]]], "array": np.zeros((3, 1, 1, 6), bool)}

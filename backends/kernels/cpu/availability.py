@@ -42,7 +42,13 @@ def kernels(name: str) -> Any:
     return importlib.import_module(f"groupnorm.backends.kernels.cpu.compiled.{name}")
 
 
-@lru_cache(maxsize=1024)
+# Calls of many shapes use parts of the same arrays, so that no shape keeps one of its own.
+_LONGEST = 4096
+_constants = {value: np.full(_LONGEST, value, np.float32) for value in (0.0, 1.0)}
+
+
 def constant(value: float, channels: int) -> Any:
-    """Return a parameter of the same value for every channel."""
-    return np.full(channels, value, np.float32)
+    """Return a parameter of the same value for every channel: 0 or 1."""
+    if channels > _LONGEST:
+        return np.full(channels, value, np.float32)
+    return _constants[value][:channels]

@@ -59,7 +59,7 @@ class _Program(NamedTuple):
     entry: Any
     helpers: int
     block: Any  # the ctypes type of the argument block and the values after it
-    image: bytes  # its initial contents, without addresses
+    head: bytes  # its first words, without addresses; the others are 0
     argument_bytes: int  # the length of the argument block alone
     scratch: int  # the length of the scratch buffer, in words
 
@@ -86,20 +86,22 @@ class Work:
         team: ThreadTeam,
     ) -> None:
         self.layout, self.dtypes, self.team = layout, dtypes, team
-        self.channels = layout.grouped.channels
+        self._shape = frames.kernel_shape(layout.grouped)
+        self.channels = self._shape.channels
         # The shapes that parameters may have.
         self.parameter_shapes = (layout.feature_shape, (self.channels,))
         self._epsilon, self._activation = epsilon, activation
-        self._elements = layout.grouped.elements
+        self._elements = self._shape.elements
         self._programs: dict[Any, _Program] = {}
 
-    def forward(self, arrays: Arrays, y: int, owner: Any) -> Saved:
+    def forward(self, arrays: Arrays, y: int, owner: Any, *, keep: bool = True) -> Saved:
         """Normalize x, and write the result to the address y; return what `backward` needs.
 
-        `owner` keeps all of these arrays alive, even if an exception ends this call early.
+        `owner` keeps all of these arrays alive, even if an exception ends this call early. Without
+        `keep`, there is no `backward`, and the statistics are not kept.
         """
-        program = self._program("forward", arrays.mask_elements, "float32")
-        block = program.block.from_buffer_copy(program.image)
+        program = self._program("forward", arrays.mask_elements, "float32", keep)
+        block = _new_block(program)
         saved = ctypes.addressof(block) + program.argument_bytes
         self._run(program, block, arrays, y, saved, owner)
         return Saved(saved, block)
@@ -113,8 +115,8 @@ class Work:
         dy has x's dtype or float32; `saved` is what `forward` returned for the same arrays, and
         `owner` keeps all of the others alive, as in `forward`.
         """
-        program = self._program("backward", arrays.mask_elements, dy_dtype)
-        block = program.block.from_buffer_copy(program.image)
+        program = self._program("backward", arrays.mask_elements, dy_dtype, keep=True)
+        block = _new_block(program)
         block[frames.SUMS] = ctypes.addressof(block) + program.argument_bytes
         block[frames.DY], block[frames.DSCALE], block[frames.DBIAS] = dy, dscale, dbias
         self._run(program, block, arrays, dx, saved.address, (owner, saved))
@@ -137,32 +139,41 @@ class Work:
         everything = (block, scratch, owner)
         self.team.run(program.helpers, program.entry, ctypes.addressof(block), everything)
 
-    def _program(self, direction: str, mask_elements: int, dy: str) -> _Program:
+    def _program(self, direction: str, mask_elements: int, dy: str, keep: bool) -> _Program:
         helpers = self.team.helpers_for(self._elements)
-        key = (direction, mask_elements, dy, helpers)
+        key = (direction, mask_elements, dy, helpers, keep)
         found = self._programs.get(key)
         if found is None:
-            found = self._programs[key] = self._new(direction, mask_elements, dy, helpers)
+            found = self._programs[key] = self._new(*key)
         return found
 
-    def _new(self, direction: str, mask_elements: int, dy: str, helpers: int) -> _Program:
-        shape, backward = self.layout.grouped, direction == "backward"
+    def _new(
+        self, direction: str, mask_elements: int, dy: str, helpers: int, keep: bool
+    ) -> _Program:
+        shape, backward = self._shape, direction == "backward"
         kernel = f"{'channels_first' if shape.channels_first else 'channels_last'}_{direction}"
-        template = frames.template(kernel, shape, mask_elements, self._epsilon, helpers)
+        template = frames.template(kernel, shape, mask_elements, self._epsilon, helpers, keep=keep)
         # After the arguments come what forward saves, or the sums of backward.
-        each = 2 * shape.channels if backward else 3 * shape.groups
-        image = template.words.tobytes() + bytes(8 * shape.samples * each)
+        arguments = template.head.size + template.counters
+        words = arguments + (template.sums if backward else template.saved)
         return _Program(
             entry(
                 kernel, self.dtypes.x, self.dtypes.x if backward else self.dtypes.result, dy,
                 mask_elements > 0, self._activation,
             ),
-            helpers, ctypes.c_int64 * (len(image) // 8), image, template.words.nbytes,
+            helpers, ctypes.c_int64 * words, template.head.tobytes(), 8 * arguments,
             template.scratch,
         )  # fmt: skip
 
 
-@lru_cache(maxsize=4096)
+def _new_block(program: _Program) -> Any:
+    block = program.block()
+    ctypes.memmove(block, program.head, len(program.head))
+    return block
+
+
+# An entry takes a few kilobytes, whatever the sizes: it holds no arrays.
+@lru_cache(maxsize=1024)
 def planned(
     adapter: Any, shape: Any, strides: Any, x: Any, scale: Any, bias: Any, options: CallOptions,
     team: ThreadTeam = OWN,

@@ -15,6 +15,7 @@ from groupnorm.backends.kernels.cpu.compiled.elements import (
     MAPS,
     activated,
     activation_vjp,
+    bounded,
     clamp_masked,
     jit,
     load,
@@ -28,16 +29,20 @@ __all__ = [
     "add_moments_of_four",
     "add_products",
     "add_products_of_four",
+    "add_products_of_invalid",
+    "add_rows",
     "apply",
+    "apply_to_invalid",
     "apply_to_two",
     "input_gradient",
     "input_gradient_of_invalid",
     "input_gradient_of_two",
     "repeat_rows",
-    "sum_rows",
 ]
 
 F, U = np.float32, np.uint64
+# Masked-out results saturate here: an inf would make the gradients NaN, though its cotangent is 0.
+LARGEST = F(3e38)
 
 
 @jit(MAPS)
@@ -70,13 +75,24 @@ def add_moments_of_four(x, a, b, c, d, centre, total, squares):
 
 
 @jit(MAPS)
-def add_products(x, dy, a, n, valid, centre, factor, term, activation, total, weighted):
+def add_products(x, dy, a, n, centre, factor, term, activation, total, weighted):
     """Add g = `activation_vjp` of dy, and g * (x - centre), to the totals."""
     a = U(a)
     for i in range(n):
-        value = load(x, a + U(i))
-        d = (value if valid else clamp_masked(value)) - centre[i]
+        d = load(x, a + U(i)) - centre[i]
         g = activation_vjp(d * factor[i] + term[i], load(dy, a + U(i)), activation)
+        total[i] += g
+        weighted[i] += g * d
+
+
+@jit(MAPS)
+def add_products_of_invalid(x, dy, a, n, centre, factor, term, activation, total, weighted):
+    """As `add_products`, for a masked-out row."""
+    a = U(a)
+    for i in range(n):
+        d = clamp_masked(load(x, a + U(i))) - centre[i]
+        z = bounded(d * factor[i] + term[i], LARGEST)
+        g = activation_vjp(z, load(dy, a + U(i)), activation)
         total[i] += g
         weighted[i] += g * d
 
@@ -100,19 +116,27 @@ def add_products_of_four(
 
 
 @jit(MAPS)
-def apply(x, y, a, n, valid, centre, factor, term, activation):
-    """Apply y = activation((x - centre) * factor + term); masked-out x is clamped."""
+def apply(x, y, a, n, centre, factor, term, activation):
+    """Apply y = activation((x - centre) * factor + term)."""
     a = U(a)
     for i in range(n):
         k = a + U(i)
-        value = load(x, k)
-        value = value if valid else clamp_masked(value)
-        store(y, k, activated((value - centre[i]) * factor[i] + term[i], activation))
+        store(y, k, activated((load(x, k) - centre[i]) * factor[i] + term[i], activation))
+
+
+@jit(MAPS)
+def apply_to_invalid(x, y, a, n, centre, factor, term, activation):
+    """As `apply`, to a masked-out row, whose values and results saturate."""
+    a = U(a)
+    for i in range(n):
+        k = a + U(i)
+        z = (clamp_masked(load(x, k)) - centre[i]) * factor[i] + term[i]
+        store(y, k, activated(bounded(z, LARGEST), activation))
 
 
 @jit(MAPS)
 def apply_to_two(x, y, a, b, centre, factor, term, activation):
-    """As `apply`, to two bands of valid elements."""
+    """As `apply`, to two bands."""
     a, b = U(a), U(b)
     for i in range(centre.size):
         m, f, t, j, k = centre[i], factor[i], term[i], a + U(i), b + U(i)
@@ -153,7 +177,7 @@ def input_gradient_of_invalid(x, dy, dx, a, n, centre, factor, term, activation)
         k = a + U(i)
         value = load(x, k)
         z = (clamp_masked(value) - centre[i]) * factor[i] + term[i]
-        g = activation_vjp(z, load(dy, k), activation) * factor[i]
+        g = activation_vjp(bounded(z, LARGEST), load(dy, k), activation) * factor[i]
         # A non-finite element was replaced by 0, and has no gradient.
         store_gradient(dx, k, g if value - value == 0 else F(0))
 
@@ -162,13 +186,13 @@ def input_gradient_of_invalid(x, dy, dx, a, n, centre, factor, term, activation)
 
 
 @jit()
-def sum_rows(sums, channels, out):
-    """Sum a band over its rows, in float64: one value per channel."""
-    for c in range(channels):
-        out[c] = np.float64(sums[c])
-    for at in range(channels, sums.size, channels):
+def add_rows(sums, channels, out):
+    """Add a band's sums over its rows to `out`, in float64: one value per channel; clear them."""
+    for at in range(0, sums.size, channels):
         for c in range(channels):
-            out[c] += np.float64(sums[at + c])
+            k = U(at) + U(c)
+            out[U(c)] += np.float64(sums[k])
+            sums[k] = F(0)
 
 
 @jit()

@@ -24,7 +24,7 @@ from groupnorm.backends.kernels.cpu.compiled.elements import (
     SUMS,
     activated,
     activation_vjp,
-    clamp_masked,
+    invalid_deviation,
     jit,
     load,
     store,
@@ -36,10 +36,12 @@ from groupnorm.backends.kernels.cpu.compiled.moments import (
     centre_is_poor,
     finite_float32,
     in_float64,
+    invalid_limit,
     inverse_deviation,
     mask_begins,
     merged,
-    sum_samples,
+    samples_of,
+    sum_spans,
 )
 from groupnorm.backends.kernels.cpu.compiled.work_sharing import (
     claim_part,
@@ -105,13 +107,14 @@ def _apply(x, y, at, n, centre, factor, term, activation):
 
 
 @jit(MAPS)
-def _masked_apply(x, y, at, n, mask, mask_at, centre, factor, term, activation):
+def _masked_apply(x, y, at, n, mask, mask_at, centre, limit, factor, term, activation):
     at, mask_at = U(at), U(mask_at)
     for i in range(n):
         k = at + U(i)
         value = load(x, k)
-        value = value if mask[mask_at + U(i)] else clamp_masked(value)
-        store(y, k, activated((value - centre) * factor + term, activation))
+        valid = mask[mask_at + U(i)] != 0
+        d = value - centre if valid else invalid_deviation(value, centre, limit)
+        store(y, k, activated(d * factor + term, activation))
 
 
 @jit(SUMS)
@@ -127,11 +130,11 @@ def _products(x, dy, at, n, centre, factor, term, activation):
 
 
 @jit(SUMS)
-def _masked_products(x, dy, at, n, mask, mask_at, centre, factor, term, activation):
+def _masked_products(x, dy, at, n, mask, mask_at, centre, limit, factor, term, activation):
     at, mask_at, total, weighted = U(at), U(mask_at), F(0), F(0)
     for i in range(n):
-        value = load(x, at + U(i))
-        d = (value if mask[mask_at + U(i)] else clamp_masked(value)) - centre
+        value, valid = load(x, at + U(i)), mask[mask_at + U(i)] != 0
+        d = value - centre if valid else invalid_deviation(value, centre, limit)
         g = activation_vjp(d * factor + term, load(dy, at + U(i)), activation)
         total += g
         weighted += g * d
@@ -151,7 +154,7 @@ def _input_gradient(x, dy, dx, at, n, centre, factor, term, rstd, slope, offset,
 
 @jit(MAPS)
 def _masked_input_gradient(
-    x, dy, dx, at, n, mask, mask_at, centre, factor, term, rstd, slope, offset, activation
+    x, dy, dx, at, n, mask, mask_at, centre, limit, factor, term, rstd, slope, offset, activation
 ):  # fmt: skip
     """As `_input_gradient`; the statistics depend only on elements whose mask is not 0."""
     at, mask_at = U(at), U(mask_at)
@@ -159,7 +162,7 @@ def _masked_input_gradient(
         k = at + U(i)
         value = load(x, k)
         valid = mask[mask_at + U(i)] != 0
-        d = (value if valid else clamp_masked(value)) - centre
+        d = value - centre if valid else invalid_deviation(value, centre, limit)
         g = activation_vjp(d * factor + term, load(dy, k), activation)
         through = d * rstd * slope + offset if valid else F(0)
         # A non-finite element was replaced by 0, and has no gradient.
@@ -244,16 +247,23 @@ def _first_valid(x, at, n, mask, mask_at):
 def _statistics(x, start, size, positions, mask, mask_at):
     if mask is None:
         return _measure(x, start, start + size * positions)
+    if positions == 1:  # all of the group or nothing
+        if mask[mask_at]:
+            return _measure(x, start, start + size)
+        return 0.0, 0.0, 1.0
     return _measure_masked(x, start, size, positions, mask, mask_at)
 
 
 @jit(inline=False)
 def channels_first_forward(
-    x, y, scale, bias, mask, groups, size, positions, epsilon, activation, mean, rstd, inv_count,
-    parts, counters,
+    x, y, scale, bias, mask, groups, size, positions, samples, epsilon, activation, mean, rstd,
+    inv_count, parts, counters,
 ):  # fmt: skip
-    """Measure and normalize the groups of all samples."""
-    stretch, tasks = size * positions, mean.size
+    """Measure and normalize the groups of all samples.
+
+    The statistics have one row of groups per sample, or one per thread that it uses again.
+    """
+    stretch, tasks, keep = size * positions, samples * groups, mean.size == samples * groups
     grain = max(1, GRAIN // stretch)
     claims, own_part = (tasks + grain - 1) // grain, claim_part(counters, 0, parts)
     while True:
@@ -264,7 +274,8 @@ def channels_first_forward(
             start, mask_at = task * stretch, mask_begins(mask, task // groups, positions)
             count, m, variance = _statistics(x, start, size, positions, mask, mask_at)
             r = inverse_deviation(variance, epsilon)
-            mean[task], rstd[task], inv_count[task] = m, r, 1.0 / count if count > 0 else 0.0
+            k = task if keep else own_part * groups + task % groups
+            mean[k], rstd[k], inv_count[k] = m, r, 1.0 / count if count > 0 else 0.0
             centre = F(m)
             rest = m - np.float64(centre)
             for channel in range(size):
@@ -276,8 +287,9 @@ def channels_first_forward(
                     _apply(x, y, at, positions, centre, factor, term, activation)
                 else:
                     _masked_apply(
-                        x, y, at, positions, mask, mask_at, centre, factor, term, activation
-                    )
+                        x, y, at, positions, mask, mask_at, centre, invalid_limit(factor), factor,
+                        term, activation,
+                    )  # fmt: skip
         finish(counters, 1, 1)
     wait(counters, 1, claims)
 
@@ -294,8 +306,9 @@ def _sums(
             s, w = _products(x, dy, at + begin, n, centre, factor, term, activation)
         else:
             s, w = _masked_products(
-                x, dy, at + begin, n, mask, mask_at + begin, centre, factor, term, activation
-            )
+                x, dy, at + begin, n, mask, mask_at + begin, centre, invalid_limit(factor), factor,
+                term, activation,
+            )  # fmt: skip
         total += np.float64(s)
         weighted += np.float64(w)
     return total, weighted
@@ -303,58 +316,67 @@ def _sums(
 
 @jit(inline=False)
 def channels_first_backward(
-    x, dx, scale, bias, mask, groups, size, positions, activation, mean, rstd, inv_count, dy, sums,
-    batches, dscale, dbias, parts, counters,
+    x, dx, scale, bias, mask, groups, size, positions, samples, span, activation, mean, rstd,
+    inv_count, dy, sums, batches, dscale, dbias, parts, counters,
 ):  # fmt: skip
     """Compute dx, dscale and dbias.
 
-    sums (2, N, channels) receives the sums over positions of dy and of dy * xhat, in float64;
-    dscale and dbias (batches, channels) receive their sums over the samples of each batch.
+    sums (2, spans, channels) receives the sums of dy and of dy * xhat over the positions of a span
+    of samples, in float64; dscale and dbias (batches, channels) receive their sums over the spans
+    of each batch. A task is a group of all samples of a span.
     """
-    stretch, tasks = size * positions, mean.size
+    stretch, channels = size * positions, groups * size
+    tasks = sums.size // (2 * size)
     sum_dy, sum_dy_xhat = sums[: tasks * size], sums[tasks * size :]
-    grain = max(1, GRAIN // stretch)
+    grain = max(1, GRAIN // (stretch * span))
     claims, own_part = (tasks + grain - 1) // grain, claim_part(counters, 0, parts)
     while True:
         claim = claim_task(counters, 2, parts, claims, own_part)
         if claim < 0:
             break
         for task in range(claim * grain, min((claim + 1) * grain, tasks)):
-            start, mask_at = task * stretch, mask_begins(mask, task // groups, positions)
-            m, r = mean[task], rstd[task]
-            centre = F(m)
-            rest = m - np.float64(centre)
-            p, q = 0.0, 0.0
-            for channel in range(size):
-                c, k = task % groups * size + channel, task * size + channel
-                total, weighted = _sums(
-                    x, dy, start + channel * positions, positions, mask, mask_at, centre,
-                    finite_float32(r * scale[c]), F(bias[c] - rest * r * scale[c]), activation,
-                )  # fmt: skip
-                sum_dy[k] = total
-                sum_dy_xhat[k] = (weighted - rest * total) * r
-                p += scale[c] * sum_dy[k] * inv_count[task]
-                q += scale[c] * sum_dy_xhat[k] * inv_count[task]
-            # (p + xhat * q) * rstd with xhat = (x - centre - rest) * rstd
-            rounded, slope, offset = (
-                finite_float32(r),
-                finite_float32(r * q),
-                finite_float32(r * (p - rest * r * q)),
-            )
-            for channel in range(size):
-                c, at = task % groups * size + channel, start + channel * positions
-                factor, term = finite_float32(r * scale[c]), F(bias[c] - rest * r * scale[c])
-                if mask is None:
-                    _input_gradient(
-                        x, dy, dx, at, positions, centre, factor, term, rounded, slope, offset,
-                        activation,
+            group = task % groups
+            begin, end = samples_of(task // groups, span, samples, batches)
+            sum_dy[task * size : (task + 1) * size] = 0.0
+            sum_dy_xhat[task * size : (task + 1) * size] = 0.0
+            for sample in range(begin, end):
+                row = sample * groups + group
+                start, mask_at = row * stretch, mask_begins(mask, sample, positions)
+                m, r, share = mean[row], rstd[row], inv_count[row]
+                centre = F(m)
+                rest = m - np.float64(centre)
+                p, q = 0.0, 0.0
+                for channel in range(size):
+                    c, k = group * size + channel, task * size + channel
+                    total, weighted = _sums(
+                        x, dy, start + channel * positions, positions, mask, mask_at, centre,
+                        finite_float32(r * scale[c]), F(bias[c] - rest * r * scale[c]), activation,
                     )  # fmt: skip
-                else:
-                    _masked_input_gradient(
-                        x, dy, dx, at, positions, mask, mask_at, centre, factor, term, rounded,
-                        slope, offset, activation,
-                    )  # fmt: skip
+                    weighted = (weighted - rest * total) * r
+                    sum_dy[k] += total
+                    sum_dy_xhat[k] += weighted
+                    p += scale[c] * total * share
+                    q += scale[c] * weighted * share
+                # (p + xhat * q) * rstd with xhat = (x - centre - rest) * rstd
+                rounded, slope, offset = (
+                    finite_float32(r),
+                    finite_float32(r * q),
+                    finite_float32(r * (p - rest * r * q)),
+                )
+                for channel in range(size):
+                    c, at = group * size + channel, start + channel * positions
+                    factor, term = finite_float32(r * scale[c]), F(bias[c] - rest * r * scale[c])
+                    if mask is None:
+                        _input_gradient(
+                            x, dy, dx, at, positions, centre, factor, term, rounded, slope, offset,
+                            activation,
+                        )  # fmt: skip
+                    else:
+                        _masked_input_gradient(
+                            x, dy, dx, at, positions, mask, mask_at, centre,
+                            invalid_limit(factor), factor, term, rounded, slope, offset, activation,
+                        )  # fmt: skip
         if finish(counters, 1, 1) == claims:
-            sum_samples(sums, tasks // groups, batches, groups * size, dscale, dbias)
+            sum_spans(sums, batches, channels, dscale, dbias)
             finish(counters, 1, 1)
     wait(counters, 1, claims + 1)

@@ -25,13 +25,15 @@ from groupnorm.backends.kernels.cpu.compiled.bands import (
     add_moments_of_four,
     add_products,
     add_products_of_four,
+    add_products_of_invalid,
+    add_rows,
     apply,
+    apply_to_invalid,
     apply_to_two,
     input_gradient,
     input_gradient_of_invalid,
     input_gradient_of_two,
     repeat_rows,
-    sum_rows,
 )
 from groupnorm.backends.kernels.cpu.compiled.elements import jit, load
 from groupnorm.backends.kernels.cpu.compiled.moments import (
@@ -42,7 +44,8 @@ from groupnorm.backends.kernels.cpu.compiled.moments import (
     in_float64,
     inverse_deviation,
     mask_begins,
-    sum_samples,
+    samples_of,
+    sum_spans,
 )
 from groupnorm.backends.kernels.cpu.compiled.work_sharing import (
     claim_part,
@@ -57,6 +60,9 @@ F, U = np.float32, np.uint64
 
 # The least rows, and bands, of a chunk that its first centre is the mean of.
 SAMPLE_ROWS, SAMPLE_BANDS = 8, 4
+# Sums are added in float32 over this many sets of four bands, or twice as many bands, and then in
+# float64. With a mask a band is one row, and there are up to 65536 of them in a chunk.
+RUN = 32
 
 
 # Statistics ---------------------------------------------------------------------------------------
@@ -93,25 +99,41 @@ def _sample_mean(x, begin, band_starts, bands, left, channels, base, total, fold
     taken = min(max(bands, 1), max(SAMPLE_BANDS, SAMPLE_ROWS * channels // base.size))
     for i in range(taken):
         add(x, begin + band_starts[i], n, base, total)
-    sum_rows(total, channels, folded)
+    folded[:] = 0.0
+    add_rows(total, channels, folded)
     for c in range(channels):
         base[c] += F(folded[c] / (taken * n // channels))
     repeat_rows(base, channels)
 
 
 @jit(inline=False)
-def _take_moments(x, begin, band_starts, bands, left, base, total, squares):
+def _add_both(total, squares, channels, sums, square_sums):
+    add_rows(total, channels, sums)
+    add_rows(squares, channels, square_sums)
+
+
+@jit(inline=False)
+def _take_moments(
+    x, begin, band_starts, bands, left, channels, base, total, squares, sums, square_sums
+):  # fmt: skip
     total[:] = 0
     squares[:] = 0
+    sums[:] = 0.0
+    square_sums[:] = 0.0
     q = bands // 4
-    for i in range(q):
-        add_moments_of_four(
-            x, begin + band_starts[i], begin + band_starts[i + q], begin + band_starts[i + 2 * q],
-            begin + band_starts[i + 3 * q], base, total, squares,
-        )  # fmt: skip
+    for first in range(0, q, RUN):
+        if first > 0:
+            _add_both(total, squares, channels, sums, square_sums)
+        for i in range(first, min(first + RUN, q)):
+            add_moments_of_four(
+                x, begin + band_starts[i], begin + band_starts[i + q],
+                begin + band_starts[i + 2 * q], begin + band_starts[i + 3 * q], base, total,
+                squares,
+            )  # fmt: skip
     for i in range(4 * q, bands):
         add_moments(x, begin + band_starts[i], base.size, base, total, squares)
     add_moments(x, begin + band_starts[bands], left, base, total, squares)
+    _add_both(total, squares, channels, sums, square_sums)
 
 
 @jit(inline=False)
@@ -130,9 +152,7 @@ def _measure(
     # The sums use the memory of mean and m2.
     _sample_mean(x, begin, band_starts, bands, left, channels, base, total, mean)
     for attempt in range(2):
-        _take_moments(x, begin, band_starts, bands, left, base, total, squares)
-        sum_rows(total, channels, mean)
-        sum_rows(squares, channels, m2)
+        _take_moments(x, begin, band_starts, bands, left, channels, base, total, squares, mean, m2)
         off, inv_count = False, 1.0 / n
         for c in range(channels):
             off |= centre_is_poor(mean[c], mean[c] * inv_count, m2[c])
@@ -162,10 +182,10 @@ def _merge_chunk(n, count, means, m2s, at, mean, m2):
 
 @jit(inline=False)
 def _merge(
-    x, mask, mask_at, sample, groups, size, positions, epsilon, counts, means, m2s, mean, rstd,
-    inv_count,
+    x, mask, mask_at, sample, row, groups, size, positions, epsilon, counts, means, m2s, mean,
+    rstd, inv_count,
 ):  # fmt: skip
-    """Merge the chunks of a sample into the statistics of its groups."""
+    """Merge the chunks of a sample into the statistics of its groups, of the row `row`."""
     channels = groups * size
     m, v = means[:channels], m2s[:channels]
     count = counts[0]
@@ -190,16 +210,16 @@ def _merge(
                 _, group_mean, variance = in_float64(
                     x, begin, positions, channels, size, mask, mask_at, True
                 )
-        k = sample * groups + group
+        k = row * groups + group
         mean[k], rstd[k] = group_mean, inverse_deviation(variance, epsilon)
         inv_count[k] = 1.0 / (count * size) if count > 0 else 0.0
 
 
 @jit(inline=False)
-def _set_tables(sample, groups, size, scale, bias, mean, rstd, centre, factor, term):
+def _set_tables(row, groups, size, scale, bias, mean, rstd, centre, factor, term):
     """Fill the tables that normalize a sample."""
     for group in range(groups):
-        m, r = mean[sample * groups + group], rstd[sample * groups + group]
+        m, r = mean[row * groups + group], rstd[row * groups + group]
         rounded = F(m)
         rest = m - np.float64(rounded)
         for c in range(group * size, (group + 1) * size):
@@ -225,8 +245,11 @@ def _apply_chunk(
             apply_to_two(x, y, a, a + half, centre, factor, term, activation)
         at += 2 * half
     for a in range(at, end, width):
-        valid = _is_valid(mask, mask_at, first + (a - begin) // channels)
-        apply(x, y, a, min(width, end - a), valid, centre, factor, term, activation)
+        n = min(width, end - a)
+        if _is_valid(mask, mask_at, first + (a - begin) // channels):
+            apply(x, y, a, n, centre, factor, term, activation)
+        else:
+            apply_to_invalid(x, y, a, n, centre, factor, term, activation)
 
 
 # The first two counters are of the threads' parts and of finished chunks. Then each sample has the
@@ -249,10 +272,12 @@ def _slice(array, number, length):
 
 @jit(inline=False)
 def channels_last_forward(
-    x, y, scale, bias, mask, groups, size, positions, samples, rows, width, whole, epsilon,
+    x, y, scale, bias, mask, groups, size, positions, samples, span, rows, width, whole, epsilon,
     activation, mean, rstd, inv_count, chunk_results, band_starts, tables, parts, counters,
 ):  # fmt: skip
-    """Measure and normalize all samples.
+    """Measure and normalize all samples; a `span` of them has more than one only if `whole`.
+
+    The statistics have one row of groups per sample, or one per thread that it uses again.
 
     Every thread has its own tables, (parts, 3, width), and band_starts, (parts, bands of a chunk +
     1). chunk_results, (1, chunks * (1 + 2 * channels)), is shared by all threads, one sample at a
@@ -270,49 +295,56 @@ def channels_last_forward(
     buffer = _slice(chunk_results, own_part if whole else 0, chunks * (1 + 2 * channels))
     counts, moments = buffer[:chunks], buffer[chunks:]
     means, m2s = _slice(moments, 0, chunks * channels), _slice(moments, 1, chunks * channels)
-    for turn in range(samples):
-        sample = claim_task(counters, 2, parts, samples, own_part) if whole else turn
-        if sample < 0:
+    keep, spans = mean.size == samples * groups, (samples + span - 1) // span
+    for turn in range(spans):
+        number = claim_task(counters, 2, parts, spans, own_part) if whole else turn
+        if number < 0:
             break
         counter = 2 + turn * (2 * parts + 1)
-        mask_at, begin = mask_begins(mask, sample, positions), sample * positions * channels
-        for task in range(chunks):
-            chunk = task if whole else claim_task(counters, counter, parts, chunks, own_part)
-            if chunk < 0:
-                break
-            first = chunk * rows
-            counts[chunk] = _measure(
-                x, mask, mask_at, begin + first * channels, first, min(rows, positions - first),
-                channels, one, two, three, band_starts, _slice(means, chunk, channels),
-                _slice(m2s, chunk, channels),
-            )  # fmt: skip
-            if _is_last(counters, counter + parts, task, chunks, whole):
-                _merge(
-                    x, mask, mask_at, sample, groups, size, positions, epsilon, counts, means, m2s,
-                    mean, rstd, inv_count,
+        first_sample, end_sample = samples_of(number, span, samples, 1)
+        for sample in range(first_sample, end_sample):
+            row = sample if keep else own_part
+            mask_at, begin = mask_begins(mask, sample, positions), sample * positions * channels
+            for task in range(chunks):
+                chunk = task if whole else claim_task(counters, counter, parts, chunks, own_part)
+                if chunk < 0:
+                    break
+                first = chunk * rows
+                counts[chunk] = _measure(
+                    x, mask, mask_at, begin + first * channels, first,
+                    min(rows, positions - first), channels, one, two, three, band_starts,
+                    _slice(means, chunk, channels), _slice(m2s, chunk, channels),
+                )  # fmt: skip
+                if _is_last(counters, counter + parts, task, chunks, whole):
+                    _merge(
+                        x, mask, mask_at, sample, row, groups, size, positions, epsilon, counts,
+                        means, m2s, mean, rstd, inv_count,
+                    )  # fmt: skip
+                    if not whole:
+                        finish(counters, counter + parts, 1)
+            if not whole:
+                wait(counters, counter + parts, chunks + 1)
+            ready = False
+            for task in range(chunks):
+                chunk = (
+                    task
+                    if whole
+                    else claim_task(counters, counter + parts + 1, parts, chunks, own_part)
+                )
+                if chunk < 0:
+                    break
+                if not ready:  # only now: a late thread may find the shared buffers freed
+                    _set_tables(row, groups, size, scale, bias, mean, rstd, one, two, three)
+                    ready = True
+                first = chunk * rows
+                _apply_chunk(
+                    x, y, mask, mask_at, begin + first * channels, first,
+                    min(rows, positions - first), channels, one, two, three, activation,
                 )  # fmt: skip
                 if not whole:
-                    finish(counters, counter + parts, 1)
-        if not whole:
-            wait(counters, counter + parts, chunks + 1)
-        ready = False
-        for task in range(chunks):
-            chunk = (
-                task
-                if whole
-                else claim_task(counters, counter + parts + 1, parts, chunks, own_part)
-            )
-            if chunk < 0:
-                break
-            if not ready:  # only now: a late thread may find the shared buffers freed
-                _set_tables(sample, groups, size, scale, bias, mean, rstd, one, two, three)
-                ready = True
-            first = chunk * rows
-            _apply_chunk(
-                x, y, mask, mask_at, begin + first * channels, first, min(rows, positions - first),
-                channels, one, two, three, activation,
-            )  # fmt: skip
-            finish(counters, 1, 1)
+                    finish(counters, 1, 1)
+        if whole:
+            finish(counters, 1, (end_sample - first_sample) * chunks)
     wait(counters, 1, samples * chunks)
 
 
@@ -321,11 +353,13 @@ def _sum_products(
     x, dy, mask, mask_at, begin, first, rows, channels, centre, factor, term, activation,
     total, weighted, sums, weighted_sums,
 ):  # fmt: skip
-    """Sum g and g * (x - centre) over each channel of a chunk; rows are added in float64."""
+    """Sum g and g * (x - centre) over each channel of a chunk."""
     width = centre.size
     step, at, end = width // channels, begin, begin + rows * channels
     total[:] = 0
     weighted[:] = 0
+    sums[:] = 0.0
+    weighted_sums[:] = 0.0
     if mask is None:
         quarter = rows // (4 * step) * width
         for a in range(begin, begin + quarter, width):
@@ -334,13 +368,27 @@ def _sum_products(
                 activation, total, weighted,
             )  # fmt: skip
         at += 4 * quarter
-    for a in range(at, end, width):
-        valid = _is_valid(mask, mask_at, first + (a - begin) // channels)
-        add_products(
-            x, dy, a, min(width, end - a), valid, centre, factor, term, activation, total, weighted
-        )
-    sum_rows(total, channels, sums)
-    sum_rows(weighted, channels, weighted_sums)
+    run_width = 2 * RUN * width
+    for run in range(at, end, run_width):
+        for a in range(run, min(run + run_width, end), width):
+            n = min(width, end - a)
+            if _is_valid(mask, mask_at, first + (a - begin) // channels):
+                add_products(x, dy, a, n, centre, factor, term, activation, total, weighted)
+            else:
+                add_products_of_invalid(
+                    x, dy, a, n, centre, factor, term, activation, total, weighted
+                )
+        if run + run_width < end:
+            _add_both(total, weighted, channels, sums, weighted_sums)
+    _add_both(total, weighted, channels, sums, weighted_sums)
+
+
+@jit(inline=False)
+def _add_sample(sum_dy, sum_dy_xhat, is_first, span_dy, span_dy_xhat):
+    """Add the sums of a sample to those of its span."""
+    for c in range(sum_dy.size):
+        span_dy[c] = sum_dy[c] + (0.0 if is_first else span_dy[c])
+        span_dy_xhat[c] = sum_dy_xhat[c] + (0.0 if is_first else span_dy_xhat[c])
 
 
 @jit(inline=False)
@@ -409,17 +457,18 @@ def _write_gradient_chunk(
 
 @jit(inline=False)
 def channels_last_backward(
-    x, dx, scale, bias, mask, groups, size, positions, samples, rows, width, whole, activation,
-    mean, rstd, inv_count, dy, sums, batches, dscale, dbias, chunk_results, group_means, tables,
-    parts, counters,
+    x, dx, scale, bias, mask, groups, size, positions, samples, span, rows, width, whole,
+    activation, mean, rstd, inv_count, dy, sums, batches, dscale, dbias, chunk_results,
+    sample_results, tables, parts, counters,
 ):  # fmt: skip
     """Compute dx, dscale and dbias.
 
-    sums (2, N, channels) receives the sums over positions of dy and of dy * xhat, in float64;
-    dscale and dbias (batches, channels) receive their sums over the samples of each batch.
-    group_means is (N, groups, 2). Every thread has its own tables, (parts, 6, width).
-    chunk_results, (1, 2 * chunks * channels), is shared or one per thread, as in
-    `channels_last_forward`.
+    sums (2, spans, channels) receives the sums of dy and of dy * xhat over the positions of a span
+    of samples, in float64; dscale and dbias (batches, channels) receive their sums over the spans
+    of each batch. Every thread has its own tables, (parts, 6, width). chunk_results, (1, 2 * chunks
+    * channels), is shared or one per thread, as in `channels_last_forward`. sample_results is (N,
+    2 * groups), the means over each group; if each thread processes `whole` samples, it has its
+    own, followed by the sums of the sample, (parts, 2 * groups + 2 * channels).
     """
     channels = groups * size
     chunks = (positions + rows - 1) // rows
@@ -430,61 +479,78 @@ def channels_last_backward(
     one, two, three = _slice(own, 3, width), _slice(own, 4, width), _slice(own, 5, width)
     buffer = _slice(chunk_results, own_part if whole else 0, 2 * chunks * channels)
     products, weighted = _slice(buffer, 0, chunks * channels), _slice(buffer, 1, chunks * channels)
-    for turn in range(samples):
-        sample = claim_task(counters, 2, parts, samples, own_part) if whole else turn
-        if sample < 0:
+    sample_size = 2 * groups + 2 * channels if whole else 2 * groups
+    spans = sums.size // (2 * channels)
+    for turn in range(spans):
+        number = claim_task(counters, 2, parts, spans, own_part) if whole else turn
+        if number < 0:
             break
         counter = 2 + turn * (2 * parts + 1)
-        mask_at, begin = mask_begins(mask, sample, positions), sample * positions * channels
-        ready = False
-        for task in range(chunks):
-            chunk = task if whole else claim_task(counters, counter, parts, chunks, own_part)
-            if chunk < 0:
-                break
-            if not ready:
-                _set_tables(sample, groups, size, scale, bias, mean, rstd, centre, factor, term)
-                ready = True
-            first = chunk * rows
-            _sum_products(
-                x, dy, mask, mask_at, begin + first * channels, first,
-                min(rows, positions - first), channels, centre, factor, term, activation, one, two,
-                _slice(products, chunk, channels), _slice(weighted, chunk, channels),
-            )  # fmt: skip
-            if _is_last(counters, counter + parts, task, chunks, whole):
-                _merge_backward(
-                    scale, sample, groups, size, chunks, mean, rstd, inv_count, products, weighted,
-                    _slice(sums, sample, channels), _slice(sums, samples + sample, channels),
-                    _slice(group_means, sample, 2 * groups),
+        span_dy = _slice(sums, number, channels)
+        span_dy_xhat = _slice(sums, spans + number, channels)
+        first_sample, end_sample = samples_of(number, span, samples, batches)
+        for sample in range(first_sample, end_sample):
+            mask_at, begin = mask_begins(mask, sample, positions), sample * positions * channels
+            results = _slice(sample_results, own_part if whole else sample, sample_size)
+            group_means = results[: 2 * groups]
+            sum_dy, sum_dy_xhat = span_dy, span_dy_xhat
+            if whole:
+                sum_dy = results[2 * groups : 2 * groups + channels]
+                sum_dy_xhat = results[2 * groups + channels :]
+            ready = False
+            for task in range(chunks):
+                chunk = task if whole else claim_task(counters, counter, parts, chunks, own_part)
+                if chunk < 0:
+                    break
+                if not ready:
+                    _set_tables(sample, groups, size, scale, bias, mean, rstd, centre, factor, term)
+                    ready = True
+                first = chunk * rows
+                _sum_products(
+                    x, dy, mask, mask_at, begin + first * channels, first,
+                    min(rows, positions - first), channels, centre, factor, term, activation, one,
+                    two, _slice(products, chunk, channels), _slice(weighted, chunk, channels),
                 )  # fmt: skip
-                if not whole:
-                    finish(counters, counter + parts, 1)
-        if not whole:
-            wait(counters, counter + parts, chunks + 1)
-        gradient_ready = False
-        for task in range(chunks):
-            chunk = (
-                task
-                if whole
-                else claim_task(counters, counter + parts + 1, parts, chunks, own_part)
-            )
-            if chunk < 0:
-                break
-            if not ready:
-                _set_tables(sample, groups, size, scale, bias, mean, rstd, centre, factor, term)
-                ready = True
-            if not gradient_ready:
-                _set_gradient_tables(
-                    sample, groups, size, mean, rstd, _slice(group_means, sample, 2 * groups), one,
-                    two, three,
+                if _is_last(counters, counter + parts, task, chunks, whole):
+                    _merge_backward(
+                        scale, sample, groups, size, chunks, mean, rstd, inv_count, products,
+                        weighted, sum_dy, sum_dy_xhat, group_means,
+                    )  # fmt: skip
+                    if not whole:
+                        finish(counters, counter + parts, 1)
+            if not whole:
+                wait(counters, counter + parts, chunks + 1)
+            gradient_ready = False
+            for task in range(chunks):
+                chunk = (
+                    task
+                    if whole
+                    else claim_task(counters, counter + parts + 1, parts, chunks, own_part)
+                )
+                if chunk < 0:
+                    break
+                if not ready:
+                    _set_tables(sample, groups, size, scale, bias, mean, rstd, centre, factor, term)
+                    ready = True
+                if not gradient_ready:
+                    _set_gradient_tables(
+                        sample, groups, size, mean, rstd, group_means, one, two, three
+                    )
+                    gradient_ready = True
+                first = chunk * rows
+                _write_gradient_chunk(
+                    x, dy, dx, mask, mask_at, begin + first * channels, first,
+                    min(rows, positions - first), channels, centre, factor, term, activation,
+                    one, two, three,
                 )  # fmt: skip
-                gradient_ready = True
-            first = chunk * rows
-            _write_gradient_chunk(
-                x, dy, dx, mask, mask_at, begin + first * channels, first,
-                min(rows, positions - first), channels, centre, factor, term, activation,
-                one, two, three,
-            )  # fmt: skip
-            if finish(counters, 1, 1) == samples * chunks:
-                sum_samples(sums, samples, batches, channels, dscale, dbias)
+                if not whole and finish(counters, 1, 1) == samples * chunks:
+                    sum_spans(sums, batches, channels, dscale, dbias)
+                    finish(counters, 1, 1)
+            if whole:
+                _add_sample(sum_dy, sum_dy_xhat, sample == first_sample, span_dy, span_dy_xhat)
+        if whole:
+            done = (end_sample - first_sample) * chunks
+            if finish(counters, 1, done) == samples * chunks:
+                sum_spans(sums, batches, channels, dscale, dbias)
                 finish(counters, 1, 1)
     wait(counters, 1, samples * chunks + 1)

@@ -20,8 +20,10 @@ __all__ = [
     "SUMS",
     "activated",
     "activation_vjp",
+    "bounded",
     "clamp_masked",
     "has_float16",
+    "invalid_deviation",
     "jit",
     "load",
     "store",
@@ -205,6 +207,20 @@ def clamp_masked(value):
     return bounded if value - value == 0 else F(0)
 
 
+@jit()
+def invalid_deviation(value, centre, limit):
+    """Return value - centre of a masked-out value within limits; NaN and inf count as 0."""
+    d = (value if value - value == 0 else F(0)) - centre
+    return min(max(d, -limit), limit)
+
+
+@jit()
+def bounded(value, limit):
+    """Clamp a value to [-limit, limit]; NaN stays NaN."""
+    value = limit if value > limit else value
+    return -limit if value < -limit else value
+
+
 # Activations --------------------------------------------------------------------------------------
 #
 # The activation must be known when a loop is compiled, or LLVM does not vectorize the loop. A tuple
@@ -282,9 +298,10 @@ def _activated_overload(z, activation):
         return F(0) if z < 0 else z  # NaN stays NaN
 
     def silu(z, activation):
-        return z * _sigmoid(z)
+        return (F(-87) if z < F(-87) else z) * _sigmoid(z)  # beyond, _exp is clamped
 
     def gelu(z, activation):
+        z = F(-40) if z < F(-40) else z  # avoids inf * 0
         return z * _normal_cdf(z, _exp(F(-0.5) * z * z))
 
     return (lambda z, activation: z, relu, silu, gelu)[len(activation)]
@@ -307,7 +324,7 @@ def _activation_vjp_overload(z, dy, activation):
 
     def silu(z, dy, activation):
         s = _sigmoid(z)
-        return dy * (s * (F(1) + z * (F(1) - s)))
+        return dy * (s * (F(1) + bounded(z, F(87)) * (F(1) - s)))  # avoids inf * 0
 
     def gelu(z, dy, activation):
         bell = _exp(F(-0.5) * z * z)

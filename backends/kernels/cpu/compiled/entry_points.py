@@ -199,17 +199,17 @@ def _operands(call, at):
 
 @jit()
 def _chunking(at):
-    """Return samples, rows, width and whether threads process whole samples: channels last."""
+    """Return samples, span, rows, width, and whether threads process whole samples."""
     return (
-        word(at, frames.SAMPLES), word(at, frames.ROWS), word(at, frames.WIDTH),
-        word(at, frames.WHOLE_SAMPLES) != 0,
+        word(at, frames.SAMPLES), word(at, frames.SPAN), word(at, frames.ROWS),
+        word(at, frames.WIDTH), word(at, frames.WHOLE_SAMPLES) != 0,
     )  # fmt: skip
 
 
 @jit()
 def _statistics(call, at):
     """Return mean, rstd and 1 / count."""
-    n = word(at, frames.SAMPLES) * word(at, frames.GROUPS)
+    n = word(at, frames.SAVED_ROWS) * word(at, frames.GROUPS)
     saved = numba.carray(_float64(call, word(at, frames.SAVED)), (3 * n,))
     return saved[:n], saved[n : 2 * n], saved[2 * n :]
 
@@ -218,10 +218,9 @@ def _statistics(call, at):
 def _gradients(call, at):
     """Return dy, the sums, the number of batches, and the gradients of scale and bias."""
     channels, batches = word(at, frames.GROUPS) * word(at, frames.SIZE), word(at, frames.BATCHES)
-    sums = 2 * word(at, frames.SAMPLES) * channels
     return (
         numba.carray(_dy(call, word(at, frames.DY)), (word(at, frames.ELEMENTS),)),
-        numba.carray(_float64(call, word(at, frames.SUMS)), (sums,)),
+        numba.carray(_float64(call, word(at, frames.SUMS)), (word(at, frames.SUMS_WORDS),)),
         batches,
         numba.carray(_float32(call, word(at, frames.DSCALE)), (batches * channels,)),
         numba.carray(_float32(call, word(at, frames.DBIAS)), (batches * channels,)),
@@ -238,15 +237,15 @@ def _counters(call, at):
 @jit()
 def _scratch(call, at):
     """Return the parts of the scratch buffer; no kernel uses all of them."""
-    chunk_results, group_means = word(at, frames.CHUNK_RESULTS), word(at, frames.GROUP_MEANS)
+    chunk_results, sample_results = word(at, frames.CHUNK_RESULTS), word(at, frames.SAMPLE_RESULTS)
     band_starts, tables = word(at, frames.BAND_STARTS), word(at, frames.TABLES)
     a = word(at, frames.SCRATCH)
     b = a + 8 * chunk_results
-    c = b + 8 * group_means
+    c = b + 8 * sample_results
     d = (c + 8 * band_starts + 63) // 64 * 64
     return (
         numba.carray(_float64(call, a), (chunk_results,)),
-        numba.carray(_float64(call, b), (group_means,)),
+        numba.carray(_float64(call, b), (sample_results,)),
         numba.carray(_int64(call, c), (band_starts,)),
         numba.carray(_float32(call, d), (tables,)),
     )
@@ -255,16 +254,16 @@ def _scratch(call, at):
 def _channels_first_forward(call):
     at = address_of(call)
     channels_first_forward(
-        *_operands(call, at), _float(word(at, frames.EPSILON)), _activation(call),
-        *_statistics(call, at), *_counters(call, at),
+        *_operands(call, at), word(at, frames.SAMPLES), _float(word(at, frames.EPSILON)),
+        _activation(call), *_statistics(call, at), *_counters(call, at),
     )  # fmt: skip
 
 
 def _channels_first_backward(call):
     at = address_of(call)
     channels_first_backward(
-        *_operands(call, at), _activation(call), *_statistics(call, at), *_gradients(call, at),
-        *_counters(call, at),
+        *_operands(call, at), word(at, frames.SAMPLES), word(at, frames.SPAN), _activation(call),
+        *_statistics(call, at), *_gradients(call, at), *_counters(call, at),
     )  # fmt: skip
 
 
@@ -279,10 +278,10 @@ def _channels_last_forward(call):
 
 def _channels_last_backward(call):
     at = address_of(call)
-    chunk_results, group_means, _, tables = _scratch(call, at)
+    chunk_results, sample_results, _, tables = _scratch(call, at)
     channels_last_backward(
         *_operands(call, at), *_chunking(at), _activation(call), *_statistics(call, at),
-        *_gradients(call, at), chunk_results, group_means, tables, *_counters(call, at),
+        *_gradients(call, at), chunk_results, sample_results, tables, *_counters(call, at),
     )  # fmt: skip
 
 

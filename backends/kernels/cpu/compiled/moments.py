@@ -12,14 +12,18 @@ __all__ = [
     "centre_is_poor",
     "finite_float32",
     "in_float64",
+    "invalid_limit",
     "inverse_deviation",
     "mask_begins",
     "merged",
-    "sum_samples",
+    "samples_of",
+    "sum_spans",
 ]
 
 # A variance outside this range may come from squares that over- or underflowed in float32.
 MIN_VARIANCE, MAX_VARIANCE = 1e-30, 1e30
+# The square of the smallest normal float32. The factors of smaller deviations overflow float32.
+NO_VARIANCE = 2.0**-252
 
 
 @jit()
@@ -81,7 +85,8 @@ def in_float64(x, start, rows, stride, length, mask, mask_at, mask_is_of_rows):
 def inverse_deviation(variance, epsilon):
     """1 / sqrt(variance + epsilon), in float64, where squares of float32 values stay in range."""
     total = variance + epsilon
-    return 1.0 / math.sqrt(total) if total != 0 else 1.0  # constant data, no epsilon: any value
+    # Constant data without an epsilon: any value. This comparison keeps NaN.
+    return 1.0 if total < NO_VARIANCE else 1.0 / math.sqrt(total)
 
 
 @jit()
@@ -92,15 +97,34 @@ def finite_float32(value):
     return np.float32(value)
 
 
-@jit(inline=False)
-def sum_samples(sums, samples, batches, channels, dscale, dbias):
-    """Sum `sums`, of dy and of dy * xhat, over the samples of each batch, into the gradients."""
+@jit()
+def samples_of(number, span, samples, batches):
+    """Return the first sample of a span, and the one after its last; no span has two batches."""
     each = samples // batches
+    spans = (each + span - 1) // span
+    begin = number // spans * each
+    return begin + number % spans * span, begin + min(each, (number % spans + 1) * span)
+
+
+@jit()
+def invalid_limit(factor):
+    """Return the limit of a masked-out deviation, whose product with the factor stays finite.
+
+    An inf would make gradients NaN, though its cotangent is 0.
+    """
+    return np.float32(min(5e33, 1e38 / max(abs(np.float64(factor)), 1.0)))
+
+
+@jit(inline=False)
+def sum_spans(sums, batches, channels, dscale, dbias):
+    """Sum `sums`, of dy and of dy * xhat, over the spans of each batch, into the gradients."""
+    spans = sums.size // (2 * channels)
+    each = spans // batches
     for batch in range(batches):
         for c in range(channels):
             bias, scale = 0.0, 0.0
-            for sample in range(batch * each, (batch + 1) * each):
-                bias += sums[sample * channels + c]
-                scale += sums[(samples + sample) * channels + c]
+            for span in range(batch * each, (batch + 1) * each):
+                bias += sums[span * channels + c]
+                scale += sums[(spans + span) * channels + c]
             dbias[batch * channels + c] = np.float32(bias)
             dscale[batch * channels + c] = np.float32(scale)

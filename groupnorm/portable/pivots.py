@@ -64,6 +64,9 @@ def unit_of(spread: "Array", epsilon: float, adapter: "Adapter") -> "Array":
     """Return a scale of the deviations that keeps their squares and epsilon in range."""
     xp = adapter.xp
     smallest = 4.0 * float(xp.finfo(spread.dtype).smallest_normal)
+    if math.sqrt(epsilon) < smallest:  # the reciprocal of a subnormal spread would be infinite
+        raised = (spread > 0) & (spread <= smallest)
+        spread = xp.where(raised, xp.full_like(spread, 2.0 * smallest), spread)
     least = max(math.sqrt(epsilon), smallest)
     # For a constant group, or a constant sample of data with an unknown spread. An epsilon whose
     # root is subnormal is none: its reciprocal overflows.

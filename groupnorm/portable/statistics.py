@@ -294,13 +294,19 @@ def finish(
     variance = xp.where(variance == 0, xp.ones_like(variance), variance)
     # A square beyond the sample's scale overflowed: return NaN, not zeros.
     variance = xp.where(variance == math.inf, xp.full_like(variance, math.nan), variance)
-    rstd = unit / xp.sqrt(variance)
+    # Of the scaled data: 1 / sqrt(var + epsilon) is infinite for subnormal data without an epsilon.
+    inverse = bounded = 1.0 / xp.sqrt(variance)
+    if epsilon < float(xp.finfo(unit.dtype).smallest_normal):  # only then can it be infinite
+        limit = 0.5 * float(xp.finfo(unit.dtype).max) / xp.where(unit > 1, unit, 1.0)
+        bounded = xp.where(inverse > limit, limit, inverse)
+    rstd = unit * bounded
     inv_count: Array | float = 1.0 / enough
     if counted is not None:
         rstd = xp.where(counted, rstd, xp.full_like(rstd, 1.0 / math.sqrt(1.0 + epsilon)))
+        inverse = xp.where(counted, inverse, rstd / unit)
         inv_count = xp.where(counted, inv_count, xp.zeros_like(m2))
-    shift = ((reference - centred.pivot) + delta / unit) * rstd
-    return Coefficients(rstd / centred.unit, shift, rstd, inv_count)
+    shift = ((reference - centred.pivot) * unit + delta) * inverse
+    return Coefficients(inverse * (unit / centred.unit), shift, rstd, inv_count)
 
 
 def normalize(

@@ -172,6 +172,8 @@ def compute(case: Case, values: Values) -> Reference:
     dx_size = rstd * (h_size + np.where(counted, p_size + rough * q_size, 0))
     dx = np.where(replaced, 0, dx if case.dtype in COMPLEX else dx.real)
 
+    far_out = dx_size > np.finfo(case.work).max / 64
+
     def expected(values, allowed, dtype, undefined=False):
         values = groups.scatter(values)
         allowed = groups.scatter(allowed)
@@ -191,7 +193,7 @@ def compute(case: Case, values: Values) -> Reference:
     any_degenerate = degenerate.any()
     result = Reference(
         expected(y, STEEPEST * z_error + tiny, case.result_dtype, huge | without),
-        expected(dx, backward * dx_size + tiny, case.dtype, degenerate),
+        expected(dx, backward * dx_size + tiny, case.dtype, degenerate | far_out),
         parameter(np.conj(xhat) * dz, rough * size, values.scale),
         parameter(dz, size, values.bias),
         groups.scatter(constant & valid),

@@ -36,7 +36,7 @@ def test_random_calls_equal_the_reference(library, part, needs_bfloat16):
             )
 
 
-def test_the_reference_agrees_with_the_oracle():
+def test_the_reference_agrees_with_the_oracle(needs_bfloat16):
     """Two methods: extended precision here, exact sums of float64 there."""
     compared = 0
     for index in range(400):
@@ -88,7 +88,7 @@ def _conjugates_wrongly(x, *arrays, **keywords):
         (_conjugates_wrongly, "dx: |dbias: ", lambda case: "complex" in case.result_dtype),
     ],
 )
-def test_a_fault_is_found_and_reduced(fault, words, shrunk, monkeypatch):
+def test_a_fault_is_found_and_reduced(fault, words, shrunk, monkeypatch, needs_bfloat16):
     monkeypatch.setattr(checks, "group_norm_vjp", fault)
     found = 0
     for index in range(200):

@@ -1,6 +1,7 @@
 """The accuracy contract: float32 accuracy for any data, on every library, compiled or not."""
 
 import importlib
+import math
 
 import numpy as np
 import pytest
@@ -175,6 +176,26 @@ def test_huge_and_tiny_data(backend, size, epsilon, fast, rng):
     largest = np.abs(reference).max()
     # Relative, because the output is about 1e-17 where epsilon is much larger than the variance.
     assert_close(y / largest, reference / largest, tolerance=CONTRACT)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 1e-40), ("float64", 1e-310)])
+def test_subnormal_data_without_an_epsilon(quick_backend, dtype, size, masked, rng):
+    """1 / standard deviation exceeds the dtype's range, and so do the gradients; results do not."""
+    x = (size * rng.normal(size=(2, 30, 8))).astype(dtype)
+    x[:, :, :2] *= 1e10  # ordinary numbers in one of the groups
+    mask = rng.random((2, 30, 1)) < 0.7 if masked else None
+    for epsilon in (0.0, size**2):  # in proportion to the variance, but 0 for the smallest
+        result = run(
+            quick_backend, x, num_groups=4, epsilon=epsilon, mask=mask, implementation="portable"
+        )
+        # A power of two is exact, and changes nothing.
+        power = 120 if dtype == "float32" else 1000
+        ordinary = np.ldexp(x.astype(np.float64), power)
+        scaled = math.ldexp(epsilon, 2 * power)
+        want = oracle.group_norm(ordinary, num_groups=4, epsilon=scaled, mask=mask)
+        tolerance = CONTRACT if dtype == "float32" else CONTRACT_64
+        assert_result(quick_backend, result, want, dtype=dtype, tolerance=tolerance)
 
 
 @pytest.mark.parametrize("size", [1e15, 1e-15])

@@ -27,7 +27,9 @@ def values(layer):
 
 @pytest.mark.parametrize("library", BACKENDS)
 @pytest.mark.parametrize(
-    "how", [lambda a: pickle.loads(pickle.dumps(a)), copy.copy, copy.deepcopy], ids=str
+    "how",
+    [lambda a: pickle.loads(pickle.dumps(a)), copy.copy, copy.deepcopy],
+    ids=["pickle", "copy", "deepcopy"],
 )
 def test_local_initializers(library, how):
     value = 3.0

@@ -171,6 +171,10 @@ class Adapter:
         dtype = self.dtype(value.dtype.name)
         return self.xp.asarray(as_native_contiguous(value), dtype=dtype, device=device)
 
+    def mask_from_host(self, mask: Any, check: "Callable[[Any], Any]", like: "Array") -> "Array":
+        """Convert a mask on the host, which `check` converts to NumPy, on the device of `like`."""
+        return self.from_host(check(mask), like)
+
     def to_host(self, x: "Array") -> "np.ndarray[Any, Any]":
         """Return the values as a NumPy array."""
         return np.asarray(x)

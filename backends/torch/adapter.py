@@ -13,6 +13,7 @@ from groupnorm.arguments import CallOptions
 from groupnorm.backends.kernels.layout import memory_order
 from groupnorm.backends.torch.differentiation import portable
 from groupnorm.backends.torch.internals import (
+    assume_constant,
     has_memory,
     is_exporting,
     is_recorded,
@@ -25,6 +26,7 @@ from groupnorm.distributed.axis_names import bound
 from groupnorm.distributed.replicas import Replicas, over_all
 from groupnorm.dtypes import small_float
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
+from groupnorm.portable.inputs import HOST_MASKS, host_mask
 
 __all__ = ["TorchAdapter", "torch_adapter"]
 
@@ -148,6 +150,14 @@ class TorchAdapter(Adapter):
         bits = value.view(np.int16 if value.dtype.itemsize == 2 else np.uint8)
         return torch.tensor(bits, device=device).view(dtype)
 
+    def mask_from_host(self, mask: Any, check: Any, like: Any) -> Any:
+        """Check and copy a mask; in a compiled program a list is a constant, an array an input."""
+        if not torch.compiler.is_compiling():
+            return super().mask_from_host(mask, check, like)
+        if isinstance(mask, np.ndarray):
+            return torch.as_tensor(mask, device=like.device)
+        return _constant_mask(mask).to(like.device)
+
     def to_host(self, x: Any) -> "np.ndarray[Any, Any]":
         """Copy to the host; reinterpret bits if NumPy and PyTorch share no dtype."""
         x = x.detach().cpu().resolve_conj().resolve_neg()
@@ -261,11 +271,20 @@ class TorchAdapter(Adapter):
         return tuple(found)
 
 
-def _traced(*arguments: Any) -> Any:
+@assume_constant
+def _constant_mask(mask: Any) -> Any:
+    return torch.from_numpy(host_mask(mask))
+
+
+def _traced(
+    adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions
+) -> Any:  # fmt: skip
     # Imported here, since registering operators takes a while.
     from groupnorm.backends.torch.custom_op import traced
 
-    return traced(*arguments)
+    if isinstance(mask, HOST_MASKS):
+        mask = adapter.mask_from_host(mask, host_mask, x)
+    return traced(adapter, x, scale, bias, mask, options)
 
 
 torch_adapter = TorchAdapter(xp)

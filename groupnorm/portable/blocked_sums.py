@@ -41,7 +41,8 @@ def _sum(factors: "tuple[Array, ...]", axis: int, plan: "Plan", adapter: "Adapte
         return adapter.sum_of_product(factors, axis)
     xp = adapter.xp
     block = _block(length) if plan.static else BLOCK
-    blocks, rest = divmod(length, block)
+    # Not divmod, which symbolic sizes lack.
+    blocks, rest = length // block, length % block
     split = (*shape[:axis], blocks, block, *shape[axis + 1 :])
     partial_shape = (*shape[:axis], blocks, *shape[axis + 1 :])
     before = (slice(None),) * axis

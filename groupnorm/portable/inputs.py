@@ -274,7 +274,7 @@ def _parameter_to_work(
 def _mask_to_work(adapter: "Adapter", mask: Any, x: Array, plan: "Plan") -> Array:
     xp = adapter.xp
     if isinstance(mask, HOST_MASKS):
-        mask = adapter.from_host(host_mask(mask), x)
+        mask = adapter.mask_from_host(mask, host_mask, x)
     mask = check_same_library(adapter, mask, "mask", x)
     if adapter.is_complex(mask.dtype):
         raise ArgumentTypeError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 
+import numpy as np
 import pytest
 import torch
 import torch.masked
@@ -263,6 +264,33 @@ def test_compiled_functions_for_all_sizes(name, how, rng):
             torch._dynamo.mark_dynamic(x, 2)
         torch.testing.assert_close(compiled(x), function(x), rtol=1e-5, atol=1e-5)
     assert len(graphs) == 1
+    torch._dynamo.reset()
+
+
+MASKS = {
+    "list": [True] * 4 + [False],
+    "numbers": [1, 1, 0, 1.0, 0],
+    "nested": [[[1, 1, 1, 0, 0]], [[0, 1, 1, 1, 1]]],
+    "tuple": (True, False, True, True, False),
+    "scalar": True,
+    "NumPy": np.arange(5) < 4,
+    "NumPy, integers": np.array([[1, 0, 1, 1, 1]]),
+}
+
+
+@pytest.mark.parametrize("implementation", [None, "portable"])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_masks_of_the_host_in_a_compiled_program(mask, implementation, rng):
+    torch._dynamo.reset()
+    call = lambda x: group_norm(  # noqa: E731
+        x, num_groups=2, feature_axis=1, mask=mask, implementation=implementation
+    )
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    x = tensor(rng, 2, 8, 5)
+    want = oracle.group_norm(
+        x.numpy(), num_groups=2, feature_axis=1, mask=np.asarray(mask).astype(bool)
+    )
+    assert_close(compiled(x).numpy(), want, tolerance=CONTRACT)
     torch._dynamo.reset()
 
 

@@ -6,13 +6,17 @@ One is compiled for each `Variant` that is used, and cached on disk for later pr
 
 import ast
 import hashlib
+import logging
+import pickle
 import sys
 from pathlib import Path
 
 import numba
 from llvmlite import ir
 from numba import types
+from numba.core import sigutils
 from numba.core.caching import FunctionCache
+from numba.core.ccallback import CFunc
 from numba.core.cgutils import get_null_value
 from numba.extending import intrinsic, models, overload, register_model
 
@@ -305,12 +309,56 @@ def run(call):
     _run(call)
 
 
+# What reading a damaged or foreign file may raise: pickle runs whatever its bytes describe.
+_DAMAGED = (
+    ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError,
+    MemoryError, OSError, RuntimeError, pickle.PickleError, TypeError, ValueError,
+)  # fmt: skip
+
+
+class _Cache(FunctionCache):
+    """A cache on disk that may be damaged, unreadable, read-only or full: it only saves time."""
+
+    def load_overload(self, signature, target_context):
+        try:
+            return super().load_overload(signature, target_context)
+        except _DAMAGED as error:
+            _log_once("a compiled CPU kernel cannot be read from", self.cache_path, error)
+            return None
+
+    def save_overload(self, signature, data):
+        try:
+            super().save_overload(signature, data)
+        except _DAMAGED:  # saving reads the index first, which may be what is damaged
+            try:
+                self.flush()
+                super().save_overload(signature, data)
+            except _DAMAGED as error:
+                _log_once("compiled CPU kernels cannot be stored in", self.cache_path, error)
+
+
+def _log_once(problem, folder, error):
+    known = _logged.setdefault(problem, error)
+    if known is error:
+        _log.warning("groupnorm: %s %s (%r), so it is compiled here.", problem, folder, error)
+
+
+_log = logging.getLogger("groupnorm")
+_logged = {}  # by problem
+
 # Raises RuntimeError if numba finds no writable cache directory.
-FunctionCache(run)
+_Cache(run)
+
+
+class _Function(CFunc):
+    def enable_caching(self):
+        self._cache = _Cache(self._pyfunc)
 
 
 def compiled(variant, function=run, result=types.void):
     """Compile or load a function of argument blocks; return numba's object, with its address."""
-    return numba.cfunc(
-        result(variant), cache=True, error_model="numpy", boundscheck=False, nogil=True
-    )(function)
+    options = {"error_model": "numpy", "boundscheck": False, "nogil": True}
+    made = _Function(function, sigutils.normalize_signature(result(variant)), {}, options)
+    made.enable_caching()
+    made.compile()
+    return made

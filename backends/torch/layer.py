@@ -1,5 +1,6 @@
 """The layer as an `nn.Module`."""
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -115,7 +116,7 @@ class TorchGroupNorm(GroupNorm, torch.nn.Module):
     @property
     def num_channels(self) -> int:
         """The number of channels."""
-        return int(torch.Size(self._config.feature_shape).numel())
+        return math.prod(self._config.feature_shape)
 
     @num_channels.setter
     def num_channels(self, value: int) -> None:

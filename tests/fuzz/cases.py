@@ -105,16 +105,6 @@ class Known(NamedTuple):
 
 KNOWN = [
     Known(
-        "complex numbers: padding of the lowest number overflows",
-        lambda case: case.padding == "lowest" and case.work in COMPLEX,
-    ),
-    Known(
-        "padding of the lowest number overflows where the spread is tiny or the scale large",
-        lambda case: (
-            case.padding == "lowest" and (case.epsilon < 1e-6 or case.gain > 1 or case.size < 1)
-        ),
-    ),
-    Known(
         "one pass: a constant sample of huge data that is not constant; squares overflow",
         lambda case: (
             case.use_fast_variance

@@ -10,6 +10,7 @@ import contextlib
 import enum
 import functools
 import importlib
+import importlib.util
 import math
 from typing import Any, NamedTuple
 
@@ -84,6 +85,8 @@ class Backend(enum.Enum):
         return self.asarray(np.zeros(0, dtype=np.float32))
 
     def gpu_present(self) -> bool:
+        if importlib.util.find_spec(self.library) is None:
+            return False
         if self.library == "torch":
             return importlib.import_module("torch").cuda.is_available()
         if self.library == "jax":

@@ -269,6 +269,7 @@ def test_every_error_derives_from_a_package_and_a_builtin_error():
         errors.ArgumentTypeError: TypeError,
         errors.BackendImportError: ImportError,
         errors.AxisNameError: NameError,
+        errors.ArgumentStateError: RuntimeError,
     }
     for error, kind in kinds.items():
         assert issubclass(error, errors.GroupNormError)

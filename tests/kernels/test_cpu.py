@@ -416,3 +416,18 @@ def test_sums_under_masks_do_not_lose_digits(channels, positions, dtype, layout,
     assert_gradient(got.bias, gradients.bias, rtol=1e-6)
     if dtype == np.float32:
         assert_gradient(back(got.x), gradients.x, rtol=GRADIENT)
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 1e-90])
+@pytest.mark.parametrize("feature_axis", [-1, 1])
+def test_subnormal_data_without_an_epsilon_is_constant(feature_axis, epsilon, rng):
+    """Factors of 1e40 do not exist in float32; before, results had any size, or were NaN."""
+    x = (1e-40 * rng.normal(size=(2, 4, 50) if feature_axis == 1 else (2, 50, 4))).astype("f4")
+    scale, bias = rng.normal(size=(2, 4)).astype(np.float32)
+    y, pullback = group_norm_vjp(
+        x, scale, bias, num_groups=2, feature_axis=feature_axis, epsilon=epsilon,
+        implementation="fused",
+    )  # fmt: skip
+    y = np.moveaxis(y, feature_axis, -1)
+    np.testing.assert_allclose(y, np.broadcast_to(bias, y.shape), rtol=1e-6)
+    assert np.isfinite(pullback(np.ones_like(x)).x).all()

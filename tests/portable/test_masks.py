@@ -198,6 +198,8 @@ def check_finite_padding(backend, how, dtype, factors, activation, feature_axis,
     """The lowest and highest numbers where nothing is valid, with a cotangent of 0."""
     if dtype not in backend.dtypes:
         pytest.skip(f"{backend} has no {dtype}")
+    if dtype == "bfloat16":
+        pytest.importorskip("ml_dtypes", reason="NumPy's bfloat16 comes from ml_dtypes")
     spread, epsilon, size = FACTORS[factors]
     dtype = host_dtype(dtype)
     shape = (2, 20, 4) if feature_axis == -1 else (2, 4, 20)
@@ -220,7 +222,6 @@ def check_finite_padding(backend, how, dtype, factors, activation, feature_axis,
         got = differentiate(
             backend, padded, dy, scale, bias, how=how, mask=valid, dtype="input",
             activation=activation, **keywords, **more,
-            **keywords, **more,
         )  # fmt: skip
     keywords["mask"] = valid
     if np.dtype(dtype).kind not in "fc":  # of ml_dtypes
@@ -244,6 +245,8 @@ def check_finite_padding(backend, how, dtype, factors, activation, feature_axis,
     assert_gradient(got.bias, want.bias, rtol=rtol)
 
 
+# NumPy says that the normalized padding exceeds float16.
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
 @pytest.mark.parametrize("feature_axis", [-1, 1])
 @pytest.mark.parametrize(("dtype", "factors"), CASES)
 def test_finite_padding_leaks_into_no_gradient(backend, dtype, factors, feature_axis, rng):

@@ -346,7 +346,7 @@ def test_statistics_of_two_libraries_raise(backend):
         pytest.skip("the second library in this test is NumPy")
     x = np.ones((2, 8), np.float32)
     other = group_statistics(backend.asarray(x), num_groups=GROUPS)
-    name = {"torch": "PyTorch", "jax": "JAX"}.get(backend.library, backend.library)
+    name = {"torch": "PyTorch", "jax": "JAX", "cupy": "CuPy"}.get(backend.library, backend.library)
     message = r"statistics\[0\] are of {} \w+ and statistics\[1\] of {} arrays: "
     with pytest.raises(Type, match=message.format("NumPy", name)):
         merge_statistics(part(), other)

@@ -14,6 +14,7 @@ import numpy as np
 
 from groupnorm.distributed.axis_names import bound
 from groupnorm.distributed.replicas import Replicas
+from groupnorm.dtypes import is_numpy_float
 from groupnorm.errors import ArgumentTypeError, AxisNameError
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ __all__ = [
     "Kernels",
     "Planning",
     "Unsupported",
+    "admit_host_array",
     "as_native_contiguous",
     "library_of",
     "not_an_array",
@@ -345,3 +347,23 @@ def not_an_array(x: Any, argument: str) -> ArgumentTypeError:
         f"NumPy, JAX, PyTorch, CuPy or another array API library, such as "
         f"numpy.asarray({argument})."
     )
+
+
+def admit_host_array(x: Any, argument: str) -> Any:
+    """Return a NumPy array; reject the kinds that would silently give wrong results."""
+    if isinstance(x, np.ma.MaskedArray):
+        raise ArgumentTypeError(
+            f"{argument} is a numpy.ma.MaskedArray of shape {x.shape}: its mask would be "
+            f"ignored. Pass {argument}.data, and mask=~numpy.ma.getmaskarray({argument})."
+        )
+    if isinstance(x, np.matrix):
+        raise ArgumentTypeError(
+            f"{argument} is a numpy.matrix of shape {x.shape}, which always stays "
+            f"two-dimensional: pass numpy.asarray({argument})."
+        )
+    if x.dtype.kind in "OSUMmV" and not is_numpy_float(x.dtype):
+        raise ArgumentTypeError(
+            f"{argument} has dtype {x.dtype}: a numeric dtype is needed. Convert it with "
+            f"{argument}.astype('float32')."
+        )
+    return x

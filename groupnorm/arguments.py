@@ -3,6 +3,7 @@
 import math
 import numbers
 import operator
+import sys
 from collections.abc import Sequence
 from types import EllipsisType
 from typing import Any, NamedTuple
@@ -240,6 +241,11 @@ def check_in_size(in_size: Any, feature_axis: Any) -> InSize:
         raise ArgumentValueError(
             f"in_size={in_size!r} must hold at least one length, none of them negative: it is the "
             "shape of the input without the batch axis, such as (28, 28, 64) or just 64."
+        )
+    if math.prod(e for e in size if e is not ...) > sys.maxsize:
+        raise ArgumentValueError(
+            f"in_size={in_size!r} holds more elements than any array can: check the order of its "
+            "axes, and that they are lengths."
         )
     dots = ellipses[0] if ellipses else -1
     features: list[int] = []

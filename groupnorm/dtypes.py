@@ -1,12 +1,13 @@
 """Dtypes by name, for the dtype objects of every library."""
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 
 from groupnorm.errors import ArgumentTypeError, BackendImportError
 
-__all__ = ["NumpyDtypes", "dtype_name", "small_float"]
+__all__ = ["NumpyDtypes", "dtype_name", "is_numpy_float", "small_float"]
 
 
 def dtype_name(argument: str, dtype: Any, extra: tuple[str, ...] = ()) -> str:
@@ -26,7 +27,7 @@ def dtype_name(argument: str, dtype: Any, extra: tuple[str, ...] = ()) -> str:
     if name not in ("bfloat16",):
         try:
             name = np.dtype(name).name
-        except TypeError:
+        except (TypeError, ValueError):
             if not name.startswith("float8"):
                 name = "?"
     if name == "?" and isinstance(dtype, str):
@@ -49,9 +50,11 @@ def _name_of(dtype: Any) -> str:
         return text.removeprefix("torch.")
     if "array_api_strict" in type(dtype).__module__:
         return text.rpartition(".")[2]
+    if isinstance(dtype, Collection):  # for NumPy, these describe structured dtypes
+        return "?"
     try:
         return str(np.dtype(dtype).name)
-    except TypeError:
+    except (TypeError, ValueError):
         return text.rpartition(".")[2]
 
 
@@ -73,6 +76,13 @@ def small_float(name: str) -> "np.dtype[Any]":
     return dtype
 
 
+def is_numpy_float(dtype: Any) -> bool:
+    """Whether dtype is a real floating one; ml_dtypes' floats are of kind "V" or "f"."""
+    dtype = np.dtype(dtype)
+    small = dtype.kind == "V" and dtype.name.startswith(("bfloat", "float"))
+    return bool(dtype.kind == "f" or small)
+
+
 class NumpyDtypes:
     """The dtype methods of adapters whose dtypes are those of NumPy and ml_dtypes."""
 
@@ -88,10 +98,8 @@ class NumpyDtypes:
         return bool(np.dtype(dtype).kind == "c")
 
     def is_real_floating(self, dtype: Any) -> bool:
-        """Whether dtype is real floating; ml_dtypes' floats are of kind "V" or "f"."""
-        dtype = np.dtype(dtype)
-        small = dtype.kind == "V" and dtype.name.startswith(("bfloat", "float"))
-        return bool(dtype.kind == "f" or small)
+        """Whether dtype is real floating, those of ml_dtypes included."""
+        return is_numpy_float(dtype)
 
     def result_type(self, *dtypes: Any) -> Any:
         """Promote; small floats that NumPy cannot promote with each other become float32."""

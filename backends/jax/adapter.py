@@ -62,7 +62,16 @@ class JaxAdapter(Adapter):
         """Put x on a `jax.Device` or sharding, or a device named like ``"gpu"`` or ``"cpu:1"``."""
         if device is None:
             return x
-        return jax.device_put(x, _device(device) if isinstance(device, str) else device)
+        if isinstance(device, str):
+            return jax.device_put(x, _device(device))
+        try:
+            return jax.device_put(x, device)
+        except (TypeError, ValueError) as error:
+            raise ArgumentValueError(
+                f"device={device!r} is not a device or sharding of JAX for an array of shape "
+                f"{x.shape} ({str(error).partition(chr(10))[0]}): give a jax.Device, a sharding, "
+                "or a name such as 'cpu:0'."
+            ) from error
 
     def detach(self, x: Any) -> Any:
         """Stop gradients."""

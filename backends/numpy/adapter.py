@@ -5,12 +5,12 @@ from typing import Any
 import array_api_compat.numpy as xp
 import numpy as np
 
-from groupnorm.adapter import Adapter, Kernels
+from groupnorm.adapter import Adapter, Kernels, admit_host_array
 from groupnorm.backends.numpy.mpi import replicas_of
 from groupnorm.distributed.axis_names import bound
 from groupnorm.distributed.replicas import Replicas, over_all
 from groupnorm.dtypes import NumpyDtypes
-from groupnorm.errors import ArgumentTypeError, ArgumentValueError
+from groupnorm.errors import ArgumentValueError
 
 __all__ = ["NumpyAdapter", "numpy_adapter"]
 
@@ -30,26 +30,11 @@ class NumpyAdapter(NumpyDtypes, Adapter):
 
     def admit(self, x: Any, argument: str = "x") -> Any:
         """Reject the subclasses that would silently give wrong results."""
-        if isinstance(x, np.ma.MaskedArray):
-            raise ArgumentTypeError(
-                f"{argument} is a numpy.ma.MaskedArray of shape {x.shape}: its mask would be "
-                f"ignored. Pass {argument}.data, and mask=~numpy.ma.getmaskarray({argument})."
-            )
-        if isinstance(x, np.matrix):
-            raise ArgumentTypeError(
-                f"{argument} is a numpy.matrix of shape {x.shape}, which always stays "
-                f"two-dimensional: pass numpy.asarray({argument})."
-            )
-        if x.dtype.kind in "OSUMmV" and not self.is_real_floating(x.dtype):
-            raise ArgumentTypeError(
-                f"{argument} has dtype {x.dtype}: a numeric dtype is needed. Convert it with "
-                f"{argument}.astype('float32')."
-            )
-        return x
+        return admit_host_array(x, argument)
 
     def place(self, x: Any, device: Any) -> Any:
         """Accept the only device, the CPU."""
-        if device not in (None, "cpu"):
+        if device is not None and str(device) != "cpu":
             raise ArgumentValueError(
                 f"device={device!r} is not a NumPy device: NumPy computes on 'cpu' only. Use "
                 "backend='cupy', 'jax' or 'torch' for others."

@@ -119,8 +119,8 @@ class TorchAdapter(Adapter):
     def place(self, x: Any, device: Any) -> Any:
         """Move a tensor."""
         try:
-            return x if device is None else x.to(device)
-        except (RuntimeError, AssertionError, TypeError) as error:
+            return x if device is None else x.to(device=device)
+        except (RuntimeError, AssertionError, TypeError, ValueError) as error:
             raise ArgumentValueError(
                 f"device={device!r} is not a device that PyTorch can use here "
                 f"({str(error).partition(chr(10))[0]}): choose from "

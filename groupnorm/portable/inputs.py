@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from groupnorm.adapter import library_of, not_an_array
+from groupnorm.adapter import admit_host_array, library_of, not_an_array
 from groupnorm.arguments import CallOptions
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
 from groupnorm.plan import make_plan, make_plan_uncached, same_shape
@@ -22,6 +22,7 @@ __all__ = [
     "check_cotangent",
     "check_same_library",
     "dtypes_of",
+    "from_numpy",
     "from_work",
     "host_mask",
     "is_floating",
@@ -199,6 +200,21 @@ def check_cotangent(adapter: "Adapter", dy: Any, x: Array) -> Array:
     return dy
 
 
+def from_numpy(adapter: "Adapter", value: "np.ndarray[Any, Any]", argument: str, x: Array) -> Array:
+    """Copy a NumPy array to x's library and device.
+
+    Raises
+    ------
+    ArgumentTypeError
+        If it is no array of numbers, or the library lacks its dtype.
+    """
+    admit_host_array(value, argument)
+    try:
+        return adapter.from_host(value, x)
+    except ArgumentTypeError as error:
+        raise ArgumentTypeError(f"{argument} has dtype {value.dtype}: {error}") from error
+
+
 def _parameter(
     adapter: "Adapter", argument: str, value: Any, x: Array, plan: "Plan"
 ) -> Array | None:
@@ -206,7 +222,7 @@ def _parameter(
         return None
     # NumPy arrays are accepted with every library, as constants.
     if isinstance(value, np.ndarray) and not adapter.is_array(value):
-        value = adapter.from_host(value, x)
+        value = from_numpy(adapter, value, argument, x)
     value = check_same_library(adapter, value, argument, x)
     shape = tuple(value.shape)
     if not (same_shape(shape, plan.feature_shape) or same_shape(shape, (plan.channels,))):

@@ -9,7 +9,7 @@ import numpy as np
 from groupnorm.adapter import library_of, not_an_array
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
 from groupnorm.plan import same_shape
-from groupnorm.portable.inputs import check_same_library, is_floating
+from groupnorm.portable.inputs import check_same_library, from_numpy, is_floating
 from groupnorm.portable.merge import GroupStatistics, merge
 from groupnorm.typing import Array
 
@@ -204,7 +204,7 @@ def _array(adapter: "Adapter", argument: str, value: Any, x: Array, plan: "Plan"
         dtype = x.dtype if isinstance(value, complex) else adapter.real_dtype(x.dtype)
         return xp.full(shape, value, dtype=dtype, device=adapter.device_of(x))
     if isinstance(value, np.ndarray) and not adapter.is_array(value):
-        value = adapter.from_host(value, x)
+        value = from_numpy(adapter, value, argument, x)
     value = check_same_library(adapter, value, argument, x)
     if not same_shape(tuple(value.shape), shape):
         raise ArgumentValueError(

@@ -114,7 +114,8 @@ class Worker(threading.Thread):
             mask = valid = rng.random((shape[0], shape[1], 1)) < 0.8
             x = np.where(valid, x, x.dtype.type(np.nan))
         result = np.result_type(x.dtype, np.float32)
-        dy = dy.astype(result)
+        # Exact in x's dtype, in which a layer that is an `nn.GroupNorm` returns y.
+        dy = dy.astype(x.dtype).astype(result)
         scale, bias = (
             np.linspace(*ends, channels, dtype=np.float32).astype(np.float64)
             for ends in (SCALES, BIASES)

@@ -168,6 +168,11 @@ def check_same_library(adapter: "Adapter", value: Any, argument: str, x: Array) 
         other = library_of(value)
         if other is None:
             raise not_an_array(value, argument)
+        if getattr(value.dtype, "names", None):  # float0, which JAX takes for its own arrays
+            raise ArgumentTypeError(
+                f"{argument} has dtype {value.dtype}: it holds no numbers. Pass an array of "
+                f"numbers, such as zeros in the dtype of x."
+            )
         raise ArgumentTypeError(
             f"x is of {adapter.array_name} and {argument} of {other} arrays: arrays are not "
             "converted between libraries implicitly. Convert one of them; for a layer, "

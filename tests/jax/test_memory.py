@@ -1,0 +1,120 @@
+"""JAX arrays whose memory is gone or shared: an error or right values, never a crash."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from groupnorm import group_norm, group_norm_vjp
+from groupnorm.errors import ArgumentTypeError
+from tests import oracle
+from tests.rows import CONTRACT, GRADIENT, assert_close, assert_gradient
+
+SHAPE, GROUPS = (2, 300, 8), 2
+IMPLEMENTATIONS = [None, "portable"]
+
+
+@pytest.fixture(params=IMPLEMENTATIONS, ids=["default", "portable"])
+def options(request):
+    return {"num_groups": GROUPS, "implementation": request.param}
+
+
+def draw(rng):
+    x, dy = rng.normal(size=(2, *SHAPE)).astype(np.float32)
+    return x, dy, rng.normal(size=8).astype(np.float32)
+
+
+@pytest.mark.parametrize("deleted", ["x", "scale", "mask", "dy"])
+def test_a_deleted_array_raises(deleted, options, rng):
+    x, dy, scale = map(jnp.asarray, draw(rng))
+    arrays = {"x": x, "scale": scale, "mask": jnp.ones((2, 300, 1), bool), "dy": dy}
+    arrays[deleted].delete()
+
+    def call():
+        dy = arrays.pop("dy")
+        return group_norm_vjp(**arrays, **options)[1](dy).x.block_until_ready()
+
+    with pytest.raises((RuntimeError, ValueError), match="deleted"):
+        call()
+
+
+def test_donated_input(options, rng):
+    x, _, _ = draw(rng)
+    function = jax.jit(lambda x: group_norm(x, **options), donate_argnums=0)
+    given = jnp.array(x)
+    y = function(given)
+    assert_close(np.asarray(y), oracle.group_norm(x, num_groups=GROUPS), tolerance=CONTRACT)
+    with pytest.raises((RuntimeError, ValueError), match="deleted"):
+        group_norm(given, **options).block_until_ready()
+
+
+def test_pullbacks_keep_host_parameters_and_masks(options, rng):
+    x, dy, scale = draw(rng)
+    mask = rng.random((2, 300, 1)) < 0.7
+    want = oracle.group_norm_gradients(x, dy, scale, None, num_groups=GROUPS, mask=mask)
+    _, pullback = group_norm_vjp(jnp.asarray(x), scale, mask=mask, **options)
+    scale *= 3
+    mask[:] = True
+    assert_gradient(np.asarray(pullback(jnp.asarray(dy)).x), want.x, rtol=GRADIENT)
+
+
+def test_values_are_those_at_the_time_of_the_call(options, rng):
+    """JAX's arrays may share the memory of NumPy's; what it copied must not change."""
+    x, _, _ = draw(rng)
+    given = jnp.array(x)
+    want = oracle.group_norm(x, num_groups=GROUPS)
+    y = group_norm(given, **options)
+    x *= 100
+    assert_close(np.asarray(y), want, tolerance=CONTRACT)
+
+
+def test_a_cotangent_without_numbers(options, rng):
+    x, _, _ = draw(rng)
+    _, pullback = group_norm_vjp(jnp.asarray(x), **options)
+    with pytest.raises(ArgumentTypeError, match=r"dy has dtype .*float0"):
+        pullback(np.zeros(SHAPE, jax.dtypes.float0))
+
+
+@pytest.mark.parametrize("transform", ["vmap of grad", "jacobians", "jvp of vjp", "scan", "remat"])
+def test_transformations(transform, options, rng):
+    """By JAX's own derivatives of a plain formula in float64."""
+    x, dy, scale = (a[..., :20, :] if a.ndim > 1 else a for a in draw(rng))
+
+    def ours(x, scale):
+        return group_norm(x, scale, **options)
+
+    def plain(x, scale):
+        grouped = x.reshape(*x.shape[:-1], GROUPS, -1)
+        mean = grouped.mean((-3, -1), keepdims=True)
+        var = ((grouped - mean) ** 2).mean((-3, -1), keepdims=True)
+        return ((grouped - mean) / jnp.sqrt(var + 1e-6)).reshape(x.shape) * scale
+
+    def derived(f, x, dy, scale):
+        def loss(x, scale):
+            return (f(x, scale) * dy[:1]).sum()
+
+        if transform == "vmap of grad":
+            return jax.vmap(
+                jax.grad(lambda a, s: (f(a[None], s) * dy[:1]).sum(), (0, 1)), (0, None)
+            )(x, scale)
+        if transform == "jacobians":
+
+            def few(s):
+                return f(x, s)[0, :3]
+
+            return jax.jacrev(few)(scale), jax.jacfwd(few)(scale), jax.hessian(loss, 1)(x, scale)
+        if transform == "jvp of vjp":
+            return jax.jvp(jax.grad(loss), (x, scale), (dy, scale))
+        if transform == "scan":
+            return jax.grad(
+                lambda x: jax.lax.scan(lambda c, _: (f(c, scale), None), x, None, 3)[0][0, 0].sum()
+            )(x)
+        return jax.grad(jax.checkpoint(loss), (0, 1))(x, scale)
+
+    got = derived(ours, *map(jnp.asarray, (x, dy, scale)))
+    with jax.enable_x64(True):
+        want = derived(plain, *(jnp.asarray(a, "float64") for a in (x, dy, scale)))
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert_gradient(np.asarray(g), np.asarray(w), rtol=2e-5, at_least=1e-3)

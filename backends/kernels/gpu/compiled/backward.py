@@ -56,6 +56,8 @@ def _load_tile(
         rstd, CHANNELS_FIRST
     )
     xhat = tl.where(exists, xhat, 0.0)  # padding could overflow, and 0 * inf be summed
+    if MASK != 0:  # so could what is masked out, where rstd or the scale is large
+        xhat = tl.where(counted, xhat, tl.minimum(tl.maximum(xhat, -1e18), 1e18))
     factor = tl.zeros([TILE_CHANNELS_P2], tl.float32) + 1.0
     if SCALE:
         factor = parameter_of(scale, first, channel_exists, TILE_CHANNELS_P2)

@@ -16,7 +16,7 @@ from groupnorm.backends.torch.internals import (
     assume_constant,
     has_memory,
     is_exporting,
-    is_recorded,
+    is_traced,
     is_zero_tensor,
 )
 from groupnorm.backends.torch.memory import check_memory
@@ -135,7 +135,7 @@ class TorchAdapter(Adapter):
         """Return the value, or None while compiling, under torch.func, or on an accelerator."""
         if torch.compiler.is_compiling() or x.device.type != "cpu" or not has_memory(x):
             return None
-        if is_recorded():  # the decision would be kept for all values
+        if is_traced():  # the decision would be kept for all values
             return None
         return bool(x)
 
@@ -187,7 +187,7 @@ class TorchAdapter(Adapter):
 
     def erfc(self, x: Any) -> Any:
         """1 - erf(x); None for ONNX, which has no such operator."""
-        if is_recorded() and torch.onnx.is_in_onnx_export():
+        if is_traced() and torch.onnx.is_in_onnx_export():
             return None
         return torch.special.erfc(x)
 

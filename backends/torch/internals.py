@@ -23,7 +23,6 @@ __all__ = [
     "has_modes",
     "in_forward_mode",
     "is_exporting",
-    "is_recorded",
     "is_seen_through",
     "is_traced",
     "is_transformed",
@@ -148,11 +147,6 @@ def is_traced() -> bool:
 def is_seen_through() -> bool:
     """Whether a tracer, forward mode or a dispatch mode must see the individual operations."""
     return _forward_ad._current_level >= 0 or _modes() > 0 or _tracing_state() is not None
-
-
-def is_recorded() -> bool:
-    """Whether torch.jit.trace records this computation."""
-    return _tracing_state() is not None
 
 
 def apply_without_transforms(function: Any) -> Any:

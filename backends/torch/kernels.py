@@ -168,7 +168,7 @@ def _gradients(
 
 def _differentiable(call: Any, x: Any, scale: Any, bias: Any) -> Any:
     """Compute a bound call; autograd can differentiate the result."""
-    if not torch.is_grad_enabled() or not requires_grad(x, scale, bias):
+    if not requires_grad(x, scale, bias):
         return call.forward(x)[0]
     # Autograd saves tensors only.
     kept = _NO_CONSTANTS

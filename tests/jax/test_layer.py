@@ -83,7 +83,8 @@ def test_flattening_takes_anything_as_a_leaf(rng):
     assert jax.tree.map(lambda a: a.ndim, layer).scale == 1
 
 
-def test_equal_layers_share_one_compilation(rng):
+def counted_call():
+    """Return a compiled call of a layer, and the list of the layers it was compiled for."""
     traces = []
 
     @jax.jit
@@ -91,6 +92,11 @@ def test_equal_layers_share_one_compilation(rng):
         traces.append(layer)
         return layer(x)
 
+    return call, traces
+
+
+def test_equal_layers_share_one_compilation(rng):
+    call, traces = counted_call()
     x = array(rng, 2, 5, CHANNELS)
     first, second = make(rng), make(rng)
     assert_equals_oracle(first, x, call(first, x))
@@ -333,13 +339,7 @@ def test_initializers_are_no_part_of_a_layer(rng):
         for size in sizes
         for init in (jax.nn.initializers.constant(0.5), lambda shape, dtype: np.ones(shape, dtype))
     ]
-    traces = []
-
-    @jax.jit
-    def call(layer, x):
-        traces.append(layer)
-        return layer(x)
-
+    call, traces = counted_call()
     x = array(rng, 2, 5, CHANNELS)
     for layer in layers:
         assert jax.tree.structure(layer) == jax.tree.structure(layers[0])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,8 @@ import pytest
 
 from groupnorm import group_norm, group_norm_vjp, group_statistics, normalize
 from tests import oracle
+from tests.portable.test_activation import reference as activated
+from tests.portable.test_activation import reference_gradients
 from tests.rows import CONTRACT, CONTRACT_64, GRADIENT, assert_close, assert_gradient
 
 MODES = {
@@ -62,26 +63,12 @@ def draw(rng, call, masked):
     return x, dy, scale, bias, keywords, dtype
 
 
-def activate(z, name):
-    """Return the activation and its slope."""
-    if name is None:
-        return z, np.ones_like(z)
-    if name == "relu":
-        return np.maximum(z, 0), (z > 0).astype(float)
-    if name == "silu":
-        s = 1 / (1 + np.exp(-z))
-        return z * s, s * (1 + z * (1 - s))
-    cdf = 0.5 * (1 + np.vectorize(math.erf)(z / np.sqrt(2)))
-    return z * cdf, cdf + z * np.exp(-z * z / 2) / np.sqrt(2 * np.pi)
-
-
 def reference(x, dy, scale, bias, keywords):
     """Return y and the gradients in float64."""
-    keywords = {k: v for k, v in keywords.items() if k != "use_fast_variance"}
-    activation = keywords.pop("activation", None)
-    y = oracle.group_norm(x, scale, bias, **keywords)
-    y, slope = activate(y, activation)
-    return y, oracle.group_norm_gradients(x, dy * slope, scale, bias, **keywords)
+    keywords = {"activation": None, **keywords}
+    keywords.pop("use_fast_variance", None)
+    y = activated(x, scale, bias, **keywords)
+    return y, reference_gradients(x, dy, scale, bias, **keywords)
 
 
 def check(got, want, dtype):

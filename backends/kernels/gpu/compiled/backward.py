@@ -12,7 +12,12 @@ of each sample. Parts are ``(samples * groups, tiles of a group, 2)``.
 import triton
 import triton.language as tl
 
-from groupnorm.backends.kernels.gpu.compiled.elements import activation_vjp, clamp_masked, finite
+from groupnorm.backends.kernels.gpu.compiled.elements import (
+    activation_vjp,
+    clamp_masked,
+    clamp_normalized,
+    finite,
+)
 from groupnorm.backends.kernels.gpu.compiled.tiles import (
     UNSPECIALIZED,
     chunks_of,
@@ -56,11 +61,12 @@ def _load_tile(
         rstd, CHANNELS_FIRST
     )
     xhat = tl.where(exists, xhat, 0.0)  # padding could overflow, and 0 * inf be summed
-    if MASK != 0:  # so could what is masked out, where rstd or the scale is large
-        xhat = tl.where(counted, xhat, tl.minimum(tl.maximum(xhat, -1e18), 1e18))
     factor = tl.zeros([TILE_CHANNELS_P2], tl.float32) + 1.0
     if SCALE:
         factor = parameter_of(scale, first, channel_exists, TILE_CHANNELS_P2)
+    if MASK != 0:  # so could what is masked out, or its product with the scale
+        largest = spread(tl.maximum(tl.abs(factor), 1.0), CHANNELS_FIRST)
+        xhat = tl.where(counted, xhat, clamp_normalized(xhat, largest))
     if ACTIVATION != 0:
         z = xhat * spread(factor, CHANNELS_FIRST)
         if BIAS:

@@ -5,7 +5,16 @@ import triton.language as tl
 
 from groupnorm.backends.kernels.erfc import ERFC_POWERS
 
-__all__ = ["GELU", "RELU", "SILU", "activated", "activation_vjp", "clamp_masked", "finite"]
+__all__ = [
+    "GELU",
+    "RELU",
+    "SILU",
+    "activated",
+    "activation_vjp",
+    "clamp_masked",
+    "clamp_normalized",
+    "finite",
+]
 
 # The numbers in `variants.ACTIVATIONS`; 0 is no activation.
 RELU = tl.constexpr(1)
@@ -26,6 +35,13 @@ def clamp_masked(value):
     """Clamp a masked-out value so that products stay finite; map NaN and inf to 0."""
     bounded = tl.minimum(tl.maximum(value, -5e33), 5e33)
     return tl.where(finite(value), bounded, 0.0)
+
+
+@triton.jit
+def clamp_normalized(value, factor=1.0):
+    """Clamp a masked-out value after normalization: its product with a factor >= 1 stays finite."""
+    limit = 3e37 / factor
+    return tl.minimum(tl.maximum(value, -limit), limit)
 
 
 @triton.jit

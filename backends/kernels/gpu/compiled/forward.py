@@ -11,7 +11,11 @@ Statistics are ``(2, samples * groups, 2)``: the mean's two parts; 1 / sqrt(var 
 import triton
 import triton.language as tl
 
-from groupnorm.backends.kernels.gpu.compiled.elements import activated, clamp_masked
+from groupnorm.backends.kernels.gpu.compiled.elements import (
+    activated,
+    clamp_masked,
+    clamp_normalized,
+)
 from groupnorm.backends.kernels.gpu.compiled.tiles import (
     UNSPECIALIZED,
     chunks_of,
@@ -101,14 +105,16 @@ def _read(x, begin, offsets, exists, counted, MASK: tl.constexpr):
 
 @triton.jit
 def _write(
-    y, normalized, factor, bias, begin, offsets, exists, first, channel_exists,
+    y, deviation, factor, bias, begin, offsets, exists, counted, first, channel_exists,
     TILE_CHANNELS_P2: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
-    CHANNELS_FIRST: tl.constexpr,
+    CHANNELS_FIRST: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """Write activation(normalized * factor + bias)."""
-    z = normalized * spread(factor, CHANNELS_FIRST)
+    """Write activation(deviation * factor + bias)."""
+    z = deviation * spread(factor, CHANNELS_FIRST)
     if BIAS:
         z += spread(parameter_of(bias, first, channel_exists, TILE_CHANNELS_P2), CHANNELS_FIRST)
+    if MASK != 0:  # an activation of inf may be NaN
+        z = tl.where(counted, z, clamp_normalized(z))
     tl.store(y + begin + offsets, activated(z, ACTIVATION).to(y.dtype.element_ty), mask=exists)
 
 
@@ -167,8 +173,8 @@ def whole(
         factor *= parameter_of(scale, first, channel_exists, TILE_CHANNELS_P2)
     _write(
         y, (value - spread(mean, CHANNELS_FIRST)) - spread(missed, CHANNELS_FIRST), factor, bias,
-        begin, offsets, exists, first, channel_exists, TILE_CHANNELS_P2, BIAS, ACTIVATION,
-        CHANNELS_FIRST,
+        begin, offsets, exists, counted, first, channel_exists, TILE_CHANNELS_P2, BIAS, ACTIVATION,
+        CHANNELS_FIRST, MASK,
     )  # fmt: skip
     group = sample.to(tl.int64) * (CHANNELS // GROUP_SIZE) + group_of(
         first, GROUP_SIZE, TILE_CHANNELS_P2
@@ -342,6 +348,6 @@ def apply(
         factor *= parameter_of(scale, first, channel_exists, TILE_CHANNELS_P2)
     _write(
         y, (value - spread(high, CHANNELS_FIRST)) - spread(low, CHANNELS_FIRST), factor, bias,
-        begin, offsets, exists, first, channel_exists, TILE_CHANNELS_P2, BIAS, ACTIVATION,
-        CHANNELS_FIRST,
+        begin, offsets, exists, counted, first, channel_exists, TILE_CHANNELS_P2, BIAS, ACTIVATION,
+        CHANNELS_FIRST, MASK,
     )  # fmt: skip

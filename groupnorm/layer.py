@@ -85,13 +85,16 @@ class Layer(ConfigProperties):
             implementation=implementation,
             feature_shape=size.feature_shape,
         )
-        channels = int(np.prod(size.feature_shape))
-        groups = resolve_groups(channels, options.num_groups, options.group_size)
+        # Written in one way, so that equal layers are equal.
+        channels = math.prod(size.feature_shape)
+        options = options._replace(
+            num_groups=resolve_groups(channels, options.num_groups, options.group_size),
+            group_size=None,
+            reduction=None if options.reduction is None else tuple(sorted(options.reduction)),
+        )
         config = LayerConfig(
             in_size=size.in_size,
             feature_axis=size.feature_axis,
-            num_groups=groups,
-            group_size=channels // groups,
             options=options,
             use_bias=flag("use_bias", use_bias),
             use_scale=flag("use_scale", use_scale),

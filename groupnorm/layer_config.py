@@ -1,5 +1,6 @@
 """A layer's configuration (everything but its parameters), its properties and repr."""
 
+import math
 import pickle
 from types import EllipsisType
 from typing import Any, ClassVar, NamedTuple
@@ -12,12 +13,13 @@ __all__ = ["ConfigProperties", "LayerConfig"]
 
 
 class LayerConfig(NamedTuple):
-    """Everything but the parameters; hashable, so that equal layers share compiled programs."""
+    """Everything but the parameters; hashable, so that equal layers share compiled programs.
+
+    The options are written in one way: `num_groups` is set, and `reduction` is sorted.
+    """
 
     in_size: "tuple[int | EllipsisType, ...]"
     feature_axis: int | tuple[int, ...]
-    num_groups: int
-    group_size: int
     options: CallOptions
     use_bias: bool
     use_scale: bool
@@ -28,8 +30,15 @@ class LayerConfig(NamedTuple):
 
     @property
     def _identity(self) -> tuple[Any, ...]:
-        """All fields but the initializers: they made the values, and have no effect on calls."""
-        return (*self[:7], *self[9:])
+        """What calls depend on and users read.
+
+        Not the initializers, which made the values, nor how the feature axes were written:
+        `options.feature` holds them.
+        """
+        return (
+            self.in_size, self.options, self.use_bias, self.use_scale, self.param_type,
+            self.param_dtype,
+        )  # fmt: skip
 
     def __eq__(self, other: object) -> bool:
         """Whether layers with these configurations compute the same."""
@@ -43,8 +52,10 @@ class LayerConfig(NamedTuple):
 
     def __reduce__(self) -> Any:
         """Pickle without the initializers that cannot be pickled, such as local functions."""
-        inits = (i if _can_be_pickled(i) else _not_pickled for i in self[7:9])
-        return LayerConfig, (*self[:7], *inits, *self[9:])
+        bias_init, scale_init = (
+            i if _can_be_pickled(i) else _not_pickled for i in (self.bias_init, self.scale_init)
+        )
+        return LayerConfig, (*self._replace(bias_init=bias_init, scale_init=scale_init),)
 
     def __deepcopy__(self, memo: Any) -> "LayerConfig":
         """Return self: it is immutable, and a process group cannot be copied."""
@@ -54,6 +65,11 @@ class LayerConfig(NamedTuple):
     def feature_shape(self) -> tuple[int, ...]:
         """The lengths of the feature axes."""
         return self.options.feature_shape or ()
+
+    @property
+    def num_groups(self) -> int:
+        """The number of groups."""
+        return self.options.num_groups or 1  # never None
 
     @property
     def as_torch_native(self) -> bool:
@@ -122,7 +138,7 @@ class ConfigProperties:
     @property
     def group_size(self) -> int:
         """The number of channels per group."""
-        return self._config.group_size
+        return math.prod(self._config.feature_shape) // self.num_groups
 
     @property
     def epsilon(self) -> float:
@@ -197,11 +213,6 @@ class ConfigProperties:
         config, options = self._config, self._config.options
         size = ", ".join("..." if n is ... else str(n) for n in config.in_size)
         parts = [f"({size},)" if len(config.in_size) == 1 else f"({size})"]
-        grouping = (
-            {"num_groups": options.num_groups}
-            if options.group_size is None
-            else {"num_groups": None, "group_size": options.group_size}
-        )
         shown = {
             "feature_axis": (config.feature_axis, -1),
             "epsilon": (options.epsilon, 1e-6),
@@ -216,7 +227,7 @@ class ConfigProperties:
             "activation": (options.activation, None),
             "implementation": (options.implementation, None),
         }
-        parts += [f"{name}={value!r}" for name, value in grouping.items()]
+        parts.append(f"num_groups={self.num_groups}")
         parts += [
             f"{name}={v!r}"
             for name, (v, default) in shown.items()

@@ -111,7 +111,7 @@ class TorchGroupNorm(GroupNorm, torch.nn.Module):
 
     @num_groups.setter
     def num_groups(self, value: int) -> None:
-        self._regroup(positive("num_groups", value), self.num_channels)
+        self._configure(self._config, num_groups=positive("num_groups", value))
 
     @property
     def num_channels(self) -> int:
@@ -131,12 +131,6 @@ class TorchGroupNorm(GroupNorm, torch.nn.Module):
         size = list(config.in_size)
         size[config.feature_axis] = channels
         self._configure(config._replace(in_size=tuple(size)), feature_shape=(channels,))
-        self._regroup(self.num_groups, channels)
-
-    def _regroup(self, groups: int, channels: int) -> None:
-        """Set the number of groups, which may not divide the channels until both are set."""
-        config = self._config._replace(num_groups=groups, group_size=channels // groups)
-        self._configure(config, num_groups=groups, group_size=None)
 
     # Initialization -------------------------------------------------------------------------------
 

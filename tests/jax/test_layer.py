@@ -349,3 +349,99 @@ def test_initializers_are_no_part_of_a_layer(rng):
     assert len(traces) == 1
     other = GroupNorm(CHANNELS, num_groups=GROUPS, backend="jax", epsilon=0.5)
     assert jax.tree.structure(other) != jax.tree.structure(layers[0])
+
+
+#: Pairs of one layer's arguments, written in two ways.
+SPELLINGS = {
+    "groups by number or size": (
+        (8,),
+        {"num_groups": 4},
+        (8,),
+        {"num_groups": None, "group_size": 2},
+    ),
+    "numpy integers": (
+        (8, -1, 4),
+        {},
+        (np.int64(8), np.int8(-1)),
+        {"num_groups": None, "group_size": np.uint8(2)},
+    ),
+    "feature axis from either end": (((3, 8),), {"num_groups": 4}, ([3, 8], 1), {"num_groups": 4}),
+    "feature axis in a tuple": ((8,), {"num_groups": 4}, (8, (0,)), {"num_groups": 4}),
+    "feature axes in any order": (
+        ((2, 3, 4), (0, 2)),
+        {"num_groups": 4},
+        (np.array([2, 3, 4]), [-1, -3]),
+        {"num_groups": None, "group_size": 2},
+    ),
+    "channels first": (
+        ((8, ...), 0),
+        {"num_groups": 4},
+        ([8, ...], (-2,)),
+        {"num_groups": None, "group_size": 2},
+    ),
+    "reduction axes in any order": (
+        (8,),
+        {"num_groups": 4, "reduction_axes": (1, -1)},
+        (8,),
+        {"num_groups": 4, "reduction_axes": [-1, 1]},
+    ),
+    "epsilon and dtypes": (
+        (8,),
+        {"num_groups": 4, "epsilon": 1, "dtype": "float32", "param_dtype": "bfloat16"},
+        (8,),
+        {"num_groups": 4, "epsilon": 1.0, "dtype": np.float32, "param_dtype": jnp.bfloat16},
+    ),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_layers_written_in_two_ways_are_equal(spelling, rng):
+    """They have one tree, share a compilation, and say the same of themselves."""
+    size, keywords, other_size, other_keywords = SPELLINGS[spelling]
+    one = GroupNorm(*size, backend="jax", **keywords)
+    other = GroupNorm(*other_size, backend="jax", **other_keywords)
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    assert hash(jax.tree.structure(one)) == hash(jax.tree.structure(other))
+    assert (one.num_groups, one.group_size) == (other.num_groups, other.group_size) == (4, 2)
+    assert one.in_size == other.in_size
+    call, traces = counted_call()
+    features = one.scale.shape
+    shape = {1: (2, 8, 5) if ... in one.in_size else (2, 5, 3, 8), 2: (3, 2, 5, 4)}[len(features)]
+    x = array(rng, *shape)
+    y, y2 = call(one, x), call(other, x)
+    assert len(traces) == 1
+    np.testing.assert_array_equal(y, y2)
+    axes = {1: 1 if ... in one.in_size else 3, 2: (1, 3)}[len(features)]
+    reduction = None if one.reduction_axes is None else (1, 3)
+    want = oracle.group_norm(
+        np.asarray(x),
+        num_groups=4,
+        feature_axis=axes,
+        reduction_axes=reduction,
+        epsilon=one.epsilon,
+    )
+    assert_close(np.asarray(y), want, tolerance=2 * CONTRACT)
+    # repr is the constructor call of an equal layer.
+    for layer in (one, other):
+        again = eval(repr(layer), {"GroupNorm": GroupNorm})
+        assert jax.tree.structure(again) == jax.tree.structure(one)
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {"num_groups": 2},
+        {"num_groups": None, "group_size": 4},
+        {"in_size": (5, 8)},
+        {"feature_axis": 0, "in_size": (8, ...)},
+        {"reduction_axes": (1, 2, -1)},
+        {"use_bias": False},
+        {"param_dtype": "float16"},
+        {"activation": "relu"},
+    ],
+    ids=str,
+)
+def test_other_layers_differ(keywords):
+    base = GroupNorm(in_size=8, num_groups=4, backend="jax")
+    other = GroupNorm(**{"in_size": 8, "num_groups": 4, "backend": "jax"} | keywords)
+    assert jax.tree.structure(base) != jax.tree.structure(other)

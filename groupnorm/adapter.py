@@ -7,7 +7,7 @@ specific library.
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import array_api_compat
 import numpy as np
@@ -15,11 +15,13 @@ import numpy as np
 from groupnorm.distributed.axis_names import bound
 from groupnorm.distributed.replicas import Replicas
 from groupnorm.dtypes import is_numpy_float
-from groupnorm.errors import ArgumentTypeError, AxisNameError
+from groupnorm.errors import ArgumentTypeError, ArgumentValueError, AxisNameError
 
 if TYPE_CHECKING:
     from groupnorm.arguments import CallOptions
     from groupnorm.typing import Array
+
+Result = TypeVar("Result")
 
 __all__ = [
     "Adapter",
@@ -150,6 +152,21 @@ class Adapter:
     def device_of(self, x: "Array") -> Any:
         """Return the array's device; None while tracing."""
         return getattr(x, "device", None)
+
+    def check_together(self, x: "Array", other: "Array", argument: str) -> None:
+        """Check that an argument can be combined with x.
+
+        Raises
+        ------
+        ArgumentTypeError, ArgumentValueError
+            If it is on another device.
+        """
+        x_device, device = self.device_of(x), self.device_of(other)
+        if x_device is not None and device is not None and x_device != device:
+            raise ArgumentValueError(
+                f"{argument} is on device {device} and x on device {x_device}: arrays are not "
+                "moved between devices implicitly. Move one of them."
+            )
 
     def place(self, x: "Array", device: Any) -> "Array":
         """Move an array to the given device; None leaves it on its device."""
@@ -306,10 +323,10 @@ class Adapter:
         """Import and return the library's kernels; called once, by `kernels`."""
         return Kernels(f"there are no kernels for {self.array_name}")
 
-    def portable(self, compute: "Callable[..., Array]", *arguments: Any) -> "Array":
-        """Call `compute`, the portable `group_norm`, with this adapter and the arguments.
+    def portable(self, compute: "Callable[..., Result]", *arguments: Any) -> "Result":
+        """Call `compute`, the portable `group_norm` or `group_norm_vjp`, with this adapter.
 
-        A library may differentiate it as a whole, by `group_norm_vjp`.
+        A library may differentiate the former as a whole, by the latter.
         """
         return compute(self, *arguments)
 

@@ -214,7 +214,7 @@ def compute_with_pullback(
     """Normalize as `compute` does, and return the pullback as well."""
     wanted = options.implementation
     if wanted == "portable" or adapter.is_sharded(x):
-        return group_norm_vjp(adapter, x, scale, bias, mask, options)
+        return adapter.portable(group_norm_vjp, x, scale, bias, mask, options)
     result: Any
     if wanted == "native":
         result = Unsupported("the library's own group normalization comes without a pullback")
@@ -226,7 +226,7 @@ def compute_with_pullback(
         return result  # type: ignore[no-any-return]
     if wanted is not None:
         _refuse(result, adapter, x, scale, bias, mask, options)
-    return group_norm_vjp(adapter, x, scale, bias, mask, options)
+    return adapter.portable(group_norm_vjp, x, scale, bias, mask, options)
 
 
 _REPLICAS = Unsupported("statistics of replicas are pooled by the portable implementation")

@@ -13,7 +13,7 @@ from groupnorm.backends.jax.debugging import as_one_operation, is_debugging
 from groupnorm.backends.jax.internals import explicit_axes
 from groupnorm.backends.jax.sharding import over_shards
 from groupnorm.distributed.replicas import Replicas
-from groupnorm.errors import ArgumentValueError, AxisNameError
+from groupnorm.errors import ArgumentTypeError, ArgumentValueError, AxisNameError
 
 __all__ = ["JaxAdapter", "jax_adapter"]
 
@@ -29,6 +29,24 @@ class JaxAdapter(Adapter):
     def is_array(self, x: object) -> bool:
         """Whether x is an array or a tracer."""
         return isinstance(x, jax.Array)
+
+    def admit(self, x: Any, argument: str = "x") -> Any:
+        """Reject keys of random numbers, and numbers of dtypes that JAX does not promote."""
+        dtype = x.dtype
+        if not isinstance(dtype, np.dtype):
+            raise ArgumentTypeError(
+                f"{argument} has dtype {dtype}: it holds no numbers. Pass an array of numbers."
+            )
+        if (
+            dtype.itemsize == 1
+            and argument not in ("mask", "dy")  # which are converted as they are
+            and jnp.issubdtype(dtype, jnp.floating)
+        ):
+            raise ArgumentTypeError(
+                f"{argument} has dtype {dtype}, which JAX does not promote: pass "
+                f"{argument}.astype('bfloat16')."
+            )
+        return x
 
     def device_of(self, x: Any) -> Any:
         """Leave placement to JAX: tracers have no device, and JAX itself refuses to mix them."""
@@ -103,7 +121,12 @@ class JaxAdapter(Adapter):
                 "which rounds values to 32 bits. Call jax.config.update('jax_enable_x64', True) "
                 "first, or use 32-bit parameters."
             )
-        return jnp.asarray(as_native_contiguous(value))
+        try:
+            return jnp.asarray(as_native_contiguous(value))
+        except TypeError as error:
+            raise ArgumentTypeError(
+                f"JAX has no dtype {name}. Convert the array, such as with .astype('float32')."
+            ) from error
 
     def dtype(self, name: str) -> Any:
         """Return the dtype, narrowed to 32 bits unless 64-bit dtypes are enabled."""
@@ -116,7 +139,14 @@ class JaxAdapter(Adapter):
     def result_type(self, *dtypes: Any) -> Any:
         """Promote by JAX's standard rules, under strict ones too: the result's dtype is stated."""
         config: Any = jax.config
-        return _promoted(config.jax_enable_x64, dtypes)
+        try:
+            return _promoted(config.jax_enable_x64, dtypes)
+        except ValueError as error:  # arrays of such dtypes were refused before
+            small = next((d for d in dtypes if d.itemsize == 1), dtypes[0])
+            raise ArgumentTypeError(
+                f"dtype={small.name!r} is one that JAX does not promote: choose 'bfloat16' or "
+                "a wider one, and convert the result."
+            ) from error
 
     def real_dtype(self, dtype: Any) -> Any:
         """Return the dtype of a complex dtype's parts."""

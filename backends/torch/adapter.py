@@ -14,6 +14,7 @@ from groupnorm.backends.kernels.layout import memory_order
 from groupnorm.backends.torch.differentiation import portable
 from groupnorm.backends.torch.internals import (
     assume_constant,
+    fake_mode,
     has_memory,
     is_exporting,
     is_traced,
@@ -26,6 +27,7 @@ from groupnorm.distributed.axis_names import bound
 from groupnorm.distributed.replicas import Replicas, over_all
 from groupnorm.dtypes import small_float
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
+from groupnorm.portable.group_norm import group_norm
 from groupnorm.portable.inputs import HOST_MASKS, host_mask
 
 __all__ = ["TorchAdapter", "torch_adapter"]
@@ -78,10 +80,13 @@ class TorchAdapter(Adapter):
                 f"{argument}.to_dense()."
             )
         if x.dtype not in _DTYPES and not str(x.dtype).startswith("torch.float8"):
-            how = "dequantize()" if x.is_quantized else "to(torch.float32)"
+            how = "a tensor of numbers, such as one of torch.float32"  # there is no conversion
+            if x.is_quantized:
+                how = f"{argument}.dequantize()"
+            elif x.is_complex():
+                how = f"{argument}.to(torch.complex64)"
             raise ArgumentTypeError(
-                f"{argument} has dtype {x.dtype}, in which PyTorch does not compute: pass "
-                f"{argument}.{how}."
+                f"{argument} has dtype {x.dtype}, in which PyTorch does not compute: pass {how}."
             )
         if type(x).__name__ == "MaskedTensor":
             raise ArgumentTypeError(
@@ -96,6 +101,19 @@ class TorchAdapter(Adapter):
         if argument == "x" and not x.is_contiguous() and memory_order(x.shape, x.stride()) is None:
             return x.clone()
         return x
+
+    def check_together(self, x: Any, other: Any, argument: str) -> None:
+        """Check the devices, and that fake tensors meet real ones only if their mode allows it."""
+        super().check_together(x, other, argument)
+        for fake, real in ((x, other), (other, x)):
+            mode = fake_mode(fake)
+            if mode is not None and fake_mode(real) is None and not mode.allow_non_fake_inputs:
+                kinds = ("a real", "a fake") if fake is x else ("a fake", "a real")
+                raise ArgumentTypeError(
+                    f"{argument} is {kinds[0]} tensor and x {kinds[1]} one: create both within "
+                    "the FakeTensorMode, convert one by mode.from_tensor(...), or create the mode "
+                    "with allow_non_fake_inputs=True."
+                )
 
     def is_sharded(self, x: Any) -> bool:
         """Whether x is a DTensor."""
@@ -247,15 +265,22 @@ class TorchAdapter(Adapter):
 
         return TorchKernels(self, _traced)
 
-    def portable(self, compute: Any, *arguments: Any) -> Any:
-        """Call the portable implementation, as one function for autograd."""
-        return portable(compute, self, *arguments)
+    def portable(self, compute: Any, x: Any, *arguments: Any) -> Any:
+        """Call the portable implementation; `group_norm` as one function for autograd."""
+        mode = fake_mode(x)
+        if mode is not None:
+            with mode:  # which makes what the computation creates fake as well
+                return compute(self, x, *arguments)
+        if compute is not group_norm:
+            return compute(self, x, *arguments)
+        return portable(compute, self, x, *arguments)
 
     def native(self, x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -> Any:
         """Compute with `torch.nn.functional.group_norm`."""
         for argument, a in (("x", x), ("scale", scale), ("bias", bias)):
             if isinstance(a, torch.Tensor):
                 self.admit(a, argument)
+                self.check_together(x, a, argument)
         return functional(x, scale, bias, mask, options)
 
     def wrap_parameter(self, value: Any, param_type: Any) -> Any:

@@ -12,7 +12,7 @@ from groupnorm.backends.kernels.cpu import availability
 from groupnorm.backends.kernels.cpu.huge_pages import WORTH, want_large_pages
 from groupnorm.backends.kernels.cpu.launch import Arrays, Saved, ThreadTeam, Work, address, planned
 from groupnorm.backends.kernels.layout import MemoryLayout, flat_mask, unflat_mask
-from groupnorm.backends.torch.memory import cotangent, in_memory, is_plain, like
+from groupnorm.backends.torch.memory import cotangent, in_memory, is_plain, is_plain_mask, like
 from groupnorm.backends.torch.openmp import run_in_torch_threads, torch_helpers_for
 from groupnorm.portable.inputs import HOST_MASKS, host_mask
 
@@ -132,8 +132,8 @@ def _flat_parameter(parameter: Any, neutral: float, work: Work) -> Any:
 
 def _flat_mask(mask: Any, work: Work) -> Any:
     if isinstance(mask, torch.Tensor):
-        if not is_plain(mask, "mask") or not mask.is_cpu or mask.is_complex():
-            return Unsupported("the mask is complex, or not a plain tensor on the CPU")
+        if not is_plain_mask(mask) or not mask.is_cpu:
+            return Unsupported("the mask is not a plain tensor of real numbers on the CPU")
         return flat_mask((mask.detach() != 0).numpy(), work.layout)
     if not isinstance(mask, HOST_MASKS):
         return Unsupported("the mask is an array of another library")

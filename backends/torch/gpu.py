@@ -15,7 +15,7 @@ from groupnorm.backends.kernels.gpu.launch import Work, planned
 from groupnorm.backends.kernels.gpu.probe import DeviceProbe, why_too_old
 from groupnorm.backends.kernels.layout import flat_mask, unflat_mask
 from groupnorm.backends.torch.internals import has_modes
-from groupnorm.backends.torch.memory import cotangent, in_memory, is_plain, like
+from groupnorm.backends.torch.memory import cotangent, in_memory, is_plain, is_plain_mask, like
 from groupnorm.plan import product
 from groupnorm.portable.inputs import HOST_MASKS, host_mask
 
@@ -154,8 +154,8 @@ def _parameter(adapter: Any, parameter: Any, x: torch.Tensor) -> torch.Tensor | 
 
 def _flat_mask(adapter: Any, mask: Any, x: torch.Tensor, work: Work) -> Any:
     if isinstance(mask, torch.Tensor):
-        if not is_plain(mask, "mask") or mask.is_complex():
-            return Unsupported("the mask is complex, or not a plain tensor")
+        if not is_plain_mask(mask):
+            return Unsupported("the mask is not a plain tensor of real numbers")
         if mask.device != x.device:
             return Unsupported("the mask is on a different device than x")
     elif not isinstance(mask, HOST_MASKS):

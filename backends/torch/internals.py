@@ -19,6 +19,7 @@ __all__ = [
     "apply_without_transforms",
     "assume_constant",
     "dispatch_keys",
+    "fake_mode",
     "has_memory",
     "has_modes",
     "in_forward_mode",
@@ -122,6 +123,13 @@ def is_zero_tensor(a: torch.Tensor) -> bool:
 def has_memory(a: torch.Tensor) -> bool:
     """Whether a tensor is a strided one in memory, on a CPU or a CUDA device."""
     return not dispatch_keys(a).raw_repr() & _WITHOUT_MEMORY
+
+
+def fake_mode(a: Any) -> Any:
+    """Return the mode of a fake tensor, which has shape and dtype only; None for others."""
+    if type(a) is torch.Tensor or torch.compiler.is_compiling():
+        return None
+    return getattr(a, "fake_mode", None) if isinstance(a, torch.Tensor) else None
 
 
 def in_forward_mode() -> bool:

@@ -12,7 +12,7 @@ from groupnorm.backends.kernels.layout import MemoryLayout
 from groupnorm.backends.torch.internals import SPECIAL_KEYS, dispatch_keys, has_memory
 from groupnorm.errors import ArgumentStateError
 
-__all__ = ["PLAIN", "check_memory", "cotangent", "in_memory", "is_plain", "like"]
+__all__ = ["PLAIN", "check_memory", "cotangent", "in_memory", "is_plain", "is_plain_mask", "like"]
 
 # Tensor types that store their values themselves.
 PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -33,6 +33,17 @@ def is_plain(a: Any, argument: str) -> bool:
     if a.untyped_storage().nbytes() < size or a.storage_offset() or not a.is_contiguous():
         _check_storage(a, argument)
     return True
+
+
+_MASKS = frozenset({
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16,
+    torch.bfloat16, torch.float32, torch.float64,
+})  # fmt: skip
+
+
+def is_plain_mask(a: torch.Tensor) -> bool:
+    """Whether a tensor is plain, and of a dtype that PyTorch can compare with zero."""
+    return a.dtype in _MASKS and is_plain(a, "mask")
 
 
 def check_memory(a: torch.Tensor, argument: str) -> None:

@@ -134,7 +134,9 @@ def _gradients(
     coefficients: Coefficients, *, overwrite: bool = False,
 ) -> Gradients:  # fmt: skip
     xp, plan = adapter.xp, inputs.plan
-    dy = check_cotangent(adapter, dy, x)
+    dy = check_cotangent(
+        adapter, dy, x, complex_result=adapter.is_complex(inputs.result_dtype)
+    )  # fmt: skip
     dz = to_work(xp.astype(dy, inputs.cotangent_dtype, copy=False), plan, xp)
     if options.activation is not None:
         times_slope: Any = adapter.times_slope if overwrite else None

@@ -179,17 +179,16 @@ def check_same_library(adapter: "Adapter", value: Any, argument: str, x: Array) 
             f"layer.to_backend({adapter.name or 'numpy'!r})."
         )
     value = adapter.admit(value, argument)
-    x_device, device = adapter.device_of(x), adapter.device_of(value)
-    if x_device is not None and device is not None and x_device != device:
-        raise ArgumentValueError(
-            f"{argument} is on device {device} and x on device {x_device}: arrays are not moved "
-            "between devices implicitly. Move one of them."
-        )
+    adapter.check_together(x, value, argument)
     return value
 
 
-def check_cotangent(adapter: "Adapter", dy: Any, x: Array) -> Array:
+def check_cotangent(
+    adapter: "Adapter", dy: Any, x: Array, *, complex_result: bool = False
+) -> Array:
     """Return a cotangent as x is admitted; reject other libraries, devices and shapes than x's.
+
+    Also a complex one of a real result, whose imaginary part would be lost.
 
     Raises
     ------
@@ -201,6 +200,11 @@ def check_cotangent(adapter: "Adapter", dy: Any, x: Array) -> Array:
         raise ArgumentValueError(
             f"dy has shape {tuple(dy.shape)}: a cotangent must have the shape of y, which is "
             f"{tuple(x.shape)}."
+        )
+    if not complex_result and adapter.is_complex(dy.dtype):
+        raise ArgumentTypeError(
+            f"dy has dtype {dy.dtype} and y is real: the imaginary part has no meaning and would "
+            "be lost. Pass the real part of dy."
         )
     return dy
 
@@ -328,7 +332,11 @@ def host_mask(mask: Any) -> "np.ndarray[Any, Any]":
         values = np.asarray(mask)
     except ValueError:
         values = np.asarray(None)
-    if values.dtype.kind not in "biuf" and values.dtype.kind != "V":
+    # The small dtypes of ml_dtypes are of kind "V", as structured dtypes are.
+    numbers = values.dtype.kind in "biuf" or (
+        values.dtype.kind == "V" and not issubclass(values.dtype.type, np.void)
+    )
+    if not numbers:
         raise ArgumentTypeError(
             f"mask={mask!r} is not an array of booleans or of zeros and ones: give one that "
             "broadcasts to x, True for valid elements."

@@ -1,6 +1,7 @@
 """The reference and the scale of deviations: detached, and exact for constant data."""
 
 import math
+import sys
 from typing import TYPE_CHECKING, Any
 
 from groupnorm.portable.blocked_sums import total
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
     from groupnorm.typing import Array
 
 __all__ = ["clip", "clip_real", "pivots", "unit_of"]
+
+# That of extended precision is 0 as a float.
+_SMALLEST = sys.float_info.min
 
 
 def pivots(
@@ -63,7 +67,7 @@ def _real_pivots(
 def unit_of(spread: "Array", epsilon: float, adapter: "Adapter") -> "Array":
     """Return a scale of the deviations that keeps their squares and epsilon in range."""
     xp = adapter.xp
-    smallest = 4.0 * float(xp.finfo(spread.dtype).smallest_normal)
+    smallest = 4.0 * max(float(xp.finfo(spread.dtype).smallest_normal), _SMALLEST)
     if math.sqrt(epsilon) < smallest:  # the reciprocal of a subnormal spread would be infinite
         raised = (spread > 0) & (spread <= smallest)
         spread = xp.where(raised, xp.full_like(spread, 2.0 * smallest), spread)

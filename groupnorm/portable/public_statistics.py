@@ -9,6 +9,7 @@ import numpy as np
 from groupnorm.adapter import library_of, not_an_array
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
 from groupnorm.plan import same_shape
+from groupnorm.portable.complex_parts import real_part
 from groupnorm.portable.inputs import check_same_library, from_numpy, is_floating
 from groupnorm.portable.merge import GroupStatistics, merge
 from groupnorm.typing import Array
@@ -94,7 +95,8 @@ def from_value(
     unit = adapter.detach(unit)
     # Keep the rounding error of a mean in a wider dtype.
     if wide.dtype != x.dtype and is_floating(wide.dtype, adapter):
-        lost = wide - xp.astype(mean, wide.dtype)
+        rounded = mean if adapter.is_complex(wide.dtype) else real_part(mean, adapter)
+        lost = wide - xp.astype(rounded, wide.dtype)
         residual = residual + xp.astype(lost, x.dtype) * unit
     if lost_on_host is not None:
         lost = field_of("mean", lost_on_host)

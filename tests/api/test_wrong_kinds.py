@@ -50,6 +50,10 @@ KINDS = {
     "complex array": np.ones(SHAPE, np.complex64),
     "integers": np.ones(SHAPE, np.int32),
     "another shape": np.ones(3, np.float32),
+    "structured array": np.zeros(SHAPE, [("a", "i4"), ("b", "f4")]),
+    "records": np.rec.array(np.zeros(SHAPE, [("a", "i4")])),
+    "bytes without a type": np.zeros(SHAPE, "V4"),
+    "extended precision": np.ones(8, np.longdouble),
     "no axes": np.ones((), np.float32),
     "no elements": np.ones((0,), np.float32),
 }
@@ -92,7 +96,6 @@ def x(quick_backend, rng):
     return quick_backend.asarray(rng.normal(size=SHAPE).astype(np.float32))
 
 
-@pytest.mark.filterwarnings("ignore::numpy.exceptions.ComplexWarning")
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_arguments_of_functions(function, quick_backend, x):
     call = getattr(groupnorm, function)
@@ -125,7 +128,6 @@ def test_arguments_of_layers(backend_name, request):
         check(call, name, "num_groups", "group_size")
 
 
-@pytest.mark.filterwarnings("ignore::numpy.exceptions.ComplexWarning")
 def test_arguments_of_calls(quick_backend, x):
     if quick_backend.library not in ("numpy", "torch"):
         pytest.skip("layers exist in NumPy, PyTorch, JAX and CuPy")

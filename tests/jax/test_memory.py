@@ -77,6 +77,30 @@ def test_a_cotangent_without_numbers(options, rng):
         pullback(np.zeros(SHAPE, jax.dtypes.float0))
 
 
+@pytest.mark.parametrize("argument", ["x", "scale", "bias", "mask", "dy"])
+@pytest.mark.parametrize("kind", ["keys", "float8_e4m3fn", "float4_e2m1fn"])
+def test_arrays_that_jax_does_not_combine_with_numbers(kind, argument, options, rng):
+    x, dy, scale = map(jnp.asarray, draw(rng))
+    given = {"x": x, "scale": scale, "bias": scale, "mask": jnp.ones((2, 300, 1), bool), "dy": dy}
+    shape = given[argument].shape
+    if kind == "keys":
+        given[argument] = jax.random.split(jax.random.key(0), shape)
+    else:
+        given[argument] = jnp.ones(shape, kind)
+    dy = given.pop("dy")
+    if kind != "keys" and argument in ("mask", "dy"):  # converted as they are
+        assert group_norm_vjp(**given, **options)[1](dy).x.dtype == jnp.float32
+        return
+    with pytest.raises(ArgumentTypeError, match=f"{argument} has dtype"):
+        group_norm_vjp(**given, **options)[1](dy)
+
+
+def test_a_result_dtype_that_jax_does_not_promote(options, rng):
+    x, _, _ = draw(rng)
+    with pytest.raises(ArgumentTypeError, match="dtype='float8_e4m3fn'"):
+        group_norm(jnp.asarray(x), dtype="float8_e4m3fn", **options)
+
+
 @pytest.mark.parametrize("transform", ["vmap of grad", "jacobians", "jvp of vjp", "scan", "remat"])
 def test_transformations(transform, options, rng):
     """By JAX's own derivatives of a plain formula in float64."""

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from groupnorm import group_norm, group_norm_vjp
+from groupnorm import group_norm, group_norm_vjp, group_statistics, normalize
 from tests import oracle
 from tests.rows import (
     CONTRACT,
@@ -346,3 +346,12 @@ def test_a_group_of_2_to_the_24_elements(backend, feature_axis, fast, rng):
     wide -= wide.mean()
     wide /= np.sqrt(np.mean(wide**2) + 1e-6)
     assert_close(y, wide, tolerance=CONTRACT)
+
+
+def test_constant_data_of_extended_precision_without_an_epsilon():
+    """Its smallest normal number is 0 as a Python float."""
+    x = np.full((2, 5, 8), 3, np.longdouble)
+    statistics = group_statistics(x, num_groups=4)
+    assert (statistics.mean == 3).all()
+    assert (statistics.m2 == 0).all()
+    np.testing.assert_array_equal(normalize(x, statistics, num_groups=4), 0)

@@ -7,6 +7,7 @@ import pytest
 
 import groupnorm
 from groupnorm import group_norm, group_norm_vjp
+from groupnorm.errors import ArgumentTypeError, ArgumentValueError
 from tests import oracle
 from tests.rows import (
     CONTRACT,
@@ -224,3 +225,26 @@ def test_numpy_parameters_are_constants_for_a_tensor(rng):
     (grad,) = torch.autograd.grad(y, [given], torch.from_numpy(dy))
     want = oracle.group_norm_gradients(x, dy, scale, bias, num_groups=3).x
     np.testing.assert_allclose(grad.numpy(), want, rtol=0, atol=GRADIENT * np.abs(want).max())
+
+
+@pytest.mark.parametrize("implementation", [None, "portable", "fused"])
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_a_complex_cotangent_of_a_real_result_is_refused(backend, implementation, activation, rng):
+    """Its imaginary part would be lost; a cotangent of a complex result may be either."""
+    x, dy, scale, _ = draw(rng, (2, 5, 8), -1)
+    given = [backend.asarray(a) for a in (x, scale)]
+    options = {"num_groups": 4, "activation": activation}
+    try:
+        _, pullback = group_norm_vjp(*given, **options, implementation=implementation)
+    except ArgumentValueError:  # not every row has kernels
+        assert implementation == "fused"
+        return
+    imaginary = backend.asarray((dy + 1j * dy[::-1]).astype(np.complex64))
+    with pytest.raises(ArgumentTypeError, match=r"dy has dtype .*complex64"):
+        pullback(imaginary)
+    if activation is None and implementation != "fused":
+        given = [backend.asarray(a.astype(np.complex64)) for a in (x, scale)]
+        _, pullback = group_norm_vjp(*given, **options, implementation=implementation)
+        real = pullback(backend.asarray(dy))
+        same = pullback(backend.asarray(dy.astype(np.complex64)))
+        np.testing.assert_array_equal(*(backend.to_numpy(g.x) for g in (real, same)))

@@ -396,3 +396,16 @@ def test_any_split_in_any_order(data):
         together = data.draw(st.integers(2, len(parts)))
         parts = [*parts[together:], merge_statistics(*parts[:together])]
     assert_statistics(Backend.NUMPY, parts[0], measure(x, mask, **keywords))
+
+
+@pytest.mark.parametrize("kept", ["float32", "float64"])
+def test_complex_data_with_statistics_of_real_data(kept, rng):
+    """Nothing warns of an imaginary part: the mean has none."""
+    x = rng.normal(size=(2, 30, 8)).astype(np.float32)
+    given = GroupStatistics(*(np.asarray(a, kept) for a in group_statistics(x, num_groups=4)))
+    z = (x + 1j * rng.normal(size=x.shape)).astype(np.complex64)
+    y = normalize(z, given, num_groups=4)
+    grouped = x.astype(np.float64).reshape(2, 30, 4, 2)
+    mean, var = (f(grouped, axis=(1, 3), keepdims=True) for f in (np.mean, np.var))
+    want = (z.astype(np.complex128).reshape(grouped.shape) - mean) / np.sqrt(var + 1e-6)
+    assert np.abs(y - want.reshape(x.shape)).max() <= CONTRACT * np.abs(want).max()

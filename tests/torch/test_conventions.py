@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.masked
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import groupnorm
@@ -311,6 +313,10 @@ REFUSED = {
     "complex32": lambda a: a.to(torch.complex32),
     "masked": lambda a: torch.masked.masked_tensor(a, a > -9),
     "lazy": lambda a: nn.UninitializedParameter(),
+    **{
+        name: lambda a, name=name: torch.empty(a.shape, dtype=getattr(torch, name))
+        for name in ("bits8", "bits16", "uint1", "uint4", "int4", "float4_e2m1fn_x2", "quint8")
+    },
 }
 TAKEN = {
     "subclass": lambda a: a.as_subclass(Subclass),
@@ -339,21 +345,27 @@ def call_with(implementation=None, **arguments):
 
 # PyTorch warns that some of these are prototypes.
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("implementation", [None, "portable"])
+@pytest.mark.parametrize("implementation", [None, "portable", "fused"])
 @pytest.mark.parametrize("argument", ARGUMENTS)
 @pytest.mark.parametrize("kind", REFUSED)
 def test_other_kinds_of_tensors_are_refused_in_our_words(kind, argument, implementation):
     given = {name: make() for name, make in ARGUMENTS.items()}
-    call_with(implementation, **given)
+    try:
+        call_with(implementation, **given)
+    except ArgumentValueError as error:  # kernels may be unavailable
+        pytest.skip(str(error))
     given[argument] = REFUSED[kind](given[argument])
     with pytest.raises(GroupNormError, match=f"{argument} (is a|has)"):
         call_with(implementation, **given)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("implementation", [None, "native"])
 @pytest.mark.parametrize("kind", REFUSED)
-def test_other_kinds_of_tensors_are_refused_by_layers(kind):
-    layer = GroupNorm((CHANNELS, ...), 0, num_groups=GROUPS, backend="torch")
+def test_other_kinds_of_tensors_are_refused_by_layers(kind, implementation):
+    layer = GroupNorm(
+        (CHANNELS, ...), 0, num_groups=GROUPS, backend="torch", implementation=implementation
+    )
     with pytest.raises(ArgumentTypeError, match=r"x (is a|has)"):
         layer(REFUSED[kind](ARGUMENTS["x"]()))
 
@@ -361,10 +373,12 @@ def test_other_kinds_of_tensors_are_refused_by_layers(kind):
 @pytest.mark.parametrize("argument", ARGUMENTS)
 @pytest.mark.parametrize("kind", TAKEN)
 def test_kinds_of_tensors_that_are_right(kind, argument):
-    if kind == "complex" and argument in ("mask", "dy"):
-        pytest.skip("masks are real, and so is the cotangent of a real result")
     given = {name: make() for name, make in ARGUMENTS.items()}
     given[argument] = TAKEN[kind](given[argument])
+    if kind == "complex" and argument in ("mask", "dy"):
+        with pytest.raises(ArgumentTypeError, match=f"{argument} has dtype torch.complex64"):
+            call_with(**given)
+        return
     y, gradients = call_with(**given)
     plain = {k: torch.Tensor.as_subclass(v.detach(), torch.Tensor) for k, v in given.items()}
     want, wanted = call_with("portable", **plain)
@@ -373,3 +387,72 @@ def test_kinds_of_tensors_that_are_right(kind, argument):
         got = got.as_subclass(torch.Tensor)
         assert got.dtype == expected.dtype
         torch.testing.assert_close(got.cfloat(), expected.cfloat(), rtol=1e-5, atol=1e-5)
+
+
+# Fake tensors ------------------------------------------------------------------------------------
+
+
+def fake(mode, *tensors):
+    return [mode.from_tensor(a) for a in tensors]
+
+
+@pytest.mark.parametrize("within", [True, False], ids=["within the mode", "outside"])
+@pytest.mark.parametrize("implementation", [None, "portable", "native"])
+def test_fake_tensors(implementation, within, rng):
+    """Within their mode and outside: a fake result, like the real one in shape and strides."""
+    real = tensor(rng, 2, CHANNELS, 5, 3).to(memory_format=torch.channels_last)
+    mode = FakeTensorMode()
+    (x,) = fake(mode, real)
+    with mode:
+        layer = GroupNorm(
+            (CHANNELS, ...), 0, num_groups=GROUPS, backend="torch", implementation=implementation
+        )
+    options = {"num_groups": GROUPS, "feature_axis": 1, "implementation": implementation}
+    calls = {"layer": layer, "function": lambda x: group_norm(x, **options)}
+    if implementation != "native":
+        calls["mask"] = lambda x: group_norm(x, mask=[True] * real.shape[-1], **options)
+        calls["parameters of the host"] = lambda x: group_norm(
+            x, np.ones(CHANNELS, np.float32), **options
+        )
+        calls["pullback"] = lambda x: group_norm_vjp(x, **options)[1](x).x
+    for name, call in calls.items():
+        with mode if within else contextlib.nullcontext():
+            y = call(x)
+        assert type(y) is FakeTensor, name
+        assert (y.shape, y.dtype, y.stride()) == (real.shape, real.dtype, real.stride()), name
+
+
+@pytest.mark.parametrize("implementation", [None, "portable", "native"])
+@pytest.mark.parametrize("argument", ["x", "scale", "bias", "mask", "dy"])
+@pytest.mark.parametrize("mixed", ["one fake", "one real"])
+@pytest.mark.parametrize("within", [True, False], ids=["within the mode", "outside"])
+def test_fake_and_real_tensors_mixed(within, mixed, argument, implementation):
+    """Refused with the fix, unless their mode takes real ones too."""
+    if implementation == "native" and argument in ("mask", "dy"):
+        pytest.skip("PyTorch's own group normalization takes no mask and no cotangent")
+    if within and (mixed == "one fake") == (argument != "x"):
+        pytest.skip("within a mode, PyTorch itself refuses every operation on a real x")
+    for allowed in (False, True):
+        mode = FakeTensorMode(allow_non_fake_inputs=allowed)
+        given = {name: make() for name, make in ARGUMENTS.items()}
+        if implementation == "native":
+            del given["mask"], given["dy"]
+        for name in given:
+            if (name == argument) == (mixed == "one fake"):
+                (given[name],) = fake(mode, given[name])
+
+        def call(given=given):
+            if implementation == "native":
+                return [group_norm(**given, **OPTIONS, implementation="native")]
+            y, gradients = call_with(implementation, **given)
+            return y, gradients.x
+
+        with mode if within else contextlib.nullcontext():
+            if allowed:
+                assert any(type(a) is FakeTensor for a in call())
+            else:
+                with pytest.raises(ArgumentTypeError, match=r"is a (real|fake) tensor and x a"):
+                    call()
+
+
+OPTIONS = {"num_groups": 4, "feature_axis": 1}

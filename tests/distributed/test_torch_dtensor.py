@@ -11,12 +11,20 @@ import pickle
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from groupnorm import GroupNorm
+from groupnorm.initializers import constant
 from tests import ROOT, oracle
 from tests.programs.torch_dtensor import COUNTED, WORLD, Case, cases, data, jobs
 from tests.rows import CONTRACT, GRADIENT, GRADIENT_FAR, assert_close, assert_gradient
@@ -252,3 +260,102 @@ def test_a_failure_on_one_rank_is_detected():
     shards[3]["y"] = shards[3]["y"] + np.float32(1e-4)
     with pytest.raises(AssertionError, match="worst"):
         check_case(case, shards)
+
+
+# Initialization, in one process ------------------------------------------------------------------
+
+
+@pytest.fixture
+def mesh(tmp_path) -> Iterator[DeviceMesh]:
+    """A mesh of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        yield init_device_mesh("cpu", (1,))
+    finally:
+        dist.destroy_process_group()
+
+
+def distributed(placement):
+    def apply(model: nn.Module, mesh: DeviceMesh) -> None:
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                shared = distribute_tensor(parameter.detach(), mesh, [placement])
+                module.register_parameter(name, nn.Parameter(shared))
+
+    return apply
+
+
+SHARDED = {
+    "FSDP2": lambda model, mesh: fully_shard(model, mesh=mesh),
+    "sharded": distributed(Shard(0)),
+    "replicated": distributed(Replicate()),
+}
+INITIALIZERS = {
+    "default": {},
+    "constants": {"scale_init": constant(3.0), "bias_init": constant(-1.0)},
+    "random": {"scale_init": nn.init.normal_, "bias_init": nn.init.uniform_},
+    "scale alone": {"use_bias": False, "scale_init": constant(3.0)},
+    "another dtype": {"param_dtype": "bfloat16", "scale_init": constant(3.0)},
+}
+LAYERS = {
+    "channels first": {"in_size": (8, ...), "feature_axis": 0},  # an nn.GroupNorm
+    "channels last": {"in_size": 8},
+    "two feature axes": {"in_size": (2, 5, 4), "feature_axis": (0, 2)},
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("initializers", INITIALIZERS.values(), ids=INITIALIZERS)
+@pytest.mark.parametrize("how", SHARDED.values(), ids=SHARDED)
+def test_sharded_parameters_are_initialized_where_they_are(how, initializers, layer, mesh):
+    """The way to large models: built on the meta device, sharded, allocated, initialized."""
+
+    def make() -> nn.Module:
+        return GroupNorm(**layer, num_groups=4, backend="torch", **initializers)
+
+    torch.manual_seed(0)
+    want = dict(make().named_parameters())
+    with torch.device("meta"):
+        model = nn.Sequential(make())
+    how(model, mesh)
+    model.to_empty(device="cpu")
+    before = dict(model[0].named_parameters())
+    memory = {name: a.to_local().data_ptr() for name, a in before.items()}
+    with torch.no_grad():
+        for parameter in before.values():
+            parameter.fill_(7)
+    for _ in range(2):
+        torch.manual_seed(0)
+        model[0].reset_parameters()
+    assert before.keys() == want.keys()
+    for name, parameter in model[0].named_parameters():
+        assert parameter is before[name]
+        assert isinstance(parameter, nn.Parameter)
+        assert isinstance(parameter.data, DTensor)
+        assert parameter.device_mesh == mesh
+        assert parameter.to_local().data_ptr() == memory[name]
+        assert parameter.dtype == want[name].dtype
+        torch.testing.assert_close(parameter.full_tensor(), want[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("how", SHARDED.values(), ids=SHARDED)
+def test_a_sharded_layer_that_was_reset_is_trained(how, mesh, rng):
+    x, dy = rng.normal(size=(2, 3, 8, 5)).astype(np.float32)
+    with torch.device("meta"):
+        model = nn.Sequential(GroupNorm((8, ...), 0, 4, epsilon=1e-5, backend="torch"))
+    how(model, mesh)
+    model.to_empty(device="cpu")
+    model[0].reset_parameters()
+    given = torch.tensor(x, requires_grad=True)
+    # FSDP2 gathers the parameters itself; otherwise x must be a DTensor too.
+    wrapped = given if how is SHARDED["FSDP2"] else distribute_tensor(given, mesh, [Replicate()])
+    y = model(wrapped)
+    local = y.full_tensor() if isinstance(y, DTensor) else y
+    options = {"num_groups": 4, "feature_axis": 1, "epsilon": 1e-5}
+    assert_close(local.detach().numpy(), oracle.group_norm(x, **options), tolerance=CONTRACT)
+    (local * torch.tensor(dy)).sum().backward()
+    want = oracle.group_norm_gradients(x, dy, np.ones(8), np.zeros(8), **options)
+    for name, expected_gradient in (("weight", want.scale), ("bias", want.bias)):
+        gradient = getattr(model[0], name).grad
+        assert isinstance(gradient, DTensor)
+        assert_gradient(gradient.full_tensor().numpy(), expected_gradient, rtol=GRADIENT)

@@ -17,6 +17,7 @@ import groupnorm
 from groupnorm import GroupNorm, group_norm, group_norm_vjp
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError, GroupNormError
 from tests import oracle
+from tests.portable.test_activation import act
 from tests.rows import CONTRACT, GRADIENT, assert_close, assert_gradient
 from tests.torch.test_layer import CHANNELS, GROUPS, channels_last, native, randomize
 
@@ -219,6 +220,70 @@ def test_jit_trace_refuses_what_it_would_keep(rng):
         program(tensor(rng, 2, 2 * CHANNELS, 5))
     with pytest.raises(RuntimeError, match="min"):
         program(torch.ones(2, CHANNELS, 0))
+
+
+ONNX = {
+    "3d": ({}, (2, 8, 5), (3, 8, 900)),
+    "images": ({}, (2, 8, 64, 64), (3, 8, 9, 7)),
+    "gelu": ({"activation": "gelu"}, (2, 8, 5), (3, 8, 7)),
+    "last": ({"in_size": 8, "feature_axis": -1}, (2, 5, 3, 8), (3, 7, 9, 8)),
+    "batch": ({"reduction_axes": (0, 1, 2)}, (2, 8, 5), (3, 8, 7)),
+    "two passes": ({"use_fast_variance": False}, (2, 8, 5), (3, 8, 7)),
+    "masked": ({}, (2, 8, 5), (3, 8, 7)),
+}
+
+
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:# The axis name:UserWarning"
+)
+@pytest.mark.parametrize("dynamo", [False, True], ids=["traced", "dynamo"])
+@pytest.mark.parametrize(("keywords", "example", "shape"), ONNX.values(), ids=ONNX)
+def test_onnx_programs_for_other_sizes(keywords, example, shape, dynamo, rng, tmp_path, request):
+    """Run by onnxruntime: never with the sizes of the example."""
+    reason = "onnx, onnxscript and onnxruntime are no dependencies of the tests"
+    for package in ("onnx", "onnxscript"):
+        pytest.importorskip(package, reason=reason)
+    runtime = pytest.importorskip("onnxruntime", reason=reason)
+    keywords = {"in_size": (8, ...), "feature_axis": 0, "num_groups": GROUPS, **keywords}
+    layer = randomize(GroupNorm(backend="torch", **keywords), rng).eval()
+    inputs = ["x", "mask"] if request.node.callspec.id.startswith("masked") else ["x"]
+
+    def draw(shape, offset=0.0):
+        x = tensor(rng, *shape) + offset
+        return x, torch.from_numpy(rng.random((shape[0], 1, shape[2])) < 0.6)
+
+    channels = example.index(8, 1)
+    sizes = {i: f"size{i}" for i in range(len(example)) if i != channels}
+    given, file = draw(example)[: len(inputs)], str(tmp_path / "layer.onnx")
+    if dynamo:
+        shared = {i: torch.export.Dim(name) for i, name in sizes.items()}
+        torch.onnx.export(
+            layer, given, file, dynamo=True, input_names=inputs, verbose=False,
+            dynamic_shapes=tuple(shared for _ in inputs),
+        )  # fmt: skip
+    else:
+        torch.onnx.export(
+            layer, given, file, dynamo=False, input_names=inputs,
+            dynamic_axes=dict.fromkeys(inputs, sizes),
+        )  # fmt: skip
+    program = runtime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    for size, offset in ((example, 0.0), (shape, 0.0), (shape, 1e4)):
+        x, mask = draw(size, offset)
+        arrays = {"x": x.numpy(), "mask": mask.numpy()}
+        (y,) = program.run(None, {name: arrays[name] for name in inputs})
+        want = oracle.group_norm(
+            x.double().numpy(),
+            layer.weight.detach().double().numpy(),
+            layer.bias.detach().double().numpy(),
+            num_groups=GROUPS,
+            feature_axis=channels,
+            epsilon=layer.epsilon,
+            reduction_axes=layer.reduction_axes,
+            mask=mask.numpy() if "mask" in inputs else None,
+        )
+        if layer.activation is not None:
+            want = act(want, layer.activation)
+        assert_close(y, want, tolerance=2 * CONTRACT)
 
 
 def test_jit_script_names_the_alternatives(rng):

@@ -13,7 +13,6 @@ from groupnorm.arguments import CallOptions
 from groupnorm.backends.kernels.layout import memory_order
 from groupnorm.backends.torch.differentiation import portable
 from groupnorm.backends.torch.internals import (
-    assume_constant,
     fake_mode,
     has_memory,
     is_exporting,
@@ -174,7 +173,7 @@ class TorchAdapter(Adapter):
             return super().mask_from_host(mask, check, like)
         if isinstance(mask, np.ndarray):
             return torch.as_tensor(mask, device=like.device)
-        return _constant_mask(mask).to(like.device)
+        return torch.tensor(_booleans(mask), device=like.device)
 
     def to_host(self, x: Any) -> "np.ndarray[Any, Any]":
         """Copy to the host; reinterpret bits if NumPy and PyTorch share no dtype."""
@@ -296,9 +295,25 @@ class TorchAdapter(Adapter):
         return tuple(found)
 
 
-@assume_constant
-def _constant_mask(mask: Any) -> Any:
-    return torch.from_numpy(host_mask(mask))
+def _booleans(mask: Any) -> Any:
+    """Check a number or a list of them, and convert it to booleans; the compiler traces this."""
+    if isinstance(mask, list | tuple):
+        parts = [_booleans(part) for part in mask]
+        if any(_shape(part) != _shape(parts[0]) for part in parts):
+            host_mask(mask)  # raises
+        return parts
+    if mask == 0:
+        return False
+    if mask == 1:
+        return True
+    host_mask(mask)  # raises
+    return mask
+
+
+def _shape(nested: Any) -> tuple[int, ...]:
+    if not isinstance(nested, list):
+        return ()
+    return (len(nested), *_shape(nested[0])) if nested else (0,)
 
 
 def _traced(

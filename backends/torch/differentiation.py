@@ -45,9 +45,11 @@ def constants(scale: Any, bias: Any) -> Constants:
 
 def requires_grad(*arrays: Any) -> bool:
     """Whether autograd records operations on these arrays; some may be None, or of the host."""
-    return torch.is_grad_enabled() and any(
-        isinstance(a, torch.Tensor) and a.requires_grad for a in arrays
-    )
+    if torch.is_grad_enabled():
+        for a in arrays:  # a generator would take as long as a small allocation
+            if isinstance(a, torch.Tensor) and a.requires_grad:
+                return True
+    return False
 
 
 def portable(

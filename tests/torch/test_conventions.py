@@ -346,18 +346,60 @@ MASKS = {
 
 
 @pytest.mark.parametrize("implementation", [None, "portable"])
+@pytest.mark.parametrize("given", ["constant", "argument"])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_masks_of_the_host_in_a_compiled_program(mask, implementation, rng):
+def test_masks_of_the_host_in_a_compiled_program(mask, given, implementation, rng):
+    """In two calls of one program; an argument's numbers are symbolic if sizes are."""
     torch._dynamo.reset()
-    call = lambda x: group_norm(  # noqa: E731
-        x, num_groups=2, feature_axis=1, mask=mask, implementation=implementation
+
+    def call(x, mask=mask):
+        keywords = {"num_groups": 2, "feature_axis": 1, "mask": mask}
+        y = group_norm(x, implementation=implementation, **keywords)
+        return group_norm(y, implementation=implementation, **keywords)
+
+    compiled = torch.compile(
+        call, backend="aot_eager", fullgraph=True, dynamic=True if given == "argument" else None
     )
-    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
     x = tensor(rng, 2, 8, 5)
-    want = oracle.group_norm(
-        x.numpy(), num_groups=2, feature_axis=1, mask=np.asarray(mask).astype(bool)
+    got = compiled(x, mask) if given == "argument" else compiled(x)
+    want = x.numpy()
+    for _ in range(2):
+        want = oracle.group_norm(
+            want, num_groups=2, feature_axis=1, mask=np.asarray(mask).astype(bool)
+        )
+    assert_close(got.numpy(), want, tolerance=2 * CONTRACT)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("kind", ["tensor", "NumPy", "buffer"])
+def test_masks_of_fixed_size_where_sizes_are_symbolic(kind, rng):
+    torch._dynamo.reset()
+    mask = torch.arange(6).reshape(1, 1, 6) % 3 > 0
+    layer = GroupNorm((4, ...), num_groups=2, feature_axis=0, backend="torch")
+    layer.register_buffer("fixed", mask if kind == "buffer" else None)
+
+    def call(x, mask=None):
+        return layer(x, layer.fixed if mask is None else mask)
+
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True, dynamic=True)
+    for size in (2, 3):
+        x = tensor(rng, size, 4, 6)
+        given = {"tensor": (mask,), "NumPy": (mask.numpy(),), "buffer": ()}[kind]
+        want = oracle.group_norm(x.numpy(), num_groups=2, feature_axis=1, mask=mask.numpy())
+        assert_close(compiled(x, *given).detach().numpy(), want, tolerance=CONTRACT)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    "mask", [[True, 2], [0.5, 1], [[1, 0], [1]], [[[1]], [[1, 0]]], ["1", "0"]], ids=str
+)
+def test_bad_masks_of_the_host_in_a_compiled_program(mask, rng):
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x: group_norm(x, num_groups=2, feature_axis=1, mask=mask), backend="aot_eager"
     )
-    assert_close(compiled(x).numpy(), want, tolerance=CONTRACT)
+    with pytest.raises((ArgumentValueError, ArgumentTypeError), match="mask"):
+        compiled(tensor(rng, 2, 8, 2))
     torch._dynamo.reset()
 
 

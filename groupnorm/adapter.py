@@ -289,8 +289,22 @@ class Adapter:
     # Parameters and devices -------------------------------------------------------------------
 
     def wrap_parameter(self, value: "Array", param_type: Any) -> Any:
-        """Turn an array into a stored parameter."""
-        return value if param_type is None else param_type(value)
+        """Turn an array into a stored parameter.
+
+        Raises
+        ------
+        ArgumentTypeError
+            If `param_type` does not wrap arrays.
+        """
+        if param_type is None:
+            return value
+        try:
+            stored = param_type(value)
+        except (TypeError, ValueError) as error:
+            raise _no_wrapper(param_type, str(error)) from error
+        if not self.is_array(self.unwrap_parameter(stored)):
+            raise _no_wrapper(param_type, f"it returned {stored!r}")
+        return stored
 
     def unwrap_parameter(self, stored: Any) -> "Array":
         """Turn a stored parameter into an array."""
@@ -363,6 +377,13 @@ def not_an_array(x: Any, argument: str) -> ArgumentTypeError:
         f"{argument}={text} is of type {type(x).__name__}, not an array: pass an array of "
         f"NumPy, JAX, PyTorch, CuPy or another array API library, such as "
         f"numpy.asarray({argument})."
+    )
+
+
+def _no_wrapper(param_type: Any, what: str) -> ArgumentTypeError:
+    return ArgumentTypeError(
+        f"param_type={param_type!r} cannot wrap an array ({what}): it must return a parameter that "
+        "holds the array it is called with, as flax.nnx.Param and torch.nn.Parameter do."
     )
 
 

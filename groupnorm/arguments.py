@@ -89,7 +89,14 @@ def validate(
         axis_name=tuple(axis_name) if isinstance(axis_name, list) else axis_name,
         axis_index_groups=_index_groups(axis_index_groups, axis_name),
         fast=flag("use_fast_variance", use_fast_variance),
-        activation=None if activation is None else _one_of("activation", activation, ACTIVATIONS),
+        activation=None
+        if activation is None
+        else _one_of(
+            "activation",
+            activation,
+            ACTIVATIONS,
+            " To apply a function, call it on the layer's output.",
+        ),
         implementation=None
         if implementation is None
         else _one_of("implementation", implementation, IMPLEMENTATIONS),
@@ -143,12 +150,12 @@ def _ints(argument: str, value: Any) -> tuple[int, ...]:
     return (_integer(argument, value),)
 
 
-def _one_of(argument: str, value: Any, names: tuple[str, ...]) -> str:
+def _one_of(argument: str, value: Any, names: tuple[str, ...], hint: str = "") -> str:
     known = ", ".join(map(repr, names))
     if not isinstance(value, str):
         raise ArgumentTypeError(
             f"{argument}={value!r} is of type {type(value).__name__}: it must be one of the "
-            f"names {known}, or None. To apply a function, call it on the layer's output."
+            f"names {known}, or None.{hint}"
         )
     if value not in names:
         raise ArgumentValueError(f"{argument}={value!r} is not known: choose {known}, or None.")

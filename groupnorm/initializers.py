@@ -46,6 +46,11 @@ class constant:  # lower case: used like the functions above
     ----------
     value : number
 
+    Raises
+    ------
+    ArgumentTypeError
+        If it is not a number.
+
     Examples
     --------
     >>> constant(0.5)((3,))
@@ -53,6 +58,11 @@ class constant:  # lower case: used like the functions above
     """
 
     def __init__(self, value: complex) -> None:
+        if np.ndim(value) or np.asarray(value).dtype.kind not in "biufcV":  # V: of ml_dtypes
+            raise ArgumentTypeError(
+                f"value={value!r} is of type {type(value).__name__}: it must be a number, such as "
+                "0.5. For one value per channel pass a callable of (shape, dtype)."
+            )
         self.value = value
 
     def __call__(self, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray[Any, Any]:
@@ -100,7 +110,7 @@ def initial_value(
             f"{argument}={init!r} is not callable: an initializer takes (shape, dtype) and returns "
             "an array. For one value everywhere pass groupnorm.initializers.constant(value)."
         )
-    value = _call(init, shape, dtype)
+    value = _call(argument, init, shape, dtype)
     if tuple(np.shape(value)) != shape:
         raise ArgumentValueError(
             f"{argument}={init!r} returned an array of shape {tuple(np.shape(value))} instead of "
@@ -109,12 +119,18 @@ def initial_value(
     return value
 
 
-def _call(init: Callable[..., Any], shape: tuple[int, ...], dtype: Any) -> Any:
+def _call(argument: str, init: Callable[..., Any], shape: tuple[int, ...], dtype: Any) -> Any:
     try:
         parameters = list(inspect.signature(init).parameters.values())
     except (TypeError, ValueError):  # builtins such as numpy.zeros have no signature
         return init(shape, dtype)
-    first = parameters[0].name if parameters else ""
+    if not parameters:
+        raise ArgumentTypeError(
+            f"{argument}={init!r} takes no argument: an initializer takes (shape, dtype) and "
+            "returns an array. For one value everywhere pass "
+            "groupnorm.initializers.constant(value)."
+        )
+    first = parameters[0].name
     if first in ("key", "rng", "rng_key"):
         import jax
 

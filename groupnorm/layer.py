@@ -401,6 +401,11 @@ class GroupNorm(Layer):
                     "groupnorm.backends.torch.TorchGroupNorm."
                 )
             return object.__new__(cls)
+        if "eps" in kwargs:  # as in PyTorch and Equinox
+            raise ArgumentTypeError(
+                f"eps={kwargs['eps']!r}: this argument is called epsilon here. Pass "
+                f"epsilon={kwargs['eps']!r}."
+            )
         if not isinstance(backend, str):
             raise ArgumentTypeError(
                 f"backend={backend!r} is of type {type(backend).__name__}: it must be the "

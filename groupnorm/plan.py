@@ -162,8 +162,7 @@ class Plan(NamedTuple):
         full = (1,) * (len(self.shape) - len(mask_shape)) + mask_shape
         # Not `m not in (1, s)`: with symbolic sizes, torch.compile looks for the same objects.
         if len(mask_shape) > len(self.shape) or any(
-            m != 1 and m != s  # noqa: PLR1714
-            for m, s in zip(full, self.shape, strict=True)
+            m != 1 and m != s for m, s in zip(full, self.shape, strict=True)
         ):
             raise ArgumentValueError(
                 f"mask has shape {mask_shape}, which does not broadcast to x of shape "

@@ -284,7 +284,7 @@ class TorchAdapter(Adapter):
 
     def wrap_parameter(self, value: Any, param_type: Any) -> Any:
         """Return a `param_type`, by default a `torch.nn.Parameter`, of the value."""
-        return (torch.nn.Parameter if param_type is None else param_type)(value)
+        return super().wrap_parameter(value, param_type or torch.nn.Parameter)
 
     def devices(self) -> tuple[str, ...]:
         """Return the names of the CPU and the accelerators."""

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from groupnorm import GroupNorm, errors, group_norm, group_norm_vjp
+from groupnorm import GroupNorm, errors, group_norm, group_norm_vjp, initializers
 from tests.rows import Backend
 
 VALUE, TYPE = errors.ArgumentValueError, errors.ArgumentTypeError
@@ -143,10 +143,19 @@ LAYER_AXES = [
     ({"bias_init": 0.0}, TYPE, "bias_init=0.0"),
     ({"scale_init": np.ones(6)}, TYPE, "scale_init"),
     ({"bias_init": lambda shape: np.zeros(5)}, VALUE, "bias_init", "(5,)", "(6,)"),
+    ({"scale_init": lambda: 1.0}, TYPE, "scale_init", "takes no argument"),
+    ({"param_type": int}, TYPE, "param_type=<class 'int'>"),
+    ({"param_type": lambda value: "a"}, TYPE, "param_type", "it returned 'a'"),
+    ({"eps": 1e-5}, TYPE, "eps=1e-05", "epsilon=1e-05"),
     ({"backend": "tensorflow"}, VALUE, "backend='tensorflow'", "numpy"),
     ({"backend": "NumPy"}, VALUE, "backend='NumPy'", "numpy"),
     ({"backend": None}, TYPE, "backend=None"),
 ]
+
+
+@pytest.mark.parametrize("value", ["a", None, [1.0], object], ids=repr)
+def test_a_constant_that_is_not_a_number(value):
+    assert_raises(lambda: initializers.constant(value), TYPE, re.escape(repr(value)))
 
 
 @pytest.mark.parametrize("case", GROUPS + COMMON + LAYER_AXES, ids=identify)

@@ -238,6 +238,13 @@ class TestTorch:
 
 
 @pytest.mark.needs("dask")
+def test_a_dask_array_without_elements_is_refused():
+    x = importlib.import_module("dask.array").ones((4, 3, 16))[:0]
+    with pytest.raises(ArgumentValueError, match=r"x has shape \(0, 3, 16\).*x.compute\(\)"):
+        group_norm(x, num_groups=4)
+
+
+@pytest.mark.needs("dask")
 def test_dask_stays_lazy_and_chunked(rng):
     """Chunks split groups, positions and the batch; nothing is computed before `compute`."""
     dask_array = importlib.import_module("dask.array")

@@ -337,10 +337,10 @@ class Adapter:
         """Import and return the library's kernels; called once, by `kernels`."""
         return Kernels(f"there are no kernels for {self.array_name}")
 
-    def portable(self, compute: "Callable[..., Result]", *arguments: Any) -> "Result":
-        """Call `compute`, the portable `group_norm` or `group_norm_vjp`, with this adapter.
+    def run(self, compute: "Callable[..., Result]", *arguments: Any) -> "Result":
+        """Call a function of the portable implementation with this adapter and the arguments.
 
-        A library may differentiate the former as a whole, by the latter.
+        A library may differentiate `group_norm` as a whole, by `group_norm_vjp`.
         """
         return compute(self, *arguments)
 

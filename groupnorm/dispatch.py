@@ -194,7 +194,7 @@ def compute_local(
     """Normalize as `compute` does, for an array whose type describes no sharding."""
     wanted = options.implementation
     if wanted == "portable":
-        return adapter.portable(group_norm, x, scale, bias, mask, options)
+        return adapter.run(group_norm, x, scale, bias, mask, options)
     if wanted == "native":
         result = adapter.native(x, scale, bias, mask, options)
     elif options.axis_name is not None:
@@ -205,7 +205,7 @@ def compute_local(
         return result
     if wanted is not None:
         _refuse(result, adapter, x, scale, bias, mask, options)
-    return adapter.portable(group_norm, x, scale, bias, mask, options)
+    return adapter.run(group_norm, x, scale, bias, mask, options)
 
 
 def compute_with_pullback(
@@ -214,7 +214,7 @@ def compute_with_pullback(
     """Normalize as `compute` does, and return the pullback as well."""
     wanted = options.implementation
     if wanted == "portable" or adapter.is_sharded(x):
-        return adapter.portable(group_norm_vjp, x, scale, bias, mask, options)
+        return adapter.run(group_norm_vjp, x, scale, bias, mask, options)
     result: Any
     if wanted == "native":
         result = Unsupported("the library's own group normalization comes without a pullback")
@@ -226,7 +226,7 @@ def compute_with_pullback(
         return result  # type: ignore[no-any-return]
     if wanted is not None:
         _refuse(result, adapter, x, scale, bias, mask, options)
-    return adapter.portable(group_norm_vjp, x, scale, bias, mask, options)
+    return adapter.run(group_norm_vjp, x, scale, bias, mask, options)
 
 
 _REPLICAS = Unsupported("statistics of replicas are pooled by the portable implementation")

@@ -83,7 +83,7 @@ def group_statistics(
         axis_index_groups=axis_index_groups,
         use_fast_variance=False,
     )
-    return portable.group_statistics(adapter_of(x), x, mask, options)
+    return adapter_of(x).run(portable.group_statistics, x, mask, options)
 
 
 def merge_statistics(*statistics: GroupStatistics) -> GroupStatistics:
@@ -120,7 +120,7 @@ def merge_statistics(*statistics: GroupStatistics) -> GroupStatistics:
         )
     for i, part in enumerate(statistics):
         check_statistics(f"statistics[{i}]", part)
-    return merge_values(adapter_of(statistics[0].mean, "statistics[0].mean"), statistics)
+    return adapter_of(statistics[0].mean, "statistics[0].mean").run(merge_values, statistics)
 
 
 def normalize(
@@ -186,5 +186,5 @@ def normalize(
         axis_index_groups=None,
         use_fast_variance=False,
     )
-    y: ArrayT = portable.normalize_by(adapter_of(x), x, statistics, scale, bias, mask, options)
+    y: ArrayT = adapter_of(x).run(portable.normalize_by, x, statistics, scale, bias, mask, options)
     return y

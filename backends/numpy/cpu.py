@@ -78,7 +78,8 @@ def _pullback(
             )
         dy = check_cotangent(adapter, dy, x)
         if dy.dtype != x.dtype:  # kernels are compiled for x's dtype and float32
-            dy = dy.astype(np.float32)
+            with np.errstate(under="ignore"):
+                dy = dy.astype(np.float32)
         work, layout = call.work, call.work.layout
         dx, dy = np.empty(layout.plan.shape, x.dtype), in_memory(dy, layout, np)
         dscale, dbias = np.empty((2, work.channels), np.float32)
@@ -96,7 +97,10 @@ def _pullback(
 def _as_parameter(gradient: Any, parameter: Any) -> Any:
     if parameter is None:
         return None
-    return gradient.astype(parameter.dtype).reshape(parameter.shape)
+    if gradient.dtype != parameter.dtype:
+        with np.errstate(under="ignore"):
+            gradient = gradient.astype(parameter.dtype)
+    return gradient.reshape(parameter.shape)
 
 
 def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -> Any:

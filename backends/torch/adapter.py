@@ -264,8 +264,8 @@ class TorchAdapter(Adapter):
 
         return TorchKernels(self, _traced)
 
-    def portable(self, compute: Any, x: Any, *arguments: Any) -> Any:
-        """Call the portable implementation; `group_norm` as one function for autograd."""
+    def run(self, compute: Any, x: Any, *arguments: Any) -> Any:
+        """Call a function of the portable implementation; `group_norm` as one for autograd."""
         mode = fake_mode(x)
         if mode is not None:
             with mode:  # which makes what the computation creates fake as well

@@ -58,7 +58,7 @@ def pull_back(
     def grouped(value: "Array") -> "Array":
         return xp.reshape(value, plan.grouped(value.shape))
 
-    ones = xp.ones_like(rstd * real_part(scale, adapter))
+    ones = xp.ones_like(rstd + real_part(scale, adapter))  # a product might overflow
     gain, shift = adapter.materialize(coefficients.gain * ones, coefficients.shift * ones)
     xhat = deviations.values
     if overwrite and gain.dtype == xhat.dtype:

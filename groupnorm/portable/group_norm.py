@@ -121,8 +121,8 @@ def group_norm_vjp(
     y = from_work(activate(z, activation, adapter), plan, inputs.result_dtype, xp)
 
     def pullback(dy: Array) -> Gradients:
-        return _gradients(
-            adapter, x, scale, bias, inputs, options, replicas, dy, z, deviations, coefficients
+        return adapter.run(
+            _gradients, x, scale, bias, inputs, options, replicas, dy, z, deviations, coefficients
         )
 
     return y, pullback

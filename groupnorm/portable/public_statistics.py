@@ -189,7 +189,7 @@ def _rounded_on_host(mean: Any, x: Array) -> tuple[Any, Any]:
         return mean, None
     if wide.dtype.kind == "c" and name == "float32":
         return mean, None  # refused below
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", under="ignore"):
         rounded = wide.astype(name)
         lost = (wide - rounded).astype(name)
     return (rounded.item(), lost.item()) if number else (rounded, lost)

@@ -234,11 +234,15 @@ def saturate(
     xp = adapter.xp
     unit, rstd = centred.unit, adapter.detach(coefficients.rstd)
     gain = adapter.detach(magnitude(scale, adapter))
-    largest = xp.where(gain > 1, gain, xp.ones_like(gain)) * rstd
-    largest = xp.where(largest > unit, largest, unit)
-    least = 2.0**-14  # the limit itself must not overflow
-    largest = xp.where(largest < least, xp.full_like(largest, least), largest)
-    limit = 2.0**-16 * float(xp.finfo(largest.dtype).max) / largest
+    bound = 2.0**-16 * float(xp.finfo(unit.dtype).max)
+
+    def limit_of(factor: "Array") -> "Array":
+        least = 2.0**-14  # the limit itself must not overflow
+        return bound / xp.where(factor < least, xp.full_like(factor, least), factor)
+
+    limit = limit_of(unit)
+    of_result = limit_of(rstd) / xp.where(gain > 1, gain, xp.ones_like(gain))
+    limit = xp.where(limit > of_result, of_result, limit)
     limit = xp.reshape(limit, plan.ungrouped(limit.shape))
     parts = [
         xp.where(mask | (xp.abs(part) <= limit), part, xp.where(part > 0, limit, -limit))

@@ -12,9 +12,8 @@ import pytest
 
 from groupnorm import group_norm, group_norm_vjp, group_statistics, normalize
 from tests import oracle
-from tests.portable.test_activation import reference as activated
-from tests.portable.test_activation import reference_gradients
-from tests.rows import CONTRACT, CONTRACT_64, GRADIENT, assert_close, assert_gradient
+from tests.core_calls import CALLS, check, draw, reference
+from tests.rows import CONTRACT, assert_close
 
 MODES = {
     "nans": lambda: jax.debug_nans(True),
@@ -24,64 +23,11 @@ MODES = {
     "leaks": lambda: jax.check_tracer_leaks(True),
     "checks": lambda: jax.enable_checks(True),
 }
-# Shape, keywords, dtype of x.
-CALLS = {
-    "last": ((2, 5, 6, 8), {}, "float32"),
-    "first": ((2, 8, 5, 6), {"feature_axis": 1, "activation": "silu"}, "float32"),
-    "few positions": ((3, 2, 8), {"use_fast_variance": False}, "float32"),
-    "long": ((1, 700, 8), {"activation": "gelu"}, "float32"),
-    "reduced batch": ((2, 30, 8), {"reduction_axes": (0, 1, 2), "activation": "relu"}, "float32"),
-    "two axes": ((2, 2, 5, 4), {"feature_axis": (1, 3)}, "float32"),
-    "bfloat16": ((2, 20, 8), {}, "bfloat16"),
-    "float64": ((2, 20, 8), {}, "float64"),
-    "complex": ((2, 20, 8), {}, "complex64"),
-}
 
 
 @pytest.fixture(params=[None, "portable"], ids=["default", "portable"])
 def implementation(request):
     return request.param
-
-
-def draw(rng, call, masked):
-    """Return host arrays x, dy, scale, bias, exact in their dtype, and the keywords."""
-    shape, keywords, dtype = CALLS[call]
-    x, dy = rng.normal(size=(2, *shape))
-    if dtype == "complex64":
-        x, dy = x + 1j * rng.normal(size=shape), dy + 1j * rng.normal(size=shape)
-    scale, bias = rng.normal(size=(2, 8))
-    if call == "two axes":
-        scale, bias = scale.reshape(2, 4), bias.reshape(2, 4)
-    keywords = {"num_groups": 2, **keywords}
-    if masked:
-        axes = keywords.get("feature_axis", -1)
-        for axis in (axes,) if isinstance(axes, int) else axes:
-            shape = (*shape[: axis % len(shape)], 1, *shape[axis % len(shape) + 1 :])
-        keywords["mask"] = rng.random(shape) < 0.6
-        keywords["mask"][-1] = "reduction_axes" in keywords  # else groups without an element
-        x = np.where(keywords["mask"], x, np.nan)
-    return x, dy, scale, bias, keywords, dtype
-
-
-def reference(x, dy, scale, bias, keywords):
-    """Return y and the gradients in float64."""
-    keywords = {"activation": None, **keywords}
-    keywords.pop("use_fast_variance", None)
-    y = activated(x, scale, bias, **keywords)
-    return y, reference_gradients(x, dy, scale, bias, **keywords)
-
-
-def check(got, want, dtype):
-    y, gradients = got
-    want_y, want_gradients = want
-    tolerance, rtol = 4 * CONTRACT, 4 * GRADIENT
-    if dtype == "bfloat16":
-        tolerance = rtol = float(jnp.finfo(dtype).eps)
-    elif dtype == "float64":
-        tolerance, rtol = 4 * CONTRACT_64, 10 * CONTRACT_64
-    assert_close(np.asarray(y), want_y, tolerance=tolerance)
-    for g, w in zip(gradients, want_gradients, strict=True):
-        assert_gradient(np.asarray(g), w, rtol=rtol)
 
 
 def vjp_by_jax(x, scale, bias, dy, **keywords):
@@ -114,24 +60,22 @@ def test_values_and_gradients(mode, implementation, call, masked, how, compiler,
         pytest.skip(
             "a limit: group_norm_vjp multiplies complex by real numbers; see docs/limits.md"
         )
-    x, dy, scale, bias, keywords, dtype = draw(rng, call, masked)
-    with jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext():
-        real = "float32" if dtype == "complex64" else dtype
-        given = [jnp.asarray(x, dtype), jnp.asarray(scale, real), jnp.asarray(bias, real)]
-        given.append(jnp.asarray(dy, dtype))
+    x, dy, scale, bias, keywords = draw(rng, call, masked)
+    with jax.enable_x64(True) if call == "float64" else contextlib.nullcontext():
+        given = [jnp.asarray(a) for a in (x, scale, bias, dy)]
         with MODES[mode]():
             function = functools.partial(how, implementation=implementation, **keywords)
             y, gradients = compiler(function)(*given)
     gradients = [np.asarray(g).conj() for g in gradients]
-    x, scale, bias, dy = map(np.asarray, given)
-    check((y, gradients), reference(x, dy.conj(), scale, bias, keywords), dtype)
+    check((y, gradients), reference(x, dy.conj(), scale, bias, keywords), x.dtype.name)
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 @pytest.mark.parametrize("mode", MODES)
 def test_statistics(mode, masked, rng):
-    x, _, _, _, keywords, _ = draw(rng, "last", masked)
-    given = jnp.asarray(x, "float32")
+    x, _, _, _, keywords = draw(rng, "last", masked)
+    given = jnp.asarray(x)
+    keywords.pop("epsilon")
     with MODES[mode]():
         y = jax.jit(lambda x: normalize(x, group_statistics(x, **keywords), **keywords))(given)
     assert_close(np.asarray(y), oracle.group_norm(given, **keywords), tolerance=CONTRACT)
@@ -140,8 +84,8 @@ def test_statistics(mode, masked, rng):
 @pytest.mark.parametrize("derive", [lambda f: f, jax.value_and_grad], ids=["forward", "gradient"])
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 def test_a_nan_is_blamed_on_the_operation_that_made_it(implementation, masked, derive, rng):
-    x, _, _, _, keywords, _ = draw(rng, "last", masked)
-    x = jnp.asarray(x, "float32")
+    x, _, _, _, keywords = draw(rng, "last", masked)
+    x = jnp.asarray(x)
 
     def function(x):
         y = group_norm(x, implementation=implementation, **keywords)

@@ -6,6 +6,7 @@ from groupnorm.distributed.replicas import IndexGroups, Replicas
 from groupnorm.portable.blocked_sums import total, total_of_products
 from groupnorm.portable.collectives import pool
 from groupnorm.portable.complex_parts import join, real_part, split
+from groupnorm.portable.pivots import clip_real
 from groupnorm.portable.statistics import Coefficients, Deviations
 
 if TYPE_CHECKING:
@@ -81,7 +82,12 @@ def pull_back(
         p = join(p_parts, adapter)
     # Expanded to all channels: an operand broadcast within its rows costs NumPy tenfold.
     weight = rstd * coefficients.inv_count * ones
-    factor, slope, offset = adapter.materialize(conj_scale * rstd, q * weight, p * weight)
+    slope = q * weight
+    if mask is not None:
+        # Not infinite, however large what is masked out is: valid elements may equal the mean.
+        largest = xp.full_like(slope, float(xp.finfo(slope.dtype).max))
+        slope = clip_real(slope, -largest, largest, xp)
+    factor, slope, offset = adapter.materialize(conj_scale * rstd, slope, p * weight)
     # With a mask, first of all: what is masked out may be so large that the product overflows.
     through_statistics = xhat if mask is None else xp.where(mask, xhat, 0.0)
     if overwrite and slope.dtype == xhat.dtype:

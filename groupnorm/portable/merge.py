@@ -156,4 +156,4 @@ def _mean_within(x: "Array", n: "Array", valid: "Array", count: "Array", xp: Any
     high = xp.max(xp.where(valid, x, -math.inf), axis=0)
     nothing = low > high
     low, high = xp.where(nothing, 0.0, low), xp.where(nothing, 0.0, high)
-    return clip_real(xp.sum(xp.where(valid, n * x, 0.0), axis=0) / count, low, high, xp)
+    return clip_real(xp.sum(xp.where(valid, x * (n / count), 0.0), axis=0), low, high, xp)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from groupnorm.plan import Plan
     from groupnorm.typing import Array
 
-__all__ = ["clip", "clip_real", "pivots", "unit_of"]
+__all__ = ["at_least_rounding", "clip", "clip_real", "pivots", "unit_of"]
 
 # That of extended precision is 0 as a float.
 _SMALLEST = sys.float_info.min
@@ -62,6 +62,22 @@ def _real_pivots(
     pivot = xp.where(grouped(nothing), xp.where(none_at_all, 0.0, lowest), grouped(pivot))
     # The spread of an empty group is defined as 1.
     return pivot, xp.where(none_at_all, 0.0, lowest), xp.where(none_at_all, 1.0, highest)
+
+
+def at_least_rounding(
+    spread: "Array", size: "Array", epsilon: float, adapter: "Adapter"
+) -> "Array":
+    """Return the spread of a sample, or that of other values that are rounded as the sample's are.
+
+    Of a constant sample of this size: values that differ from it do so by a rounding at least, and
+    huge ones by so much that their squares would overflow in the scale of epsilon.
+    """
+    xp, info = adapter.xp, adapter.xp.finfo(spread.dtype)
+    # The square of epsilon's root in this scale must not vanish.
+    most = math.sqrt(epsilon / float(info.smallest_normal)) / 8.0
+    rounding = float(info.eps) * size
+    rounding = xp.where(rounding > most, xp.full_like(rounding, most), rounding)
+    return xp.where(spread < rounding, rounding, spread)
 
 
 def unit_of(spread: "Array", epsilon: float, adapter: "Adapter") -> "Array":

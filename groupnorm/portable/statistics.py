@@ -38,7 +38,7 @@ from groupnorm.plan import product
 from groupnorm.portable.blocked_sums import total, total_of_products
 from groupnorm.portable.complex_parts import abs2, join, magnitude, split
 from groupnorm.portable.merge import GroupStatistics, at_least_one
-from groupnorm.portable.pivots import clip, pivots, unit_of
+from groupnorm.portable.pivots import at_least_rounding, clip, pivots, unit_of
 
 if TYPE_CHECKING:
     from groupnorm.adapter import Adapter
@@ -119,7 +119,10 @@ def measure(
         still = still[plan.sample]
         seen = float(product(still.shape[a] for a in plan.inner))
     pivot, lowest, highest = pivots(still, mask, seen, plan, adapter)
-    group_unit = unit_of(magnitude(highest - lowest, adapter), epsilon, adapter)
+    spread = magnitude(highest - lowest, adapter)
+    if plan.sample is not None:
+        spread = at_least_rounding(spread, magnitude(highest, adapter), epsilon, adapter)
+    group_unit = unit_of(spread, epsilon, adapter)
     scaled = not (adapter.reads_values and _is_ordinary(group_unit, xp))
     if not scaled:
         group_unit = xp.ones_like(group_unit)
@@ -142,9 +145,10 @@ def measure(
     members = (plan.members,)
     count = total(weights, members, plan, adapter)
     enough = at_least_one(count, xp)
-    # Clipped: rounding must not move the mean of equal pivots away from their common value.
+    # Clipped: rounding must not move the mean of equal pivots away from their common value. Divided
+    # first: the sum of huge values would overflow.
     reference = clip(
-        total(pivot * weights, members, plan, adapter) / enough, lowest, highest, adapter
+        total(pivot * (weights / enough), members, plan, adapter), lowest, highest, adapter
     )
     means = (pivot - reference) * unit + delta
     if mask is not None:

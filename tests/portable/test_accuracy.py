@@ -13,8 +13,11 @@ from tests.rows import (
     CONTRACT_64,
     Backend,
     assert_close,
+    assert_gradient,
     assert_result,
     call_with_arrays,
+    differentiate,
+    host_dtype,
     run,
 )
 
@@ -210,6 +213,39 @@ def test_gradients_of_huge_and_tiny_data(backend, size, rng):
     want = oracle.group_norm_gradients(x, dy, num_groups=2, epsilon=0).x
     largest = np.abs(want).max()
     assert_close(backend.to_numpy(dx) / largest, want / largest, tolerance=CONTRACT)
+
+
+@pytest.mark.parametrize("epsilon", [1e-6, 1e-30])
+@pytest.mark.parametrize("differing", [0, 40])
+@pytest.mark.parametrize(
+    ("dtype", "power"), [("bfloat16", 60), ("float32", 20), ("float32", 120), ("float64", 1000)]
+)
+def test_huge_data_that_is_nearly_constant(
+    backend, dtype, power, differing, epsilon, rng, needs_bfloat16
+):
+    """A sample of it is constant, and squares of one rounding overflow in the scale of epsilon."""
+    if dtype not in backend.dtypes:
+        pytest.skip(f"{backend} has no {dtype}")
+    x = np.ones((2, 1021, 8))
+    eps = {"bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}[dtype]
+    for group in (x[:, :, :4], x[:, :, 4:]):
+        at = np.unravel_index(rng.choice(group.size, differing, replace=False), group.shape)
+        group[at] += eps * rng.integers(1, 9, size=differing)
+    with backend.precision(dtype):
+        given = np.ldexp(x, power).astype(host_dtype(dtype))
+        dy = rng.normal(size=x.shape).astype(given.dtype)
+        got = differentiate(backend, given, dy, num_groups=2, epsilon=epsilon)
+    if differing:  # a power of two and a constant are exact, and change nothing
+        x = x - 1
+    else:
+        x, power = given, 0
+    keywords = {"num_groups": 2, "epsilon": math.ldexp(epsilon, -2 * power)}
+    want = oracle.group_norm(x, **keywords)
+    tolerance = {"bfloat16": 2.0**-7, "float64": 10 * CONTRACT_64}.get(dtype, CONTRACT)
+    assert_close(got.y, want, tolerance=tolerance)
+    want = oracle.group_norm_gradients(x, dy, **keywords).x
+    got_dx = np.ldexp(got.x.astype(np.float64), power)
+    assert_gradient(got_dx, want, rtol=tolerance)
 
 
 def test_small_values_among_zeros_without_epsilon(quick_backend, rng):

@@ -44,11 +44,19 @@ def finish(process):
 
 
 def test_damaged_files(tmp_path):
-    """Files cut short, empty or foreign are replaced, so that the next process loads them."""
+    """Files cut short, empty, foreign or with damaged machine code are replaced."""
     want, _ = finish(start(tmp_path))
-    for pattern, content in (("*.nbi", None), ("*.nbi", b""), ("*.nbc", b"\x80\x05not a kernel")):
+    for pattern, damage in (
+        ("*.nbi", lambda content: content[:300]),
+        ("*.nbi", lambda content: b""),
+        ("*.nbc", lambda content: b"\x80\x05not a kernel"),
+        # As a power failure leaves it. LLVM would end the process.
+        ("*.nbc", lambda content: content.replace(b"\x7fELF", bytes(4))),
+    ):
         for path in tmp_path.rglob(pattern):
-            path.write_bytes(path.read_bytes()[:300] if content is None else content)
+            content = path.read_bytes()
+            assert damage(content) != content
+            path.write_bytes(damage(content))
         got, log = finish(start(tmp_path))
         assert got == want
         assert log.count("cannot be read from") == 1

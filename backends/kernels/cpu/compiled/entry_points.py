@@ -5,9 +5,10 @@ One is compiled for each `Variant` that is used, and cached on disk for later pr
 """
 
 import ast
+import contextlib
 import hashlib
+import io
 import logging
-import pickle
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import numba
 from llvmlite import ir
 from numba import types
 from numba.core import sigutils
-from numba.core.caching import FunctionCache
+from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.core.ccallback import CFunc
 from numba.core.cgutils import get_null_value
 from numba.extending import intrinsic, models, overload, register_model
@@ -309,31 +310,67 @@ def run(call):
     _run(call)
 
 
-# What reading a damaged or foreign file may raise: pickle runs whatever its bytes describe.
-_DAMAGED = (
-    ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError,
-    MemoryError, OSError, RuntimeError, pickle.PickleError, TypeError, ValueError,
-)  # fmt: skip
+class _Files(IndexDataCacheFile):
+    """Files that end with a hash of their content.
+
+    numba would unpickle whatever a damaged file holds, and run it: zeros in the machine code, such
+    as a power failure leaves, end the process.
+    """
+
+    @contextlib.contextmanager
+    def _open_for_write(self, filepath):
+        with super()._open_for_write(filepath) as file:
+            content = io.BytesIO()
+            yield content
+            file.write(content.getvalue() + hashlib.sha256(content.getvalue()).digest())
+
+    def _load_index(self):
+        _verify(self._index_path)
+        return super()._load_index()
+
+    def _load_data(self, name):
+        _verify(self._data_path(name))
+        return super()._load_data(name)
+
+
+def _verify(path):
+    """Raise ValueError if a file exists and is damaged."""
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError:
+        return
+    size = hashlib.sha256().digest_size
+    if hashlib.sha256(data[:-size]).digest() != data[-size:]:
+        raise ValueError(f"{path} is damaged")
+
+
+# What reading and writing the files may raise: `OSError`, and `ValueError` by `_verify`.
+_UNUSABLE = (OSError, ValueError)
 
 
 class _Cache(FunctionCache):
     """A cache on disk that may be damaged, unreadable, read-only or full: it only saves time."""
 
+    def __init__(self, function):
+        super().__init__(function)
+        stamp = self._impl.locator.get_source_stamp()
+        self._cache_file = _Files(self._cache_path, self._impl.filename_base, stamp)
+
     def load_overload(self, signature, target_context):
         try:
             return super().load_overload(signature, target_context)
-        except _DAMAGED as error:
+        except _UNUSABLE as error:
             _log_once("a compiled CPU kernel cannot be read from", self.cache_path, error)
             return None
 
     def save_overload(self, signature, data):
         try:
             super().save_overload(signature, data)
-        except _DAMAGED:  # saving reads the index first, which may be what is damaged
+        except _UNUSABLE:  # saving reads the index first, which may be what is damaged
             try:
                 self.flush()
                 super().save_overload(signature, data)
-            except _DAMAGED as error:
+            except _UNUSABLE as error:
                 _log_once("compiled CPU kernels cannot be stored in", self.cache_path, error)
 
 

@@ -1,6 +1,7 @@
 """Whether the CPU kernels can be used here; loading them."""
 
 import importlib
+import logging
 from functools import lru_cache
 from typing import Any
 
@@ -10,6 +11,8 @@ from groupnorm.adapter import Unsupported
 
 __all__ = ["constant", "kernels", "why_unavailable"]
 
+_log = logging.getLogger("groupnorm")
+
 
 @lru_cache(maxsize=2)
 def why_unavailable(float16: bool) -> Unsupported | None:
@@ -17,23 +20,29 @@ def why_unavailable(float16: bool) -> Unsupported | None:
 
     This call imports numba; nothing imports it earlier.
     """
+    why = _why_none()
+    if why is None and float16 and not kernels("elements").has_float16():
+        return Unsupported("this CPU has no instructions for converting float16")
+    return why
+
+
+@lru_cache(maxsize=1)
+def _why_none() -> Unsupported | None:
     try:
         kernels("entry_points")
-        if float16 and not kernels("elements").has_float16():
-            return Unsupported("this CPU has no instructions for converting float16")
     except ImportError as error:
         return Unsupported(
             f"the kernels for CPUs need numba, which cannot be imported ({error}); "
             'install it with pip install "groupnorm[cpu]"'
         )
     except AttributeError as error:  # a name of numba or llvmlite that is not public
-        return Unsupported(f"the kernels for CPUs do not work with this version of numba ({error})")
-    except RuntimeError as error:  # numba finds no writable cache directory
-        return Unsupported(
-            f"numba cannot compile the kernels for CPUs here ({error}); if no cache directory is "
-            "writable, set NUMBA_CACHE_DIR"
-        )
-    return None
+        why = f"the kernels for CPUs do not work with this version of numba ({error})"
+    except RuntimeError as error:  # their source files, by which they are cached, are missing
+        why = f"the kernels for CPUs cannot be compiled here ({error})"
+    else:
+        return None
+    _log.warning("groupnorm uses its portable implementation: %s", why)
+    return Unsupported(why)
 
 
 @lru_cache(maxsize=4)

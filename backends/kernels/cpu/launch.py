@@ -206,11 +206,12 @@ def entry(kernel: str, x: str, y: str, dy: str, masked: bool, activation: str | 
     made = calls.compiled(variant)
     if not getattr(made, "cache_hits", True):  # counted in private
         _log.warning(
-            "groupnorm compiled the CPU kernel %s (x of %s, %s of %s, %s, activation %s) in %.1f s;"
-            " it is cached on disk, and later processes load it.",
+            "groupnorm compiled the CPU kernel %s (x of %s, %s of %s, %s, activation %s) in %.1f s"
+            "%s.",
             kernel, x, "dy" if kernel.endswith("backward") else "y",
             dy if kernel.endswith("backward") else y, "a mask" if masked else "no mask",
             activation, time.perf_counter() - start,
+            "; it is cached on disk, and later processes load it" if made.stored else "",
         )  # fmt: skip
     function: Any = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(made.address)
     function.made = made  # keeps numba from freeing the code

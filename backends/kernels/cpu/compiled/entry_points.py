@@ -351,6 +351,8 @@ _UNUSABLE = (OSError, ValueError)
 class _Cache(FunctionCache):
     """A cache on disk that may be damaged, unreadable, read-only or full: it only saves time."""
 
+    stored = False
+
     def __init__(self, function):
         super().__init__(function)
         stamp = self._impl.locator.get_source_stamp()
@@ -360,36 +362,48 @@ class _Cache(FunctionCache):
         try:
             return super().load_overload(signature, target_context)
         except _UNUSABLE as error:
-            _log_once("a compiled CPU kernel cannot be read from", self.cache_path, error)
+            _log_once(f"cannot be read from {self.cache_path}", error)
             return None
 
     def save_overload(self, signature, data):
         try:
             super().save_overload(signature, data)
+            self.stored = True
         except _UNUSABLE:  # saving reads the index first, which may be what is damaged
             try:
                 self.flush()
                 super().save_overload(signature, data)
+                self.stored = True
             except _UNUSABLE as error:
-                _log_once("compiled CPU kernels cannot be stored in", self.cache_path, error)
+                _log_once(f"cannot be stored in {self.cache_path}", error)
 
 
-def _log_once(problem, folder, error):
-    known = _logged.setdefault(problem, error)
-    if known is error:
-        _log.warning("groupnorm: %s %s (%r), so it is compiled here.", problem, folder, error)
+def _log_once(problem, error):
+    if problem not in _logged:
+        _logged.add(problem)
+        _log.warning(
+            "groupnorm: compiled CPU kernels %s (%r), so they are compiled in this process.",
+            problem, error,
+        )  # fmt: skip
 
 
 _log = logging.getLogger("groupnorm")
-_logged = {}  # by problem
-
-# Raises RuntimeError if numba finds no writable cache directory.
-_Cache(run)
+_logged = set()
 
 
 class _Function(CFunc):
+    """A compiled function; kept on disk if there is a folder for it."""
+
     def enable_caching(self):
-        self._cache = _Cache(self._pyfunc)
+        try:
+            self._cache = _Cache(self._pyfunc)
+        except RuntimeError as error:  # numba finds no folder that can be written
+            _log_once("have no folder that can be written; NUMBA_CACHE_DIR may name one", error)
+
+    @property
+    def stored(self):
+        """Whether the function was compiled now, and stored on disk."""
+        return getattr(self._cache, "stored", False)
 
 
 def compiled(variant, function=run, result=types.void):

@@ -2,14 +2,13 @@
 
 import logging
 import math
-import operator
 import os
 import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from groupnorm.errors import ArgumentTypeError, ArgumentValueError
+from groupnorm.arguments import positive
 
 __all__ = ["get_num_threads", "set_num_threads"]
 
@@ -54,20 +53,7 @@ def set_num_threads(num_threads: int) -> None:
     >>> groupnorm.set_num_threads(before)
     """
     global _set
-    try:
-        number = None if isinstance(num_threads, bool) else operator.index(num_threads)
-    except TypeError:
-        number = None
-    if number is None:
-        raise ArgumentTypeError(
-            f"num_threads={num_threads!r} is of type {type(num_threads).__name__}: it must be an "
-            "integer, such as 1."
-        )
-    if number < 1:
-        raise ArgumentValueError(
-            f"num_threads={num_threads!r} must be at least 1: 1 is the calling thread alone."
-        )
-    _set = number
+    _set = positive("num_threads", num_threads)
 
 
 def get_num_threads() -> int:

@@ -78,14 +78,14 @@ def test_set_num_threads_comes_first(unset):
 
 @pytest.mark.parametrize("value", [0, -1])
 def test_too_few_threads(value, unset):
-    with pytest.raises(ArgumentValueError, match=rf"num_threads={value} must be at least 1"):
+    with pytest.raises(ArgumentValueError, match=rf"num_threads={value} .* at least 1"):
         groupnorm.set_num_threads(value)
     assert groupnorm.get_num_threads() == 64
 
 
 @pytest.mark.parametrize("value", [True, 1.5, "2", None])
 def test_threads_that_are_no_number(value, unset):
-    with pytest.raises(ArgumentTypeError, match=r"num_threads=.* of type .*must be an integer"):
+    with pytest.raises(ArgumentTypeError, match=r"num_threads=.* integer"):
         groupnorm.set_num_threads(value)
 
 

@@ -32,11 +32,6 @@ class GenericAdapter(Adapter):
                 f"{argument} has shape {x.shape} with unknown sizes: statistics need the number of "
                 f"elements. For Dask call {argument}.compute_chunk_sizes() first."
             )
-        if 0 in x.shape and array_api_compat.is_dask_namespace(self.xp):
-            raise ArgumentValueError(
-                f"{argument} has shape {x.shape}, without elements: Dask computes no maximum of "
-                f"such arrays. Pass {argument}.compute()."
-            )
         chunks = getattr(x, "chunks", ())
         if all(size for sizes in chunks for size in sizes):
             return x

@@ -65,8 +65,11 @@ class Plan(NamedTuple):
 
     @property
     def empty(self) -> bool:
-        """Whether groups have no elements, for which reductions such as min raise."""
-        return self.group_count == 0
+        """Whether there are no elements, for which reductions such as min raise.
+
+        Dask's raise for a batch without samples too.
+        """
+        return self.group_count == 0 or (self.static and 0 in self.shape)
 
     @property
     def members(self) -> int:

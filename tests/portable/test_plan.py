@@ -132,7 +132,8 @@ def test_a_mask_of_an_empty_array_may_be_empty():
 
 def test_empty():
     assert plan((3, 0, 6)).empty
-    assert not plan((0, 5, 6)).empty
+    assert plan((0, 5, 6)).empty
+    assert not plan((3, 5, 6)).empty
 
 
 def test_plans_are_hashable_and_comparable():

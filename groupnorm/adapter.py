@@ -207,12 +207,14 @@ class Adapter:
         x = factors[0] if len(factors) == 1 else factors[0] * factors[1]
         return self.xp.sum(x, axis=axis, keepdims=True)
 
+    @property
+    def overwrites(self) -> bool:
+        """Whether the portable implementation may overwrite arrays that it created."""
+        return True
+
     def erfc(self, x: "Array") -> "Array | None":
         """Return 1 - erf(x), which the array API lacks; None if the library lacks it too."""
         return None
-
-    #: ``dz * slope(z)`` of an activation, ``(dz, z, name)``, if the library is faster at it.
-    times_slope: "ClassVar[Callable[[Array, Array, str], Array] | None]" = None
 
     # Dtypes -----------------------------------------------------------------------------------
 

@@ -117,6 +117,8 @@ def adapter_named(name: str) -> Adapter:
     BackendImportError
         If its library cannot be imported.
     """
+    # Does not keep what it loads: the operators call it while torch.compile traces `adapter_of`,
+    # which may be traced twice, and must take the same path both times.
     loaded = _loaded.get(name)
     return _load(name)[0] if loaded is None else loaded[0]
 
@@ -124,7 +126,7 @@ def adapter_named(name: str) -> Adapter:
 def layer_class_named(name: str) -> "type[GroupNorm]":
     """Return the layer class of a backend, importing its library; raises as `adapter_named`."""
     loaded = _loaded.get(name)
-    return _load(name)[1] if loaded is None else loaded[1]
+    return _kept(name)[1] if loaded is None else loaded[1]
 
 
 def _load(name: str) -> "tuple[Adapter, type[GroupNorm]]":
@@ -133,7 +135,7 @@ def _load(name: str) -> "tuple[Adapter, type[GroupNorm]]":
             f"backend={name!r} is not known: choose one of {', '.join(map(repr, _backends))}."
         )
     try:
-        loaded = _backends[name].load()
+        return _backends[name].load()
     except ImportError as error:
         if isinstance(error, BackendImportError):
             raise
@@ -141,7 +143,10 @@ def _load(name: str) -> "tuple[Adapter, type[GroupNorm]]":
             f"backend={name!r} needs a library that cannot be imported ({error}): install it with "
             f'pip install "groupnorm[{name}]".'
         ) from error
-    return _loaded.setdefault(name, loaded)
+
+
+def _kept(name: str) -> "tuple[Adapter, type[GroupNorm]]":
+    return _loaded.setdefault(name, _load(name))
 
 
 def adapter_of(x: Any, argument: str = "x") -> Adapter:
@@ -156,7 +161,7 @@ def adapter_of(x: Any, argument: str = "x") -> Adapter:
         name = _names_by_root.get(cls.__module__.partition(".")[0])
         if name is not None:
             loaded = _loaded.get(name)
-            adapter = _load(name)[0] if loaded is None else loaded[0]
+            adapter = _kept(name)[0] if loaded is None else loaded[0]
             if adapter.is_array(x):
                 return adapter
     if hasattr(x, "__array_namespace__") or "dask" in sys.modules:

@@ -15,6 +15,7 @@ from groupnorm.backends.torch.differentiation import portable
 from groupnorm.backends.torch.internals import (
     fake_mode,
     has_memory,
+    has_modes,
     is_exporting,
     is_traced,
     is_zero_tensor,
@@ -25,7 +26,7 @@ from groupnorm.backends.torch.process_groups import replicas_of
 from groupnorm.distributed.axis_names import bound
 from groupnorm.distributed.replicas import Replicas, over_all
 from groupnorm.dtypes import small_float
-from groupnorm.errors import ArgumentTypeError, ArgumentValueError
+from groupnorm.errors import ArgumentStateError, ArgumentTypeError, ArgumentValueError
 from groupnorm.portable.group_norm import group_norm
 from groupnorm.portable.inputs import HOST_MASKS, host_mask
 
@@ -177,6 +178,11 @@ class TorchAdapter(Adapter):
 
     def to_host(self, x: Any) -> "np.ndarray[Any, Any]":
         """Copy to the host; reinterpret bits if NumPy and PyTorch share no dtype."""
+        if x.is_meta:
+            raise ArgumentStateError(
+                f"a tensor of shape {tuple(x.shape)} is on the meta device and has no values to "
+                "copy: call to_empty(device=...) and reset_parameters() first."
+            )
         x = x.detach().cpu().resolve_conj().resolve_neg()
         name = str(x.dtype).removeprefix("torch.")
         if not name.startswith(("bfloat", "float8")):
@@ -202,6 +208,11 @@ class TorchAdapter(Adapter):
         known = (d if d in _DTYPES else torch.float32 for d in dtypes)
         return reduce(torch.promote_types, known)
 
+    @property
+    def overwrites(self) -> bool:
+        """Not where a mode may keep what operations return, as selective checkpointing does."""
+        return torch.compiler.is_compiling() or not has_modes()
+
     def erfc(self, x: Any) -> Any:
         """1 - erf(x); None for ONNX, which has no such operator."""
         if is_traced() and torch.onnx.is_in_onnx_export():
@@ -217,14 +228,6 @@ class TorchAdapter(Adapter):
         order = sorted(range(x.ndim), key=lambda a: -strides[a])
         inverse = [order.index(a) for a in range(x.ndim)]
         return x.permute(order).sum(order.index(axis), keepdim=True).permute(inverse)
-
-    @staticmethod
-    def times_slope(dz: Any, z: Any, name: str) -> Any:  # type: ignore[override]
-        """Differentiate the library's own activation: in one pass, without temporary arrays."""
-        with torch.enable_grad():
-            z = z.detach().requires_grad_()
-            y = getattr(torch.nn.functional, name)(z)
-        return torch.autograd.grad(y, z, dz)[0]
 
     def complex_from(self, real: Any, imaginary: Any) -> Any:
         """Combine two real tensors into a complex one."""

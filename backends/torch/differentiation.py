@@ -19,7 +19,7 @@ from groupnorm.backends.torch.internals import (
     is_traced,
     is_transformed,
 )
-from groupnorm.backends.torch.memory import PLAIN, check_memory
+from groupnorm.backends.torch.memory import PLAIN, check_memory, without_base
 from groupnorm.portable.group_norm import gradients, group_norm_measured, group_norm_vjp
 from groupnorm.portable.inputs import HOST_MASKS, host_mask
 from groupnorm.typing import Gradients
@@ -68,9 +68,12 @@ def portable(
         or is_traced()
         or in_forward_mode()
         or is_transformed()
-        or not all(_is_savable(a) for a in (x, scale, bias, mask))
+        or not all(_is_savable(a, np.ndarray) for a in (x, scale, bias))
+        or not _is_savable(mask, HOST_MASKS)
     ):
-        return compute(adapter, x, scale, bias, mask, options)
+        y = compute(adapter, x, scale, bias, mask, options)
+        plain = not (torch.compiler.is_compiling() or torch.is_grad_enabled())
+        return without_base(y) if plain and _is_savable(y, ()) else y
     if isinstance(mask, torch.Tensor):
         check_memory(mask, "mask")
         mask = mask.detach().clone()
@@ -101,7 +104,7 @@ class _ByPullback(torch.autograd.Function):
         y, ctx.measured = group_norm_measured(
             call.adapter, x, scale, bias, call.mask, call.options
         )  # fmt: skip
-        return y
+        return without_base(y)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> Any:
@@ -116,7 +119,7 @@ class _ByPullback(torch.autograd.Function):
             and (x.dtype, x.device) == ctx.like
             and not torch.is_grad_enabled()
             and not in_forward_mode()
-            and all(_is_savable(a) for a in (x, scale, bias, dy))
+            and all(_is_savable(a, np.ndarray) for a in (x, scale, bias, dy))
         ):
             found = gradients(*given, ctx.measured)
         else:
@@ -134,7 +137,8 @@ def portable_gradients(
     return group_norm_vjp(adapter, x, scale, bias, mask, options)[1](dy)
 
 
-def _is_savable(a: Any) -> bool:
+def _is_savable(a: Any, host: Any) -> bool:
+    """Whether a is an ordinary tensor, of one of the types of the host, or None."""
     if isinstance(a, torch.Tensor):
         return type(a) in PLAIN and has_memory(a)
-    return a is None or isinstance(a, HOST_MASKS)
+    return a is None or isinstance(a, host)

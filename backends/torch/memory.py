@@ -12,7 +12,16 @@ from groupnorm.backends.kernels.layout import MemoryLayout
 from groupnorm.backends.torch.internals import SPECIAL_KEYS, dispatch_keys, has_memory
 from groupnorm.errors import ArgumentStateError
 
-__all__ = ["PLAIN", "check_memory", "cotangent", "in_memory", "is_plain", "is_plain_mask", "like"]
+__all__ = [
+    "PLAIN",
+    "check_memory",
+    "cotangent",
+    "in_memory",
+    "is_plain",
+    "is_plain_mask",
+    "like",
+    "without_base",
+]
 
 # Tensor types that store their values themselves.
 PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -83,7 +92,15 @@ def like(x: torch.Tensor, layout: MemoryLayout, dtype: torch.dtype) -> torch.Ten
     if layout.dense:
         return torch.empty_like(x, dtype=dtype)  # also keeps strides, and takes less time
     made = torch.empty(layout.plan.shape, dtype=dtype, device=x.device)
-    return made if layout.order is None else made.permute(layout.inverse)
+    return made if layout.order is None else without_base(made.permute(layout.inverse))
+
+
+def without_base(y: torch.Tensor) -> torch.Tensor:
+    """Return a new tensor as one that is no view: a caller may change his result in place.
+
+    Autograd forbids that for a view made by one of its functions, or without gradients.
+    """
+    return y.data if y._is_view() else y
 
 
 def cotangent(dy: torch.Tensor, x: torch.Tensor, layout: MemoryLayout) -> torch.Tensor:

@@ -6,6 +6,7 @@ import torch
 
 from groupnorm.adapter import Unsupported
 from groupnorm.arguments import CallOptions
+from groupnorm.backends.torch.differentiation import requires_grad
 
 __all__ = ["functional"]
 
@@ -28,6 +29,8 @@ def functional(x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -
     if options.dtype not in (None, "input"):
         return Unsupported("torch.nn.functional.group_norm keeps x's dtype")
     groups = options.num_groups or channels // (options.group_size or 1)
+    if not x.requires_grad and requires_grad(scale, bias):
+        x = x.contiguous()  # in channels-last order PyTorch's backward would end the process (2.13)
     try:
         y = torch.nn.functional.group_norm(x, groups, scale, bias, options.epsilon)
     except (RuntimeError, TypeError, ValueError) as error:

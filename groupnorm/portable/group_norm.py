@@ -139,11 +139,7 @@ def _gradients(
     )  # fmt: skip
     dz = to_work(xp.astype(dy, inputs.cotangent_dtype, copy=False), plan, xp)
     if options.activation is not None:
-        times_slope: Any = adapter.times_slope if overwrite else None
-        if times_slope is not None:
-            dz = times_slope(dz, z, options.activation)
-        else:
-            dz = dz * slope(z, options.activation, adapter)
+        dz = dz * slope(z, options.activation, adapter)
     work = pull_back(
         dz,
         inputs.mask,

@@ -133,7 +133,11 @@ def measure(
     centred = _centre(x, pivot, unit, plan, adapter, scaled=scaled)
     valid = centred.values if mask is None else xp.where(mask, centred.values, 0.0)
     if scaled:
-        valid *= xp.reshape(unit, plan.ungrouped(unit.shape))
+        factor = xp.reshape(unit, plan.ungrouped(unit.shape))
+        if adapter.overwrites:
+            valid *= factor
+        else:
+            valid = valid * factor
         centred = centred if mask is not None else centred._replace(values=valid)
     delta = total(valid, plan.inner, plan, adapter) / enough
     m2 = _total_abs2(valid, plan, adapter) - counts * abs2(delta, adapter)
@@ -337,7 +341,7 @@ def normalize(
     factor, term = adapter.materialize(coefficients.gain * scale, bias - coefficients.shift * scale)
     factor = adapter.xp.reshape(factor, plan.ungrouped(factor.shape))
     y = centred.values
-    if keep_deviations or factor.dtype != y.dtype:
+    if keep_deviations or factor.dtype != y.dtype or not adapter.overwrites:
         y = y * factor
     else:
         y *= factor

@@ -403,6 +403,62 @@ def test_bad_masks_of_the_host_in_a_compiled_program(mask, rng):
     torch._dynamo.reset()
 
 
+# Results -----------------------------------------------------------------------------------------
+
+# How x lies in memory: as kernels read it, or with gaps or another order, so that they copy it.
+LAYOUTS = {
+    "channels first": lambda a: a,
+    "channels last": lambda a: a.movedim(1, -1).contiguous().movedim(-1, 1),
+    "slice": lambda a: torch.cat([a, a], 1).movedim(1, -1).contiguous().movedim(-1, 1)[:, :8],
+    "steps": lambda a: a.repeat_interleave(2, -1)[..., ::2].transpose(2, 3),
+}
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no grad"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("implementation", [None, "portable"])
+def test_the_result_may_be_changed_in_place(implementation, layout, dtype, grad, rng):
+    x, dy = (layout(tensor(rng, 2, 8, 5, 5, dtype=dtype)) for _ in range(2))
+    weight = torch.tensor(2.0, dtype=dtype, requires_grad=True)
+    with torch.set_grad_enabled(grad):
+        given = x.clone().requires_grad_()
+        y = group_norm(given, num_groups=2, feature_axis=1, implementation=implementation)
+    want = oracle.group_norm(x.numpy(), num_groups=2, feature_axis=1)
+    y.relu_().add_(weight)
+    assert_close(y.detach().numpy(), np.maximum(want, 0) + 2, tolerance=2 * CONTRACT)
+    y.backward(dy)
+    assert_gradient(weight.grad.numpy(), dy.numpy().sum(), rtol=1e-5)
+    if grad:
+        gradient = oracle.group_norm_gradients(
+            x.numpy(), dy.numpy() * (want > 0), None, None, num_groups=2, feature_axis=1
+        ).x
+        assert_gradient(given.grad.numpy(), gradient, rtol=GRADIENT)
+
+
+@pytest.mark.parametrize("implementation", [None, "portable", "fused"])
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("value", [[2.0] * 8, (2.0,) * 8, 2.0, np.float32(2), True], ids=repr)
+@pytest.mark.parametrize("argument", ["scale", "bias"])
+def test_parameters_that_are_no_arrays_are_refused(argument, value, recorded, implementation):
+    x = torch.ones(2, 5, 8, requires_grad=recorded)
+    with pytest.raises((ArgumentTypeError, ArgumentValueError), match=argument):
+        group_norm(x, num_groups=2, implementation=implementation, **{argument: value})
+
+
+def test_backward_of_the_native_implementation_in_channels_last_order(rng):
+    """F.group_norm ends the process where x needs no gradient."""
+    x = LAYOUTS["channels last"](tensor(rng, 2, 8, 5, 5))
+    scale = torch.ones(8, requires_grad=True)
+    y = group_norm(x, scale, num_groups=4, feature_axis=1, implementation="native")
+    dy = tensor(rng, 2, 8, 5, 5)
+    y.backward(dy)
+    want = oracle.group_norm_gradients(
+        x.numpy(), dy.numpy(), np.ones(8), None, num_groups=4, feature_axis=1
+    ).scale
+    assert_gradient(scale.grad.numpy(), want, rtol=1e-5)
+
+
 # Tensors of other kinds --------------------------------------------------------------------------
 
 

@@ -410,15 +410,19 @@ calls = {
 }
 if sys.argv[1] == "layer":
     calls["layer"] = GroupNorm((8, ...), backend="torch", num_groups=2, feature_axis=0)
-y = torch.compile(calls[sys.argv[1]], backend="eager", fullgraph=True)(torch.tensor(x))
+call = torch.compile(
+    calls[sys.argv[1]], backend="aot_eager", fullgraph=True, dynamic=sys.argv[2] == "dynamic"
+)
+y = call(torch.tensor(x))
 assert np.abs(y.detach().numpy() - oracle.group_norm(x, **options)).max() < 5e-6
 """
 
 
+@pytest.mark.parametrize("sizes", ["static", "dynamic"])
 @pytest.mark.parametrize("call", ["function", "vjp", "layer"])
-def test_the_first_call_of_a_process_may_be_compiled(call):
-    """It then imports adapters and kernels, while the compiler traces."""
+def test_the_first_call_of_a_process_may_be_compiled(call, sizes):
+    """It then imports adapters and kernels while the compiler traces (symbolic sizes: twice)."""
     done = subprocess.run(
-        [sys.executable, "-c", FIRST_CALL, call], capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", FIRST_CALL, call, sizes], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr

@@ -15,7 +15,7 @@ from torch import nn
 
 import groupnorm
 from groupnorm import GroupNorm, group_norm
-from groupnorm.errors import ArgumentTypeError
+from groupnorm.errors import ArgumentStateError, ArgumentTypeError
 from tests import oracle
 from tests.rows import CONTRACT, GRADIENT, assert_close, assert_gradient
 
@@ -83,6 +83,22 @@ def test_is_a_torch_group_norm(in_size, axis, keywords):
     assert isinstance(layer, GroupNorm)
     assert (layer.num_groups, layer.num_channels, layer.eps) == (GROUPS, CHANNELS, 1e-6)
     assert layer.affine == bool(keywords.get("use_scale", True))
+
+
+def test_names_of_arguments(rng):
+    """PyTorch's layer calls x input."""
+    layer, x = native(rng), tensor(rng, 2, CHANNELS, 5)
+    assert torch.equal(layer(input=x), layer(x=x))
+    mask = torch.tensor([True, False, True, True, True])
+    assert torch.equal(layer(input=x, mask=mask), layer(x, mask))
+    with pytest.raises(ArgumentTypeError, match="x=None"):
+        layer()
+
+
+def test_parameters_without_values_cannot_be_converted():
+    layer = GroupNorm(CHANNELS, num_groups=GROUPS, backend="torch", device="meta")
+    with pytest.raises(ArgumentStateError, match=r"meta device.*reset_parameters"):
+        layer.to_backend("numpy")
 
 
 @pytest.mark.parametrize(("in_size", "axis", "keywords"), NOT_NATIVE.values(), ids=NOT_NATIVE)

@@ -12,7 +12,11 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 from groupnorm import group_norm, group_norm_vjp
@@ -372,6 +376,43 @@ def test_checkpoints_of_which_one_pass_is_under_a_mode(backward, arrays):
     with FlopCounterMode(display=False) if backward else nullcontext():
         found = torch.autograd.grad(y, given, torch.tensor(arrays["dy"]))
     assert_all(found, expected(arrays))
+
+
+def test_selective_checkpoints_that_save_everything(arrays):
+    given = leaves(arrays)
+
+    def contexts():
+        policy = lambda *_, **__: CheckpointPolicy.MUST_SAVE  # noqa: E731
+        return create_selective_checkpoint_contexts(policy)
+
+    y = checkpoint(
+        lambda *a: group_norm(*a, **OPTIONS), *given, use_reentrant=False, context_fn=contexts
+    )
+    assert_all(torch.autograd.grad(y, given, torch.tensor(arrays["dy"])), expected(arrays))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("activation", ["relu", "silu", "gelu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_activations_have_the_same_bits_for_any_number_of_threads(
+    dtype, activation, implementation, rng
+):
+    """PyTorch's own backward passes of activations do not."""
+    x, dy = torch.tensor(rng.normal(size=(2, 2, 8, 3, 40001))).to(dtype)
+    x.requires_grad_()
+    threads, results = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 5):
+            torch.set_num_threads(number)
+            y = group_norm(
+                x, num_groups=8, feature_axis=1, activation=activation,
+                implementation=implementation,
+            )  # fmt: skip
+            results.append((y.detach(), *torch.autograd.grad(y, x, dy)))
+    finally:
+        torch.set_num_threads(threads)
+    for found in results[1:]:
+        assert all(map(torch.equal, found, results[0]))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -211,7 +211,8 @@ class Adapter:
         """Return 1 - erf(x), which the array API lacks; None if the library lacks it too."""
         return None
 
-    #: ``dz * slope(z)`` of an activation, ``(dz, z, name)``, if the library is faster at it.
+    #: ``dz * slope(z)`` of an activation, ``(dz, z, name)``, if the library is faster at it. It may
+    #: overwrite z.
     times_slope: "ClassVar[Callable[[Array, Array, str], Array] | None]" = None
 
     # Dtypes -----------------------------------------------------------------------------------

@@ -58,12 +58,10 @@ def portable(
 ) -> Any:  # fmt: skip
     """Call `compute`, the portable implementation, as one function for autograd if possible.
 
-    Compilers, tracers, forward mode and torch.func's transforms must see the operations. With
-    replicas, autograd decides which of them communicate in the backward pass.
+    Compilers, tracers, forward mode and torch.func's transforms must see the operations.
     """
     if (
         torch.compiler.is_compiling()
-        or options.axis_name is not None
         or not requires_grad(x, scale, bias)
         or is_traced()
         or in_forward_mode()
@@ -112,6 +110,7 @@ class _ByPullback(torch.autograd.Function):
         saved = x, scale, bias = ctx.saved_tensors
         scale, bias = call.constants.over(scale, bias)
         given = (call.adapter, x, scale, bias, call.mask, call.options, dy)
+        measured = ctx.measured
         # Hooks may return another x than the one that was measured; other kinds of tensors, and
         # recorded operations, must not overwrite arrays.
         if (
@@ -121,20 +120,24 @@ class _ByPullback(torch.autograd.Function):
             and not in_forward_mode()
             and all(_is_savable(a, np.ndarray) for a in (x, scale, bias, dy))
         ):
-            found = gradients(*given, ctx.measured)
+            if not ctx.needs_input_grad[0]:  # dx alone depends on the sums of the other replicas
+                measured = measured._replace(replicas=None)
+            found = gradients(*given, measured)
         else:
-            found = portable_gradients(*given)
-        return *(g if a is not None else None for g, a in zip(found, saved, strict=True)), None
+            found = portable_gradients(*given, measured.replicas)
+        wanted = zip(found, saved, ctx.needs_input_grad, strict=False)
+        return *(g if a is not None and needed else None for g, a, needed in wanted), None
 
 
 _apply: Any = apply_without_transforms(_ByPullback)
 
 
 def portable_gradients(
-    adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions, dy: Any
-) -> Gradients:
+    adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions, dy: Any,
+    replicas: Any = None,
+) -> Gradients:  # fmt: skip
     """Return the gradients by portable code, which autograd can differentiate again."""
-    return group_norm_vjp(adapter, x, scale, bias, mask, options)[1](dy)
+    return group_norm_vjp(adapter, x, scale, bias, mask, options, replicas)[1](dy)
 
 
 def _is_savable(a: Any, host: Any) -> bool:

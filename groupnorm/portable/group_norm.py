@@ -52,6 +52,7 @@ class Measured(NamedTuple):
     pivot: Array
     unit: Array
     coefficients: Coefficients
+    replicas: Replicas | None  # the name may no longer be bound in the backward pass
 
 
 def group_norm(
@@ -74,19 +75,22 @@ def group_norm(
 def group_norm_measured(
     adapter: "Adapter", x: Array, scale: Array, bias: Array, mask: Any, options: CallOptions
 ) -> tuple[Array, Measured]:
-    """Return the normalized x of a call without replicas, and what `gradients` takes."""
+    """Return the normalized x, and what `gradients` takes."""
     inputs = prepare(adapter, x, scale, bias, mask, options)
-    y, deviations, coefficients = _forward(adapter, inputs, options, None, keep_deviations=False)
+    replicas = _replicas(adapter, inputs, options)
+    y, deviations, coefficients = _forward(
+        adapter, inputs, options, replicas, keep_deviations=False
+    )  # fmt: skip
     y = activate(y, options.activation, adapter)
     y = from_work(y, inputs.plan, inputs.result_dtype, adapter.xp)
-    return y, Measured(deviations.pivot, deviations.unit, coefficients)
+    return y, Measured(deviations.pivot, deviations.unit, coefficients, replicas)
 
 
 def gradients(
     adapter: "Adapter", x: Array, scale: Array, bias: Array, mask: Any, options: CallOptions,
     dy: Array, measured: Measured,
 ) -> Gradients:  # fmt: skip
-    """Return the gradients of a call without replicas, which was measured before."""
+    """Return the gradients of a call that was measured before."""
     inputs = prepare(adapter, x, scale, bias, mask, options)
     plan, coefficients = inputs.plan, measured.coefficients
     deviations = centre_at(
@@ -101,21 +105,25 @@ def gradients(
             keep_deviations=True,
         )  # fmt: skip
     return _gradients(
-        adapter, x, scale, bias, inputs, options, None, dy, z, deviations, coefficients,
-        overwrite=True,
+        adapter, x, scale, bias, inputs, options, measured.replicas, dy, z, deviations,
+        coefficients, overwrite=True,
     )  # fmt: skip
 
 
 def group_norm_vjp(
-    adapter: "Adapter", x: Array, scale: Array, bias: Array, mask: Any, options: CallOptions
-) -> tuple[Array, Callable[[Array], Gradients]]:
-    """Return the normalized x and its pullback; raises as `group_norm`."""
+    adapter: "Adapter", x: Array, scale: Array, bias: Array, mask: Any, options: CallOptions,
+    replicas: Replicas | None = None,
+) -> tuple[Array, Callable[[Array], Gradients]]:  # fmt: skip
+    """Return the normalized x and its pullback; raises as `group_norm`.
+
+    The replicas are those of `options.axis_name`, if none are given.
+    """
     xp = adapter.xp
     _check_local(adapter, x)
     inputs = prepare(adapter, x, scale, bias, mask, options, keep=True)
     plan = inputs.plan
     # Resolved now: the name may no longer be bound when the pullback runs.
-    replicas = _replicas(adapter, inputs, options)
+    replicas = replicas or _replicas(adapter, inputs, options)
     z, deviations, coefficients = _forward(adapter, inputs, options, replicas, keep_deviations=True)
     activation = options.activation
     y = from_work(activate(z, activation, adapter), plan, inputs.result_dtype, xp)

@@ -10,8 +10,10 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -19,7 +21,7 @@ from torch.utils.checkpoint import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
-from groupnorm import group_norm, group_norm_vjp
+from groupnorm import bind_axis, group_norm, group_norm_vjp
 from groupnorm.errors import ArgumentStateError, ArgumentValueError
 from tests import oracle
 from tests.rows import CONTRACT, GRADIENT, assert_close, assert_gradient
@@ -392,44 +394,102 @@ def test_selective_checkpoints_that_save_everything(arrays):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("activation", ["relu", "silu", "gelu"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_activations_have_the_same_bits_for_any_number_of_threads(
-    dtype, activation, implementation, rng
-):
-    """PyTorch's own backward passes of activations do not."""
-    x, dy = torch.tensor(rng.normal(size=(2, 2, 8, 3, 40001))).to(dtype)
-    x.requires_grad_()
-    threads, results = torch.get_num_threads(), []
-    try:
-        for number in (1, 2, 5):
-            torch.set_num_threads(number)
-            y = group_norm(
-                x, num_groups=8, feature_axis=1, activation=activation,
-                implementation=implementation,
-            )  # fmt: skip
-            results.append((y.detach(), *torch.autograd.grad(y, x, dy)))
-    finally:
-        torch.set_num_threads(threads)
-    for found in results[1:]:
-        assert all(map(torch.equal, found, results[0]))
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("shape", [(1, 1, 117532), (1, 96, 64, 50), (2, 6, 9001), (1, 40000, 3)])
 @pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
 def test_gradients_have_the_same_bits_for_any_number_of_threads(last, shape, implementation, rng):
-    x, dy = torch.tensor(rng.normal(size=(2, *shape)).astype(np.float32))
+    assert_same_bits(shape, rng, last=last, implementation=implementation)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("activation", ["relu", "silu", "gelu"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_derivatives_of_activations_have_the_same_bits(implementation, activation, dtype, rng):
+    """PyTorch's own round elements at the end of a thread's share differently."""
+    for shape in ((1, 1, 117532), (2, 6, 9001), (1, 40000, 3)):
+        assert_same_bits(
+            shape, rng, dtype=dtype, activation=activation, implementation=implementation
+        )
+
+
+def assert_same_bits(shape, rng, last=False, dtype=torch.float32, **options):
+    x, dy = torch.tensor(rng.normal(size=(2, *shape))).to(dtype)
     if last:
         x, dy = (a.movedim(1, -1).contiguous().movedim(-1, 1) for a in (x, dy))
-    given = [a.requires_grad_() for a in (x, torch.ones(shape[1]), torch.zeros(shape[1]))]
+    parameters = torch.ones(shape[1], dtype=dtype), torch.zeros(shape[1], dtype=dtype)
+    given = [a.requires_grad_() for a in (x, *parameters)]
     threads, results = torch.get_num_threads(), []
     try:
         for number in (1, 2, 5):
             torch.set_num_threads(number)
-            y = group_norm(*given, num_groups=1, feature_axis=1, implementation=implementation)
+            y = group_norm(*given, num_groups=1, feature_axis=1, **options)
             results.append((y.detach(), *torch.autograd.grad(y, given, dy)))
     finally:
         torch.set_num_threads(threads)
     for found in results[1:]:
         assert all(map(torch.equal, found, results[0]))
+
+
+# Replicas, in one process -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def world(tmp_path):
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("shape", [(1, 1, 117532), (2, 6, 9001), (1, 40000, 3)])
+def test_gradients_with_replicas_have_the_same_bits(shape, activation, masked, world, rng):
+    mask = torch.tensor(rng.random((shape[0], 1, shape[2])) < 0.7) if masked else None
+    assert_same_bits(shape, rng, axis_name=world, activation=activation, mask=mask)
+
+
+def sums_over_ranks(function):
+    """Return the number of collectives of a call."""
+    with CommDebugMode() as counted:
+        function()
+    return counted.get_total_counts()
+
+
+def test_backward_pools_if_dx_is_needed(arrays, world):
+    """As autograd decides: dx alone depends on the sums of the other ranks."""
+    options = {**OPTIONS, "axis_name": world}
+    dy = torch.tensor(arrays["dy"])
+    x, scale, bias = leaves(arrays)
+    want = expected(arrays)
+    group_norm(x, scale, bias, **options)  # the first call compares signatures
+    y = group_norm(x, scale, bias, **options)
+    found = []
+    count = sums_over_ranks(lambda: found.extend(torch.autograd.grad(y, (x, scale, bias), dy)))
+    assert_all(found, want)
+    assert count == 1
+    y = group_norm(x.detach(), scale, bias, **options)
+    found = []
+    count = sums_over_ranks(lambda: found.extend(torch.autograd.grad(y, (scale, bias), dy)))
+    for got, reference in zip(found, want[1:], strict=True):
+        assert_gradient(got.numpy(), reference, rtol=GRADIENT)
+    assert count == 0
+
+
+@pytest.mark.parametrize("graph", [False, True], ids=["first", "second order"])
+def test_backward_where_the_name_is_no_longer_bound(graph, arrays, world):
+    x, scale, bias = leaves(arrays)
+    with bind_axis(here=world):
+        y = group_norm(x, scale, bias, **OPTIONS, axis_name="here")
+    dy = torch.tensor(arrays["dy"])
+    found = torch.autograd.grad(y, (x, scale, bias), dy, create_graph=graph)
+    assert_all([a.detach() for a in found], expected(arrays))
+    if graph:
+        wide = [a.detach().double().requires_grad_() for a in (x, scale, bias)]
+        alone = torch.nn.functional.group_norm(wide[0], 4, *wide[1:], eps=1e-5)
+        exact = torch.autograd.grad(alone, wide, dy.double(), create_graph=True)
+        second = torch.autograd.grad(sum((a**2).sum() for a in found), (x, scale))
+        want = torch.autograd.grad(sum((a**2).sum() for a in exact), wide[:2])
+        for got, reference in zip(second, want, strict=True):
+            assert_gradient(got.numpy(), reference.numpy(), rtol=10 * GRADIENT)

@@ -14,12 +14,14 @@ from groupnorm import (
     available_backends,
     bind_axis,
     errors,
+    get_num_threads,
     group_norm,
     group_norm_vjp,
     group_statistics,
     initializers,
     merge_statistics,
     normalize,
+    set_num_threads,
 )
 from groupnorm.backends.cupy import CupyGroupNorm
 from groupnorm.backends.jax import JaxGroupNorm
@@ -138,3 +140,8 @@ def statistics_are_values(x: Host, tensor: torch.Tensor) -> None:
 def names_are_bound(communicator: object) -> None:
     with bind_axis(rows=communicator) as binding:
         binding.unbind()
+
+
+def threads_are_counted() -> None:
+    assert_type(get_num_threads(), int)
+    set_num_threads(2)

@@ -174,7 +174,9 @@ class TorchNativeGroupNorm(TorchGroupNorm, torch.nn.GroupNorm):
     As in that layer, the result has x's dtype by default.
     """
 
-    def forward(self, x: Any = None, mask: Any = None, *, input: Any = None) -> Any:
+    def forward(  # type: ignore[override]
+        self, x: Any = None, mask: Any = None, *, input: Any = None
+    ) -> Any:
         """Normalize x, which PyTorch's layer calls input; see `update`."""
         return super().forward(input if x is None else x, mask)
 

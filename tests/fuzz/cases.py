@@ -113,6 +113,10 @@ KNOWN = [
 ]
 
 
+# Compiling takes JAX a hundred times as long as a call: so many follow each other for a program.
+CALLS_OF_A_PROGRAM = 4
+
+
 def axes_of(axes, ndim: int) -> list[int]:
     listed = [axes] if isinstance(axes, int) else axes
     return sorted(a % ndim for a in listed)
@@ -148,7 +152,13 @@ def draw(seed: int, index: int, libraries=("numpy", "torch", "jax"), every_kerne
     attempt = 0
     while True:
         rng = np.random.default_rng([seed, index, attempt])
-        case = _draw(rng, index, libraries)
+        if libraries == ("jax",):
+            program = np.random.default_rng([seed, index // CALLS_OF_A_PROGRAM, attempt])
+            case = _draw(program, libraries)
+            if index % CALLS_OF_A_PROGRAM:
+                case = _with_other_data(case, rng)
+        else:
+            case = _draw(rng, libraries)
         if not every_kernel and case.implementation != "portable" and not compiled_anyway(case):
             case = dataclasses.replace(case, implementation="portable")
         if not any(known.has(case) for known in KNOWN):
@@ -156,7 +166,17 @@ def draw(seed: int, index: int, libraries=("numpy", "torch", "jax"), every_kerne
         attempt += 1
 
 
-def _draw(rng: np.random.Generator, index: int, libraries) -> Case:
+def _with_other_data(case: Case, rng: np.random.Generator) -> Case:
+    """Draw the values again, for the same compiled program, which constants would not share."""
+    while True:
+        other = _draw(rng, (case.library,))
+        if (other.dtype, other.masked) == (case.dtype, case.masked):
+            names = ("values", "size", "offset", "share", "padding", "seed")
+            data = {name: getattr(other, name) for name in names}
+            return dataclasses.replace(case, **data, mask_layout="C", host_parameters=False)
+
+
+def _draw(rng: np.random.Generator, libraries) -> Case:
     def pick(*options, p=None):
         chosen = rng.choice(len(options), p=p)
         return options[chosen]

@@ -15,19 +15,24 @@ from tests import oracle
 from tests.core_calls import CALLS, check, draw, reference
 from tests.rows import CONTRACT, assert_close
 
+# Modes that do not hinder each other are on together: each combination compiles every call again.
 MODES = {
-    "nans": lambda: jax.debug_nans(True),
-    "infs": lambda: jax.debug_infs(True),
-    "strict dtypes": lambda: jax.numpy_dtype_promotion("strict"),
-    "ranks": lambda: jax.numpy_rank_promotion("raise"),
-    "leaks": lambda: jax.check_tracer_leaks(True),
-    "checks": lambda: jax.enable_checks(True),
+    "values": lambda: (jax.debug_nans(True), jax.debug_infs(True)),
+    "strict": lambda: (
+        jax.numpy_dtype_promotion("strict"),
+        jax.numpy_rank_promotion("raise"),
+        jax.enable_checks(True),
+    ),
+    "leaks": lambda: (jax.check_tracer_leaks(True),),
 }
 
 
-@pytest.fixture(params=[None, "portable"], ids=["default", "portable"])
-def implementation(request):
-    return request.param
+@contextlib.contextmanager
+def on(mode):
+    with contextlib.ExitStack() as stack:
+        for context in MODES[mode]():
+            stack.enter_context(context)
+        yield
 
 
 def vjp_by_jax(x, scale, bias, dy, **keywords):
@@ -41,31 +46,43 @@ def vjp_by_function(x, scale, bias, dy, **keywords):
     return y, [g.conj() for g in pullback(dy.conj())]
 
 
-# Each mode looks at all kinds of calls, or at those that differ to it.
-# The portable implementation differs for the first two calls only.
-PAIRS = [(mode, call, None) for mode in ("nans", "strict dtypes") for call in CALLS]
-PAIRS += [(mode, "first", None) for mode in ("infs", "ranks", "leaks", "checks")]
-PAIRS += [(mode, "last", "portable") for mode in MODES]
+HOW = {
+    "eager": vjp_by_jax,
+    "jit": lambda *given, **keywords: jax.jit(functools.partial(vjp_by_jax, **keywords))(*given),
+    "group_norm_vjp": lambda *given, **keywords: jax.jit(
+        functools.partial(vjp_by_function, **keywords)
+    )(*given),
+}
+# Values are checked after every operation outside of jax.jit, and after the program in it. What is
+# strict is found while tracing. The first mode raises for what is masked out, if any does.
+ROWS = [("values", "eager", None, call, True) for call in CALLS]
+ROWS += [("values", "eager", None, call, False) for call in ("first", "complex")]
+ROWS += [
+    ("values", "eager", "portable", *row)
+    for row in (("last", True), ("last", False), ("long", False))
+]
+ROWS += [("values", how, None, "first", True) for how in ("jit", "group_norm_vjp")]
+ROWS += [
+    ("strict", how, None, call, masked)
+    for how in ("jit", "group_norm_vjp")
+    for call in CALLS
+    for masked in (True, False)
+    # A limit, see docs/limits.md: group_norm_vjp multiplies complex by real numbers.
+    if (how, call) != ("group_norm_vjp", "complex")
+]
+ROWS += [("strict", "eager", None, call, True) for call in ("first", "complex")]
+ROWS += [("strict", how, "portable", "last", True) for how in ("jit", "group_norm_vjp")]
+ROWS += [("leaks", how, None, "first", True) for how in ("jit", "group_norm_vjp")]
+ROWS += [("leaks", "jit", "portable", "last", True)]
 
 
-@pytest.mark.parametrize(
-    ("how", "compiler"),
-    [(vjp_by_jax, lambda f: f), (vjp_by_jax, jax.jit), (vjp_by_function, jax.jit)],
-    ids=["eager", "jit", "group_norm_vjp"],
-)
-@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
-@pytest.mark.parametrize(("mode", "call", "implementation"), PAIRS)
-def test_values_and_gradients(mode, implementation, call, masked, how, compiler, rng):
-    if (how, mode, call) == (vjp_by_function, "strict dtypes", "complex"):
-        pytest.skip(
-            "a limit: group_norm_vjp multiplies complex by real numbers; see docs/limits.md"
-        )
+@pytest.mark.parametrize(("mode", "how", "implementation", "call", "masked"), ROWS)
+def test_values_and_gradients(mode, how, implementation, call, masked, rng):
     x, dy, scale, bias, keywords = draw(rng, call, masked)
     with jax.enable_x64(True) if call == "float64" else contextlib.nullcontext():
         given = [jnp.asarray(a) for a in (x, scale, bias, dy)]
-        with MODES[mode]():
-            function = functools.partial(how, implementation=implementation, **keywords)
-            y, gradients = compiler(function)(*given)
+        with on(mode):
+            y, gradients = HOW[how](*given, implementation=implementation, **keywords)
     gradients = [np.asarray(g).conj() for g in gradients]
     check((y, gradients), reference(x, dy.conj(), scale, bias, keywords), x.dtype.name)
 
@@ -76,14 +93,20 @@ def test_statistics(mode, masked, rng):
     x, _, _, _, keywords = draw(rng, "last", masked)
     given = jnp.asarray(x)
     keywords.pop("epsilon")
-    with MODES[mode]():
+    with on(mode):
         y = jax.jit(lambda x: normalize(x, group_statistics(x, **keywords), **keywords))(given)
     assert_close(np.asarray(y), oracle.group_norm(given, **keywords), tolerance=CONTRACT)
 
 
-@pytest.mark.parametrize("derive", [lambda f: f, jax.value_and_grad], ids=["forward", "gradient"])
-@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
-def test_a_nan_is_blamed_on_the_operation_that_made_it(implementation, masked, derive, rng):
+@pytest.mark.parametrize(
+    "compiler",
+    [lambda f: f, jax.jit, lambda f: jax.jit(jax.value_and_grad(f))],
+    ids=["eager", "jit", "gradient"],
+)
+@pytest.mark.parametrize(
+    ("implementation", "masked"), [(None, False), (None, True), ("portable", True)]
+)
+def test_a_nan_is_blamed_on_the_operation_that_made_it(implementation, masked, compiler, rng):
     x, _, _, _, keywords = draw(rng, "last", masked)
     x = jnp.asarray(x)
 
@@ -91,12 +114,11 @@ def test_a_nan_is_blamed_on_the_operation_that_made_it(implementation, masked, d
         y = group_norm(x, implementation=implementation, **keywords)
         return jnp.log(y - 100.0).sum()
 
-    with jax.debug_nans(True):
-        for compiled in (function, jax.jit(derive(function))):
-            with pytest.raises(FloatingPointError, match="log"):
-                compiled(x)
+    with jax.debug_nans(True), pytest.raises(FloatingPointError, match="log"):
+        compiler(function)(x)
 
 
+@pytest.mark.parametrize("implementation", [None, "portable"])
 def test_a_nan_in_x_raises_an_alarm(implementation):
     x = jnp.ones((2, 20, 8)).at[0, 3, 2].set(jnp.nan)
     with jax.debug_nans(True), pytest.raises(FloatingPointError):

@@ -160,6 +160,7 @@ def layout_of(
     own = tuple(range(len(shape)))
     own_features = sorted(a % len(shape) for a in options.feature)
     stored = memory_order(shape, strides)
+    features, reduced = own_features, own[:0]
     # An array with gaps is copied, so it may also be copied into the order of its own axes.
     for order in (stored,) if stored is not None else (_order_with_gaps(shape, strides), own):
         features = [order.index(a) for a in own_features]

@@ -267,15 +267,15 @@ class TorchAdapter(Adapter):
 
         return TorchKernels(self, _traced)
 
-    def run(self, compute: Any, x: Any, *arguments: Any) -> Any:
+    def run(self, compute: Any, *arguments: Any) -> Any:
         """Call a function of the portable implementation; `group_norm` as one for autograd."""
-        mode = fake_mode(x)
+        mode = fake_mode(arguments[0])  # of x
         if mode is not None:
             with mode:  # which makes what the computation creates fake as well
-                return compute(self, x, *arguments)
+                return compute(self, *arguments)
         if compute is not group_norm:
-            return compute(self, x, *arguments)
-        return portable(compute, self, x, *arguments)
+            return compute(self, *arguments)
+        return portable(self, *arguments)
 
     def native(self, x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -> Any:
         """Compute with `torch.nn.functional.group_norm`."""

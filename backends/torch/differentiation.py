@@ -5,7 +5,6 @@ works if only one of forward and recomputation is computed by kernels. Its backw
 explicit pullback, whose sums, unlike those of autograd, do not depend on the number of threads.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +19,7 @@ from groupnorm.backends.torch.internals import (
     is_transformed,
 )
 from groupnorm.backends.torch.memory import PLAIN, check_memory, without_base
-from groupnorm.portable.group_norm import gradients, group_norm_measured, group_norm_vjp
+from groupnorm.portable.group_norm import gradients, group_norm, group_norm_measured, group_norm_vjp
 from groupnorm.portable.inputs import HOST_MASKS, host_mask
 from groupnorm.typing import Gradients
 
@@ -53,10 +52,9 @@ def requires_grad(*arrays: Any) -> bool:
 
 
 def portable(
-    compute: Callable[..., Any], adapter: Any, x: Any, scale: Any, bias: Any, mask: Any,
-    options: CallOptions,
+    adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions
 ) -> Any:  # fmt: skip
-    """Call `compute`, the portable implementation, as one function for autograd if possible.
+    """Call the portable implementation, as one function for autograd if possible.
 
     Compilers, tracers, forward mode and torch.func's transforms must see the operations.
     """
@@ -69,7 +67,7 @@ def portable(
         or not all(_is_savable(a, np.ndarray) for a in (x, scale, bias))
         or not _is_savable(mask, HOST_MASKS)
     ):
-        y = compute(adapter, x, scale, bias, mask, options)
+        y = group_norm(adapter, x, scale, bias, mask, options)
         plain = not (torch.compiler.is_compiling() or torch.is_grad_enabled())
         return without_base(y) if plain and _is_savable(y, ()) else y
     if isinstance(mask, torch.Tensor):

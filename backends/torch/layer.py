@@ -168,7 +168,9 @@ class TorchGroupNorm(GroupNorm, torch.nn.Module):
         return torch.nn.Module.__repr__(self)
 
 
-class TorchNativeGroupNorm(TorchGroupNorm, torch.nn.GroupNorm):
+class TorchNativeGroupNorm(  # pyright: ignore[reportIncompatibleVariableOverride]
+    TorchGroupNorm, torch.nn.GroupNorm
+):
     """A layer that computes what `torch.nn.GroupNorm` computes, and is one.
 
     As in that layer, the result has x's dtype by default.

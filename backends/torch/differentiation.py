@@ -68,8 +68,8 @@ def portable(
         or not _is_savable(mask, HOST_MASKS)
     ):
         y = group_norm(adapter, x, scale, bias, mask, options)
-        plain = not (torch.compiler.is_compiling() or torch.is_grad_enabled())
-        return without_base(y) if plain and _is_savable(y, ()) else y
+        recorded = torch.compiler.is_compiling() or is_traced() or torch.is_grad_enabled()
+        return y if recorded or not _is_savable(y, ()) else without_base(y)
     if isinstance(mask, torch.Tensor):
         check_memory(mask, "mask")
         mask = mask.detach().clone()

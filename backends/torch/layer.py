@@ -176,9 +176,8 @@ class TorchNativeGroupNorm(  # pyright: ignore[reportIncompatibleVariableOverrid
     As in that layer, the result has x's dtype by default.
     """
 
-    def forward(  # type: ignore[override]
-        self, x: Any = None, mask: Any = None, *, input: Any = None
-    ) -> Any:
+    # Not keyword-only: torch.onnx.export passes one value for each parameter by position.
+    def forward(self, x: Any = None, mask: Any = None, input: Any = None) -> Any:  # type: ignore[override]
         """Normalize x, which PyTorch's layer calls input; see `update`."""
         return super().forward(input if x is None else x, mask)
 

@@ -6,6 +6,7 @@ a jitted function only at its results. Within the call the usual rules of promot
 """
 
 from contextlib import ExitStack
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -54,10 +55,20 @@ def as_one_operation(apply: Any, adapter: Any, x: Any, *arguments: Any) -> Any:
     """Compute a call as one jitted function."""
     # Arguments on the host stay there: they are yet to be checked.
     traced = {i: a for i, a in enumerate(arguments) if adapter.is_array(a)}
+    static = tuple(None if i in traced else a for i, a in enumerate(arguments))
+    try:
+        call = _jitted(apply, adapter, static)
+    except TypeError:  # lists and NumPy arrays have no hash
+        call = _jitted.__wrapped__(apply, adapter, static)
+    with own_rules():
+        return call(x, traced)
 
+
+# Made anew, a jitted function is traced and compiled in every call.
+@lru_cache(maxsize=256)
+def _jitted(apply: Any, adapter: Any, static: tuple[Any, ...]) -> Any:
     @jax.jit
     def groupnorm_call(x: Any, traced: dict[int, Any]) -> Any:
-        return apply(adapter, x, *(traced.get(i, a) for i, a in enumerate(arguments)))
+        return apply(adapter, x, *(traced.get(i, a) for i, a in enumerate(static)))
 
-    with own_rules():
-        return groupnorm_call(x, traced)
+    return groupnorm_call

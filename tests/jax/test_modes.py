@@ -123,3 +123,26 @@ def test_a_nan_in_x_raises_an_alarm(implementation):
     x = jnp.ones((2, 20, 8)).at[0, 3, 2].set(jnp.nan)
     with jax.debug_nans(True), pytest.raises(FloatingPointError):
         group_norm(x, num_groups=2, implementation=implementation)
+
+
+@pytest.mark.parametrize(("mode", "epsilon"), [("nans", 0.125), ("ranks", 0.25)])
+def test_eager_calls_are_compiled_once(mode, epsilon, rng):
+    """By the same options: other options are another program."""
+    x, _, _, _, keywords = draw(rng, "last", masked=False)
+    x = jnp.asarray(x)
+    programs = []
+
+    def traced(message, *_, **__):
+        programs.append(message)
+
+    jax.monitoring.register_event_duration_secs_listener(traced)
+    try:
+        with MODES[mode]():
+            counts = []
+            for options in ({}, {}, {}, {"activation": "relu"}, {}):
+                programs.clear()
+                group_norm(x, **{**keywords, "epsilon": epsilon, **options})
+                counts.append(len(programs))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(traced)
+    assert [n > 0 for n in counts] == [True, False, False, True, False]

@@ -12,6 +12,7 @@ import pytest
 
 from groupnorm import group_norm
 from groupnorm.backends.kernels.cpu import availability
+from groupnorm.backends.kernels.gpu import build
 
 pytest.importorskip("numba", reason="the kernels need numba, which is not installed here")
 
@@ -110,15 +111,56 @@ def test_no_folder_can_be_written(monkeypatch):
     assert "cached on disk" not in log
 
 
-@pytest.mark.parametrize("error", [AttributeError, RuntimeError])
-def test_another_reason_is_logged_once(error, monkeypatch, caplog):
-    def kernels(name):
+BROKEN = [AttributeError, RuntimeError, OSError, SystemError, ValueError, ImportError]
+
+
+@pytest.mark.parametrize("library", ["numba", "triton"])
+@pytest.mark.parametrize("error", [*BROKEN, ModuleNotFoundError])
+def test_a_broken_library_is_logged_once(error, library, monkeypatch, caplog):
+    """Whatever its import raises; one that is not installed needs no warning."""
+
+    def refuse(name):
         raise error("for a reason")
 
-    why_none = functools.lru_cache(availability._why_none.__wrapped__)
-    monkeypatch.setattr(availability, "kernels", kernels)
-    monkeypatch.setattr(availability, "_why_none", why_none)
-    whys = [availability.why_unavailable.__wrapped__(float16) for float16 in (False, True)]
+    if library == "numba":
+        monkeypatch.setattr(availability, "kernels", refuse)
+        why_none = functools.lru_cache(availability._why_none.__wrapped__)
+        monkeypatch.setattr(availability, "_why_none", why_none)
+        whys = [availability.why_unavailable.__wrapped__(float16) for float16 in (False, True)]
+    else:
+        monkeypatch.setattr(build.importlib, "import_module", refuse)
+        why_unavailable = functools.lru_cache(build.why_unavailable.__wrapped__)
+        whys = [why_unavailable(), why_unavailable()]
     assert all("for a reason" in why.reason for why in whys)
-    [record] = caplog.records
-    assert "for a reason" in record.getMessage()
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == (error is not ModuleNotFoundError)
+    assert all("for a reason" in message for message in said)
+
+
+@pytest.mark.parametrize(
+    ("code", "environment"),
+    [
+        ("raise OSError('libllvmlite.so cannot be loaded')", {}),
+        ("raise ValueError('numpy.dtype size changed')", {}),
+        (None, {"NUMBA_NUM_THREADS": "0"}),
+    ],
+)
+def test_a_call_with_a_broken_numba(code, environment, tmp_path):
+    """Values are right; `available_backends` and the log say why there are no kernels."""
+    if code is not None:
+        (tmp_path / "numba.py").write_text(code)
+        environment = {"PYTHONPATH": str(tmp_path)}
+    program = (
+        "import logging, numpy as np, groupnorm\n"
+        "logging.basicConfig(level=logging.WARNING)\n"
+        "x = np.array([[1, 3], [5, 5]], np.float32)\n"
+        "for _ in range(2): y = groupnorm.group_norm(x, num_groups=1, epsilon=3.0)\n"
+        "info = next(b for b in groupnorm.available_backends() if b.name == 'numpy')\n"
+        "print(y.tolist(), info.error, info.implementations['cpu'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, **environment},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout.split("\n")[0] == "[[-0.5, 0.5], [0.0, 0.0]] None ('portable',)", done.stderr
+    assert done.stderr.count("the kernels for CPUs cannot be loaded") == 1

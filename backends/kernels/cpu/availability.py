@@ -31,14 +31,16 @@ def _why_none() -> Unsupported | None:
     try:
         kernels("entry_points")
     except ImportError as error:
-        return Unsupported(
+        why = (
             f"the kernels for CPUs need numba, which cannot be imported ({error}); "
             'install it with pip install "groupnorm[cpu]"'
         )
-    except AttributeError as error:  # a name of numba or llvmlite that is not public
-        why = f"the kernels for CPUs do not work with this version of numba ({error})"
-    except RuntimeError as error:  # their source files, by which they are cached, are missing
-        why = f"the kernels for CPUs cannot be compiled here ({error})"
+        if isinstance(error, ModuleNotFoundError):  # a choice, of which nobody has to be warned
+            return Unsupported(why)
+    except Exception as error:
+        # Importing numba loads libraries and reads the environment, which may raise anything; a
+        # private name of it may be missing, or the source files that the cache is keyed by.
+        why = f"the kernels for CPUs cannot be loaded ({type(error).__name__}: {error})"
     else:
         return None
     _log.warning("groupnorm uses its portable implementation: %s", why)

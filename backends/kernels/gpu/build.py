@@ -5,6 +5,7 @@ architecture, so later runs of a program compile nothing.
 """
 
 import importlib
+import logging
 import os
 import re
 from functools import lru_cache
@@ -14,6 +15,8 @@ from groupnorm.adapter import Unsupported
 from groupnorm.backends.kernels.gpu.program import Launch
 
 __all__ = ["ALIGNMENT", "COMPILED", "POINTERS", "Built", "build", "kernel_of", "why_unavailable"]
+
+_log = logging.getLogger("groupnorm")
 
 _KERNELS = "groupnorm.backends.kernels.gpu.compiled"
 # The dtypes that kernels read and write, and Triton's names of pointers to them.
@@ -55,13 +58,18 @@ def why_unavailable() -> Unsupported | None:
     try:
         importlib.import_module(f"{_KERNELS}.forward")
     except ImportError as error:
-        return Unsupported(
+        why = (
             f"the kernels for GPUs need triton, which cannot be imported ({error}); "
             'install it with pip install "groupnorm[gpu]", on Linux'
         )
+        if isinstance(error, ModuleNotFoundError):  # a choice, of which nobody has to be warned
+            return Unsupported(why)
     except Exception as error:
-        return Unsupported(f"Triton does not work here: {type(error).__name__}: {error}")
-    return None
+        why = f"Triton does not work here: {type(error).__name__}: {error}"
+    else:
+        return None
+    _log.warning("groupnorm uses its portable implementation on GPUs: %s", why)
+    return Unsupported(why)
 
 
 @lru_cache(maxsize=64)

@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 
 from groupnorm.adapter import Adapter, Kernels, Planning, as_native_contiguous
-from groupnorm.backends.jax.debugging import as_one_operation, is_debugging
+from groupnorm.backends.jax.debugging import as_one_operation, is_debugging, own_rules
 from groupnorm.backends.jax.internals import explicit_axes
 from groupnorm.backends.jax.sharding import over_shards
 from groupnorm.distributed.replicas import Replicas
@@ -165,6 +165,13 @@ class JaxAdapter(Adapter):
         from groupnorm.backends.jax.kernels import JaxKernels
 
         return JaxKernels(self)
+
+    def run(self, compute: Any, *arguments: Any) -> Any:
+        """Call a function of the portable implementation, by the usual rules of promotion."""
+        if not is_debugging():
+            return compute(self, *arguments)
+        with own_rules():
+            return compute(self, *arguments)
 
     def replicas(self, axis_name: Any) -> Replicas:
         """Return the replicas of one or several mapped axes."""

@@ -10,7 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from groupnorm import group_norm, group_norm_vjp, group_statistics, normalize
+from groupnorm import (
+    group_norm,
+    group_norm_vjp,
+    group_statistics,
+    merge_statistics,
+    normalize,
+)
 from tests import oracle
 from tests.core_calls import CALLS, check, draw, reference
 from tests.rows import CONTRACT, assert_close
@@ -96,6 +102,25 @@ def test_statistics(mode, masked, rng):
     with on(mode):
         y = jax.jit(lambda x: normalize(x, group_statistics(x, **keywords), **keywords))(given)
     assert_close(np.asarray(y), oracle.group_norm(given, **keywords), tolerance=CONTRACT)
+
+
+@pytest.mark.parametrize("compiler", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("call", ["last", "complex", "bfloat16"])
+@pytest.mark.parametrize("mode", ["ranks", "strict dtypes", "leaks", "checks"])
+def test_merged_statistics(mode, call, compiler, rng):
+    """Of both halves of the positions."""
+    x, _, scale, bias, keywords = draw(rng, call, masked=False)
+    epsilon = keywords.pop("epsilon")
+
+    def function(x, scale, bias):
+        halves = (group_statistics(half, **keywords) for half in jnp.split(x, 2, axis=-2))
+        merged = merge_statistics(*halves)
+        return normalize(x, merged, scale, bias, epsilon=epsilon, **keywords)
+
+    with MODES[mode]():
+        y = compiler(function)(*map(jnp.asarray, (x, scale, bias)))
+    want = oracle.group_norm(x, scale, bias, epsilon=epsilon, **keywords)
+    assert_close(np.asarray(y), want, tolerance=2.0**-7 if call == "bfloat16" else CONTRACT)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,9 @@ from groupnorm.backends.torch.differentiation import requires_grad
 __all__ = ["functional"]
 
 
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
 def functional(x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -> Any:
     """Return what `torch.nn.functional.group_norm` computes, or `Unsupported`."""
     channels = x.shape[1] if x.ndim > 1 else 0
@@ -29,10 +32,21 @@ def functional(x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -
     if options.dtype not in (None, "input"):
         return Unsupported("torch.nn.functional.group_norm keeps x's dtype")
     groups = options.num_groups or channels // (options.group_size or 1)
-    if not x.requires_grad and requires_grad(scale, bias):
-        x = x.contiguous()  # in channels-last order PyTorch's backward would end the process (2.13)
+    last = _CHANNELS_LAST.get(x.ndim)
+    # In this order, PyTorch's backward would end the process if x needs no gradient (2.13).
+    copied = (
+        last is not None
+        and requires_grad(scale, bias)
+        and not x.requires_grad
+        and not x.is_contiguous()
+        and x.is_contiguous(memory_format=last)
+    )
+    if copied:
+        x = x.contiguous()
     try:
         y = torch.nn.functional.group_norm(x, groups, scale, bias, options.epsilon)
+        if copied:
+            y = y.contiguous(memory_format=last)
     except (RuntimeError, TypeError, ValueError) as error:
         return Unsupported(f"torch.nn.functional.group_norm raised: {error}")
     return y if options.activation is None else getattr(torch.nn.functional, options.activation)(y)

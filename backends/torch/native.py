@@ -32,7 +32,7 @@ def functional(x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -
     if options.dtype not in (None, "input"):
         return Unsupported("torch.nn.functional.group_norm keeps x's dtype")
     groups = options.num_groups or channels // (options.group_size or 1)
-    last = _CHANNELS_LAST.get(x.ndim)
+    last: Any = _CHANNELS_LAST.get(x.ndim)
     # In this order, PyTorch's backward would end the process if x needs no gradient (2.13).
     copied = (
         last is not None

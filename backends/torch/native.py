@@ -32,7 +32,7 @@ def functional(x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -
     if options.dtype not in (None, "input"):
         return Unsupported("torch.nn.functional.group_norm keeps x's dtype")
     groups = options.num_groups or channels // (options.group_size or 1)
-    last: Any = _CHANNELS_LAST.get(x.ndim)
+    last = _CHANNELS_LAST.get(x.ndim)
     # In this order, PyTorch's backward would end the process if x needs no gradient (2.13).
     copied = (
         last is not None
@@ -46,7 +46,7 @@ def functional(x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -
     try:
         y = torch.nn.functional.group_norm(x, groups, scale, bias, options.epsilon)
         if copied:
-            y = y.contiguous(memory_format=last)
+            y = y.contiguous(memory_format=_CHANNELS_LAST[x.ndim])
     except (RuntimeError, TypeError, ValueError) as error:
         return Unsupported(f"torch.nn.functional.group_norm raised: {error}")
     return y if options.activation is None else getattr(torch.nn.functional, options.activation)(y)

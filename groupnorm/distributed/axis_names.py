@@ -8,8 +8,6 @@ another backend, and the same code runs on every engine.
 import atexit
 from typing import Any
 
-import numpy as np
-
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError, AxisNameError
 
 __all__ = ["Binding", "bind_axis", "bound"]
@@ -65,8 +63,8 @@ def bind_axis(mesh: Any = None, /, **names: Any) -> Binding:
     Raises
     ------
     groupnorm.errors.ArgumentTypeError, groupnorm.errors.ArgumentValueError
-        If there is no name, a mesh has no names, or a value is a number, a string or None. Objects
-        that no library takes for a communicator raise in the call.
+        If there is no name, a mesh has no names, or a value is a string or None. Other objects that
+        are no communicators raise in the call, where their library is known.
 
     Examples
     --------
@@ -98,12 +96,8 @@ def bind_axis(mesh: Any = None, /, **names: Any) -> Binding:
         )
     for name, communicator in names.items():
         # Which library it belongs to is checked in the call, by the array's adapter. (PyTorch's
-        # placeholder for a group of other ranks is a negative int.)
-        if (
-            communicator is None
-            or isinstance(communicator, str | bytes | float | list | tuple | dict | np.ndarray)
-            or (isinstance(communicator, int) and communicator >= 0)
-        ):
+        # placeholder for a group of other ranks is an int, so an int may be valid.)
+        if communicator is None or isinstance(communicator, str):
             raise ArgumentTypeError(
                 f"{name}={communicator!r} is not a communicator: bind a torch.distributed "
                 "ProcessGroup (available after init_process_group) or one-dimensional DeviceMesh, "

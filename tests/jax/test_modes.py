@@ -73,8 +73,6 @@ ROWS += [
     for how in ("jit", "group_norm_vjp")
     for call in CALLS
     for masked in (True, False)
-    # A limit, see docs/limits.md: group_norm_vjp multiplies complex by real numbers.
-    if (how, call) != ("group_norm_vjp", "complex")
 ]
 ROWS += [("strict", "eager", None, call, True) for call in ("first", "complex")]
 ROWS += [("strict", how, "portable", "last", True) for how in ("jit", "group_norm_vjp")]

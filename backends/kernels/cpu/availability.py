@@ -1,17 +1,15 @@
 """Whether the CPU kernels can be used here; loading them."""
 
 import importlib
-import logging
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from groupnorm.adapter import Unsupported
+from groupnorm.backends.kernels.loading import why_not_loaded
 
 __all__ = ["constant", "kernels", "why_unavailable"]
-
-_log = logging.getLogger("groupnorm")
 
 
 @lru_cache(maxsize=2)
@@ -28,23 +26,12 @@ def why_unavailable(float16: bool) -> Unsupported | None:
 
 @lru_cache(maxsize=1)
 def _why_none() -> Unsupported | None:
-    try:
-        kernels("entry_points")
-    except ImportError as error:
-        why = (
-            f"the kernels for CPUs need numba, which cannot be imported ({error}); "
-            'install it with pip install "groupnorm[cpu]"'
-        )
-        if isinstance(error, ModuleNotFoundError):  # a choice, of which nobody has to be warned
-            return Unsupported(why)
-    except Exception as error:
-        # Importing numba loads libraries and reads the environment, which may raise anything; a
-        # private name of it may be missing, or the source files that the cache is keyed by.
-        why = f"the kernels for CPUs cannot be loaded ({type(error).__name__}: {error})"
-    else:
-        return None
-    _log.warning("groupnorm uses its portable implementation: %s", why)
-    return Unsupported(why)
+    return why_not_loaded(
+        lambda: kernels("entry_points"),
+        "the kernels for CPUs need numba, which cannot be imported ({error}); "
+        'install it with pip install "groupnorm[cpu]"',
+        "the kernels for CPUs cannot be loaded ({error})",
+    )
 
 
 @lru_cache(maxsize=4)

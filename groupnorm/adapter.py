@@ -190,6 +190,10 @@ class Adapter:
         dtype = self.dtype(value.dtype.name)
         return self.xp.asarray(as_native_contiguous(value), dtype=dtype, device=device)
 
+    def admit_host(self, x: "np.ndarray[Any, Any]", argument: str) -> Any:
+        """Return a NumPy array that is given for a parameter; reject kinds that would be wrong."""
+        return admit_host_array(x, argument)
+
     def mask_from_host(self, mask: Any, check: "Callable[[Any], Any]", like: "Array") -> "Array":
         """Convert a mask on the host, which `check` converts to NumPy, on the device of `like`."""
         return self.from_host(check(mask), like)

@@ -168,6 +168,10 @@ class TorchAdapter(Adapter):
         bits = value.view(np.int16 if value.dtype.itemsize == 2 else np.uint8)
         return torch.tensor(bits, device=device).view(dtype)
 
+    def admit_host(self, x: "np.ndarray[Any, Any]", argument: str) -> Any:
+        """Check a NumPy array, unless the compiler traces it, as an input that is a tensor."""
+        return x if torch.compiler.is_compiling() else super().admit_host(x, argument)
+
     def mask_from_host(self, mask: Any, check: Any, like: Any) -> Any:
         """Check and copy a mask; in a compiled program a list is a constant, an array an input."""
         if not torch.compiler.is_compiling():
@@ -327,6 +331,10 @@ def _traced(
 
     if isinstance(mask, HOST_MASKS):
         mask = adapter.mask_from_host(mask, host_mask, x)
+    if isinstance(scale, np.ndarray):
+        scale = adapter.from_host(scale, x)
+    if isinstance(bias, np.ndarray):
+        bias = adapter.from_host(bias, x)
     return traced(adapter, x, scale, bias, mask, options)
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from groupnorm.arguments import CallOptions
@@ -41,4 +42,15 @@ def record_call(
         "activation": options.activation,
         "implementation": options.implementation,
     }
-    return x.tracer.create_proxy("call_function", group_norm, (x, scale, bias), keywords)
+    tracer: Any = x.tracer
+
+    def constant(a: Any) -> Any:
+        """Record a NumPy array, which no graph holds, as a tensor that is moved to x's device."""
+        if not isinstance(a, np.ndarray):
+            return a
+        value = adapter.from_host(adapter.admit_host(a, "a parameter"))
+        return tracer.create_proxy("call_method", "to", (value,), {"device": x.device})
+
+    given = (x, constant(scale), constant(bias))
+    made: torch.fx.Proxy = tracer.create_proxy("call_function", group_norm, given, keywords)
+    return made

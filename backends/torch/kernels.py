@@ -104,15 +104,26 @@ def bind_again(call: Any, x: Any, scale: Any, bias: Any, dy: Any) -> Any:
     """
     if is_seen_through():
         return Unsupported("PyTorch has to see the individual operations of this computation")
-    device = dy.get_device()  # autograd checked that it is that of y
-    for name, a in (("x", x), ("dy", dy), ("scale", scale), ("bias", bias)):
-        if a is None or type(a) is np.ndarray:
-            continue
-        if not is_plain(a, name) or a.get_device() != device:
-            return Unsupported(f"{name} is not a plain tensor on the device of y")
+    # Without a loop, as above.
+    if not is_plain(x, "x"):
+        return _not_plain("x", x)
+    if not is_plain(dy, "dy"):
+        return _not_plain("dy", dy)
+    if not (scale is None or type(scale) is np.ndarray or is_plain(scale, "scale")):
+        return _not_plain("scale", scale)
+    if not (bias is None or type(bias) is np.ndarray or is_plain(bias, "bias")):
+        return _not_plain("bias", bias)
     work = call.work
-    if x.shape != work.layout.shape or dy.shape != x.shape or x.dtype is not _DTYPES[work.dtypes.x]:
+    shape = work.layout.shape
+    if x.shape != shape or dy.shape != shape or x.dtype is not _DTYPES[work.dtypes.x]:
         return Unsupported("x or dy has another shape or dtype than in the forward pass")
+    if x.get_device() != dy.get_device():  # autograd checked that dy is where y is
+        return Unsupported("x is on another device than in the forward pass")
+    if scale is call.scale and bias is call.bias:  # mostly
+        return call
+    for name, a in (("scale", scale), ("bias", bias)):
+        if isinstance(a, torch.Tensor) and a.get_device() != dy.get_device():
+            return Unsupported(f"{name} is on another device than in the forward pass")
     return call.with_parameters(x, scale, bias)
 
 

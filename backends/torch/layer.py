@@ -68,7 +68,13 @@ class TorchGroupNorm(GroupNorm, torch.nn.Module):
     def forward(self, x: Any, mask: Any = None) -> Any:
         """Normalize x; see `update`."""
         if type(x) is torch.Tensor:  # a plain tensor, not a DTensor
-            return compute_local(torch_adapter, x, self.scale, self.bias, mask, self._call_options)
+            # Attributes of modules are slow, so they are read only if there are no parameters of
+            # these names, as after pruning.
+            stored, options = self._parameters, self._call_options
+            weight = stored["weight"] if "weight" in stored else self.weight  # noqa: SIM401
+            bias = stored["bias"] if "bias" in stored else self.bias  # noqa: SIM401
+            scale = self._as_scale(weight)
+            return compute_local(torch_adapter, x, scale, bias, mask, options)
         if isinstance(x, torch.fx.Proxy):
             from groupnorm.backends.torch.fx import record_layer
 
@@ -80,7 +86,10 @@ class TorchGroupNorm(GroupNorm, torch.nn.Module):
     @property
     def scale(self) -> Any:
         """The weight, in the shape of the feature axes."""
-        weight, shape = self.weight, self._config.options.feature_shape
+        return self._as_scale(self.weight)
+
+    def _as_scale(self, weight: Any) -> Any:
+        shape = self._call_options.feature_shape
         return weight if weight is None or shape is None or len(shape) == 1 else weight.view(shape)
 
     @property

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from groupnorm.adapter import admit_host_array, library_of, not_an_array
+from groupnorm.adapter import library_of, not_an_array
 from groupnorm.arguments import CallOptions
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
 from groupnorm.plan import make_plan, make_plan_uncached, same_shape
@@ -217,7 +217,7 @@ def from_numpy(adapter: "Adapter", value: "np.ndarray[Any, Any]", argument: str,
     ArgumentTypeError
         If it is no array of numbers, or the library lacks its dtype.
     """
-    admit_host_array(value, argument)
+    adapter.admit_host(value, argument)
     try:
         return adapter.from_host(value, x)
     except ArgumentTypeError as error:

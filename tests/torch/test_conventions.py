@@ -371,6 +371,32 @@ def test_masks_of_the_host_in_a_compiled_program(mask, given, implementation, rn
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("tool", ["compile", "compile dynamic", "fx"])
+@pytest.mark.parametrize("implementation", [None, "portable"])
+@pytest.mark.parametrize("dtype", ["float32", "int32"])
+def test_numpy_parameters_in_a_traced_program(dtype, implementation, tool, rng):
+    torch._dynamo.reset()
+    scale, bias = (rng.integers(-4, 5, 8).astype(dtype) for _ in range(2))
+    keywords = {"num_groups": 2, "feature_axis": 1, "dtype": "float32"}
+
+    class Model(nn.Module):
+        def forward(self, x):
+            return group_norm(x, scale, bias, implementation=implementation, **keywords)
+
+    if tool == "fx":
+        traced = torch.fx.symbolic_trace(Model())
+    else:
+        dynamic = tool == "compile dynamic"
+        traced = torch.compile(Model(), backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for size in (2, 3):
+        x = tensor(rng, size, 8, 5)
+        want = oracle.group_norm(x.numpy(), scale, bias, num_groups=2, feature_axis=1)
+        got = traced(x)
+        assert got.dtype == torch.float32
+        assert_close(got.numpy(), want, tolerance=CONTRACT)
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("kind", ["tensor", "NumPy", "buffer"])
 def test_masks_of_fixed_size_where_sizes_are_symbolic(kind, rng):
     torch._dynamo.reset()

@@ -17,6 +17,7 @@ from groupnorm.adapter import Unsupported
 from groupnorm.arguments import CallOptions
 from groupnorm.backends.kernels.layout import ROLES, kernel_dtypes, memory_order
 from groupnorm.backends.torch import kernels
+from groupnorm.backends.torch.differentiation import portable_gradients
 from groupnorm.backends.torch.internals import (
     assume_constant,
     in_forward_mode,
@@ -27,7 +28,7 @@ from groupnorm.backends.torch.kernels import as_parameter
 from groupnorm.backends.torch.memory import PLAIN, check_memory
 from groupnorm.dispatch import adapter_named
 from groupnorm.plan import make_plan_uncached, product
-from groupnorm.portable.group_norm import group_norm, group_norm_vjp
+from groupnorm.portable.group_norm import group_norm
 from groupnorm.portable.inputs import check, dtypes_of
 
 __all__ = ["traced"]
@@ -207,9 +208,8 @@ def _portable_forward(x: Any, scale: Any, bias: Any, mask: Any, *settings: Any) 
 def _portable_backward(
     dy: Any, x: Any, scale: Any, bias: Any, mask: Any, saved: Any, *settings: Any
 ) -> Any:
-    adapter = adapter_named("torch")
-    _, pullback = group_norm_vjp(adapter, x, scale, bias, mask, _options(*settings))
-    found = pullback(dy)
+    given = (x, scale, bias, mask, _options(*settings), dy)
+    found = portable_gradients(adapter_named("torch"), *given)
     return tuple(x.new_empty(0) if gradient is None else gradient for gradient in found)
 
 

@@ -27,6 +27,13 @@ INTERPRETED = [
         for name in ("accuracy", "activation", "dtypes", "empty", "gradients", "layouts", "masks")
     ),
 ]
+# Their results do not depend on the number of JAX's devices: they set it, start processes of their
+# own, or use none.
+ANY_DEVICES = [
+    "tests/api/test_imports.py",
+    "tests/distributed",
+    *(f"tests/jax/test_{name}.py" for name in ("cpu_kernels", "internals", "primitives")),
+]
 PACKAGES = ("groupnorm", "backends")  # removed from the sdist, so that the wheel is tested
 
 
@@ -103,7 +110,8 @@ def tests(session: nox.Session) -> None:
         return
     # With one device, JAX arrays use other code than with several.
     one_device = ("--backends", "jax", "--backends-only", "--jax-devices", "1")
-    pytest(session, *one_device, *QUIET_SKIPS)
+    done = [f"--ignore={path}" for path in ANY_DEVICES]
+    pytest(session, *one_device, *done, *QUIET_SKIPS)
     # The GPU kernels, interpreted: PyTorch's rows of the suite, and all of the kernels' own tests.
     # The kernels ignore the variance mode, and compiled programs call them as eager ones do.
     apart = ("-m", "not slow", "-k", "not two-pass and not compile and not thread_count")

@@ -9,7 +9,12 @@ import numpy as np
 from jax import lax
 
 from groupnorm.adapter import Adapter, Kernels, Planning, as_native_contiguous
-from groupnorm.backends.jax.debugging import as_one_operation, is_debugging, own_rules
+from groupnorm.backends.jax.debugging import (
+    as_one_operation,
+    is_debugging,
+    own_rules,
+    raise_alarm,
+)
 from groupnorm.backends.jax.internals import explicit_axes
 from groupnorm.backends.jax.sharding import over_shards
 from groupnorm.distributed.replicas import Replicas
@@ -167,11 +172,16 @@ class JaxAdapter(Adapter):
         return JaxKernels(self)
 
     def run(self, compute: Any, *arguments: Any) -> Any:
-        """Call a function of the portable implementation, by the usual rules of promotion."""
+        """Call a function of the portable implementation, by the usual rules of promotion.
+
+        Modes of debugging look at what it returns, not at its single operations.
+        """
         if not is_debugging():
             return compute(self, *arguments)
-        with own_rules():
-            return compute(self, *arguments)
+        with own_rules(), jax.debug_nans(False), jax.debug_infs(False):
+            result = compute(self, *arguments)
+        raise_alarm(f"groupnorm's {compute.__name__.strip('_')}", result)
+        return result
 
     def replicas(self, axis_name: Any) -> Replicas:
         """Return the replicas of one or several mapped axes."""

@@ -9,11 +9,21 @@ import numpy as np
 from jax import lax
 
 from groupnorm.adapter import Adapter, Kernels, Planning, as_native_contiguous
-from groupnorm.backends.jax.debugging import as_one_operation, is_debugging, own_rules
-from groupnorm.backends.jax.internals import explicit_axes
+from groupnorm.backends.jax.debugging import (
+    as_one_operation,
+    is_debugging,
+    own_rules,
+    raise_alarm,
+)
+from groupnorm.backends.jax.internals import Tracer, explicit_axes
 from groupnorm.backends.jax.sharding import over_shards
 from groupnorm.distributed.replicas import Replicas
-from groupnorm.errors import ArgumentTypeError, ArgumentValueError, AxisNameError
+from groupnorm.errors import (
+    ArgumentStateError,
+    ArgumentTypeError,
+    ArgumentValueError,
+    AxisNameError,
+)
 
 __all__ = ["JaxAdapter", "jax_adapter"]
 
@@ -31,7 +41,7 @@ class JaxAdapter(Adapter):
         return isinstance(x, jax.Array)
 
     def admit(self, x: Any, argument: str = "x") -> Any:
-        """Reject keys of random numbers, and numbers of dtypes that JAX does not promote."""
+        """Reject keys of random numbers, dtypes that JAX does not promote, and deleted arrays."""
         dtype = x.dtype
         if not isinstance(dtype, np.dtype):
             raise ArgumentTypeError(
@@ -46,7 +56,18 @@ class JaxAdapter(Adapter):
                 f"{argument} has dtype {dtype}, which JAX does not promote: pass "
                 f"{argument}.astype('bfloat16')."
             )
+        if not isinstance(x, Tracer) and x.is_deleted():  # inlined
+            self.check_memory(x, argument)
         return x
+
+    def check_memory(self, x: Any, argument: str) -> None:
+        """Raise `ArgumentStateError` if an array was deleted or donated."""
+        if not isinstance(x, Tracer) and x.is_deleted():
+            raise ArgumentStateError(
+                f"{argument} has shape {x.shape}, and its memory was freed: it was deleted, or "
+                "donated to a jitted function (donate_argnums). Use the result of that function, "
+                f"or pass it a copy, {argument}.copy()."
+            )
 
     def device_of(self, x: Any) -> Any:
         """Leave placement to JAX: tracers have no device, and JAX itself refuses to mix them."""
@@ -132,6 +153,11 @@ class JaxAdapter(Adapter):
         """Return the dtype, narrowed to 32 bits unless 64-bit dtypes are enabled."""
         return jax.dtypes.canonicalize_dtype(super().dtype(name))
 
+    def to_host(self, x: Any) -> "np.ndarray[Any, Any]":
+        """Copy a parameter to the host."""
+        self.check_memory(x, "parameter")
+        return super().to_host(x)
+
     def default_float(self) -> Any:
         """Return float32, or float64 if enabled."""
         return jnp.result_type(float)
@@ -167,11 +193,16 @@ class JaxAdapter(Adapter):
         return JaxKernels(self)
 
     def run(self, compute: Any, *arguments: Any) -> Any:
-        """Call a function of the portable implementation, by the usual rules of promotion."""
+        """Call a function of the portable implementation, by the usual rules of promotion.
+
+        Modes of debugging look at what it returns, not at its single operations.
+        """
         if not is_debugging():
             return compute(self, *arguments)
-        with own_rules():
-            return compute(self, *arguments)
+        with own_rules(), jax.debug_nans(False), jax.debug_infs(False):
+            result = compute(self, *arguments)
+        raise_alarm(f"groupnorm's {compute.__name__.strip('_')}", result)
+        return result
 
     def replicas(self, axis_name: Any) -> Replicas:
         """Return the replicas of one or several mapped axes."""

@@ -11,6 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from groupnorm.backends.jax.internals import Tracer
+from groupnorm.portable.inputs import HOST_MASKS, from_numpy, host_mask
 
 __all__ = ["as_one_operation", "is_debugging", "own_rules", "raise_alarm"]
 
@@ -35,7 +39,7 @@ def own_rules() -> ExitStack:
 
 
 def raise_alarm(name: str, values: Any) -> None:
-    """Raise JAX's error if a mode forbids one of the values of an operation.
+    """Raise JAX's error if a mode forbids one of the values of an operation, as far as known.
 
     Raises
     ------
@@ -43,32 +47,44 @@ def raise_alarm(name: str, values: Any) -> None:
         As `jax_debug_nans` and `jax_debug_infs` do.
     """
     config: Any = jax.config
+    known = [
+        a for a in jax.tree.leaves(values) if isinstance(a, jax.Array) and not isinstance(a, Tracer)
+    ]
     for on, kind, find in (
         (config.jax_debug_nans, "nan", jnp.isnan),
         (config.jax_debug_infs, "inf", jnp.isinf),
     ):
-        if on and any(bool(find(a).any()) for a in jax.tree.leaves(values)):
+        if on and any(bool(find(a).any()) for a in known):
             raise FloatingPointError(f"invalid value ({kind}) encountered in {name}")
 
 
-def as_one_operation(apply: Any, adapter: Any, x: Any, *arguments: Any) -> Any:
+def as_one_operation(
+    apply: Any, adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Any
+) -> Any:
     """Compute a call as one jitted function."""
-    # Arguments on the host stay there: they are yet to be checked.
-    traced = {i: a for i, a in enumerate(arguments) if adapter.is_array(a)}
-    static = tuple(None if i in traced else a for i, a in enumerate(arguments))
+    x = adapter.admit(x)
+    # On the host they would be constants, of which each is another program.
+    if isinstance(mask, HOST_MASKS):
+        mask = adapter.mask_from_host(mask, host_mask, x)
+    arguments = {"x": x, "scale": scale, "bias": bias, "mask": mask}
+    for name in ("scale", "bias"):
+        if isinstance(arguments[name], np.ndarray):
+            arguments[name] = from_numpy(adapter, arguments[name], name, x)
+    arrays = {name: adapter.admit(a, name) for name, a in arguments.items() if adapter.is_array(a)}
+    others = tuple((name, a) for name, a in arguments.items() if name not in arrays)
     try:
-        call = _jitted(apply, adapter, static)
-    except TypeError:  # lists and NumPy arrays have no hash
-        call = _jitted.__wrapped__(apply, adapter, static)
+        call = _jitted(apply, adapter, others, options)
+    except TypeError:  # what has no hash is refused in the call
+        call = _jitted.__wrapped__(apply, adapter, others, options)
     with own_rules():
-        return call(x, traced)
+        return call(arrays)
 
 
 # Made anew, a jitted function is traced and compiled in every call.
 @lru_cache(maxsize=256)
-def _jitted(apply: Any, adapter: Any, static: tuple[Any, ...]) -> Any:
+def _jitted(apply: Any, adapter: Any, others: tuple[tuple[str, Any], ...], options: Any) -> Any:
     @jax.jit
-    def groupnorm_call(x: Any, traced: dict[int, Any]) -> Any:
-        return apply(adapter, x, *(traced.get(i, a) for i, a in enumerate(static)))
+    def groupnorm_call(arrays: dict[str, Any]) -> Any:
+        return apply(adapter, **arrays, **dict(others), options=options)
 
     return groupnorm_call

@@ -15,6 +15,7 @@ __all__ = [
     "PRIVATE_NAMES",
     "Primitive",
     "ShapedArray",
+    "Tracer",
     "ad",
     "batching",
     "explicit_axes",
@@ -32,6 +33,7 @@ __all__ = [
 PRIVATE_NAMES = (
     "jax.core.ShapedArray",
     "jax.core.ShapedArray.manual_axis_type|jax.core.ShapedArray.vma",
+    "jax.core.Tracer",
     "jax.extend.core.Primitive",
     "jax.interpreters.ad.Zero",
     "jax.interpreters.ad.instantiate_zeros",
@@ -60,6 +62,8 @@ missing: tuple[str, ...] = tuple(
 )
 
 ShapedArray: Any = _found("jax.core.ShapedArray")
+# By default every array counts as one, of which neither values nor memory are looked at.
+Tracer: Any = _found("jax.core.Tracer") or object
 Primitive: Any = _found("jax.extend.core.Primitive")
 ad: Any = _found("jax.interpreters.ad")
 batching: Any = _found("jax.interpreters.batching")

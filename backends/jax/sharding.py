@@ -9,17 +9,20 @@ from groupnorm.backends.jax.internals import explicit_axes, in_shard_map
 __all__ = ["over_shards"]
 
 
-def over_shards(apply: Any, adapter: Any, x: Any, *arguments: Any) -> Any:
+def over_shards(
+    apply: Any, adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Any
+) -> Any:
     """Compute an array with an explicit sharding; the result has the same sharding.
 
     Splitting channels into groups, and blocks for sums, have no sharding that a type could state;
     the compiler needs none.
     """
     # Arguments on the host stay there: they are yet to be checked.
-    traced = {i: a for i, a in enumerate(arguments) if adapter.is_array(a)}
+    arguments = {"x": x, "scale": scale, "bias": bias, "mask": mask}
+    arrays = {name: adapter.admit(a, name) for name, a in arguments.items() if adapter.is_array(a)}
 
-    def compute(x: Any, traced: dict[int, Any]) -> Any:
-        return apply(adapter, x, *(traced.get(i, a) for i, a in enumerate(arguments)))
+    def compute(arrays: dict[str, Any]) -> Any:
+        return apply(adapter, **{**arguments, **arrays}, options=options)
 
     sharding = jax.typeof(x).sharding
     # Only these axes: those of a surrounding shard_map stay mapped.
@@ -27,4 +30,4 @@ def over_shards(apply: Any, adapter: Any, x: Any, *arguments: Any) -> Any:
     if in_shard_map(sharding.mesh):
         # Under a surrounding shard_map, JAX 0.10 cannot keep scalars of this mesh for backward.
         free = jax.checkpoint(free)
-    return free(x, traced)
+    return free(arrays)

@@ -58,6 +58,7 @@ HOW = {
     "group_norm_vjp": lambda *given, **keywords: jax.jit(
         functools.partial(vjp_by_function, **keywords)
     )(*given),
+    "eager group_norm_vjp": vjp_by_function,
 }
 # Values are checked after every operation outside of jax.jit, and after the program in it. What is
 # strict is found while tracing. The first mode raises for what is masked out, if any does.
@@ -66,6 +67,11 @@ ROWS += [("values", "eager", None, call, False) for call in ("first", "complex")
 ROWS += [
     ("values", "eager", "portable", *row)
     for row in (("last", True), ("last", False), ("long", False))
+]
+ROWS += [("values", "eager group_norm_vjp", "portable", call, False) for call in CALLS]
+ROWS += [("values", "eager group_norm_vjp", "portable", "complex", True)]
+ROWS += [
+    ("values", "eager group_norm_vjp", None, *row) for row in (("last", True), ("last", False))
 ]
 ROWS += [("values", how, None, "first", True) for how in ("jit", "group_norm_vjp")]
 ROWS += [
@@ -89,6 +95,24 @@ def test_values_and_gradients(mode, how, implementation, call, masked, rng):
             y, gradients = HOW[how](*given, implementation=implementation, **keywords)
     gradients = [np.asarray(g).conj() for g in gradients]
     check((y, gradients), reference(x, dy.conj(), scale, bias, keywords), x.dtype.name)
+
+
+@pytest.mark.parametrize(("call", "masked"), [("last", False), ("last", True), ("complex", True)])
+def test_statistics_that_are_not_compiled(call, masked, rng):
+    x, _, scale, bias, keywords = draw(rng, call, masked)
+    epsilon, mask = keywords.pop("epsilon"), keywords.pop("mask", None)
+    given, scale, bias = map(jnp.asarray, (x, scale, bias))
+    halves = zip(
+        jnp.split(given, 2, axis=-2),
+        (None, None) if mask is None else np.split(mask, 2, axis=-2),
+        strict=True,
+    )
+    with on("values"):
+        parts = [group_statistics(half, mask=m, **keywords) for half, m in halves]
+        merged = merge_statistics(*parts)
+        y = normalize(given, merged, scale, bias, epsilon=epsilon, mask=mask, **keywords)
+    want = oracle.group_norm(x, scale, bias, epsilon=epsilon, mask=mask, **keywords)
+    assert_close(np.asarray(y), want, tolerance=CONTRACT)
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
@@ -144,15 +168,49 @@ def test_a_nan_is_blamed_on_the_operation_that_made_it(implementation, masked, c
 @pytest.mark.parametrize("implementation", [None, "portable"])
 def test_a_nan_in_x_raises_an_alarm(implementation):
     x = jnp.ones((2, 20, 8)).at[0, 3, 2].set(jnp.nan)
-    with jax.debug_nans(True), pytest.raises(FloatingPointError):
-        group_norm(x, num_groups=2, implementation=implementation)
+    for call in (group_norm, group_norm_vjp):
+        with jax.debug_nans(True), pytest.raises(FloatingPointError):
+            call(x, num_groups=2, implementation=implementation)
 
 
+@pytest.mark.parametrize("implementation", [None, "portable"])
+@pytest.mark.parametrize(("kind", "value"), [("nan", np.nan), ("inf", np.inf)])
+def test_the_call_whose_result_is_not_finite_is_blamed(kind, value, implementation, rng):
+    x, dy, *_ = map(jnp.asarray, draw(rng, "last", masked=False)[:4])
+    statistics = group_statistics(x, num_groups=2)
+    scale, finite = jnp.ones(8).at[3].set(value), jnp.ones(8)
+    infinite_dy = dy.at[0, 0, 0, 0].set(value)
+    options = {"num_groups": 2, "implementation": implementation}
+    # A compiled pullback is computed again by JAX, operation by operation, to find the first.
+    pullback_name = "gradients" if implementation == "portable" else ""
+    with jax.debug_nans(kind == "nan"), jax.debug_infs(kind == "inf"):
+        _, pullback = group_norm_vjp(x, bias=finite, **options)
+        for call, name in (
+            (lambda: group_norm_vjp(x, scale, **options), "groupnorm.*norm"),
+            (lambda: normalize(x, statistics, scale, num_groups=2), "groupnorm.*normalize"),
+            (lambda: pullback(infinite_dy), pullback_name),
+        ):
+            with pytest.raises(FloatingPointError, match=rf"\({kind}\) encountered in .*{name}"):
+                call()
+
+
+# Lists, and arrays on the host, have no hash: as a part of a program they would be compiled again.
+HOST = {
+    "none": lambda mask, i: {},
+    "mask": lambda mask, i: {"mask": mask.copy()},
+    "list": lambda mask, i: {"mask": mask.tolist()},
+    "another mask": lambda mask, i: {"mask": np.roll(mask, i)},
+    "parameters": lambda mask, i: {"scale": np.ones(8), "bias": np.ones(8, "float32")},
+}
+
+
+@pytest.mark.parametrize("host", HOST)
 @pytest.mark.parametrize(("mode", "epsilon"), [("values", 0.125), ("strict", 0.25)])
-def test_eager_calls_are_compiled_once(mode, epsilon, rng):
+def test_eager_calls_are_compiled_once(mode, epsilon, host, rng):
     """By the same options: other options are another program."""
     x, _, _, _, keywords = draw(rng, "last", masked=False)
-    x = jnp.asarray(x)
+    x, mask = jnp.asarray(x), rng.random((2, 5, 6, 1)) < 0.6
+    epsilon += list(HOST).index(host) / 100
     programs = []
 
     def traced(message, *_, **__):
@@ -162,9 +220,10 @@ def test_eager_calls_are_compiled_once(mode, epsilon, rng):
     try:
         with on(mode):
             counts = []
-            for options in ({}, {}, {}, {"activation": "relu"}, {}):
+            for i, options in enumerate(({}, {}, {}, {"activation": "relu"}, {})):
                 programs.clear()
-                group_norm(x, **{**keywords, "epsilon": epsilon, **options})
+                given = {**keywords, "epsilon": epsilon, **options, **HOST[host](mask, i)}
+                group_norm(x, **given)
                 counts.append(len(programs))
     finally:
         jax.monitoring.unregister_event_duration_listener(traced)

@@ -24,7 +24,12 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from groupnorm import GroupNorm, group_norm, group_norm_vjp, group_statistics, normalize
-from groupnorm.errors import ArgumentTypeError, ArgumentValueError, AxisNameError
+from groupnorm.errors import (
+    ArgumentStateError,
+    ArgumentTypeError,
+    ArgumentValueError,
+    AxisNameError,
+)
 from tests import oracle
 from tests.rows import CONTRACT, GRADIENT, GRADIENT_FAR, assert_close, assert_gradient
 from tests.sharding import NUM_GROUPS, Case
@@ -434,6 +439,24 @@ def test_arguments_that_are_no_jax_arrays(kind):
         ):
             with pytest.raises(error, match="mask"):
                 in_groups(x, mask=wrong)
+
+
+@pytest.mark.parametrize("name", ["x", "scale", "bias", "mask"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_deleted_arrays(kind, name):
+    program = Program(kind, "sequence", ("rows",))
+    x = arguments(program, 0.0)[1]
+    with in_mesh(program):
+        given = {
+            "x": x,
+            "scale": jnp.ones(x.shape[-1]),
+            "bias": jnp.zeros(x.shape[-1]),
+            "mask": jnp.ones((x.shape[1], 1), bool),
+        }
+        given[name] = given[name].copy()
+        given[name].delete()
+        with pytest.raises(ArgumentStateError, match=f"^{name} has shape"):
+            group_norm(**given, num_groups=4)
 
 
 # Maps within maps, and maps beside the compiler's own sharding ------------------------------------

@@ -393,8 +393,11 @@ def _no_wrapper(param_type: Any, what: str) -> ArgumentTypeError:
     )
 
 
-def admit_host_array(x: Any, argument: str) -> Any:
-    """Return a NumPy array; reject the kinds that would silently give wrong results."""
+def admit_host_array(x: Any, argument: str, *, traced: bool = False) -> Any:
+    """Return a NumPy array; reject the kinds that would silently give wrong results.
+
+    The dtype of one that is `traced` by a compiler is unknown.
+    """
     if isinstance(x, np.ma.MaskedArray):
         raise ArgumentTypeError(
             f"{argument} is a numpy.ma.MaskedArray of shape {x.shape}: its mask would be "
@@ -405,7 +408,7 @@ def admit_host_array(x: Any, argument: str) -> Any:
             f"{argument} is a numpy.matrix of shape {x.shape}, which always stays "
             f"two-dimensional: pass numpy.asarray({argument})."
         )
-    if x.dtype.kind in "OSUMmV" and not is_numpy_float(x.dtype):
+    if not traced and x.dtype.kind in "OSUMmV" and not is_numpy_float(x.dtype):
         raise ArgumentTypeError(
             f"{argument} has dtype {x.dtype}: a numeric dtype is needed. Convert it with "
             f"{argument}.astype('float32')."

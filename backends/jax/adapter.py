@@ -9,12 +9,7 @@ import numpy as np
 from jax import lax
 
 from groupnorm.adapter import Adapter, Kernels, Planning, as_native_contiguous
-from groupnorm.backends.jax.debugging import (
-    as_one_operation,
-    is_debugging,
-    own_rules,
-    raise_alarm,
-)
+from groupnorm.backends.jax.debugging import as_one_operation, by_result, is_debugging
 from groupnorm.backends.jax.internals import Tracer, explicit_axes
 from groupnorm.backends.jax.sharding import over_shards
 from groupnorm.distributed.replicas import Replicas
@@ -199,10 +194,8 @@ class JaxAdapter(Adapter):
         """
         if not is_debugging():
             return compute(self, *arguments)
-        with own_rules(), jax.debug_nans(False), jax.debug_infs(False):
-            result = compute(self, *arguments)
-        raise_alarm(f"groupnorm's {compute.__name__.strip('_')}", result)
-        return result
+        name = compute.__name__.strip("_").removesuffix("_by")
+        return by_result(name, lambda: compute(self, *arguments))
 
     def replicas(self, axis_name: Any) -> Replicas:
         """Return the replicas of one or several mapped axes."""

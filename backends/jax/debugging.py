@@ -5,6 +5,7 @@ of `jax_debug_nans` or `jax_debug_infs`, which look at the result of every singl
 a jitted function only at its results. Within the call the usual rules of promotion apply.
 """
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import lru_cache
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 from groupnorm.backends.jax.internals import Tracer
 from groupnorm.portable.inputs import HOST_MASKS, from_numpy, host_mask
 
-__all__ = ["as_one_operation", "is_debugging", "own_rules", "raise_alarm"]
+__all__ = ["as_one_operation", "by_result", "is_debugging", "own_rules", "raise_alarm"]
 
 
 def is_debugging() -> bool:
@@ -39,7 +40,9 @@ def own_rules() -> ExitStack:
 
 
 def raise_alarm(name: str, values: Any) -> None:
-    """Raise JAX's error if a mode forbids one of the values of an operation, as far as known.
+    """Raise JAX's error if a mode forbids one of the values of an operation.
+
+    Tracers have no values yet.
 
     Raises
     ------
@@ -58,6 +61,14 @@ def raise_alarm(name: str, values: Any) -> None:
             raise FloatingPointError(f"invalid value ({kind}) encountered in {name}")
 
 
+def by_result(name: str, compute: Callable[[], Any]) -> Any:
+    """Call a function; the modes look at what it returns, not at its single operations."""
+    with own_rules(), jax.debug_nans(False), jax.debug_infs(False):
+        result = compute()
+    raise_alarm(f"groupnorm's {name}", result)
+    return result
+
+
 def as_one_operation(
     apply: Any, adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Any
 ) -> Any:
@@ -71,20 +82,18 @@ def as_one_operation(
         if isinstance(arguments[name], np.ndarray):
             arguments[name] = from_numpy(adapter, arguments[name], name, x)
     arrays = {name: adapter.admit(a, name) for name, a in arguments.items() if adapter.is_array(a)}
-    others = tuple((name, a) for name, a in arguments.items() if name not in arrays)
-    try:
-        call = _jitted(apply, adapter, others, options)
-    except TypeError:  # what has no hash is refused in the call
-        call = _jitted.__wrapped__(apply, adapter, others, options)
+    absent = tuple(name for name, a in arguments.items() if a is None)
     with own_rules():
-        return call(arrays)
+        if len(arrays) + len(absent) < len(arguments):  # the call refuses the others
+            return apply(adapter, **arguments, options=options)
+        return _jitted(apply, adapter, absent, options)(arrays)
 
 
 # Made anew, a jitted function is traced and compiled in every call.
 @lru_cache(maxsize=256)
-def _jitted(apply: Any, adapter: Any, others: tuple[tuple[str, Any], ...], options: Any) -> Any:
+def _jitted(apply: Any, adapter: Any, absent: tuple[str, ...], options: Any) -> Any:
     @jax.jit
     def groupnorm_call(arrays: dict[str, Any]) -> Any:
-        return apply(adapter, **arrays, **dict(others), options=options)
+        return apply(adapter, **arrays, **dict.fromkeys(absent), options=options)
 
     return groupnorm_call

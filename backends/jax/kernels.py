@@ -61,13 +61,10 @@ class JaxKernels(Kernels):
         def pullback(dy: Any) -> Gradients:
             dy = check_cotangent(self._adapter, dy, x)
             dy = dy.astype(spec.work_dtype)
-            try:
-                return Gradients(*_pulled_back(spec, *arrays, saved, dy))
-            except (RuntimeError, ValueError):  # JAX's errors of a deleted array
-                for name, a in zip(("x", "scale", "bias", "mask"), arrays, strict=True):
-                    if a is not None:
-                        self._adapter.check_memory(a, name)
-                raise
+            for name, a in zip(("x", "scale", "bias", "mask"), arrays, strict=True):
+                if a is not None:
+                    self._adapter.check_memory(a, name)
+            return Gradients(*_pulled_back(spec, *arrays, saved, dy))
 
         return y, pullback
 

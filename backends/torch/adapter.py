@@ -8,7 +8,13 @@ import array_api_compat.torch as xp
 import numpy as np
 import torch
 
-from groupnorm.adapter import Adapter, Kernels, Planning, as_native_contiguous
+from groupnorm.adapter import (
+    Adapter,
+    Kernels,
+    Planning,
+    admit_host_array,
+    as_native_contiguous,
+)
 from groupnorm.arguments import CallOptions
 from groupnorm.backends.kernels.layout import memory_order
 from groupnorm.backends.torch.differentiation import portable
@@ -27,7 +33,7 @@ from groupnorm.distributed.axis_names import bound
 from groupnorm.distributed.replicas import Replicas, over_all
 from groupnorm.dtypes import small_float
 from groupnorm.errors import ArgumentStateError, ArgumentTypeError, ArgumentValueError
-from groupnorm.portable.group_norm import group_norm
+from groupnorm.portable.group_norm import group_norm, group_norm_vjp
 from groupnorm.portable.inputs import HOST_MASKS, host_mask
 
 __all__ = ["TorchAdapter", "torch_adapter"]
@@ -169,15 +175,15 @@ class TorchAdapter(Adapter):
         return torch.tensor(bits, device=device).view(dtype)
 
     def admit_host(self, x: "np.ndarray[Any, Any]", argument: str) -> Any:
-        """Check a NumPy array, unless the compiler traces it, as an input that is a tensor."""
-        return x if torch.compiler.is_compiling() else super().admit_host(x, argument)
+        """Check a NumPy array; the compiler takes it for a tensor, and does not show its dtype."""
+        return admit_host_array(x, argument, traced=torch.compiler.is_compiling())
 
     def mask_from_host(self, mask: Any, check: Any, like: Any) -> Any:
         """Check and copy a mask; in a compiled program a list is a constant, an array an input."""
         if not torch.compiler.is_compiling():
             return super().mask_from_host(mask, check, like)
         if isinstance(mask, np.ndarray):
-            return torch.as_tensor(mask, device=like.device)
+            return torch.as_tensor(self.admit_host(mask, "mask"), device=like.device)
         return torch.tensor(_booleans(mask), device=like.device)
 
     def to_host(self, x: Any) -> "np.ndarray[Any, Any]":
@@ -277,6 +283,9 @@ class TorchAdapter(Adapter):
         if mode is not None:
             with mode:  # which makes what the computation creates fake as well
                 return compute(self, *arguments)
+        if torch.compiler.is_compiling() and compute in (group_norm, group_norm_vjp):
+            x, scale, bias, *others = arguments
+            return compute(self, x, *_as_tensors(self, (scale, bias), x), *others)
         if compute is not group_norm:
             return compute(self, *arguments)
         return portable(self, *arguments)
@@ -331,11 +340,17 @@ def _traced(
 
     if isinstance(mask, HOST_MASKS):
         mask = adapter.mask_from_host(mask, host_mask, x)
+    return traced(adapter, x, *_as_tensors(adapter, (scale, bias), x), mask, options)
+
+
+def _as_tensors(adapter: Any, parameters: tuple[Any, Any], x: Any) -> tuple[Any, Any]:
+    """Convert scale and bias that are NumPy arrays, which the compiler takes for tensors."""
+    scale, bias = parameters
     if isinstance(scale, np.ndarray):
-        scale = adapter.from_host(scale, x)
+        scale = adapter.from_host(adapter.admit_host(scale, "scale"), x)
     if isinstance(bias, np.ndarray):
-        bias = adapter.from_host(bias, x)
-    return traced(adapter, x, scale, bias, mask, options)
+        bias = adapter.from_host(adapter.admit_host(bias, "bias"), x)
+    return scale, bias
 
 
 torch_adapter = TorchAdapter(xp)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from groupnorm.arguments import CallOptions
+from groupnorm.portable.inputs import host_mask
 
 __all__ = ["record_call", "record_layer"]
 
@@ -28,6 +29,18 @@ def record_call(
     """Record a call of the function `group_norm` as one node."""
     from groupnorm.functional import group_norm
 
+    tracer: Any = x.tracer
+
+    def constant(argument: str, value: Any) -> Any:
+        """Record a NumPy array, which no graph holds, as a tensor that is moved to x's device."""
+        if not isinstance(value, np.ndarray):
+            return value
+        if argument == "mask":
+            value = torch.from_numpy(host_mask(value))
+        else:
+            value = adapter.from_host(adapter.admit_host(value, argument))
+        return tracer.create_proxy("call_method", "to", (value,), {"device": x.device})
+
     keywords = {
         "num_groups": options.num_groups,
         "group_size": options.group_size,
@@ -35,22 +48,13 @@ def record_call(
         "reduction_axes": options.reduction,
         "epsilon": options.epsilon,
         "dtype": options.dtype,
-        "mask": mask,
+        "mask": constant("mask", mask),
         "axis_name": options.axis_name,
         "axis_index_groups": options.axis_index_groups,
         "use_fast_variance": options.fast,
         "activation": options.activation,
         "implementation": options.implementation,
     }
-    tracer: Any = x.tracer
-
-    def constant(a: Any) -> Any:
-        """Record a NumPy array, which no graph holds, as a tensor that is moved to x's device."""
-        if not isinstance(a, np.ndarray):
-            return a
-        value = adapter.from_host(adapter.admit_host(a, "a parameter"))
-        return tracer.create_proxy("call_method", "to", (value,), {"device": x.device})
-
-    given = (x, constant(scale), constant(bias))
+    given = (x, constant("scale", scale), constant("bias", bias))
     made: torch.fx.Proxy = tracer.create_proxy("call_function", group_norm, given, keywords)
     return made

@@ -117,13 +117,10 @@ def bind_again(call: Any, x: Any, scale: Any, bias: Any, dy: Any) -> Any:
     shape = work.layout.shape
     if x.shape != shape or dy.shape != shape or x.dtype is not _DTYPES[work.dtypes.x]:
         return Unsupported("x or dy has another shape or dtype than in the forward pass")
-    if x.get_device() != dy.get_device():  # autograd checked that dy is where y is
-        return Unsupported("x is on another device than in the forward pass")
-    if scale is call.scale and bias is call.bias:  # mostly
-        return call
-    for name, a in (("scale", scale), ("bias", bias)):
-        if isinstance(a, torch.Tensor) and a.get_device() != dy.get_device():
-            return Unsupported(f"{name} is on another device than in the forward pass")
+    device = dy.get_device()  # autograd checked that it is that of y
+    for name, a in (("x", x), ("scale", scale), ("bias", bias)):
+        if isinstance(a, torch.Tensor) and a.get_device() != device:
+            return Unsupported(f"{name} is on another device than y")
     return call.with_parameters(x, scale, bias)
 
 

@@ -31,6 +31,13 @@ class TorchGroupNorm(GroupNorm, torch.nn.Module):
     _call_options: CallOptions
     #: As in `torch.nn.GroupNorm`, read by `reset_parameters` only.
     affine: bool
+    # Whether scale and bias are the parameters; False in a subclass that computes them.
+    _reads_parameters = True
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if not vars(cls).keys().isdisjoint({"scale", "weight", "bias"}):
+            cls._reads_parameters = False
 
     if TYPE_CHECKING:
 
@@ -67,7 +74,7 @@ class TorchGroupNorm(GroupNorm, torch.nn.Module):
 
     def forward(self, x: Any, mask: Any = None) -> Any:
         """Normalize x; see `update`."""
-        if type(x) is torch.Tensor:  # a plain tensor, not a DTensor
+        if type(x) is torch.Tensor and self._reads_parameters:  # a plain tensor, not a DTensor
             # Attributes of modules are slow, so they are read only if there are no parameters of
             # these names, as after pruning.
             stored, options = self._parameters, self._call_options

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from groupnorm import (
     merge_statistics,
     normalize,
 )
+from groupnorm.errors import ArgumentTypeError
 from tests import oracle
 from tests.core_calls import CALLS, check, draw, reference
 from tests.rows import CONTRACT, assert_close
@@ -228,3 +231,18 @@ def test_eager_calls_are_compiled_once(mode, epsilon, host, rng):
     finally:
         jax.monitoring.unregister_event_duration_listener(traced)
     assert [n > 0 for n in counts] == [True, False, False, True, False]
+
+
+def test_what_a_call_refuses_is_not_kept():
+    """Caches of programs hold no arguments."""
+
+    class Scale:
+        """Has a hash, as tensors of other libraries have."""
+
+    scale = Scale()
+    gone = weakref.ref(scale)
+    with on("values"), pytest.raises(ArgumentTypeError, match="scale"):
+        group_norm(jnp.ones((2, 8)), scale, num_groups=2)
+    del scale
+    gc.collect()
+    assert gone() is None

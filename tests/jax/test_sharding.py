@@ -459,6 +459,22 @@ def test_deleted_arrays(kind, name):
             group_norm(**given, num_groups=4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("compiler", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_padding_that_is_nan_raises_no_alarm(compiler, kind):
+    program = Program(kind, "sequence", ("rows",))
+    x = arguments(program, 0.0)[1]
+    mask = np.arange(x.shape[1])[:, None] % 3 > 0
+    host = np.where(mask, np.array(x), np.nan)
+    with in_mesh(program):
+        padded = jax.device_put(host, x.sharding)
+        call = compiler(lambda x: group_norm(x, num_groups=4, mask=jnp.asarray(mask)))
+        with jax.debug_nans(True):
+            y = call(padded)
+    want = oracle.group_norm(host, num_groups=4, mask=mask)
+    assert_close(np.where(mask, y, 0), np.where(mask, want, 0), tolerance=CONTRACT)
+
+
 # Maps within maps, and maps beside the compiler's own sharding ------------------------------------
 
 LANES = 2  # in each of the four shards

@@ -164,3 +164,25 @@ def test_a_call_with_a_broken_numba(code, environment, tmp_path):
     )  # fmt: skip
     assert done.stdout.split("\n")[0] == "[[-0.5, 0.5], [0.0, 0.0]] None ('portable',)", done.stderr
     assert done.stderr.count("the kernels for CPUs cannot be loaded") == 1
+
+
+@pytest.mark.parametrize("library", ["numpy", pytest.param("jax", marks=pytest.mark.needs("jax"))])
+def test_a_numba_that_compiles_nothing(library, tmp_path):
+    """NUMBA_DISABLE_JIT=1, for coverage and debuggers; also without kernels compiled earlier."""
+    program = (
+        "import numpy as np, groupnorm\n"
+        f"import {'jax.numpy' if library == 'jax' else 'numpy'} as xp\n"
+        "x = xp.asarray(np.array([[1, 3], [5, 5]], np.float32))\n"
+        "y, pullback = groupnorm.group_norm_vjp(x, num_groups=1, epsilon=3.0)\n"
+        "print(y.tolist(), pullback(x).x.shape)\n"
+        "for info in groupnorm.available_backends():\n"
+        f"    if info.name == {library!r}: print(info.error, info.why_not_fused)\n"
+    )
+    # Without the flags that give this process several JAX devices.
+    environment = {"NUMBA_DISABLE_JIT": "1", "NUMBA_CACHE_DIR": str(tmp_path), "XLA_FLAGS": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, **environment},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout.startswith("[[-0.5, 0.5], [0.0, 0.0]] (2, 2)\nNone "), done.stderr
+    assert "NUMBA_DISABLE_JIT is set" in done.stdout

@@ -397,6 +397,53 @@ def test_numpy_parameters_in_a_traced_program(dtype, implementation, tool, rng):
     torch._dynamo.reset()
 
 
+def test_numpy_parameters_in_a_compiled_pullback(rng):
+    torch._dynamo.reset()
+    scale, bias = rng.normal(size=(2, 8)).astype(np.float32)
+
+    def gradients(x, dy):
+        y, pullback = group_norm_vjp(x, scale, bias, num_groups=2, feature_axis=1)
+        return y, *pullback(dy)
+
+    x, dy = tensor(rng, 2, 8, 5), tensor(rng, 2, 8, 5)
+    found = torch.compile(gradients, backend="aot_eager", fullgraph=True)(x, dy)
+    want = oracle.group_norm_gradients(
+        x.numpy(), dy.numpy(), scale, bias, num_groups=2, feature_axis=1
+    )
+    for g, w in zip(found[1:], want, strict=True):
+        assert_gradient(g.numpy(), w, rtol=GRADIENT)
+    torch._dynamo.reset()
+
+
+def test_fx_keeps_a_mask_of_numpy(rng):
+    mask = rng.random((2, 1, 5)) < 0.6
+    traced = torch.fx.symbolic_trace(
+        lambda x: group_norm(x, num_groups=2, feature_axis=1, mask=mask)
+    )
+    x = tensor(rng, 2, 8, 5)
+    want = oracle.group_norm(x.numpy(), num_groups=2, feature_axis=1, mask=mask)
+    assert_close(traced(x).numpy(), want, tolerance=CONTRACT)
+
+
+@pytest.mark.parametrize("argument", ["scale", "bias", "mask"])
+@pytest.mark.parametrize("tool", ["compile", "fx"])
+def test_masked_arrays_in_a_traced_program(tool, argument, rng):
+    """Their own masks would be ignored."""
+    torch._dynamo.reset()
+    masked = np.ma.masked_array(np.ones(8, bool if argument == "mask" else np.float32), True)
+    keywords = {"num_groups": 2, argument: masked}
+
+    def call(x):
+        return group_norm(x, **keywords)
+
+    # Not fullgraph: the error must come where the compiler goes on without a graph too.
+    compiled = torch.compile(call, backend="aot_eager")
+    trace = torch.fx.symbolic_trace if tool == "fx" else lambda _: compiled(tensor(rng, 2, 8))
+    with pytest.raises(ArgumentTypeError, match=rf"{argument} is a numpy\.ma\.MaskedArray"):
+        trace(call)
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("kind", ["tensor", "NumPy", "buffer"])
 def test_masks_of_fixed_size_where_sizes_are_symbolic(kind, rng):
     torch._dynamo.reset()

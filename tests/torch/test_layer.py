@@ -649,3 +649,17 @@ def test_a_cotangent_with_a_negative_bit(rng):
     assert negative.is_neg()
     (found,) = torch.autograd.grad(y, x, negative)
     torch.testing.assert_close(found, -plain, rtol=0, atol=0)
+
+
+def test_a_subclass_that_computes_its_scale(rng):
+    class OnePlus(type(native(rng))):
+        @property
+        def scale(self):
+            return 1 + self.weight
+
+    layer = native(rng)
+    layer.__class__ = OnePlus
+    x = torch.from_numpy(rng.normal(size=(2, CHANNELS, 5))).float()
+    want = torch.nn.functional.group_norm(x, GROUPS, 1 + layer.weight, layer.bias, layer.eps)
+    for given in (x, torch.nn.Parameter(x)):
+        torch.testing.assert_close(layer(given), want, rtol=1e-5, atol=1e-5)

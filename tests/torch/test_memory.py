@@ -145,6 +145,42 @@ def test_memory_freed_before_the_backward_pass_is_an_error(name, implementation,
             torch.autograd.grad(y, list(given.values()), dy, create_graph=graph, retain_graph=True)
 
 
+def strided(a):
+    return torch.stack([a, a], dim=-1)[..., 0]
+
+
+# Each holds the values of forward, up to rounding; assigned to `data`, it leaves the version as is.
+REPLACED = {"float64": torch.Tensor.double, "strided": strided, "float32": torch.clone}
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("kind", REPLACED)
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_other_memory_of_a_parameter_before_the_backward_pass(kind, name, implementation, arrays):
+    x, scale, bias = leaves(arrays)
+    # Autograd accepts no gradient of another dtype than the parameter had.
+    changed = {"scale": scale, "bias": bias}[name].requires_grad_(kind != "float64")
+    y = group_norm(x, scale, bias, activation="silu", implementation=implementation, **OPTIONS)
+    changed.data = REPLACED[kind](changed.data)
+    (dx,) = torch.autograd.grad(y, x, torch.tensor(arrays["dy"]))
+    want = torch.tensor(arrays["x"], dtype=torch.float64, requires_grad=True)
+    s, b = (torch.tensor(arrays[n], dtype=torch.float64) for n in NAMES[1:])
+    z = torch.nn.functional.group_norm(want, 4, s, b, OPTIONS["epsilon"])
+    torch.nn.functional.silu(z).backward(torch.tensor(arrays["dy"], dtype=torch.float64))
+    assert_gradient(dx.numpy(), want.grad.numpy(), rtol=GRADIENT)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("size", [0, 3])
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_another_size_of_a_parameter_before_the_backward_pass(name, size, implementation, arrays):
+    x, scale, bias = leaves(arrays)
+    y = group_norm(x, scale, bias, activation="silu", implementation=implementation, **OPTIONS)
+    {"scale": scale, "bias": bias}[name].data = torch.ones(size)
+    with pytest.raises(ArgumentValueError, match=f"{name} has shape"):
+        torch.autograd.grad(y, x, torch.tensor(arrays["dy"]))
+
+
 @pytest.mark.parametrize("name", ["x", "dy"])
 def test_memory_freed_before_the_pullback_is_an_error(name, arrays):
     given = {n: torch.tensor(arrays[n]) for n in (*NAMES, "dy")}

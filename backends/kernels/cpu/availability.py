@@ -1,6 +1,7 @@
 """Whether the CPU kernels can be used here; loading them."""
 
 import importlib
+import os
 from functools import lru_cache
 from typing import Any
 
@@ -26,6 +27,8 @@ def why_unavailable(float16: bool) -> Unsupported | None:
 
 @lru_cache(maxsize=1)
 def _why_none() -> Unsupported | None:
+    if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
+        return Unsupported("NUMBA_DISABLE_JIT is set, so numba compiles no kernels")
     return why_not_loaded(
         lambda: kernels("entry_points"),
         "the kernels for CPUs need numba, which cannot be imported ({error}); "

@@ -1,0 +1,37 @@
+"""Consistency tests of functions of arrays in every library, against float64 references."""
+
+from typing import Any
+
+from groupnorm.testing.assertions import assert_accurate, assert_gradients, assert_same
+from groupnorm.testing.checks import check
+from groupnorm.testing.inputs import hard_inputs, layouts, pad_with_nan
+from groupnorm.testing.report import Disagreement, Finding, Report, Skipped
+from groupnorm.testing.rows import Row, register_row, row_names, row_of, rows
+
+__all__ = [
+    "Disagreement",
+    "Finding",
+    "Report",
+    "Row",
+    "Skipped",
+    "arrays",
+    "assert_accurate",
+    "assert_gradients",
+    "assert_same",
+    "check",
+    "hard_inputs",
+    "layouts",
+    "pad_with_nan",
+    "register_row",
+    "row_names",
+    "row_of",
+    "rows",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "arrays":  # it imports hypothesis
+        from groupnorm.testing.strategies import arrays
+
+        return arrays
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,221 @@
+"""What a consistency check found: as text, table, JSON and picture."""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Disagreement", "Finding", "Report", "Skipped", "badness"]
+
+
+class Disagreement(AssertionError):
+    """A row disagrees with the reference."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One comparison of one row.
+
+    Attributes
+    ----------
+    row, input : str
+        The name of the row and of the input.
+    what : str
+        "value", "gradient", or what was wrong before values were compared: "raised", "results",
+        "library", "dtype", "device", "shape", "input changed".
+    where : str
+        The path of the result, such as ``result['mean']``, or ``gradient of argument 0``.
+    error, bound : float
+        The largest error, in the units of the check, and what is allowed.
+    message : str
+        The element of the largest error, or what was wrong.
+    """
+
+    row: str
+    input: str
+    what: str
+    where: str
+    error: float
+    bound: float
+    message: str
+
+    @property
+    def right(self) -> bool:
+        """Whether the error is within the bound (NaN is not)."""
+        return self.error <= self.bound
+
+    def __str__(self) -> str:
+        return f"{self.row}, input {self.input!r}: {self.where}: {self.message}"
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """What was not checked, and why."""
+
+    row: str
+    what: str
+    reason: str
+
+
+@dataclass
+class Report:
+    """The result of `check`.
+
+    Attributes
+    ----------
+    rows, inputs : list of str
+        The names of the rows that ran, and of the inputs.
+    findings : list of Finding
+        In the order of rows and inputs.
+    skipped : list of Skipped
+        Rows that cannot be used here, and what rows cannot do.
+    units : str
+        Those of the errors.
+    """
+
+    rows: list[str]
+    inputs: list[str]
+    units: str
+    findings: list[Finding] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+
+    @property
+    def wrong(self) -> list[Finding]:
+        """The findings whose error is above the bound."""
+        return [finding for finding in self.findings if not finding.right]
+
+    def __bool__(self) -> bool:
+        """Whether something was compared, and all of it is right."""
+        return bool(self.findings) and not self.wrong
+
+    def raise_if_wrong(self) -> None:
+        """Raise `Disagreement`, an `AssertionError`, if a row is wrong or nothing was compared."""
+        if not self.findings:
+            reasons = "".join(f"\n  {s.row}: {s.what}: {s.reason}" for s in self.skipped)
+            raise Disagreement(f"nothing was compared:{reasons or ' there are no rows or inputs'}")
+        wrong = self.wrong
+        if wrong:
+            shown = "".join(f"\n  {finding}" for finding in wrong[:10])
+            more = f"\n  and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+            raise Disagreement(f"{len(wrong)} of {len(self.findings)} comparisons:{shown}{more}")
+
+    def worst(self, row: str, name: str | None = None) -> Finding | None:
+        """Return the finding of a row that is nearest to its bound, or beyond it.
+
+        Parameters
+        ----------
+        row : str
+        name : str, optional
+            The input; default is all of them.
+        """
+        found = [f for f in self.findings if f.row == row and name in (None, f.input)]
+        return max(found, key=badness, default=None)
+
+    def __str__(self) -> str:
+        """Return the table as plain text, and below it what is wrong and what was skipped."""
+        header, *lines = self._cells()
+        widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
+        rule = ["-" * width for width in widths]
+        text = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (header, rule, *lines)]
+        return "\n".join([*text, *self._notes()])
+
+    def print(self) -> None:
+        """Print the table, in colours if rich is installed."""
+        try:
+            from rich.console import Console
+            from rich.table import Table
+            from rich.text import Text
+        except ImportError:
+            print(self)
+            return
+        header, *lines = self._cells()
+        table = Table(*header)
+        for line in lines:
+            styles = ("bold red" if cell.endswith("WRONG") else "" for cell in line)
+            table.add_row(*(Text(c, style=s) for c, s in zip(line, styles, strict=True)))
+        console = Console()
+        console.print(table)
+        for note in self._notes():
+            console.print(note, markup=False, highlight=False)
+
+    def _cells(self) -> Iterator[list[str]]:
+        yield [f"largest error ({self.units})", *self.inputs]
+        for row in self.rows:
+            yield [row, *(self._cell(row, name) for name in self.inputs)]
+
+    def _cell(self, row: str, name: str) -> str:
+        found = self.worst(row, name)
+        if found is None:
+            return "-"
+        if found.what not in ("value", "gradient"):
+            return f"{found.what} WRONG"
+        return f"{found.error:.1e}{'' if found.right else ' WRONG'}"
+
+    def _notes(self) -> list[str]:
+        return [
+            *(f"WRONG: {finding}" for finding in self.wrong),
+            *(f"not checked: {s.row}: {s.what}: {s.reason}" for s in self.skipped),
+        ]
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """Return the report as JSON; also write it to a file.
+
+        Errors that are infinite or NaN are null.
+        """
+        made = {
+            "right": bool(self),
+            "units": self.units,
+            "rows": self.rows,
+            "inputs": self.inputs,
+            "findings": [
+                asdict(f)
+                | {"error": f.error if math.isfinite(f.error) else None, "right": f.right}
+                for f in self.findings
+            ],
+            "skipped": [asdict(s) for s in self.skipped],
+        }
+        text = json.dumps(made, indent=2)
+        if path is not None:
+            Path(path).write_text(text + "\n", encoding="utf-8")
+        return text
+
+    def plot(self, path: str | Path) -> None:
+        """Draw the errors of rows and inputs as a heat map; needs matplotlib.
+
+        Parameters
+        ----------
+        path : path-like
+            The picture's file, such as ``errors.png``.
+        """
+        from matplotlib.figure import Figure
+
+        found = [[self.worst(row, name) for name in self.inputs] for row in self.rows]
+        errors = [
+            [math.nan if f is None else math.log10(_shown(f.error)) for f in line] for line in found
+        ]
+        figure = Figure(
+            figsize=(2.5 + 0.8 * len(self.inputs), 1.5 + 0.35 * len(self.rows)),
+            layout="constrained",
+        )
+        axes: Any = figure.subplots()
+        image = axes.imshow(errors, vmin=-8, vmax=0, cmap="viridis", aspect="auto")
+        axes.set_xticks(range(len(self.inputs)), self.inputs, rotation=45, ha="right")
+        axes.set_yticks(range(len(self.rows)), self.rows)
+        for i, line in enumerate(found):
+            for j, finding in enumerate(line):
+                if finding is not None and not finding.right:
+                    axes.text(j, i, "wrong", ha="center", va="center", color="red", fontsize=7)
+        figure.colorbar(image, label=f"log10 of the largest error ({self.units})")
+        figure.savefig(path, dpi=120)
+
+
+def badness(finding: Finding) -> float:
+    """Return the error over the bound; infinite for NaN."""
+    error = math.inf if math.isnan(finding.error) else finding.error
+    return math.inf if error > 0 and finding.bound == 0 else error / (finding.bound or 1.0)
+
+
+def _shown(error: float) -> float:
+    return 1.0 if not math.isfinite(error) else min(max(error, 1e-16), 1.0)

@@ -1,0 +1,495 @@
+"""Rows of a consistency test: every array library, in each way that it can be used.
+
+A row's name is ``"library"`` or ``"library:tag"``, such as ``torch`` and ``torch:compile``. Nothing
+is imported before a row is used.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from groupnorm.errors import ArgumentTypeError, ArgumentValueError
+
+__all__ = ["Row", "register_row", "row_names", "row_of", "rows", "rows_of"]
+
+Array = Any
+
+REAL = ("float32", "float64")
+COMPLEX = ("complex64", "complex128")
+INTEGERS = ("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")
+WIDE = frozenset({"float64", "complex128", "int64", "uint64"})
+
+_NO_AUTODIFF = "{} has no automatic differentiation: give check() a vjp="
+_EAGER = "this row is an eager one"
+
+
+class Row:
+    """One way of running functions of arrays: a library, and how it is used.
+
+    A subclass for another library overrides `asarray`, `to_numpy` and what else differs, and is
+    added by `register_row`.
+
+    Parameters
+    ----------
+    name : str
+        ``"library"`` or ``"library:tag"``.
+    """
+
+    #: What a row of this kind cannot do, and why; the names are "autodiff" and "compile".
+    cannot: Mapping[str, str] = MappingProxyType({})
+    #: The names of the dtypes that it has.
+    dtypes: frozenset[str] = frozenset((*REAL, *COMPLEX, *INTEGERS))
+    #: Whether it can be used on machines with a GPU only.
+    needs_gpu = False
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.library, _, self.tag = name.partition(":")
+
+    def __repr__(self) -> str:
+        return f"<row {self.name}>"
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def module(self) -> Any:
+        """The library, which is imported now."""
+        return importlib.import_module(self.library)
+
+    @property
+    def xp(self) -> Any:
+        """The array API namespace of the library."""
+        from array_api_compat import array_namespace
+
+        return array_namespace(self.empty())
+
+    def empty(self) -> Array:
+        """Return an array of this row without elements."""
+        return self.asarray(np.zeros(0, np.float32))
+
+    @property
+    def why_absent(self) -> str | None:
+        """Why the row cannot be used on this machine; None if it can."""
+        if importlib.util.find_spec(self.library) is None:
+            return f"{self.library} is not installed"
+        if self.needs_gpu and not self.has_gpu():
+            return f"{self.library} finds no GPU"
+        return None
+
+    def has_gpu(self) -> bool:
+        """Whether the library can use a GPU; asked only if `needs_gpu`."""
+        return False
+
+    def asarray(self, a: "np.ndarray[Any, Any]") -> Array:
+        """Copy a NumPy array to the library and device of this row, with its dtype and bits."""
+        raise NotImplementedError
+
+    def to_numpy(self, y: Array) -> "np.ndarray[Any, Any]":
+        """Copy an array to NumPy, with its dtype and bits."""
+        return np.asarray(y)
+
+    def is_array(self, y: object) -> bool:
+        """Whether an object is an array of this library."""
+        return isinstance(y, type(self.empty()))
+
+    def device_of(self, y: Array) -> Any:
+        """Return the device of an array, to be compared with that of another."""
+        from array_api_compat import device
+
+        return device(y)
+
+    def precision(self, dtypes: Iterable[str]) -> AbstractContextManager[Any]:
+        """Return a context in which the library keeps arrays of these dtypes as they are."""
+        return nullcontext()
+
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function as this row runs it; its arguments are arrays."""
+        return function
+
+    def vjp(
+        self,
+        function: Callable[..., Sequence[Array]],
+        arrays: Sequence[Array],
+        wanted: Sequence[int],
+        cotangents: Sequence[Array],
+    ) -> list[Array]:
+        """Return the gradients for the wanted arrays, by automatic differentiation.
+
+        Parameters
+        ----------
+        function : callable
+            Takes all arrays, and returns a list of arrays.
+        arrays : sequence of array
+        wanted : sequence of int
+            The positions of those to differentiate with respect to.
+        cotangents : sequence of array
+            One for each result.
+        """
+        raise NotImplementedError(self.cannot["autodiff"])
+
+
+class _NumpyRow(Row):
+    cannot = MappingProxyType(
+        {"autodiff": _NO_AUTODIFF.format("NumPy"), "compile": "NumPy has no compiler"}
+    )
+    dtypes = Row.dtypes | {"float16", "bfloat16"}
+
+    def asarray(self, a: "np.ndarray[Any, Any]") -> Array:
+        a = a.copy(order="K")
+        a.flags.writeable = self.tag != "readonly"
+        return a
+
+
+class _JaxRow(Row):
+    dtypes = Row.dtypes | {"float16", "bfloat16"}
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.needs_gpu = self.tag == "gpu"
+        if self.tag != "jit":
+            self.cannot = MappingProxyType({"compile": _EAGER})
+
+    def has_gpu(self) -> bool:
+        return any(device.platform == "gpu" for device in self.module.devices())
+
+    def asarray(self, a: "np.ndarray[Any, Any]") -> Array:
+        device = self.module.devices(self.tag if self.needs_gpu else "cpu")[0]
+        # JAX may share the memory of the host.
+        made = self.module.device_put(np.array(a, order="C"), device)
+        if made.dtype != a.dtype:
+            raise ArgumentValueError(
+                f"an array of {a.dtype} would become one of {made.dtype}: enter "
+                f"row.precision([{a.dtype.name!r}]) first."
+            )
+        return made
+
+    def is_array(self, y: object) -> bool:
+        return isinstance(y, self.module.Array)
+
+    def precision(self, dtypes: Iterable[str]) -> AbstractContextManager[Any]:
+        if WIDE.isdisjoint(dtypes):
+            return nullcontext()
+        context: AbstractContextManager[Any] = self.module.enable_x64(True)
+        return context
+
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        if self.tag != "jit":
+            return function
+        made: Callable[..., Any] = self.module.jit(function)
+        return made
+
+    def vjp(
+        self,
+        function: Callable[..., Sequence[Array]],
+        arrays: Sequence[Array],
+        wanted: Sequence[int],
+        cotangents: Sequence[Array],
+    ) -> list[Array]:
+        def pulled_back(arrays: Sequence[Array], cotangents: Sequence[Array]) -> list[Array]:
+            def of_wanted(*chosen: Array) -> list[Array]:
+                merged = list(arrays)
+                for i, a in zip(wanted, chosen, strict=True):
+                    merged[i] = a
+                return list(function(*merged))
+
+            _, pullback = self.module.vjp(of_wanted, *(arrays[i] for i in wanted))
+            # JAX's complex cotangents are the conjugates of those of other libraries.
+            found = pullback([_conjugate(c) for c in cotangents])
+            return [_conjugate(g) for g in found]
+
+        return list(self.compiled(pulled_back)(list(arrays), list(cotangents)))
+
+
+def _conjugate(a: Array) -> Array:
+    return a.conj() if a.dtype.kind == "c" else a
+
+
+class _TorchRow(Row):
+    dtypes = Row.dtypes | {"float16", "bfloat16"}
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.needs_gpu = self.tag == "cuda"
+        if self.tag != "compile":
+            self.cannot = MappingProxyType({"compile": _EAGER})
+
+    def has_gpu(self) -> bool:
+        return bool(self.module.cuda.is_available())
+
+    def asarray(self, a: "np.ndarray[Any, Any]") -> Array:
+        device, a = "cuda:0" if self.needs_gpu else "cpu", np.array(a, order="C")
+        if a.dtype.name == "bfloat16":
+            bits = self.module.from_numpy(a.view(np.int16))
+            return bits.view(self.module.bfloat16).to(device)
+        return self.module.from_numpy(a).to(device)
+
+    def to_numpy(self, y: Array) -> "np.ndarray[Any, Any]":
+        y = y.detach().cpu().resolve_conj().resolve_neg()
+        if y.dtype == self.module.bfloat16:
+            return y.contiguous().view(self.module.int16).numpy().view(_bfloat16())
+        return np.array(y.numpy())
+
+    def is_array(self, y: object) -> bool:
+        return isinstance(y, self.module.Tensor)
+
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        if self.tag != "compile":
+            return function
+        self.module.compiler.reset()  # recompilations are counted for each function
+        made: Callable[..., Any] = self.module.compile(function, fullgraph=True)
+        return made
+
+    def vjp(
+        self,
+        function: Callable[..., Sequence[Array]],
+        arrays: Sequence[Array],
+        wanted: Sequence[int],
+        cotangents: Sequence[Array],
+    ) -> list[Array]:
+        leaves = [a.detach().requires_grad_(i in wanted) for i, a in enumerate(arrays)]
+        chosen = [leaves[i] for i in wanted]
+        with self.module.enable_grad():
+            # The forward pass is compiled, and differentiated as in a training loop.
+            results = self.compiled(function)(*leaves)
+        recorded = [(y, c) for y, c in zip(results, cotangents, strict=True) if y.requires_grad]
+        if not recorded:
+            return [self.module.zeros_like(a) for a in chosen]
+        ys, cs = zip(*recorded, strict=True)
+        found = self.module.autograd.grad(ys, chosen, cs, allow_unused=True)
+        return [
+            self.module.zeros_like(a) if g is None else g
+            for a, g in zip(chosen, found, strict=True)
+        ]
+
+
+def _bfloat16() -> "np.dtype[Any]":
+    return np.dtype(importlib.import_module("ml_dtypes").bfloat16)
+
+
+class _CupyRow(Row):
+    cannot = MappingProxyType({"autodiff": _NO_AUTODIFF.format("CuPy"), "compile": _EAGER})
+    dtypes = Row.dtypes | {"float16", "bfloat16"}
+    needs_gpu = True
+
+    def has_gpu(self) -> bool:
+        try:
+            return bool(self.module.cuda.runtime.getDeviceCount() > 0)
+        except self.module.cuda.runtime.CUDARuntimeError:
+            return False
+
+    def asarray(self, a: "np.ndarray[Any, Any]") -> Array:
+        return self.module.asarray(np.array(a, order="C"))
+
+    def to_numpy(self, y: Array) -> "np.ndarray[Any, Any]":
+        return np.asarray(y.get())
+
+
+class _StrictRow(Row):
+    """array-api-strict, which has nothing but what the standard says."""
+
+    cannot = MappingProxyType(
+        {"autodiff": _NO_AUTODIFF.format("array-api-strict"), "compile": _EAGER}
+    )
+
+    def asarray(self, a: "np.ndarray[Any, Any]") -> Array:
+        device = self.module.Device(self.tag or "CPU_DEVICE")
+        return self.module.asarray(np.array(a, order="C"), device=device)
+
+    def to_numpy(self, y: Array) -> "np.ndarray[Any, Any]":
+        return np.array(y.to_device(self.module.Device("CPU_DEVICE")))
+
+
+class _DaskRow(Row):
+    """Dask, in chunks of about half of each axis."""
+
+    cannot = MappingProxyType({"autodiff": _NO_AUTODIFF.format("Dask"), "compile": _EAGER})
+    dtypes = Row.dtypes | {"float16"}
+
+    @property
+    def module(self) -> Any:
+        return importlib.import_module("dask.array")
+
+    @property
+    def xp(self) -> Any:
+        return importlib.import_module("array_api_compat.dask.array")
+
+    def asarray(self, a: "np.ndarray[Any, Any]") -> Array:
+        chunks = tuple(max(1, -(-n // 2)) for n in a.shape)
+        return self.module.from_array(np.array(a, order="C"), chunks=chunks)
+
+    def to_numpy(self, y: Array) -> "np.ndarray[Any, Any]":
+        return np.asarray(y.compute())
+
+
+class _MlxRow(Row):
+    """MLX on its default device."""
+
+    dtypes = (Row.dtypes | {"float16", "bfloat16"}) - {"float64", "complex128"}
+    cannot = MappingProxyType({"compile": _EAGER})
+
+    @property
+    def module(self) -> Any:
+        return importlib.import_module("mlx.core")
+
+    @property
+    def xp(self) -> Any:
+        return self.module
+
+    def asarray(self, a: "np.ndarray[Any, Any]") -> Array:
+        a = np.array(a, order="C")
+        if a.dtype.name == "bfloat16":
+            return self.module.array(a.view(np.uint16)).view(self.module.bfloat16)
+        return self.module.array(a)
+
+    def to_numpy(self, y: Array) -> "np.ndarray[Any, Any]":
+        if y.dtype == self.module.bfloat16:
+            return np.array(y.view(self.module.uint16)).view(_bfloat16())
+        return np.array(y)
+
+    def device_of(self, y: Array) -> Any:
+        return self.module.default_device()  # arrays have none: memory is shared
+
+    def vjp(
+        self,
+        function: Callable[..., Sequence[Array]],
+        arrays: Sequence[Array],
+        wanted: Sequence[int],
+        cotangents: Sequence[Array],
+    ) -> list[Array]:
+        def of_wanted(*chosen: Array) -> list[Array]:
+            merged = list(arrays)
+            for i, a in zip(wanted, chosen, strict=True):
+                merged[i] = a
+            return list(function(*merged))
+
+        _, found = self.module.vjp(of_wanted, [arrays[i] for i in wanted], list(cotangents))
+        return list(found)
+
+
+_rows: dict[str, Row] = {}
+
+
+def register_row(row: Row) -> None:
+    """Add a row, or replace the one of its name.
+
+    Parameters
+    ----------
+    row : Row
+    """
+    _rows[row.name] = row
+
+
+for _name, _kind in {
+    "numpy": _NumpyRow,
+    "numpy:readonly": _NumpyRow,
+    "jax": _JaxRow,
+    "jax:jit": _JaxRow,
+    "jax:gpu": _JaxRow,
+    "torch": _TorchRow,
+    "torch:compile": _TorchRow,
+    "torch:cuda": _TorchRow,
+    "cupy": _CupyRow,
+    "array_api_strict": _StrictRow,
+    "array_api_strict:device1": _StrictRow,
+    "dask": _DaskRow,
+    "mlx": _MlxRow,
+}.items():
+    register_row(_kind(_name))
+
+
+def row_names() -> tuple[str, ...]:
+    """Return the names of all rows, usable here or not.
+
+    Returns
+    -------
+    tuple of str
+    """
+    return tuple(_rows)
+
+
+def rows(names: str | Iterable[str] | None = None) -> list[Row]:
+    """Return rows by their names.
+
+    Parameters
+    ----------
+    names : str or iterable of str, optional
+        Names of rows; "torch:*" stands for all rows of a library that can be used here. A string
+        may list several, separated by commas. Default is every row that can be used here.
+
+    Returns
+    -------
+    list of Row
+        In the order of `row_names`, each once.
+
+    Raises
+    ------
+    ArgumentValueError
+        If a name is unknown, or if what it names cannot be used here: what was asked for is not
+        left out in silence.
+
+    Examples
+    --------
+    >>> from groupnorm import testing
+    >>> [row.name for row in testing.rows("numpy:*")]
+    ['numpy', 'numpy:readonly']
+    """
+    if names is None:
+        return [row for row in _rows.values() if row.why_absent is None]
+    asked = names.split(",") if isinstance(names, str) else list(names)
+    chosen: set[str] = set()
+    for name in (n.strip() for n in asked):
+        if name in _rows:
+            chosen.add(_usable(name))
+            continue
+        family = [row for row in _rows.values() if f"{row.library}:*" == name]
+        if not family:
+            raise ArgumentValueError(
+                f"rows={name!r} is not known: choose from {', '.join(_rows)}, or 'torch:*' for all "
+                "of a library; others are added by register_row()."
+            )
+        usable = [row.name for row in family if row.why_absent is None]
+        chosen.update(usable or [_usable(family[0].name)])
+    return [row for row in _rows.values() if row.name in chosen]
+
+
+def _usable(name: str) -> str:
+    why = _rows[name].why_absent
+    if why is not None:
+        raise ArgumentValueError(f"rows={name!r} cannot be used here: {why}.")
+    return name
+
+
+def rows_of(asked: "str | Iterable[str | Row] | None") -> tuple[list[Row], dict[str, str]]:
+    """Return rows, given by name or as they are, and why others cannot be used, by name."""
+    if asked is None:
+        absent = {r.name: r.why_absent for r in _rows.values()}
+        return rows(), {name: why for name, why in absent.items() if why is not None}
+    if isinstance(asked, str):
+        return rows(asked), {}
+    found: list[Row] = []
+    for one in asked:
+        found += [r for r in ([one] if isinstance(one, Row) else rows([one])) if r not in found]
+    return found, {}
+
+
+def row_of(array: Any, argument: str = "array") -> Row:
+    """Return a row whose library an array is of; only its library is known by that.
+
+    Raises
+    ------
+    ArgumentTypeError
+        If there is none.
+    """
+    for cls in type(array).__mro__:
+        root = cls.__module__.partition(".")[0].replace("jaxlib", "jax")
+        for row in _rows.values():
+            if row.library == root and row.is_array(array):
+                return row
+    kind = f"{type(array).__module__}.{type(array).__qualname__}"
+    raise ArgumentTypeError(f"{argument} is of {kind}, which is no array of a registered row.")

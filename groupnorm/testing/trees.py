@@ -1,0 +1,30 @@
+"""Nested results: their arrays, and the path to each."""
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["leaves", "structure"]
+
+
+def leaves(tree: Any, path: str = "") -> list[tuple[str, Any]]:
+    """Return the leaves of nested dicts, lists and tuples, with their paths, in a fixed order.
+
+    None has no leaves. Named tuples are shown with the names of their fields.
+    """
+    if tree is None:
+        return []
+    if isinstance(tree, Mapping):
+        parts = [(f"[{key!r}]", value) for key, value in tree.items()]
+        parts.sort(key=lambda part: part[0])
+    elif isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        parts = [(f".{name}", getattr(tree, name)) for name in tree._fields]
+    elif isinstance(tree, list | tuple):
+        parts = [(f"[{i}]", value) for i, value in enumerate(tree)]
+    else:
+        return [(path, tree)]
+    return [leaf for step, value in parts for leaf in leaves(value, path + step)]
+
+
+def structure(tree: Any) -> tuple[str, ...]:
+    """Return the paths of all leaves."""
+    return tuple(path for path, _ in leaves(tree))

@@ -6,6 +6,7 @@ is imported before a row is used.
 
 import importlib
 import importlib.util
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import MappingProxyType
@@ -145,6 +146,9 @@ class _NumpyRow(Row):
         a.flags.writeable = self.tag != "readonly"
         return a
 
+    def is_array(self, y: object) -> bool:
+        return isinstance(y, np.ndarray | np.generic)  # which reductions return
+
 
 class _JaxRow(Row):
     dtypes = Row.dtypes | {"float16", "bfloat16"}
@@ -243,7 +247,14 @@ class _TorchRow(Row):
             return function
         self.module.compiler.reset()  # recompilations are counted for each function
         made: Callable[..., Any] = self.module.compile(function, fullgraph=True)
-        return made
+
+        def call(*arrays: Array) -> Any:
+            with warnings.catch_warnings():
+                # array_api_compat caches the namespace of each type, which is harmless.
+                warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cac")
+                return made(*arrays)
+
+        return call
 
     def vjp(
         self,

@@ -51,14 +51,14 @@ def assert_same(actual: Array, expected: Array, *, device: bool = True) -> None:
     a, b = (np.ascontiguousarray(r.to_numpy(y)) for r, y in ((ours, actual), (theirs, expected)))
     if a.tobytes() == b.tobytes():
         return
-    bits = a.dtype.itemsize
     differ = (a.reshape(-1, 1).view(np.uint8) != b.reshape(-1, 1).view(np.uint8)).any(axis=1)
     nan = (a != a) & (b != b)
-    wrong = np.flatnonzero(differ.reshape(a.shape) & ~nan) if bits else []
+    wrong = np.flatnonzero(differ.reshape(a.shape) & ~nan)
     if len(wrong):
         at = tuple(int(i) for i in np.unravel_index(wrong[0], a.shape))
         raise Disagreement(
-            f"{len(wrong)} of {a.size} elements differ: {a[at]!r} instead of {b[at]!r} at {list(at)}"
+            f"{len(wrong)} of {a.size} elements differ: {a[at]!r} instead of {b[at]!r} at "
+            f"{list(at)}"
         )
 
 

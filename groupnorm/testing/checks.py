@@ -167,26 +167,22 @@ def _named(inputs: Any) -> dict[str, tuple[Any, ...]]:
             "name: pass NumPy arrays, such as testing.hard_inputs((2, 8, 5))."
         )
     return {
-        str(name): value if isinstance(value, tuple) else (value,)
-        for name, value in inputs.items()
+        str(name): value if isinstance(value, tuple) else (value,) for name, value in inputs.items()
     }
 
 
 def _function_for(function: Any, row: Row) -> Function | None:
-    if not isinstance(function, Mapping):
-        own: Function = function
-        return own
-    return function.get(row.name, function.get(row.library))
+    if isinstance(function, Mapping):
+        return function.get(row.name, function.get(row.library))
+    own: Function = function
+    return own
 
 
 def _reference(function: Any, reference: Function | None) -> Function:
     if reference is not None:
         return reference
-    if not isinstance(function, Mapping):
-        own: Function = function
-        return own
-    if "numpy" in function:
-        own = function["numpy"]
+    own: Function | None = function.get("numpy") if isinstance(function, Mapping) else function
+    if own is not None:
         return own
     raise ArgumentValueError(
         "reference=None takes the function for NumPy, and the mapping has none: pass reference=, "
@@ -279,9 +275,7 @@ def _like(rng: np.random.Generator, shape: tuple[int, ...], is_complex: bool) ->
     return drawn + 1j * rng.integers(-32, 33, size=shape) / 16 if is_complex else drawn
 
 
-def _elements(
-    rng: np.random.Generator, shape: tuple[int, ...], most: int
-) -> list[tuple[int, ...]]:
+def _elements(rng: np.random.Generator, shape: tuple[int, ...], most: int) -> list[tuple[int, ...]]:
     size = math.prod(shape)
     flat = np.sort(rng.choice(size, min(most, size), replace=False)) if size else []
     return [tuple(int(i) for i in np.unravel_index(j, shape)) for j in flat]
@@ -332,7 +326,8 @@ class _Trial(NamedTuple):
                 f"{len(made)} arrays instead of {len(self.expected.results)}",
             )  # fmt: skip
             return
-        floats = [a.dtype for a in self.arguments if isinstance(a, np.ndarray) and is_float(a.dtype)]
+        host = [a for a in self.arguments if isinstance(a, np.ndarray)]
+        floats = [a.dtype for a in host if is_float(a.dtype)]
         for y, (path, want) in zip(made, self.expected.results, strict=True):
             where = f"result{path}"
             dtype = _expected_dtype(self.asked.dtype, floats, want)
@@ -459,4 +454,3 @@ def _same_dtype(got: str, wanted: str) -> bool:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [""])[0][:300]
-

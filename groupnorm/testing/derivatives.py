@@ -1,6 +1,7 @@
 """Gradients of a reference by differences in float64: independent of every library's own."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,7 @@ def differences(
 
     def derivative(index: tuple[int, ...], direction: complex) -> float:
         estimates = [along(index, spread * s, direction) for s in STEPS]
-        changes = [abs(a - b) for a, b in zip(estimates, estimates[1:], strict=False)]
+        changes = [abs(a - b) for a, b in pairwise(estimates)]
         return estimates[int(np.nanargmin(changes)) + 1] if np.isfinite(changes).any() else np.nan
 
     found = [[derivative(index, d) for d in directions] for index in elements]

@@ -170,8 +170,7 @@ class Report:
             "rows": self.rows,
             "inputs": self.inputs,
             "findings": [
-                asdict(f)
-                | {"error": f.error if math.isfinite(f.error) else None, "right": f.right}
+                asdict(f) | {"error": f.error if math.isfinite(f.error) else None, "right": f.right}
                 for f in self.findings
             ],
             "skipped": [asdict(s) for s in self.skipped],

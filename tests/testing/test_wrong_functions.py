@@ -131,7 +131,7 @@ def test_a_wrong_function_is_caught(name):
     wrong, row, what, message = CASES[name]
     functions = {r.name: softmax for r in testing.rows(["numpy", "torch", "array_api_strict"])}
     report = testing.check(
-        functions | {row: wrong}, inputs=inputs(), reference=softmax, rows=list(functions) + [row]
+        functions | {row: wrong}, inputs=inputs(), reference=softmax, rows=[*functions, row]
     )
     assert {finding.row for finding in report.wrong} == {row}
     assert what in {finding.what for finding in report.wrong}

@@ -1,0 +1,142 @@
+"""Rows: placing arrays, bringing them home, compiling, differentiating, choosing them by name."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from groupnorm import testing
+from groupnorm.errors import ArgumentTypeError, ArgumentValueError
+from groupnorm.testing.rows import Row, register_row
+
+USABLE = testing.rows()
+IDS = [row.name for row in USABLE]
+
+
+def bits(rng, name: str) -> np.ndarray:
+    """Return an array of any values of a dtype, NaN and infinities included."""
+    if name == "bool":
+        return rng.random((3, 5)) < 0.5
+    dtype = np.dtype(pytest.importorskip("ml_dtypes").bfloat16 if name == "bfloat16" else name)
+    raw = rng.integers(0, 256, size=3 * 5 * dtype.itemsize, dtype=np.uint8)
+    return raw.view(dtype).reshape(3, 5)
+
+
+@pytest.mark.parametrize("row", USABLE, ids=IDS)
+def test_every_bit_comes_home(row, rng):
+    for name in sorted(row.dtypes):
+        given = bits(rng, name)
+        with row.precision([name]):
+            placed = row.asarray(given)
+            assert row.is_array(placed)
+            assert row.device_of(placed) == row.device_of(row.empty())
+            back = row.to_numpy(placed)
+        assert back.dtype == given.dtype
+        assert back.tobytes() == given.tobytes(), name
+
+
+@pytest.mark.parametrize("row", USABLE, ids=IDS)
+def test_an_array_is_a_copy(row):
+    given = np.ones(4, np.float32)
+    placed = row.asarray(given)
+    given[:] = 2
+    assert (row.to_numpy(placed) == 1).all()
+
+
+@pytest.mark.parametrize("row", [r for r in USABLE if "autodiff" not in r.cannot], ids=str)
+def test_gradients(row, rng):
+    a, b, dy = (rng.normal(size=(2, 3)).astype(np.float32) for _ in range(3))
+    placed = [row.asarray(x) for x in (a, b)]
+    found = row.vjp(lambda a, b: [a * b * b, a], placed, [1, 0], [row.asarray(dy)] * 2)
+    want = (dy * 2 * a * b, dy * b * b + dy)
+    for g, w in zip(found, want, strict=True):
+        np.testing.assert_allclose(row.to_numpy(g), w, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("row", [r for r in USABLE if "autodiff" not in r.cannot], ids=str)
+def test_complex_gradients_follow_one_convention(row, rng):
+    """dL/dRe + i dL/dIm for a real L, in every library."""
+    x, dy = (rng.normal(size=(2, 4)) @ np.array([1, 1j] * 2) for _ in range(2))
+    x, dy = (np.atleast_1d(a).astype(np.complex64) for a in (x, dy))
+    (found,) = row.vjp(lambda x: [x * x], [row.asarray(x)], [0], [row.asarray(dy)])
+    np.testing.assert_allclose(row.to_numpy(found), dy * np.conj(2 * x), rtol=1e-5)
+
+
+@pytest.mark.parametrize("row", [r for r in USABLE if "autodiff" in r.cannot], ids=str)
+def test_what_a_row_cannot_do_has_a_reason(row):
+    with pytest.raises(NotImplementedError, match="automatic differentiation"):
+        row.vjp(lambda x: [x], [row.empty()], [0], [row.empty()])
+
+
+def test_names():
+    assert [row.name for row in testing.rows("numpy, numpy:readonly")] == [
+        "numpy",
+        "numpy:readonly",
+    ]
+    assert [row.name for row in testing.rows("numpy:*")] == ["numpy", "numpy:readonly"]
+    assert set(IDS) <= set(testing.row_names())
+
+
+@pytest.mark.parametrize("names", ["nunpy", "numpy,torhc", "numpy:", ":*", "jax:comple", ""])
+def test_an_unknown_name_is_an_error(names):
+    with pytest.raises(ArgumentValueError, match="is not known: choose from numpy"):
+        testing.rows(names)
+
+
+def test_an_absent_row_that_is_asked_for_is_an_error():
+    class Absent(Row):
+        """Of a library that nobody has."""
+
+    register_row(Absent("nobody_has_this"))
+    try:
+        assert "nobody_has_this" in testing.row_names()
+        assert "nobody_has_this" not in [row.name for row in testing.rows()]
+        for name in ("nobody_has_this", "nobody_has_this:*"):
+            with pytest.raises(ArgumentValueError, match="is not installed"):
+                testing.rows(name)
+        report = testing.check(lambda x: x, inputs=np.ones(3), rows=None, gradients=False)
+        assert ("nobody_has_this", "nobody_has_this is not installed") in {
+            (s.row, s.reason) for s in report.skipped
+        }
+    finally:
+        from groupnorm.testing import rows
+
+        del rows._rows["nobody_has_this"]
+
+
+def test_the_row_of_an_array():
+    for row in USABLE:
+        assert testing.row_of(row.empty()).library == row.library
+    with pytest.raises(ArgumentTypeError, match=r"of builtins\.list, which is no array"):
+        testing.row_of([1.0])
+
+
+def test_a_row_of_ones_own():
+    class Lists(Row):
+        """NumPy arrays of another type."""
+
+        dtypes = frozenset({"float32", "float64"})
+        cannot = {"autodiff": "it is a test"}
+
+        class Array(np.ndarray):
+            """As tests/toy_backend.py has."""
+
+        @property
+        def why_absent(self):
+            return None
+
+        def asarray(self, a):
+            return a.copy().view(self.Array)
+
+        def to_numpy(self, y):
+            return np.array(y)
+
+    register_row(Lists("lists"))
+    try:
+        report = testing.check(lambda x: 2 * x, inputs=np.ones(3, np.float32), rows="lists")
+        assert report.rows == ["lists"]
+        assert report
+    finally:
+        from groupnorm.testing import rows
+
+        del rows._rows["lists"]

@@ -42,6 +42,7 @@ def row(request: pytest.FixtureRequest) -> Any:
     return found
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run tests with the fixture once for each row."""
     if "row" not in metafunc.fixturenames or not _is_ours(metafunc):
@@ -72,9 +73,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def _is_ours(metafunc: pytest.Metafunc) -> bool:
-    """Whether the fixture is this one, and not a project's own of that name."""
+    """Whether the argument is this fixture, and not a project's own fixture or parameter."""
     found = getattr(metafunc, "_arg2fixturedefs", {}).get("row", ())
-    return bool(found) and found[-1].func.__module__ == __name__
+    given = any("row" in call.params for call in getattr(metafunc, "_calls", ()))
+    return bool(found) and found[-1].func.__module__ == __name__ and not given
 
 
 def _names(testing: Any, patterns: Any) -> set[str]:

@@ -1,12 +1,15 @@
 """Consistency tests of functions of arrays in every library, against float64 references."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from groupnorm.testing.assertions import assert_accurate, assert_gradients, assert_same
 from groupnorm.testing.checks import check
 from groupnorm.testing.inputs import hard_inputs, layouts, pad_with_nan
+from groupnorm.testing.registry import Row, register_row, row_names, row_of, rows
+
+if TYPE_CHECKING:
+    from groupnorm.testing.strategies import arrays
 from groupnorm.testing.report import Disagreement, Finding, Report, Skipped
-from groupnorm.testing.rows import Row, register_row, row_names, row_of, rows
 
 __all__ = [
     "Disagreement",

@@ -8,8 +8,8 @@ import numpy as np
 from groupnorm.errors import ArgumentTypeError
 from groupnorm.testing.checks import check
 from groupnorm.testing.compare import Units, default_bound, worst
+from groupnorm.testing.registry import Row, row_of
 from groupnorm.testing.report import Disagreement
-from groupnorm.testing.rows import Row, row_of
 
 __all__ = ["assert_accurate", "assert_gradients", "assert_same"]
 
@@ -109,7 +109,7 @@ def assert_accurate(
     found = worst(got, want, units)
     if not found.error <= allowed:
         raise Disagreement(
-            f"{found.value} instead of {found.reference} at {list(found.index)}: error "
+            f"{found.value} instead of {found.reference} at {list(found.at)}: error "
             f"{found.error:.2g} ({units}), allowed {allowed:.2g}"
         )
 

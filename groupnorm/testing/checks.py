@@ -16,8 +16,8 @@ from groupnorm.testing.compare import (
     worst,
 )
 from groupnorm.testing.derivatives import differences
+from groupnorm.testing.registry import Row, rows_of
 from groupnorm.testing.report import Finding, Report, Skipped, badness
-from groupnorm.testing.rows import Row, rows_of
 from groupnorm.testing.trees import leaves
 
 __all__ = ["check", "record"]
@@ -172,9 +172,9 @@ def _named(inputs: Any) -> dict[str, tuple[Any, ...]]:
 
 
 def _function_for(function: Any, row: Row) -> Function | None:
+    own: Function | None = function
     if isinstance(function, Mapping):
-        return function.get(row.name, function.get(row.library))
-    own: Function = function
+        own = function.get(row.name, function.get(row.library))
     return own
 
 
@@ -277,7 +277,7 @@ def _like(rng: np.random.Generator, shape: tuple[int, ...], is_complex: bool) ->
 
 def _elements(rng: np.random.Generator, shape: tuple[int, ...], most: int) -> list[tuple[int, ...]]:
     size = math.prod(shape)
-    flat = np.sort(rng.choice(size, min(most, size), replace=False)) if size else []
+    flat = np.sort(rng.permutation(size)[:most])
     return [tuple(int(i) for i in np.unravel_index(j, shape)) for j in flat]
 
 
@@ -300,7 +300,8 @@ class _Trial(NamedTuple):
         if lacking:
             self.skip(f"input {self.name!r}", f"{row.library} has no {', '.join(sorted(lacking))}")
             return
-        with row.precision(a.dtype.name for a in host):
+        # What is not finite is found in the values; NumPy need not warn of it.
+        with row.precision(a.dtype.name for a in host), np.errstate(all="ignore"):
             placed = [row.asarray(a) for a in host]
             try:
                 made = row.compiled(self.flat)(*placed)
@@ -387,7 +388,7 @@ class _Trial(NamedTuple):
             values = np.array([got[index] for index in indices], got.dtype)
             largest = worst(values, want[known], "relative")
             if indices:
-                largest = largest._replace(index=indices[largest.index[0]])
+                largest = largest._replace(at=indices[largest.at[0]])
             self.compare("gradient", where, largest, bound)
 
     def is_like(self, y: Array, where: str, dtype: str | None, shape: tuple[int, ...]) -> bool:
@@ -413,7 +414,7 @@ class _Trial(NamedTuple):
     def compare(self, what: str, where: str, found: Worst, bound: float) -> None:
         """Add a comparison of values."""
         message = (
-            f"{found.value} instead of {found.reference} at {list(found.index)}: error "
+            f"{found.value} instead of {found.reference} at {list(found.at)}: error "
             f"{found.error:.2g}, allowed {bound:.2g} ({found.ulps:.3g} units in the last place)"
         )
         self.report.findings.append(

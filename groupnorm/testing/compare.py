@@ -20,7 +20,7 @@ class Worst(NamedTuple):
     """The element of the largest error."""
 
     error: float
-    index: tuple[int, ...]
+    at: tuple[int, ...]
     value: Any
     reference: Any
     ulps: float

@@ -62,7 +62,7 @@ def differences(
         # Division by the step that was taken after rounding, not by the one that was wanted.
         at = given[position][index]
         taken = abs((at + step * direction) - (at - step * direction)) / 2
-        return total / (12.0 * taken)
+        return float(total / (12.0 * taken))
 
     def derivative(index: tuple[int, ...], direction: complex) -> float:
         estimates = [along(index, spread * s, direction) for s in STEPS]

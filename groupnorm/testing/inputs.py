@@ -57,14 +57,14 @@ def hard_inputs(
     >>> sorted(testing.hard_inputs((2, 8), names=("normal", "ramp")))
     ['normal', 'ramp']
     """
-    wanted = np.dtype(dtype)
+    wanted: np.dtype[Any] = np.dtype(dtype)
     if wanted.kind != "f" and wanted.name != "bfloat16":
         raise ArgumentTypeError(f"dtype={dtype!r} is not a real floating-point dtype.")
     kinds = _kinds(shape, axis)
     for name in names or ():
         if name not in kinds:
             raise ArgumentValueError(f"names={name!r} is not known: choose from {list(kinds)}.")
-    largest = 3e38 if wanted.name == "bfloat16" else float(np.finfo(wanted).max)
+    largest = 3e38 if wanted.name == "bfloat16" else float(np.finfo(str(wanted)).max)
     found = {}
     for i, (name, make) in enumerate(kinds.items()):
         if names is not None and name not in names:
@@ -189,11 +189,13 @@ def layouts(x: Array) -> dict[str, Array]:
 
 def _layouts(x: Array) -> Iterator[tuple[str, Array]]:
     yield "C", x
-    yield "Fortran", np.asfortranarray(x)
-    backwards = (slice(None, None, -1),) * x.ndim
-    yield "negative strides", x[backwards].copy()[backwards]
+    yield "Fortran", np.array(x, order="F")
+    axes = tuple(range(x.ndim))
+    yield "negative strides", np.flip(np.flip(x, axes).copy(), axes)
     spaced = np.zeros(tuple(2 * n for n in x.shape), x.dtype)
-    every_other = spaced[(slice(None, None, 2),) * x.ndim]
+    every_other = np.lib.stride_tricks.as_strided(
+        spaced, x.shape, tuple(2 * s for s in spaced.strides)
+    )
     every_other[...] = x
     yield "slice", every_other
     if x.ndim >= 3:

@@ -17,7 +17,8 @@ def leaves(tree: Any, path: str = "") -> list[tuple[str, Any]]:
         parts = [(f"[{key!r}]", value) for key, value in tree.items()]
         parts.sort(key=lambda part: part[0])
     elif isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        parts = [(f".{name}", getattr(tree, name)) for name in tree._fields]
+        names: tuple[str, ...] = getattr(tree, "_fields", ())
+        parts = [(f".{name}", getattr(tree, name)) for name in names]
     elif isinstance(tree, list | tuple):
         parts = [(f"[{i}]", value) for i, value in enumerate(tree)]
     else:

@@ -10,6 +10,9 @@ import pytest
 
 from groupnorm import testing
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
+from groupnorm.testing import registry
+
+pytestmark = pytest.mark.needs("array_api_strict", "dask", "jax", "torch")
 
 ROWS = "numpy,jax:jit,torch"
 
@@ -188,6 +191,18 @@ def test_a_function_that_is_none():
         testing.check(3, inputs=np.ones(3))
 
 
+def test_absent_rows_are_reported(monkeypatch, x):
+    class Absent(registry.Row):
+        """Of a library that nobody has."""
+
+    monkeypatch.setitem(registry._rows, "nobody_has_this", Absent("nobody_has_this"))
+    assert "nobody_has_this" not in [row.name for row in testing.rows()]
+    report = testing.check(lambda x: x + 1, inputs=x)
+    report.raise_if_wrong()
+    reasons = {s.row: s.reason for s in report.skipped if s.what == "everything"}
+    assert reasons["nobody_has_this"] == "nobody_has_this is not installed"
+
+
 # Assertions --------------------------------------------------------------------------------------
 
 
@@ -220,7 +235,7 @@ def test_accurate_arrays(rng):
         )
     with pytest.raises(testing.Disagreement, match=r"shape \(12,\) instead of"):
         testing.assert_accurate(reference.ravel(), reference)
-    with pytest.raises(ArgumentTypeError, match="actual is of builtins.float"):
+    with pytest.raises(ArgumentTypeError, match=r"actual is of builtins\.float"):
         testing.assert_accurate(1.0, reference)
 
 

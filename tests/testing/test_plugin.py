@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.needs("array_api_strict")
+
 ROOT = Path(__file__).parents[2]
 SOFTMAX = """
 import numpy as np, pytest
@@ -31,13 +33,15 @@ def test_cubes(row):
 """
 
 
-def run(folder: Path, source: str, *options: str) -> subprocess.CompletedProcess[str]:
+def run(
+    folder: Path, source: str, *options: str, others: bool = True
+) -> subprocess.CompletedProcess[str]:
     (folder / "test_of_a_user.py").write_text(source)
     command = [sys.executable, "-m", "pytest", "-p", "pytest_groupnorm", "-p", "no:cacheprovider"]
     return subprocess.run(
         [*command, *options, str(folder)], cwd=folder, capture_output=True, text=True, check=False,
         env={**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_ADDOPTS": "",
-             "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "", "PYTEST_PLUGINS": ""},
+             "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "" if others else "1", "PYTEST_PLUGINS": ""},
     )  # fmt: skip
 
 
@@ -79,10 +83,19 @@ def test_rows_that_exclude_a_test_skip_it(tmp_path):
     assert "--rows selects none of its rows" in done.stdout
 
 
-def test_a_fixture_of_that_name_stays_the_projects_own(tmp_path):
-    source = "import pytest\n@pytest.fixture\ndef row(): return 3\ndef test(row): assert row == 3\n"
-    done = run(tmp_path, source)
-    assert "1 passed" in done.stdout
+OWN = {
+    "fixture": "@pytest.fixture\ndef row(): return 3\ndef test(row): assert row == 3\n",
+    "parameter": "@pytest.mark.parametrize('row', [3])\ndef test(row): assert row == 3\n",
+    "hook": "def pytest_generate_tests(metafunc): metafunc.parametrize('row', [3])\n"
+    "def test(row): assert row == 3\n",
+}
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_a_row_of_the_projects_own_stays_so(kind, tmp_path):
+    done = run(tmp_path, "import pytest\n" + OWN[kind])
+    assert "1 passed" in done.stdout, done.stdout
+    assert "error" not in done.stdout
 
 
 def test_projects_that_do_not_use_it_import_nothing(tmp_path):
@@ -91,6 +104,6 @@ def test_projects_that_do_not_use_it_import_nothing(tmp_path):
         "import sys\n"
         "def test(): assert not {'groupnorm', 'numpy', 'torch', 'jax'} & set(sys.modules)\n"
     )
-    done = run(tmp_path, source, "-p", "no:hypothesispytest", "-p", "no:xdist")
+    done = run(tmp_path, source, others=False)
     assert "1 passed" in done.stdout, done.stdout
     assert "largest error" not in done.stdout

@@ -1,7 +1,7 @@
 """Rows of a consistency test: every array library, in each way that it can be used.
 
-A row's name is ``"library"`` or ``"library:tag"``, such as ``torch`` and ``torch:compile``. Nothing
-is imported before a row is used.
+A row's name is ``"library"`` or ``"library:tag"``, such as ``torch`` and ``torch:compile``. A
+library is imported when a row of it is used, or when its GPUs are looked for.
 """
 
 import importlib
@@ -236,7 +236,7 @@ class _TorchRow(Row):
     def to_numpy(self, y: Array) -> "np.ndarray[Any, Any]":
         y = y.detach().cpu().resolve_conj().resolve_neg()
         if y.dtype == self.module.bfloat16:
-            return y.contiguous().view(self.module.int16).numpy().view(_bfloat16())
+            return np.array(y.contiguous().view(self.module.int16).numpy()).view(_bfloat16())
         return np.array(y.numpy())
 
     def is_array(self, y: object) -> bool:
@@ -252,6 +252,7 @@ class _TorchRow(Row):
             with warnings.catch_warnings():
                 # array_api_compat caches the namespace of each type, which is harmless.
                 warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cac")
+                warnings.filterwarnings("ignore", "Torchinductor does not support code generat")
                 return made(*arrays)
 
         return call
@@ -280,7 +281,8 @@ class _TorchRow(Row):
 
 
 def _bfloat16() -> "np.dtype[Any]":
-    return np.dtype(importlib.import_module("ml_dtypes").bfloat16)
+    found: np.dtype[Any] = np.dtype(importlib.import_module("ml_dtypes").bfloat16)
+    return found
 
 
 class _CupyRow(Row):

@@ -156,8 +156,16 @@ class Report:
     def _notes(self) -> list[str]:
         return [
             *(f"WRONG: {finding}" for finding in self.wrong),
-            *(f"not checked: {s.row}: {s.what}: {s.reason}" for s in self.skipped),
+            *self._skipped_together(),
         ]
+
+    def _skipped_together(self) -> Iterator[str]:
+        """Yield one line for the rows of which the same is skipped for the same reason."""
+        together: dict[tuple[str, str], list[str]] = {}
+        for s in self.skipped:
+            together.setdefault((s.what, s.reason), []).append(s.row)
+        for (what, reason), rows in together.items():
+            yield f"not checked: {', '.join(rows)}: {what}: {reason}"
 
     def to_json(self, path: str | Path | None = None) -> str:
         """Return the report as JSON; also write it to a file.

@@ -35,6 +35,7 @@ ANY_DEVICES = [
     *(f"tests/jax/test_{name}.py" for name in ("cpu_kernels", "internals", "primitives")),
 ]
 PACKAGES = ("groupnorm", "backends")  # removed from the sdist, so that the wheel is tested
+PLUGIN = "pytest_groupnorm.py"  # likewise
 
 
 def group(name: str) -> list[str]:
@@ -160,6 +161,7 @@ def wheel(session: nox.Session) -> None:
     outside = folder / sdist.name.removesuffix(".tar.gz")
     for package in PACKAGES:
         shutil.rmtree(outside / package)
+    (outside / PLUGIN).unlink()
     with session.chdir(outside):
         version = PYPROJECT["project"]["version"]
         session.run("python", "tests/programs/check_wheel.py", version)

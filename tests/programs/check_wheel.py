@@ -19,8 +19,10 @@ def main(version: str) -> str | None:
             installed.parent
         ),
         "nothing called backends is importable": util.find_spec("backends") is None,
-        "nothing else is installed": {f for f in folders if not f.endswith(".dist-info")}
-        == {"groupnorm"},
+        "nothing but it and the pytest plugin is installed": {
+            f for f in folders if not f.endswith((".dist-info", "__pycache__"))
+        }
+        == {"groupnorm", "pytest_groupnorm.py"},
         "py.typed is there": resources.files("groupnorm").joinpath("py.typed").is_file(),
         "the license is there": any(file.endswith("licenses/LICENSE") for file in files),
         f"the version is {version}": metadata.version("groupnorm") == version,

@@ -5,9 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from groupnorm.errors import ArgumentTypeError
 from groupnorm.testing.checks import check
-from groupnorm.testing.compare import Units, default_bound, worst
+from groupnorm.testing.compare import Units, default_bound, dtype_name, worst
 from groupnorm.testing.registry import Row, row_of
 from groupnorm.testing.report import Disagreement
 
@@ -40,8 +39,8 @@ def assert_same(actual: Array, expected: Array, *, device: bool = True) -> None:
     >>> testing.assert_same(np.arange(3), np.arange(3))
     """
     ours, theirs = row_of(actual, "actual"), row_of(expected, "expected")
-    if _dtype(actual) != _dtype(expected):
-        raise Disagreement(f"dtype {_dtype(actual)} instead of {_dtype(expected)}")
+    if dtype_name(actual) != dtype_name(expected):
+        raise Disagreement(f"dtype {dtype_name(actual)} instead of {dtype_name(expected)}")
     if tuple(actual.shape) != tuple(expected.shape):
         raise Disagreement(f"shape {tuple(actual.shape)} instead of {tuple(expected.shape)}")
     if device and ours.library == theirs.library:
@@ -100,8 +99,8 @@ def assert_accurate(
     """
     row = row_of(actual, "actual")
     want = np.asarray(reference)
-    if dtype is not None and _dtype(actual) != dtype:
-        raise Disagreement(f"dtype {_dtype(actual)} instead of {dtype}")
+    if dtype is not None and dtype_name(actual) != dtype:
+        raise Disagreement(f"dtype {dtype_name(actual)} instead of {dtype}")
     if tuple(actual.shape) != want.shape:
         raise Disagreement(f"shape {tuple(actual.shape)} instead of {want.shape}")
     got = row.to_numpy(actual)
@@ -154,9 +153,3 @@ def assert_gradients(
     )
     report.findings[:] = [f for f in report.findings if f.what != "value"]
     report.raise_if_wrong()
-
-
-def _dtype(a: Array) -> str:
-    if not hasattr(a, "dtype"):
-        raise ArgumentTypeError(f"{type(a).__name__} is not an array.")
-    return str(getattr(a.dtype, "name", a.dtype)).rpartition(".")[2]

@@ -11,6 +11,7 @@ from groupnorm.testing.compare import (
     Units,
     Worst,
     default_bound,
+    dtype_name,
     is_float,
     wide,
     worst,
@@ -295,7 +296,7 @@ class _Trial(NamedTuple):
 
     def run(self) -> None:
         """Compare everything, and add what is found to the report."""
-        row, host = self.row, [a for a in self.arguments if isinstance(a, np.ndarray)]
+        row, host = self.row, self.host
         lacking = {a.dtype.name for a in host} - row.dtypes
         if lacking:
             self.skip(f"input {self.name!r}", f"{row.library} has no {', '.join(sorted(lacking))}")
@@ -315,6 +316,11 @@ class _Trial(NamedTuple):
             if self.expected.wanted:
                 self.gradients(placed, made)
 
+    @property
+    def host(self) -> list[Array]:
+        """The arguments that are arrays, as they were given."""
+        return [a for a in self.arguments if isinstance(a, np.ndarray)]
+
     def flat(self, *arrays: Array) -> list[Array]:
         """Return the leaves of the function's results, which compilers can return."""
         return [y for _, y in leaves(self.function(*_merged(self.arguments, arrays)))]
@@ -327,8 +333,7 @@ class _Trial(NamedTuple):
                 f"{len(made)} arrays instead of {len(self.expected.results)}",
             )  # fmt: skip
             return
-        host = [a for a in self.arguments if isinstance(a, np.ndarray)]
-        floats = [a.dtype for a in host if is_float(a.dtype)]
+        floats = [a.dtype for a in self.host if is_float(a.dtype)]
         for y, (path, want) in zip(made, self.expected.results, strict=True):
             where = f"result{path}"
             dtype = _expected_dtype(self.asked.dtype, floats, want)
@@ -369,7 +374,7 @@ class _Trial(NamedTuple):
         if len(found) != len(expected.wanted):
             self.wrong("results", "gradient", f"{len(found)} instead of {len(expected.wanted)}")
             return
-        host = [a for a in self.arguments if isinstance(a, np.ndarray)]
+        host = self.host
         numbers = [i for i, a in enumerate(self.arguments) if isinstance(a, np.ndarray)]
         for g, i, (at, want) in zip(found, expected.wanted, expected.gradients, strict=True):
             where = f"gradient of argument {numbers[i]}"
@@ -398,7 +403,7 @@ class _Trial(NamedTuple):
             kind = f"{type(y).__module__}.{type(y).__qualname__}"
             self.wrong("library", where, f"{kind} is not an array of {row.library}")
             return False
-        got = str(getattr(y.dtype, "name", y.dtype)).rpartition(".")[2]
+        got = dtype_name(y)
         if dtype is not None and not _same_dtype(got, dtype):
             self.wrong("dtype", where, f"{got} instead of {dtype}")
             return False

@@ -6,7 +6,17 @@ import numpy as np
 
 from groupnorm.errors import ArgumentValueError
 
-__all__ = ["Units", "Worst", "default_bound", "eps_of", "is_float", "ulps", "wide", "worst"]
+__all__ = [
+    "Units",
+    "Worst",
+    "default_bound",
+    "dtype_name",
+    "eps_of",
+    "is_float",
+    "ulps",
+    "wide",
+    "worst",
+]
 
 Array = Any
 Units = Literal["relative", "mixed", "ulp"]
@@ -24,6 +34,11 @@ class Worst(NamedTuple):
     value: Any
     reference: Any
     ulps: float
+
+
+def dtype_name(a: Array) -> str:
+    """Return the plain name of the dtype of an array of any library."""
+    return str(getattr(a.dtype, "name", a.dtype)).rpartition(".")[2]
 
 
 def is_float(dtype: "np.dtype[Any]") -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
+from groupnorm.testing.compare import is_float
 
 __all__ = ["hard_inputs", "layouts", "pad_with_nan"]
 
@@ -58,7 +59,7 @@ def hard_inputs(
     ['normal', 'ramp']
     """
     wanted: np.dtype[Any] = np.dtype(dtype)
-    if wanted.kind != "f" and wanted.name != "bfloat16":
+    if not is_float(wanted) or wanted.kind == "c":
         raise ArgumentTypeError(f"dtype={dtype!r} is not a real floating-point dtype.")
     kinds = _kinds(shape, axis)
     for name in names or ():
@@ -147,7 +148,7 @@ def pad_with_nan(x: Array, mask: Array) -> Array:
     array([ 1., nan])
     """
     x, mask = np.asarray(x), np.asarray(mask)
-    if x.dtype.kind not in "fc" and x.dtype.name != "bfloat16":
+    if not is_float(x.dtype):
         raise ArgumentTypeError(f"x has dtype {x.dtype}, which has no NaN: pass floats.")
     if mask.dtype != bool:
         raise ArgumentTypeError(f"mask has dtype {mask.dtype}: pass booleans.")

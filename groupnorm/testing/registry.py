@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from groupnorm.dtypes import small_float
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
 
 __all__ = ["Row", "register_row", "row_names", "row_of", "rows", "rows_of"]
@@ -26,7 +27,6 @@ INTEGERS = ("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int
 WIDE = frozenset({"float64", "complex128", "int64", "uint64"})
 
 _NO_AUTODIFF = "{} has no automatic differentiation: give check() a vjp="
-_EAGER = "this row is an eager one"
 
 
 class Row:
@@ -41,7 +41,7 @@ class Row:
         ``"library"`` or ``"library:tag"``.
     """
 
-    #: What a row of this kind cannot do, and why; the names are "autodiff" and "compile".
+    #: What a row of this kind cannot do, and why; the only name is "autodiff".
     cannot: Mapping[str, str] = MappingProxyType({})
     #: The names of the dtypes that it has.
     dtypes: frozenset[str] = frozenset((*REAL, *COMPLEX, *INTEGERS))
@@ -135,10 +135,22 @@ class Row:
         raise NotImplementedError(self.cannot["autodiff"])
 
 
+def _of_wanted(
+    function: Callable[..., Sequence[Array]], arrays: Sequence[Array], wanted: Sequence[int]
+) -> tuple[Callable[..., list[Array]], list[Array]]:
+    """Return the function of the wanted arrays alone, and these arrays."""
+
+    def of_wanted(*chosen: Array) -> list[Array]:
+        merged = list(arrays)
+        for i, a in zip(wanted, chosen, strict=True):
+            merged[i] = a
+        return list(function(*merged))
+
+    return of_wanted, [arrays[i] for i in wanted]
+
+
 class _NumpyRow(Row):
-    cannot = MappingProxyType(
-        {"autodiff": _NO_AUTODIFF.format("NumPy"), "compile": "NumPy has no compiler"}
-    )
+    cannot = MappingProxyType({"autodiff": _NO_AUTODIFF.format("NumPy")})
     dtypes = Row.dtypes | {"float16", "bfloat16"}
 
     def asarray(self, a: "np.ndarray[Any, Any]") -> Array:
@@ -156,8 +168,6 @@ class _JaxRow(Row):
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.needs_gpu = self.tag == "gpu"
-        if self.tag != "jit":
-            self.cannot = MappingProxyType({"compile": _EAGER})
 
     def has_gpu(self) -> bool:
         return any(device.platform == "gpu" for device in self.module.devices())
@@ -196,13 +206,8 @@ class _JaxRow(Row):
         cotangents: Sequence[Array],
     ) -> list[Array]:
         def pulled_back(arrays: Sequence[Array], cotangents: Sequence[Array]) -> list[Array]:
-            def of_wanted(*chosen: Array) -> list[Array]:
-                merged = list(arrays)
-                for i, a in zip(wanted, chosen, strict=True):
-                    merged[i] = a
-                return list(function(*merged))
-
-            _, pullback = self.module.vjp(of_wanted, *(arrays[i] for i in wanted))
+            of_wanted, chosen = _of_wanted(function, arrays, wanted)
+            _, pullback = self.module.vjp(of_wanted, *chosen)
             # JAX's complex cotangents are the conjugates of those of other libraries.
             found = pullback([_conjugate(c) for c in cotangents])
             return [_conjugate(g) for g in found]
@@ -220,8 +225,6 @@ class _TorchRow(Row):
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.needs_gpu = self.tag == "cuda"
-        if self.tag != "compile":
-            self.cannot = MappingProxyType({"compile": _EAGER})
 
     def has_gpu(self) -> bool:
         return bool(self.module.cuda.is_available())
@@ -236,7 +239,9 @@ class _TorchRow(Row):
     def to_numpy(self, y: Array) -> "np.ndarray[Any, Any]":
         y = y.detach().cpu().resolve_conj().resolve_neg()
         if y.dtype == self.module.bfloat16:
-            return np.array(y.contiguous().view(self.module.int16).numpy()).view(_bfloat16())
+            return np.array(y.contiguous().view(self.module.int16).numpy()).view(
+                small_float("bfloat16")
+            )
         return np.array(y.numpy())
 
     def is_array(self, y: object) -> bool:
@@ -280,13 +285,8 @@ class _TorchRow(Row):
         ]
 
 
-def _bfloat16() -> "np.dtype[Any]":
-    found: np.dtype[Any] = np.dtype(importlib.import_module("ml_dtypes").bfloat16)
-    return found
-
-
 class _CupyRow(Row):
-    cannot = MappingProxyType({"autodiff": _NO_AUTODIFF.format("CuPy"), "compile": _EAGER})
+    cannot = MappingProxyType({"autodiff": _NO_AUTODIFF.format("CuPy")})
     dtypes = Row.dtypes | {"float16", "bfloat16"}
     needs_gpu = True
 
@@ -306,9 +306,7 @@ class _CupyRow(Row):
 class _StrictRow(Row):
     """array-api-strict, which has nothing but what the standard says."""
 
-    cannot = MappingProxyType(
-        {"autodiff": _NO_AUTODIFF.format("array-api-strict"), "compile": _EAGER}
-    )
+    cannot = MappingProxyType({"autodiff": _NO_AUTODIFF.format("array-api-strict")})
 
     def asarray(self, a: "np.ndarray[Any, Any]") -> Array:
         device = self.module.Device(self.tag or "CPU_DEVICE")
@@ -321,7 +319,7 @@ class _StrictRow(Row):
 class _DaskRow(Row):
     """Dask, in chunks of about half of each axis."""
 
-    cannot = MappingProxyType({"autodiff": _NO_AUTODIFF.format("Dask"), "compile": _EAGER})
+    cannot = MappingProxyType({"autodiff": _NO_AUTODIFF.format("Dask")})
     dtypes = Row.dtypes | {"float16"}
 
     @property
@@ -344,7 +342,6 @@ class _MlxRow(Row):
     """MLX on its default device."""
 
     dtypes = (Row.dtypes | {"float16", "bfloat16"}) - {"float64", "complex128"}
-    cannot = MappingProxyType({"compile": _EAGER})
 
     @property
     def module(self) -> Any:
@@ -362,7 +359,7 @@ class _MlxRow(Row):
 
     def to_numpy(self, y: Array) -> "np.ndarray[Any, Any]":
         if y.dtype == self.module.bfloat16:
-            return np.array(y.view(self.module.uint16)).view(_bfloat16())
+            return np.array(y.view(self.module.uint16)).view(small_float("bfloat16"))
         return np.array(y)
 
     def device_of(self, y: Array) -> Any:
@@ -375,13 +372,8 @@ class _MlxRow(Row):
         wanted: Sequence[int],
         cotangents: Sequence[Array],
     ) -> list[Array]:
-        def of_wanted(*chosen: Array) -> list[Array]:
-            merged = list(arrays)
-            for i, a in zip(wanted, chosen, strict=True):
-                merged[i] = a
-            return list(function(*merged))
-
-        _, found = self.module.vjp(of_wanted, [arrays[i] for i in wanted], list(cotangents))
+        of_wanted, chosen = _of_wanted(function, arrays, wanted)
+        _, found = self.module.vjp(of_wanted, chosen, list(cotangents))
         return list(found)
 
 
@@ -481,8 +473,9 @@ def _usable(name: str) -> str:
 def rows_of(asked: "str | Iterable[str | Row] | None") -> tuple[list[Row], dict[str, str]]:
     """Return rows, given by name or as they are, and why others cannot be used, by name."""
     if asked is None:
-        absent = {r.name: r.why_absent for r in _rows.values()}
-        return rows(), {name: why for name, why in absent.items() if why is not None}
+        whys = {name: row.why_absent for name, row in _rows.items()}
+        usable = [row for name, row in _rows.items() if whys[name] is None]
+        return usable, {name: why for name, why in whys.items() if why is not None}
     if isinstance(asked, str):
         return rows(asked), {}
     found: list[Row] = []

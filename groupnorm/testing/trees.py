@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["leaves", "structure"]
+__all__ = ["leaves"]
 
 
 def leaves(tree: Any, path: str = "") -> list[tuple[str, Any]]:
@@ -24,8 +24,3 @@ def leaves(tree: Any, path: str = "") -> list[tuple[str, Any]]:
     else:
         return [(path, tree)]
     return [leaf for step, value in parts for leaf in leaves(value, path + step)]
-
-
-def structure(tree: Any) -> tuple[str, ...]:
-    """Return the paths of all leaves."""
-    return tuple(path for path, _ in leaves(tree))

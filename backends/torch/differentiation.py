@@ -56,11 +56,11 @@ def portable(
 ) -> Any:  # fmt: skip
     """Call the portable implementation, as one function for autograd if possible.
 
-    Compilers, tracers, forward mode and torch.func's transforms must see the operations.
+    Tracers, forward mode and torch.func's transforms must see the operations; so must compilers,
+    under which this is not called.
     """
     if (
-        torch.compiler.is_compiling()
-        or not requires_grad(x, scale, bias)
+        not requires_grad(x, scale, bias)
         or is_traced()
         or in_forward_mode()
         or is_transformed()
@@ -68,7 +68,7 @@ def portable(
         or not _is_savable(mask, HOST_MASKS)
     ):
         y = group_norm(adapter, x, scale, bias, mask, options)
-        recorded = torch.compiler.is_compiling() or is_traced() or torch.is_grad_enabled()
+        recorded = is_traced() or torch.is_grad_enabled()
         return y if recorded or not _is_savable(y, ()) else without_base(y)
     if isinstance(mask, torch.Tensor):
         check_memory(mask, "mask")

@@ -87,13 +87,9 @@ def bind_call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: C
     """
     if is_seen_through():
         return Unsupported("PyTorch has to see the individual operations of this computation")
-    # Without a loop: this is a large part of the time of a small call.
-    if not is_plain(x, "x"):
-        return _not_plain("x", x)
-    if not (scale is None or is_plain(scale, "scale") or type(scale) is np.ndarray):
-        return _not_plain("scale", scale)
-    if not (bias is None or is_plain(bias, "bias") or type(bias) is np.ndarray):
-        return _not_plain("bias", bias)
+    why = _why_not_plain(x, scale, bias)
+    if why is not None:
+        return why
     return engine_for(x.device).bind(adapter, x, scale, bias, mask, options)
 
 
@@ -104,15 +100,11 @@ def bind_again(call: Any, x: Any, scale: Any, bias: Any, dy: Any) -> Any:
     """
     if is_seen_through():
         return Unsupported("PyTorch has to see the individual operations of this computation")
-    # Without a loop, as above.
-    if not is_plain(x, "x"):
-        return _not_plain("x", x)
+    why = _why_not_plain(x, scale, bias)
+    if why is not None:
+        return why
     if not is_plain(dy, "dy"):
         return _not_plain("dy", dy)
-    if not (scale is None or type(scale) is np.ndarray or is_plain(scale, "scale")):
-        return _not_plain("scale", scale)
-    if not (bias is None or type(bias) is np.ndarray or is_plain(bias, "bias")):
-        return _not_plain("bias", bias)
     work = call.work
     shape = work.layout.shape
     if x.shape != shape or dy.shape != shape or x.dtype is not _DTYPES[work.dtypes.x]:
@@ -125,6 +117,18 @@ def bind_again(call: Any, x: Any, scale: Any, bias: Any, dy: Any) -> Any:
 
 
 _DTYPES = {name: getattr(torch, name) for name in DTYPES}
+
+
+def _why_not_plain(x: Any, scale: Any, bias: Any) -> Unsupported | None:
+    """Return which of them kernels cannot read, if any; parameters may be arrays of NumPy."""
+    # Without a loop: this is a large part of the time of a small call.
+    if not is_plain(x, "x"):
+        return _not_plain("x", x)
+    if not (scale is None or is_plain(scale, "scale") or type(scale) is np.ndarray):
+        return _not_plain("scale", scale)
+    if not (bias is None or is_plain(bias, "bias") or type(bias) is np.ndarray):
+        return _not_plain("bias", bias)
+    return None
 
 
 def _not_plain(argument: str, a: Any) -> Unsupported:

@@ -152,15 +152,16 @@ def run(
 
 def package_checks() -> list[dict[str, Any]]:
     """The results of `groupnorm.selfcheck` on devices other than the CPU."""
-    from groupnorm.selfcheck import check_backends
+    from groupnorm import available_backends
+    from groupnorm.selfcheck import check_backends, rows_of_backend
 
+    rows = [row for info in available_backends() for row in rows_of_backend(info)]
+    report = check_backends([row for row in rows if not row.tag.startswith("cpu")])
     return [
         {
-            "kind": "check", "library": report.name, "name": f"selfcheck: {c.name} ({c.device})",
-            "errors": {"largest": c.error}, "repeats": None, "failure": c.failure,
-            "passed": c.agrees,
+            "kind": "check", "library": f.row.partition(":")[0],
+            "name": f"selfcheck: {f.input}, {f.where} ({f.row})", "errors": {"largest": f.error},
+            "repeats": None, "failure": None if f.right else f.message, "passed": f.right,
         }
-        for report in check_backends()
-        for c in report.checks
-        if not c.device.startswith("cpu")
+        for f in report.findings
     ]  # fmt: skip

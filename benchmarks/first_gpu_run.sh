@@ -598,10 +598,10 @@ PYTHON
     cupy) step "smoke cupy" 60 $PY "$WORK/smoke_cupy.py" ;;
     jax) step "smoke jax" 95 $PY "$WORK/smoke_jax.py" ;;
     sanitize) SANITIZE=1 step sanitize 120 compute-sanitizer --tool memcheck --error-exitcode 9 $PY "$WORK/smoke_cupy.py" ;;
-    own) test_run 80 6 -m gpu --backends torch:gpu,jax:gpu,cupy tests/torch/test_gpu.py tests/cupy/test_cupy.py tests/jax/test_gpu.py ;;
-    rows) test_run 75 12 -m gpu --backends torch:gpu,cupy tests/portable/test_accuracy.py tests/portable/test_masks.py tests/portable/test_activation.py \
+    own) test_run 80 6 -m gpu --backends torch:cuda,jax:gpu,cupy tests/torch/test_gpu.py tests/cupy/test_cupy.py tests/jax/test_gpu.py ;;
+    rows) test_run 75 12 -m gpu --backends torch:cuda,cupy tests/portable/test_accuracy.py tests/portable/test_masks.py tests/portable/test_activation.py \
       tests/portable/test_gradients.py tests/portable/test_layouts.py tests/portable/test_dtypes.py ;;
-    all) test_run 150 12 -m gpu --backends torch:gpu,cupy tests ;;
+    all) test_run 150 12 -m gpu --backends torch:cuda,cupy tests ;;
     bench)
       most=$((LIMIT - SECONDS - 45)); [ $most -gt 120 ] && most=120
       if [ $most -ge 45 ]; then

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from groupnorm.dispatch import adapter_named, backend_names, implementations_on, root_of
 
-__all__ = ["BackendInfo", "available_backends"]
+__all__ = ["BackendInfo", "available_backends", "backend_info"]
 
 
 class BackendInfo(NamedTuple):
@@ -61,10 +61,17 @@ def available_backends() -> tuple[BackendInfo, ...]:
     >>> "portable" in numpy.implementations["cpu"]  # and "fused", if numba is installed
     True
     """
-    return tuple(_info(name) for name in backend_names())
+    return tuple(backend_info(name) for name in backend_names())
 
 
-def _info(name: str) -> BackendInfo:
+def backend_info(name: str) -> BackendInfo:
+    """Return whether a backend is installed, its devices and its implementations.
+
+    Parameters
+    ----------
+    name : str
+        One of `groupnorm.dispatch.backend_names`.
+    """
     library = root_of(name)
     if importlib.util.find_spec(library) is None:
         return BackendInfo(name, False, None, (), None, {}, {})

@@ -1,6 +1,6 @@
 """Fixtures, and the options ``--backends`` and ``--jax-devices``.
 
-``--backends all`` (the default) runs every row of `tests.rows.Backend` but ``toy``; a library that
+``--backends all`` (the default) runs every row of `tests.rows.ROWS` but ``toy``; a library that
 cannot be imported then fails the run instead of being skipped. ``--backends numpy`` (or
 ``numpy,torch:compile``) runs only these rows and imports no other library: test files with a
 top-level import of another library are not collected, and tests marked ``needs("flax")`` are
@@ -40,7 +40,7 @@ import numpy as np
 import pytest
 
 from tests.interpreter import WARNINGS, interpret
-from tests.rows import Backend
+from tests.rows import ROWS, TOY, Row
 
 # The same examples in every run, so that failures are reproducible. No deadline: a shared machine
 # would exceed it occasionally.
@@ -54,16 +54,15 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("reproducible")
 
-LIBRARIES = {row.library for row in Backend}
+LIBRARIES = {row.library for row in ROWS.values()}
 PEERS = {"brainstate", "dask", "equinox", "flax", "keras", "mpi4py", "optax"}
-QUICK = (Backend.NUMPY, Backend.TORCH, Backend.STRICT)
-ROWS = {
-    "backend": lambda row: row not in (Backend.TORCH_COMPILE, Backend.DASK, Backend.JAX),
-    "wide_backend": lambda row: row is not Backend.TORCH_COMPILE,
+ROWS_OF = {
+    "backend": lambda row: row.name not in ("torch:compile", "dask", "jax"),
+    "wide_backend": lambda row: row.name != "torch:compile",
     "any_backend": lambda row: True,
-    "quick_backend": lambda row: row in QUICK,
+    "quick_backend": lambda row: row.name in ("numpy", "torch", "array_api_strict"),
     "autodiff_backend": lambda row: (
-        row.differentiable and row not in (Backend.TORCH_COMPILE, Backend.JAX)
+        "autodiff" not in row.cannot and row.name not in ("torch:compile", "jax")
     ),
 }
 
@@ -72,8 +71,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--backends",
         default="all",
-        help="'all', or a comma-separated list of libraries and rows: "
-        + ", ".join(map(str, Backend)),
+        help="'all', or a comma-separated list of libraries and rows: " + ", ".join(ROWS),
     )
 
     parser.addoption(
@@ -121,18 +119,18 @@ def pytest_configure(config):
     config.stash[SELECTED] = select(config.getoption("--backends"))
 
 
-SELECTED = pytest.StashKey[list[Backend]]()
+SELECTED = pytest.StashKey[list[Row]]()
 
 
-def select(option: str) -> list[Backend]:
+def select(option: str) -> list[Row]:
     """Return the rows selected by the option; an unknown name ends the run."""
     if option == "all":
         # Nobody can be expected to install a GPU: without one, its rows do not exist. The toy runs
         # in `nox -s quick`.
-        rows = (row for row in Backend if row is not Backend.TOY)
-        return [row for row in rows if not row.needs_gpu or row.gpu_present()]
+        rows = (row for row in ROWS.values() if row is not TOY)
+        return [row for row in rows if not row.needs_gpu or row.why_absent is None]
     names = [name.strip() for name in option.split(",")]
-    known = LIBRARIES | {row.value for row in Backend}
+    known = LIBRARIES | set(ROWS)
     for name in names:
         if name not in known:
             raise pytest.UsageError(
@@ -141,11 +139,9 @@ def select(option: str) -> list[Backend]:
     # Rows named in full, and those of a library named: of its rows on a GPU, if there is one.
     return [
         row
-        for row in Backend
-        if row.value in names
-        or (
-            row.library in names and (not row.needs_gpu or row is Backend.CUPY or row.gpu_present())
-        )
+        for row in ROWS.values()
+        if row.name in names
+        or (row.library in names and (not row.needs_gpu or row.why_absent is None))
     ]
 
 
@@ -161,7 +157,7 @@ def importable(config) -> set[str]:
 
 def pytest_report_header(config):
     chosen = config.stash[SELECTED]
-    absent = [row.value for row in Backend if row not in chosen]
+    absent = [name for name, row in ROWS.items() if row not in chosen]
     lines = [f"backends: {', '.join(map(str, chosen))}"]
     if absent:
         lines.append(f"not run (not selected, or no such device): {', '.join(absent)}")
@@ -190,11 +186,11 @@ def top_level_imports(path: Path) -> set[str]:
 
 def pytest_generate_tests(metafunc):
     chosen = metafunc.config.stash[SELECTED]
-    for argument, wanted in ROWS.items():
+    for argument, wanted in ROWS_OF.items():
         if argument not in metafunc.fixturenames:
             continue
         rows = [
-            pytest.param(row, id=row.value, marks=[pytest.mark.gpu] if row.needs_gpu else [])
+            pytest.param(row, id=row.name, marks=[pytest.mark.gpu] if row.needs_gpu else [])
             for row in chosen
             if wanted(row)
         ]
@@ -205,7 +201,7 @@ def pytest_generate_tests(metafunc):
 
 def uses(item, libraries: set[str]) -> bool:
     """Whether a test uses one of the libraries, by its row, its markers or its file's imports."""
-    rows = {value.library for value in _parameters(item) if isinstance(value, Backend)}
+    rows = {value.library for value in _parameters(item) if isinstance(value, Row)}
     needed = {name for marker in item.iter_markers("needs") for name in marker.args}
     return (
         item.get_closest_marker("every_library") is not None
@@ -235,14 +231,6 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(
                 pytest.mark.skip(reason="needs several JAX devices; --jax-devices is 1")
             )
-
-
-@pytest.fixture(autouse=True)
-def forget_compiled_code(request):
-    """Clear the cache after each torch.compile row: recompilations are counted per function."""
-    yield
-    if any(value is Backend.TORCH_COMPILE for value in _parameters(request.node)):
-        importlib.import_module("torch")._dynamo.reset()
 
 
 @pytest.fixture

@@ -1,23 +1,23 @@
-"""The rows the suite runs on: every array library, in each way it can be used.
+"""The rows the suite runs on, those of `groupnorm.testing`, and how they call `group_norm`.
 
-A row's value is ``"<library>[:<tag>]"``, so ``pytest -k torch:compile`` selects it. Libraries are
-imported when a row is first used, so that ``--backends numpy`` needs only NumPy.
+Libraries are imported when a row is first used, so that ``--backends numpy`` needs only NumPy.
 """
 
 from __future__ import annotations
 
-import contextlib
-import enum
 import functools
 import importlib
-import importlib.util
 import math
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import array_api_compat
 import numpy as np
 
 from groupnorm import group_norm, group_norm_vjp
+from groupnorm.testing.assertions import assert_accurate
+from groupnorm.testing.compare import dtype_name, worst
+from groupnorm.testing.registry import Row, known_rows
 
 # The accuracy contract for float32: |error| <= 5e-6 * max(1, |reference|). Never loosen it.
 CONTRACT = 5e-6
@@ -27,174 +27,30 @@ CONTRACT_64 = CONTRACT * np.finfo(np.float64).eps / np.finfo(np.float32).eps
 GRADIENT = 2e-6
 GRADIENT_FAR = 1e-4
 
-WIDE = {"float64", "complex128", "int64", "uint64"}
-COMMON = (
-    "float32 float64 complex64 complex128 bool uint8 uint16 uint32 uint64 int8 int16 int32 int64"
-)
 
+class ToyRow(Row):
+    """The backend that is not part of the package: tests/toy_backend.py."""
 
-class Backend(enum.Enum):
-    """One row."""
-
-    NUMPY = "numpy"
-    NUMPY_READONLY = "numpy:readonly"
-    JAX = "jax"
-    JAX_JIT = "jax:jit"
-    JAX_GPU = "jax:gpu"
-    TORCH = "torch"
-    TORCH_COMPILE = "torch:compile"
-    TORCH_GPU = "torch:gpu"
-    STRICT = "array_api_strict"
-    STRICT_DEVICE = "array_api_strict:device1"
-    DASK = "dask"
-    CUPY = "cupy"
-    TOY = "toy"  # a backend that is not part of the package: tests/toy_backend.py
-
-    def __str__(self) -> str:
-        return self.value
-
-    @property
-    def library(self) -> str:
-        return self.value.partition(":")[0]
-
-    @property
-    def tag(self) -> str:
-        return self.value.partition(":")[2]
-
-    @property
-    def needs_gpu(self) -> bool:
-        return self.tag == "gpu" or self is Backend.CUPY
-
-    @property
-    def compiled(self) -> bool:
-        return self in (Backend.JAX_JIT, Backend.TORCH_COMPILE)
-
-    @property
-    def differentiable(self) -> bool:
-        """Whether the library itself can differentiate `group_norm`."""
-        return self.library in ("jax", "torch")
-
-    @property
-    def xp(self) -> Any:
-        """The array API namespace."""
-        if self.library == "dask":
-            return importlib.import_module("array_api_compat.dask.array")
-        return array_api_compat.array_namespace(self.empty())
-
-    def empty(self) -> Any:
-        return self.asarray(np.zeros(0, dtype=np.float32))
-
-    def gpu_present(self) -> bool:
-        if importlib.util.find_spec(self.library) is None:
-            return False
-        if self.library == "torch":
-            return importlib.import_module("torch").cuda.is_available()
-        if self.library == "jax":
-            jax = importlib.import_module("jax")
-            with contextlib.suppress(RuntimeError):
-                return bool(jax.devices("gpu"))
-            return False
-        cupy = importlib.import_module("cupy")
-        with contextlib.suppress(cupy.cuda.runtime.CUDARuntimeError):
-            return cupy.cuda.runtime.getDeviceCount() > 0
-        return False
-
-    @property
-    def device(self) -> Any:
-        """The device of this row's arrays, as the library represents it."""
-        match self.library:
-            case "torch":
-                return importlib.import_module("torch").device(
-                    "cuda:0" if self.tag == "gpu" else "cpu"
-                )
-            case "jax":
-                return importlib.import_module("jax").devices(
-                    self.tag if self.tag == "gpu" else "cpu"
-                )[0]
-            case "array_api_strict":
-                strict = importlib.import_module("array_api_strict")
-                return strict.Device(self.tag or "CPU_DEVICE")
-            case "cupy":
-                return importlib.import_module("cupy").cuda.Device(0)
-        return "cpu"
-
-    @property
-    def dtypes(self) -> set[str]:
-        """The dtypes the library supports."""
-        names = set(COMMON.split())
-        if self.library in ("numpy", "jax", "torch", "cupy"):
-            names |= {"float16", "bfloat16"}
-        elif self.library == "dask":
-            names |= {"float16"}
-        return names
-
-    def dtype(self, name: str) -> Any:
-        """Return the library's own dtype object."""
-        if self.library in ("torch", "array_api_strict"):
-            return getattr(importlib.import_module(self.library), name)
-        if self.library == "jax":
-            return np.dtype(importlib.import_module("jax.numpy").dtype(name))
-        return host_dtype(name)
-
-    @property
-    def default_float(self) -> str:
-        return "float32" if self.library in ("jax", "torch") else "float64"
-
-    def precision(self, *dtypes: str | None):
-        """Return a context in which the library keeps these dtypes, which JAX otherwise narrows."""
-        if self.library == "jax" and WIDE & set(dtypes):
-            return importlib.import_module("jax").enable_x64(True)
-        return contextlib.nullcontext()
+    cannot = MappingProxyType({"autodiff": "the toy has no automatic differentiation"})
+    why_absent = None
 
     def asarray(self, a: np.ndarray) -> Any:
-        """Copy a NumPy array to this row's library and device, keeping the dtype and every bit."""
-        a = np.array(a, order="C")
-        match self.library:
-            case "numpy":
-                a.flags.writeable = self.tag != "readonly"
-                return a
-            case "torch":
-                torch = importlib.import_module("torch")
-                if a.dtype.name == "bfloat16":
-                    return torch.from_numpy(a.view(np.int16)).view(torch.bfloat16).to(self.device)
-                return torch.from_numpy(a).to(self.device)
-            case "jax":
-                out = importlib.import_module("jax").device_put(a, self.device)
-                assert out.dtype == a.dtype, f"{a.dtype} needs backend.precision({a.dtype.name!r})"
-                return out
-            case "array_api_strict":
-                return importlib.import_module("array_api_strict").asarray(a, device=self.device)
-            case "toy":
-                return a.view(importlib.import_module("tests.toy_backend").ToyArray)
-            case "dask":
-                chunks = tuple(max(1, -(-n // 2)) for n in a.shape)
-                return importlib.import_module("dask.array").from_array(a, chunks=chunks)
-        return importlib.import_module("cupy").asarray(a)
+        return np.array(a, order="C").view(importlib.import_module("tests.toy_backend").ToyArray)
 
-    def to_numpy(self, y: Any) -> np.ndarray:
-        """Return a NumPy copy of the same dtype."""
-        match self.library:
-            case "torch":
-                torch = importlib.import_module("torch")
-                y = y.detach().cpu().resolve_conj().resolve_neg()
-                if y.dtype == torch.bfloat16:
-                    return y.contiguous().view(torch.int16).numpy().view(host_dtype("bfloat16"))
-                return y.numpy()
-            case "dask":
-                return y.compute()
-            case "cupy":
-                return y.get()
-            case "array_api_strict":
-                return np.array(y.to_device(type(self).STRICT.device))
-        return np.asarray(y)
 
-    def transform(self, function):
-        """Compile `function` if this row is a compiled one; its arguments must be arrays."""
-        if self is Backend.JAX_JIT:
-            return importlib.import_module("jax").jit(function)
-        if self is Backend.TORCH_COMPILE:
-            return importlib.import_module("torch").compile(function, fullgraph=True)
-        return function
+TOY = ToyRow("toy")
+# MLX has no backend here.
+ROWS = {name: row for name, row in known_rows().items() if row.library != "mlx"} | {"toy": TOY}
+
+
+def default_float(row: Row) -> str:
+    """Return the name of the library's default dtype."""
+    return "float32" if row.library in ("jax", "torch") else "float64"
+
+
+def compiles(row: Row) -> bool:
+    """Whether the row compiles what it runs."""
+    return row.tag in ("jit", "compile")
 
 
 class Result(NamedTuple):
@@ -221,19 +77,14 @@ def host_dtype(name: str) -> np.dtype:
     return np.dtype(name)
 
 
-def dtype_name(dtype: Any) -> str:
-    """Return the plain name of any library's dtype."""
-    return str(getattr(dtype, "name", dtype)).rpartition(".")[2]
-
-
-def place(backend: Backend, a: Any) -> Any:
+def place(row: Row, a: Any) -> Any:
     """Convert NumPy arrays to the row's library; return None, lists and other arrays unchanged."""
-    return backend.asarray(a) if isinstance(a, np.ndarray) else a
+    return row.asarray(a) if isinstance(a, np.ndarray) else a
 
 
-def call_with_arrays(backend: Backend, function, **arguments):
+def call_with_arrays(row: Row, function, **arguments):
     """Call function(**arguments) through the row's compiler; only arrays are traced."""
-    arrays = {k: place(backend, v) for k, v in arguments.items()}
+    arrays = {k: place(row, v) for k, v in arguments.items()}
     static = {
         k: v for k, v in arrays.items() if v is None or isinstance(v, (list, bool, int, float))
     }
@@ -243,46 +94,41 @@ def call_with_arrays(backend: Backend, function, **arguments):
     def positional(*values):
         return function(**static, **dict(zip(names, values, strict=True)))
 
-    return backend.transform(positional)(*traced.values()), arrays
+    return row.compiled(positional)(*traced.values()), arrays
 
 
-def run(backend: Backend, x, scale=None, bias=None, *, mask=None, **keywords) -> Result:
+def run(row: Row, x, scale=None, bias=None, *, mask=None, **keywords) -> Result:
     """Call `group_norm` on this row with arguments given as NumPy arrays."""
     y, arrays = call_with_arrays(
-        backend,
+        row,
         functools.partial(group_norm, **keywords),
         x=x,
         scale=scale,
         bias=bias,
         mask=mask,
     )
-    return Result(arrays["x"], y, backend.to_numpy(y))
+    return Result(arrays["x"], y, row.to_numpy(y))
 
 
-def check_array(backend: Backend, y: Any, *, shape, dtype: str) -> None:
+def check_array(row: Row, y: Any, *, shape, dtype: str) -> None:
     """Assert library, dtype, device and shape, which come before any value."""
-    assert isinstance(y, type(backend.empty())), f"{type(y)} is not an array of {backend.library}"
-    assert dtype_name(y.dtype) == dtype
-    assert array_api_compat.device(y) == array_api_compat.device(backend.empty())
+    like = row.empty()
+    assert isinstance(y, type(like)), f"{type(y)} is not an array of {row.library}"
+    assert dtype_name(y) == dtype
+    assert array_api_compat.device(y) == array_api_compat.device(like)
     assert tuple(y.shape) == tuple(shape)
 
 
 def assert_close(actual: np.ndarray, reference: np.ndarray, *, tolerance: float) -> None:
     """Assert |error| <= tolerance * max(1, |reference|), and NaN exactly where the reference is."""
-    actual = np.asarray(actual)
-    wide = actual.astype(np.complex128 if np.iscomplexobj(actual) else np.float64)
-    assert wide.shape == reference.shape
-    np.testing.assert_array_equal(np.isnan(wide), np.isnan(reference))
-    finite = ~np.isnan(reference)
-    error = np.abs(wide - reference)[finite] / np.maximum(1, np.abs(reference))[finite]
-    assert error.max(initial=0) <= tolerance, f"worst {error.max():.3g}, allowed {tolerance:.3g}"
+    assert_accurate(np.asarray(actual), reference, bound=tolerance, units="mixed")
 
 
 def assert_result(
-    backend: Backend, result: Result, reference, *, dtype="float32", tolerance=CONTRACT
+    row: Row, result: Result, reference, *, dtype="float32", tolerance=CONTRACT
 ) -> None:
     """Assert that a call returned an array like its input, with the reference's values."""
-    check_array(backend, result.array, shape=result.given.shape, dtype=dtype)
+    check_array(row, result.array, shape=result.given.shape, dtype=dtype)
     assert_close(result.values, reference, tolerance=tolerance)
 
 
@@ -295,9 +141,8 @@ def assert_gradient(actual, reference, *, rtol: float, at_least: float = 0.0) ->
     assert np.isfinite(np.abs(actual)).all()
     if not reference.size:
         return
-    wide = actual.astype(reference.dtype)
     largest = max(np.abs(reference).max(), at_least, math.ulp(0))
-    error = np.abs(wide - reference).max() / largest
+    error = worst(actual, reference, "relative", largest).error
     assert error <= rtol, f"relative error {error:.3g}, allowed {rtol:.3g}"
 
 
@@ -309,63 +154,44 @@ def assert_gradients(got: Differentiated, want, *, rtol: float, at_least: float 
 
 
 def differentiate(
-    backend: Backend, x, dy, scale=None, bias=None, *, how="vjp", mask=None, **keywords
+    row: Row, x, dy, scale=None, bias=None, *, how="vjp", mask=None, **keywords
 ) -> Differentiated:
     """Return the output and gradients.
 
     how="vjp" uses `group_norm_vjp`, how="autodiff" the library's automatic differentiation.
     """
-    method = {"vjp": _by_vjp, "jax": _by_jax, "torch": _by_torch}[
-        how if how == "vjp" else backend.library
-    ]
-    outer = backend
-    if method is _by_torch and backend is Backend.TORCH_COMPILE:
-        # The forward pass is compiled; autograd runs outside of it, as in a training loop.
-        outer, method = Backend.TORCH, functools.partial(_by_torch, compiled=True)
-    out, arrays = call_with_arrays(
-        outer,
-        functools.partial(method, keywords=keywords),
-        x=x,
-        dy=dy,
-        scale=scale,
-        bias=bias,
-        mask=mask,
-    )
+    method = _by_vjp if how == "vjp" else _by_autodiff
+    out, given = method(row, x, dy, scale, bias, mask, keywords)
     checked = []
-    like = (arrays["dy"], arrays["x"], arrays["scale"], arrays["bias"])
-    for got, given in zip(out, like, strict=True):
-        if given is None:
+    like = (given["dy"], given["x"], given["scale"], given["bias"])
+    for got, array in zip(out, like, strict=True):
+        if array is None:
             assert got is None
             checked.append(None)
             continue
-        check_array(backend, got, shape=given.shape, dtype=dtype_name(given.dtype))
-        checked.append(backend.to_numpy(got))
+        check_array(row, got, shape=array.shape, dtype=dtype_name(array))
+        checked.append(row.to_numpy(got))
     return Differentiated(*checked)
 
 
-def _by_vjp(x, dy, scale, bias, mask, keywords):
-    y, pullback = group_norm_vjp(x, scale, bias, mask=mask, **keywords)
-    grads = pullback(dy)
-    return y, grads.x, grads.scale, grads.bias
+def _by_vjp(row, x, dy, scale, bias, mask, keywords):
+    def function(x, dy, scale, bias, mask):
+        y, pullback = group_norm_vjp(x, scale, bias, mask=mask, **keywords)
+        return y, *pullback(dy)
+
+    return call_with_arrays(row, function, x=x, dy=dy, scale=scale, bias=bias, mask=mask)
 
 
-def _by_jax(x, dy, scale, bias, mask, keywords):
-    jax = importlib.import_module("jax")
+def _by_autodiff(row, x, dy, scale, bias, mask, keywords):
+    arguments = {"x": x, "scale": scale, "bias": bias, "mask": mask}
+    given = {name: place(row, a) for name, a in arguments.items()}
+    present = [name for name in given if isinstance(arguments[name], np.ndarray)]
+    wanted = [i for i, name in enumerate(present) if name != "mask"]
 
-    def forward(x, scale, bias):
-        return group_norm(x, scale, bias, mask=mask, **keywords)
+    def forward(*arrays):
+        return [group_norm(**(given | dict(zip(present, arrays, strict=True))), **keywords)]
 
-    y, pullback = jax.vjp(forward, x, scale, bias)
-    # JAX's complex cotangents are the conjugates of torch's, whose convention the library follows.
-    grads = pullback(dy.conj())
-    return y, *(None if g is None else g.conj() for g in grads)
-
-
-def _by_torch(x, dy, scale, bias, mask, keywords, compiled=False):
-    torch = importlib.import_module("torch")
-    forward = torch.compile(group_norm, fullgraph=True) if compiled else group_norm
-    leaves = [a if a is None else a.detach().requires_grad_() for a in (x, scale, bias)]
-    y = forward(*leaves, mask=mask, **keywords)
-    wanted = [a for a in leaves if a is not None]
-    grads = iter(torch.autograd.grad(y, wanted, dy))
-    return y.detach(), *(None if a is None else next(grads) for a in leaves)
+    given["dy"] = place(row, dy)
+    [y], found = row.vjp(forward, [given[name] for name in present], wanted, [given["dy"]])
+    gradients = dict(zip([present[i] for i in wanted], found, strict=True))
+    return (y, *(gradients.get(name) for name in ("x", "scale", "bias"))), given

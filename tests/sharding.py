@@ -13,7 +13,7 @@ import zlib
 
 import numpy as np
 
-from tests import oracle
+from groupnorm.testing import oracle
 from tests.rows import CONTRACT, GRADIENT, GRADIENT_FAR, assert_close, assert_gradient
 
 BATCH, CHANNELS, NUM_GROUPS = 2, 8, 4

@@ -197,8 +197,9 @@ def _reference(function: Any, reference: Function | None) -> Function:
 class _Expected(NamedTuple):
     """The reference's results for an input."""
 
-    results: list[tuple[str, Array]]
-    cotangents: list[Array]
+    #: By their paths; the cotangents are those of floating-point results.
+    results: dict[str, Array]
+    cotangents: dict[str, Array]
     wanted: list[int]
     #: For each wanted argument: the elements (None for all) and the gradient there.
     gradients: list[tuple[list[tuple[int, ...]] | None, Array]]
@@ -208,13 +209,14 @@ class _Expected(NamedTuple):
         """Compute the reference, and its gradients."""
         arrays = [wide(a) if isinstance(a, np.ndarray) else a for a in arguments]
 
-        def flat(*values: Array) -> list[Array]:
-            return [np.asarray(y) for _, y in leaves(reference(*_merged(arguments, values)))]
+        def flat(*values: Array) -> dict[str, Array]:
+            made = leaves(reference(*_merged(arguments, values)))
+            return {path: np.asarray(y) for path, y in made}
 
         given = [a for a in arrays if isinstance(a, np.ndarray)]
         try:
             with np.errstate(all="ignore"):
-                results = [(path, np.asarray(y)) for path, y in leaves(reference(*arrays))]
+                results = flat(*given)
         except Exception as error:
             raise ArgumentValueError(
                 f"reference: it failed for the input {name!r} ({type(error).__name__}: {error}): "
@@ -222,29 +224,28 @@ class _Expected(NamedTuple):
             ) from error
         rng = np.random.default_rng(asked.seed)
         # Their values are numbers of every dtype, so that each row has the same.
-        cotangents = [
-            _like(rng, np.shape(y), np.iscomplexobj(y)) if is_float(y.dtype) else None
-            for _, y in results
-        ]
-        wanted = _wanted(asked.gradients, arguments)
-        floats = [c for c in cotangents if c is not None]
-        if not floats:
-            wanted = []
+        cotangents = {
+            path: _like(rng, y.shape, np.iscomplexobj(y))
+            for path, y in results.items()
+            if is_float(y.dtype)
+        }
+        wanted = _wanted(asked.gradients, arguments) if cotangents else []
         found: list[tuple[list[tuple[int, ...]] | None, Array]] = []
         if wanted and asked.reference_vjp is not None:
-            exact = asked.reference_vjp(*arrays, *floats)
+            exact = asked.reference_vjp(*arrays, *cotangents.values())
             exact = exact if isinstance(exact, list | tuple) else (exact,)
             found = [(None, np.asarray(g)) for g in exact]
         elif wanted:
 
             def of_floats(*values: Array) -> list[Array]:
                 ys = flat(*values)
-                return [y for y, c in zip(ys, cotangents, strict=True) if c is not None]
+                return [ys[path] for path in cotangents]
 
             for i in wanted:
                 at = _elements(rng, given[i].shape, asked.elements)
                 with np.errstate(all="ignore"):
-                    found.append((at, differences(of_floats, given, i, at, floats)))
+                    exact = differences(of_floats, given, i, at, list(cotangents.values()))
+                found.append((at, exact))
         return _Expected(results, cotangents, wanted, found)
 
 
@@ -309,11 +310,11 @@ class _Trial(NamedTuple):
             except Exception as error:  # whatever the function raises is its result
                 self.wrong("raised", "result", f"{type(error).__name__}: {_first_line(error)}")
                 return
-            self.results(made)
+            same = self.results(made)
             for i, (before, after) in enumerate(zip(host, placed, strict=True)):
                 if row.to_numpy(after).tobytes() != before.tobytes():
                     self.wrong("input changed", f"array {i}", "the function wrote to its input")
-            if self.expected.wanted:
+            if self.expected.wanted and same:
                 self.gradients(placed, made)
 
     @property
@@ -321,56 +322,58 @@ class _Trial(NamedTuple):
         """The arguments that are arrays, as they were given."""
         return [a for a in self.arguments if isinstance(a, np.ndarray)]
 
-    def flat(self, *arrays: Array) -> list[Array]:
-        """Return the leaves of the function's results, which compilers can return."""
-        return [y for _, y in leaves(self.function(*_merged(self.arguments, arrays)))]
+    def flat(self, *arrays: Array) -> dict[str, Array]:
+        """Return the function's results by their paths, which compilers can return."""
+        return dict(leaves(self.function(*_merged(self.arguments, arrays))))
 
-    def results(self, made: list[Array]) -> None:
-        """Compare the results."""
-        if len(made) != len(self.expected.results):
-            self.wrong(
-                "results", "result",
-                f"{len(made)} arrays instead of {len(self.expected.results)}",
-            )  # fmt: skip
-            return
+    def results(self, made: dict[str, Array]) -> bool:
+        """Compare the results, and return whether they are arrays at the paths of the reference."""
+        expected = self.expected.results
+        if made.keys() != expected.keys():
+            self.wrong("results", "result", f"{_paths(made)} instead of {_paths(expected)}")
+            return False
+        for path in expected:
+            self.result(made[path], path)
+        return all(map(self.row.is_array, made.values()))
+
+    def result(self, y: Array, path: str, note: str = "") -> None:
+        """Compare one result."""
+        want, where = self.expected.results[path], f"result{path}{note}"
         floats = [a.dtype for a in self.host if is_float(a.dtype)]
-        for y, (path, want) in zip(made, self.expected.results, strict=True):
-            where = f"result{path}"
-            dtype = _expected_dtype(self.asked.dtype, floats, want)
-            if self.is_like(y, where, dtype, want.shape):
-                bound = self.asked.bound
-                got = self.row.to_numpy(y)
-                bound = default_bound(got.dtype, self.asked.units) if bound is None else bound
-                self.compare("value", where, worst(got, want, self.asked.units), bound)
+        if self.is_like(y, where, _expected_dtype(self.asked.dtype, floats, want), want.shape):
+            bound = self.asked.bound
+            got = self.row.to_numpy(y)
+            bound = default_bound(got.dtype, self.asked.units) if bound is None else bound
+            self.compare("value", where, worst(got, want, self.asked.units), bound)
 
-    def gradients(self, placed: list[Array], made: list[Array]) -> None:
-        """Compare the gradients."""
+    def gradients(self, placed: list[Array], made: dict[str, Array]) -> None:
+        """Compare the gradients, and the results that are computed with them."""
         row, expected, asked = self.row, self.expected, self.asked
         if "autodiff" in row.cannot and asked.vjp is None:
             self.skip("gradients", row.cannot["autodiff"])
             return
-        differentiable = [i for i, c in enumerate(expected.cotangents) if c is not None]
-        if len(made) != len(expected.cotangents) or not all(row.is_array(y) for y in made):
-            return  # which was found before
         cotangents = [
-            row.asarray(expected.cotangents[i].astype(row.to_numpy(made[i]).dtype))
-            for i in differentiable
+            row.asarray(c.astype(row.to_numpy(made[path]).dtype))
+            for path, c in expected.cotangents.items()
         ]
 
         def of_floats(*arrays: Array) -> list[Array]:
             ys = self.flat(*arrays)
-            return [ys[i] for i in differentiable]
+            return [ys[path] for path in expected.cotangents]
 
+        results: list[Array] = []
         try:
             if "autodiff" in row.cannot:
                 assert asked.vjp is not None
                 found = asked.vjp(*_merged(self.arguments, placed), *cotangents)
                 found = list(found) if isinstance(found, list | tuple) else [found]
             else:
-                found = row.vjp(of_floats, placed, expected.wanted, cotangents)
+                results, found = row.vjp(of_floats, placed, expected.wanted, cotangents)
         except Exception as error:
             self.wrong("raised", "gradient", f"{type(error).__name__}: {_first_line(error)}")
             return
+        for y, path in zip(results, expected.cotangents, strict=False):
+            self.result(y, path, " with gradients")
         if len(found) != len(expected.wanted):
             self.wrong("results", "gradient", f"{len(found)} instead of {len(expected.wanted)}")
             return
@@ -389,11 +392,19 @@ class _Trial(NamedTuple):
                 self.compare("gradient", where, worst(got, want, "relative"), bound)
                 continue
             known = np.isfinite(want)
+            if not known.all():
+                lost = f"{len(want) - known.sum()} of {len(want)} elements"
+                self.skip(
+                    f"{where}, input {self.name!r}, {lost}",
+                    "differences of the reference are not finite there: give a reference_vjp=",
+                )
             indices = [index for index, k in zip(at, known, strict=True) if k]
             values = np.array([got[index] for index in indices], got.dtype)
             largest = worst(values, want[known], "relative")
             if indices:
                 largest = largest._replace(at=indices[largest.at[0]])
+            elif at:
+                continue  # nothing was compared, which was said
             self.compare("gradient", where, largest, bound)
 
     def is_like(self, y: Array, where: str, dtype: str | None, shape: tuple[int, ...]) -> bool:
@@ -437,6 +448,13 @@ class _Trial(NamedTuple):
         skipped = Skipped(self.row.name, what, reason)
         if skipped not in self.report.skipped:
             self.report.skipped.append(skipped)
+
+
+def _paths(results: Mapping[str, Array]) -> str:
+    """Return the paths of results, in words."""
+    if list(results) == [""]:
+        return "one array"
+    return ", ".join(f"result{path}" for path in results) or "nothing"
 
 
 def _expected_dtype(wanted: str | None, floats: list[Any], want: Array) -> str | None:

@@ -1,14 +1,16 @@
 """Rows of a consistency test: every array library, in each way that it can be used.
 
 A row's name is ``"library"`` or ``"library:tag"``, such as ``torch`` and ``torch:compile``. A
-library is imported when a row of it is used, or when its GPUs are looked for.
+library is imported when a row of it is used; or when its GPUs are looked for, where a driver is.
 """
 
 import importlib
 import importlib.util
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -17,7 +19,7 @@ import numpy as np
 from groupnorm.dtypes import small_float
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
 
-__all__ = ["Row", "register_row", "row_names", "row_of", "rows", "rows_of"]
+__all__ = ["Row", "known_rows", "register_row", "row_names", "row_of", "rows", "rows_of"]
 
 Array = Any
 
@@ -79,12 +81,12 @@ class Row:
         """Why the row cannot be used on this machine; None if it can."""
         if importlib.util.find_spec(self.library) is None:
             return f"{self.library} is not installed"
-        if self.needs_gpu and not self.has_gpu():
+        if self.needs_gpu and not (_gpu_driver_present() and self.has_gpu()):
             return f"{self.library} finds no GPU"
         return None
 
     def has_gpu(self) -> bool:
-        """Whether the library can use a GPU; asked only if `needs_gpu`."""
+        """Whether the library can use a GPU; asked only if `needs_gpu` and if a driver is there."""
         return False
 
     def asarray(self, a: "np.ndarray[Any, Any]") -> Array:
@@ -119,8 +121,8 @@ class Row:
         arrays: Sequence[Array],
         wanted: Sequence[int],
         cotangents: Sequence[Array],
-    ) -> list[Array]:
-        """Return the gradients for the wanted arrays, by automatic differentiation.
+    ) -> tuple[list[Array], list[Array]]:
+        """Return the results, and the gradients for the wanted arrays, by the library's autodiff.
 
         Parameters
         ----------
@@ -133,6 +135,12 @@ class Row:
             One for each result.
         """
         raise NotImplementedError(self.cannot["autodiff"])
+
+
+def _gpu_driver_present() -> bool:
+    """Whether there can be a GPU's driver, asked first: libraries take seconds to import."""
+    devices = ("nvidia*", "nvhost*", "dxg", "kfd")  # of CUDA, of CUDA in WSL, of ROCm
+    return sys.platform != "linux" or any(any(Path("/dev").glob(name)) for name in devices)
 
 
 def _of_wanted(
@@ -170,7 +178,10 @@ class _JaxRow(Row):
         self.needs_gpu = self.tag == "gpu"
 
     def has_gpu(self) -> bool:
-        return any(device.platform == "gpu" for device in self.module.devices())
+        try:
+            return bool(self.module.devices("gpu"))
+        except RuntimeError:  # there is no such platform
+            return False
 
     def asarray(self, a: "np.ndarray[Any, Any]") -> Array:
         device = self.module.devices(self.tag if self.needs_gpu else "cpu")[0]
@@ -204,15 +215,16 @@ class _JaxRow(Row):
         arrays: Sequence[Array],
         wanted: Sequence[int],
         cotangents: Sequence[Array],
-    ) -> list[Array]:
-        def pulled_back(arrays: Sequence[Array], cotangents: Sequence[Array]) -> list[Array]:
+    ) -> tuple[list[Array], list[Array]]:
+        def pulled_back(arrays: Sequence[Array], cotangents: Sequence[Array]) -> Any:
             of_wanted, chosen = _of_wanted(function, arrays, wanted)
-            _, pullback = self.module.vjp(of_wanted, *chosen)
+            results, pullback = self.module.vjp(of_wanted, *chosen)
             # JAX's complex cotangents are the conjugates of those of other libraries.
             found = pullback([_conjugate(c) for c in cotangents])
-            return [_conjugate(g) for g in found]
+            return results, [_conjugate(g) for g in found]
 
-        return list(self.compiled(pulled_back)(list(arrays), list(cotangents)))
+        results, found = self.compiled(pulled_back)(list(arrays), list(cotangents))
+        return results, found
 
 
 def _conjugate(a: Array) -> Array:
@@ -268,18 +280,18 @@ class _TorchRow(Row):
         arrays: Sequence[Array],
         wanted: Sequence[int],
         cotangents: Sequence[Array],
-    ) -> list[Array]:
+    ) -> tuple[list[Array], list[Array]]:
         leaves = [a.detach().requires_grad_(i in wanted) for i, a in enumerate(arrays)]
         chosen = [leaves[i] for i in wanted]
         with self.module.enable_grad():
             # The forward pass is compiled, and differentiated as in a training loop.
             results = self.compiled(function)(*leaves)
         recorded = [(y, c) for y, c in zip(results, cotangents, strict=True) if y.requires_grad]
-        if not recorded:
-            return [self.module.zeros_like(a) for a in chosen]
-        ys, cs = zip(*recorded, strict=True)
-        found = self.module.autograd.grad(ys, chosen, cs, allow_unused=True)
-        return [
+        found: Sequence[Array | None] = [None] * len(chosen)
+        if recorded:
+            ys, cs = zip(*recorded, strict=True)
+            found = self.module.autograd.grad(ys, chosen, cs, allow_unused=True)
+        return [y.detach() for y in results], [
             self.module.zeros_like(a) if g is None else g
             for a, g in zip(chosen, found, strict=True)
         ]
@@ -371,10 +383,10 @@ class _MlxRow(Row):
         arrays: Sequence[Array],
         wanted: Sequence[int],
         cotangents: Sequence[Array],
-    ) -> list[Array]:
+    ) -> tuple[list[Array], list[Array]]:
         of_wanted, chosen = _of_wanted(function, arrays, wanted)
-        _, found = self.module.vjp(of_wanted, chosen, list(cotangents))
-        return list(found)
+        results, found = self.module.vjp(of_wanted, chosen, list(cotangents))
+        return list(results), list(found)
 
 
 _rows: dict[str, Row] = {}
@@ -406,6 +418,11 @@ for _name, _kind in {
     "mlx": _MlxRow,
 }.items():
     register_row(_kind(_name))
+
+
+def known_rows() -> Mapping[str, Row]:
+    """Return all rows by their names, usable here or not."""
+    return MappingProxyType(_rows)
 
 
 def row_names() -> tuple[str, ...]:

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from groupnorm.testing.tables import plain_table, print_table
+
 __all__ = ["Disagreement", "Finding", "Report", "Skipped", "badness"]
 
 
@@ -113,32 +115,30 @@ class Report:
         found = [f for f in self.findings if f.row == row and name in (None, f.input)]
         return max(found, key=badness, default=None)
 
+    def extend(self, other: "Report") -> None:
+        """Add what another check found, of other inputs, rows or with other bounds.
+
+        Parameters
+        ----------
+        other : Report
+            In the same units.
+        """
+        for ours, theirs in ((self.rows, other.rows), (self.inputs, other.inputs)):
+            ours += [name for name in theirs if name not in ours]
+        self.findings += other.findings
+        self.skipped += [s for s in other.skipped if s not in self.skipped]
+
     def __str__(self) -> str:
         """Return the table as plain text, and below it what is wrong and what was skipped."""
         header, *lines = self._cells()
-        widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
-        rule = ["-" * width for width in widths]
-        text = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (header, rule, *lines)]
-        return "\n".join([*text, *self._notes()])
+        return "\n".join([plain_table(header, lines), *self._notes()])
 
     def print(self) -> None:
         """Print the table, in colours if rich is installed."""
-        try:
-            from rich.console import Console
-            from rich.table import Table
-            from rich.text import Text
-        except ImportError:
-            print(self)
-            return
         header, *lines = self._cells()
-        table = Table(*header)
-        for line in lines:
-            styles = ("bold red" if cell.endswith("WRONG") else "" for cell in line)
-            table.add_row(*(Text(c, style=s) for c, s in zip(line, styles, strict=True)))
-        console = Console()
-        console.print(table)
+        print_table(header, lines)
         for note in self._notes():
-            console.print(note, markup=False, highlight=False)
+            print(note)
 
     def _cells(self) -> Iterator[list[str]]:
         yield [f"largest error ({self.units})", *self.inputs]
@@ -172,7 +172,14 @@ class Report:
 
         Errors that are infinite or NaN are null.
         """
-        made = {
+        text = json.dumps(self.as_dict(), indent=2)
+        if path is not None:
+            Path(path).write_text(text + "\n", encoding="utf-8")
+        return text
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report in the types of JSON."""
+        return {
             "right": bool(self),
             "units": self.units,
             "rows": self.rows,
@@ -183,10 +190,6 @@ class Report:
             ],
             "skipped": [asdict(s) for s in self.skipped],
         }
-        text = json.dumps(made, indent=2)
-        if path is not None:
-            Path(path).write_text(text + "\n", encoding="utf-8")
-        return text
 
     def plot(self, path: str | Path) -> None:
         """Draw the errors of rows and inputs as a heat map; needs matplotlib.

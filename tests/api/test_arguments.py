@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from groupnorm import GroupNorm, errors, group_norm, group_norm_vjp, initializers
-from tests.rows import Backend
+from tests.rows import ROWS
 
 VALUE, TYPE = errors.ArgumentValueError, errors.ArgumentTypeError
 X = np.arange(2 * 4 * 5 * 6, dtype=np.float32).reshape(2, 4, 5, 6)
@@ -293,7 +293,7 @@ class TestForeignArrays:
 
     @pytest.mark.needs("array_api_strict")
     def test_two_devices(self):
-        here, there = Backend.STRICT, Backend.STRICT_DEVICE
+        here, there = ROWS["array_api_strict"], ROWS["array_api_strict:device1"]
         one = np.ones(6, np.float32)
         assert_raises(
             lambda: group_norm(here.asarray(X), there.asarray(one), num_groups=3),
@@ -330,7 +330,7 @@ def test_errors_are_the_same_on_every_library(backend, wrong):
     with pytest.raises(VALUE) as expected:
         group_norm(X, **keywords)
     with pytest.raises(VALUE) as caught:
-        backend.transform(lambda x: group_norm(x, **keywords))(backend.asarray(X))
+        backend.compiled(lambda x: group_norm(x, **keywords))(backend.asarray(X))
     assert str(caught.value) == str(expected.value)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from groupnorm import GroupNorm, initializers
 from groupnorm.errors import ArgumentValueError
-from tests import oracle
+from groupnorm.testing import oracle
 from tests.rows import CONTRACT, assert_close
 
 LAYERS = ["numpy", *(pytest.param(n, marks=pytest.mark.needs(n)) for n in ("jax", "torch"))]

@@ -14,8 +14,6 @@ import numpy as np
 import pytest
 
 import groupnorm
-from groupnorm import __main__ as command
-from groupnorm import selfcheck
 from groupnorm.arguments import IMPLEMENTATIONS
 from groupnorm.dispatch import adapter_named
 from tests import ROOT
@@ -277,81 +275,6 @@ def test_every_error_derives_from_a_package_and_a_builtin_error():
     assert set(errors.__all__) == {"GroupNormError", *(error.__name__ for error in kinds)}
 
 
-@pytest.mark.every_library
-@pytest.mark.slow
-def test_command_line_table():
-    done = python("-m", "groupnorm")
-    for name in ("numpy", "jax", "torch", "cupy", "implementation"):
-        assert name in done.stdout
-
-
-def test_command_line_names_the_extra_if_numba_is_missing():
-    program = without("numba", "jax", "torch", "cupy", "rich") + (
-        "import sys, groupnorm.__main__ as m\nsys.exit(m.main([]))"
-    )
-    lines = python("-W", "error", "-c", program).stdout.splitlines()
-    assert lines[1].split() == ["backend", "version", "devices", "implementation", "status"]
-    assert lines[3].split() == ["numpy", np.__version__, "cpu", "portable", "agrees"]
-    assert lines[4].split() == ["jax", "-", "-", "-", "not", "installed"]
-    [line] = [line for line in lines if "groupnorm[cpu]" in line]
-    assert line.startswith("numpy, cpu: not fused, ")
-
-
-def test_command_line_lists_devices_separately_if_implementations_differ(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "rich.console", None)
-    report = selfcheck.BackendReport(
-        name="torch",
-        version="1",
-        devices=("cpu", "cuda:0", "cuda:1"),
-        reason=None,
-        checks=(),
-        implementations={
-            "cpu": ("fused", "portable", "native"),
-            "cuda:0": ("portable", "native"),
-            "cuda:1": ("portable", "native"),
-        },
-        why_not_fused={"cuda:0": "no kernels", "cuda:1": "no kernels"},
-    )
-    command._print_report([report])
-    lines = capsys.readouterr().out.splitlines()
-    assert "fused (cpu), portable (cuda:0, cuda:1)" in lines[3]
-    # One line per reason.
-    assert [line for line in lines if "no kernels" in line] == [
-        "torch, cuda:0, cuda:1: not fused, no kernels"
-    ]
-
-
-@pytest.mark.every_library
-@pytest.mark.slow
-def test_command_line_json():
-    report = json.loads(python("-m", "groupnorm", "--json").stdout)
-    assert report["agree"] is True
-    backends = {entry["name"]: entry for entry in report["backends"]}
-    assert list(backends) == ["numpy", "jax", "torch", "cupy"]
-    for info in groupnorm.available_backends()[: len(backends)]:  # not the one of these tests
-        entry = backends[info.name]
-        assert entry["version"] == info.version
-        assert entry["implementations"] == {d: list(n) for d, n in info.implementations.items()}
-        assert entry["why_not_fused"] == info.why_not_fused
-        if info.devices:
-            assert entry["checks"]
-            assert all(check["agrees"] for check in entry["checks"])
-
-
-@pytest.mark.slow
-def test_command_line_fails_if_a_backend_is_wrong():
-    """The control: with wrong NumPy results the exit status is not 0."""
-    program = (
-        "import sys, groupnorm.selfcheck as s, groupnorm.__main__ as m\n"
-        "right = s.group_norm\n"
-        "s.group_norm = lambda *a, **k: right(*a, **k) * 1.001\n"
-        "sys.exit(m.main(['--json']))"
-    )
-    done = python("-c", program, check=False)
-    assert done.returncode == 1, done.stderr
-    assert json.loads(done.stdout)["agree"] is False
-
-
 PUBLIC_MODULES = [
     "groupnorm",
     "groupnorm.distributed.axis_names",
@@ -361,6 +284,7 @@ PUBLIC_MODULES = [
     "groupnorm.initializers",
     "groupnorm.layer",
     "groupnorm.portable.merge",
+    "groupnorm.testing.oracle",
 ]
 
 

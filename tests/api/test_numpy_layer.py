@@ -11,7 +11,7 @@ import pytest
 
 from groupnorm import GroupNorm, group_norm_vjp
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError, GroupNormError
-from tests import oracle
+from groupnorm.testing import oracle
 from tests.rows import (
     CONTRACT,
     CONTRACT_64,

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from groupnorm import GroupNorm, group_norm
-from tests import oracle
+from groupnorm.testing import oracle
 from tests.rows import CONTRACT, assert_close
 
 CHANNELS, GROUPS = 6, 3

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests import ROOT
-from tests.rows import CONTRACT, Backend
+from tests.rows import CONTRACT, ROWS
 
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINKING = [*DOCS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
@@ -73,7 +73,7 @@ def test_every_block_is_of_a_known_kind():
 
 @pytest.mark.parametrize("block", list(examples()))
 def test_example_runs(block, request, monkeypatch):
-    if request.node.get_closest_marker("gpu") and not Backend.CUPY.gpu_present():
+    if request.node.get_closest_marker("gpu") and ROWS["cupy"].why_absent is not None:
         pytest.skip("no GPU here")
     module = types.ModuleType("readme")
     monkeypatch.setitem(sys.modules, "readme", module)  # where torch.compile looks names up

@@ -10,11 +10,10 @@ import pytest
 
 from groupnorm import GroupNorm
 from groupnorm.errors import GroupNormError
-from tests import oracle
-from tests.rows import CONTRACT, Backend, assert_close, host_dtype
+from groupnorm.testing import oracle
+from tests.rows import CONTRACT, ROWS, assert_close, host_dtype
 
 NAMES = ("numpy", "jax", "torch")
-ROWS = {"numpy": Backend.NUMPY, "jax": Backend.JAX, "torch": Backend.TORCH}
 PAIRS = [
     pytest.param(*pair, marks=pytest.mark.needs(*pair), id="-".join(pair))
     for pair in itertools.product(NAMES, NAMES)

@@ -15,7 +15,7 @@ import groupnorm
 from groupnorm.dispatch import layer_class_named
 from groupnorm.errors import GroupNormError
 from tests.conftest import SELECTED
-from tests.rows import Backend
+from tests.rows import ROWS
 
 SHAPE = (2, 6, 8)
 KINDS = {
@@ -113,7 +113,7 @@ def test_arguments_of_functions(function, quick_backend, x):
 
 @pytest.mark.parametrize("backend_name", ["numpy", *("torch", "jax")])
 def test_arguments_of_layers(backend_name, request):
-    row = Backend(backend_name)
+    row = ROWS[backend_name]
     if row not in request.config.stash[SELECTED]:
         pytest.skip(f"--backends excludes {backend_name}")
     names = parameters(layer_class_named(backend_name).__init__)

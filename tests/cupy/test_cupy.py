@@ -21,7 +21,7 @@ from groupnorm.adapter import Unsupported
 from groupnorm.backends.kernels.gpu.launch import planned
 from groupnorm.dispatch import adapter_named, adapter_of
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError, BackendImportError
-from tests import oracle
+from groupnorm.testing import oracle
 from tests.rows import CONTRACT, GRADIENT, assert_close, assert_gradient
 
 CHANNELS, GROUPS = 8, 4

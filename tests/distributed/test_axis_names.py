@@ -19,7 +19,8 @@ from groupnorm.dispatch import adapter_named
 from groupnorm.distributed.replicas import Replicas, Signature
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError, AxisNameError
 from groupnorm.portable.collectives import gather_checked
-from tests import ROOT, oracle
+from groupnorm.testing import oracle
+from tests import ROOT
 from tests.rows import CONTRACT, GRADIENT, assert_close, assert_gradient
 
 

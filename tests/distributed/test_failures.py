@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from tests import ROOT, oracle
+from groupnorm.testing import oracle
+from tests import ROOT
 from tests.distributed.test_mpi import run_mpi, skip_without_mpi
 from tests.rows import CONTRACT
 

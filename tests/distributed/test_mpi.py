@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests import ROOT, oracle
+from groupnorm.testing import oracle
+from tests import ROOT
 from tests.portable.test_dtypes import STEPS, assert_rounded
 from tests.rows import CONTRACT, CONTRACT_64, GRADIENT, assert_close, assert_gradient
 from tests.sharding import NUM_GROUPS, Case, cases, check, data

@@ -20,7 +20,7 @@ import pytest
 from groupnorm import GroupNorm, bind_axis, group_norm, group_norm_vjp
 from groupnorm.dispatch import adapter_named
 from groupnorm.errors import AxisNameError
-from tests import oracle
+from groupnorm.testing import oracle
 from tests.cupy.test_cupy import count_devices, on_gpu
 from tests.portable.test_dtypes import assert_rounded
 from tests.rows import CONTRACT, CONTRACT_64, GRADIENT, assert_close, assert_gradient

@@ -25,7 +25,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from groupnorm import GroupNorm
 from groupnorm.initializers import constant
-from tests import ROOT, oracle
+from groupnorm.testing import oracle
+from tests import ROOT
 from tests.programs.torch_dtensor import COUNTED, WORLD, Case, cases, data, jobs
 from tests.rows import CONTRACT, GRADIENT, GRADIENT_FAR, assert_close, assert_gradient
 

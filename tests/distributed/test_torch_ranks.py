@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests import ROOT, oracle
+from groupnorm.testing import oracle
+from tests import ROOT
 from tests.rows import CONTRACT, GRADIENT, assert_close, assert_gradient
 from tests.sharding import NUM_GROUPS, Case, cases, check, data
 

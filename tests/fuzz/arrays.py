@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from groupnorm.testing.registry import Row
 from tests.fuzz.cases import COMPLEX, REAL_OF, Case
-from tests.rows import Backend, host_dtype
-
-ROWS = {"numpy": Backend.NUMPY, "torch": Backend.TORCH, "jax": Backend.JAX}
+from tests.rows import host_dtype
 
 
 class Values(NamedTuple):
@@ -131,7 +130,7 @@ def _constant_if_broadcast(a: np.ndarray, layout: str, seed: int) -> np.ndarray:
     return np.broadcast_to(a.take([0], axis), a.shape).copy()
 
 
-def lay_out(row: Backend, a: np.ndarray, layout: str, seed: int) -> Laid:
+def lay_out(row: Row, a: np.ndarray, layout: str, seed: int) -> Laid:
     """Put values into a library's memory in the given way; views are not contiguous."""
     if row.library == "numpy":
         return _numpy_layout(a, layout, seed)
@@ -189,7 +188,7 @@ def _numpy_layout(a: np.ndarray, layout: str, seed: int) -> Laid:
     return Laid(base, base)
 
 
-def _torch_layout(row: Backend, a: np.ndarray, layout: str, seed: int) -> Laid:
+def _torch_layout(row: Row, a: np.ndarray, layout: str, seed: int) -> Laid:
     torch = importlib.import_module("torch")
     match layout:
         case "F" | "permuted" | "channels_last":

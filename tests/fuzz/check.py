@@ -12,10 +12,11 @@ import numpy as np
 
 from groupnorm import group_norm, group_norm_vjp
 from groupnorm.errors import ArgumentValueError
-from tests.fuzz.arrays import ROWS, Laid, Values, lay_out, values_of
+from groupnorm.testing.registry import Row
+from tests.fuzz.arrays import Laid, Values, lay_out, values_of
 from tests.fuzz.cases import Case
 from tests.fuzz.reference import Expected, Reference, compute, widen
-from tests.rows import Backend, _by_jax, check_array
+from tests.rows import ROWS, check_array
 
 NAMES = ("y", "dx", "dscale", "dbias")
 
@@ -40,7 +41,7 @@ def check(case: Case) -> None:
         _check(case, row, values, reference)
 
 
-def _check(case: Case, row: Backend, values: Values, reference: Reference) -> None:
+def _check(case: Case, row: Row, values: Values, reference: Reference) -> None:
     dy = np.where(reference.kinks, values.dy.dtype.type(0), values.dy)
     if reference.kinks.any() and case.dy_layout == "broadcast":
         dy = np.zeros_like(dy)
@@ -109,9 +110,9 @@ def _compare(name: str, actual: np.ndarray, expected: Expected) -> None:
         )
 
 
-def _arrays(case: Case, row: Backend, values: Values) -> list[Any]:
+def _arrays(case: Case, row: Row, values: Values) -> list[Any]:
     """Return x, dy, scale, bias and mask: `Laid`, or None, or a mask that is not an array."""
-    where = Backend.NUMPY if case.host_parameters else row
+    where = ROWS["numpy"] if case.host_parameters else row
     arrays: list[Any] = [
         lay_out(row, values.x, case.layout, case.seed),
         lay_out(row, values.dy, case.dy_layout, case.seed),
@@ -131,7 +132,7 @@ def _arrays(case: Case, row: Backend, values: Values) -> list[Any]:
             case.shape)  # fmt: skip
         mask = Laid(full, mask.base)
     elif mask is not None:
-        home = Backend.NUMPY if case.mask_layout == "host" else row
+        home = ROWS["numpy"] if case.mask_layout == "host" else row
         mask = lay_out(home, mask, case.mask_layout, case.seed)
     return [*arrays, mask]
 
@@ -141,7 +142,7 @@ def _layout_of_parameter(case: Case) -> str:
     return "strided" if case.parameter_layout == "broadcast" else case.parameter_layout
 
 
-def _bits(row: Backend, a: Any) -> bytes:
+def _bits(row: Row, a: Any) -> bytes:
     if not isinstance(a, np.ndarray):
         a = row.to_numpy(a)
     return np.ascontiguousarray(a).tobytes()
@@ -203,6 +204,16 @@ def _jax_call(static, constants, traced):
     keywords = dict(keywords) | {"implementation": "portable"}
     a = constants | traced
     if how == "autodiff":
-        return _by_jax(a["x"], a["dy"], a["scale"], a["bias"], a["mask"], keywords)
+        names = [name for name in ("x", "scale", "bias") if a[name] is not None]
+
+        def forward(*given):
+            absent = {"scale": None, "bias": None}
+            chosen = absent | dict(zip(names, given, strict=True))
+            return [group_norm(**chosen, mask=a["mask"], **keywords)]
+
+        given = [a[name] for name in names]
+        [y], found = ROWS["jax"].vjp(forward, given, range(len(given)), [a["dy"]])
+        gradients = dict(zip(names, found, strict=True))
+        return y, *(gradients.get(name) for name in ("x", "scale", "bias"))
     y, pullback = group_norm_vjp(a["x"], a["scale"], a["bias"], mask=a["mask"], **keywords)
     return y, *pullback(a["dy"])

@@ -3,7 +3,7 @@
 It shares no code and no method with the library: elements are gathered by their group's number, and
 the textbook formula is applied in ``long double`` (64 bits of precision and no overflow on x86),
 with the mean as a pair, so that neither an offset nor the size of the data costs digits. It agrees
-with `tests.oracle`, which sums exactly but holds values in float64.
+with `groupnorm.testing.oracle`, which sums exactly but holds values in float64.
 
 The bounds are those of the accuracy contract, each relative to the terms that were rounded: an
 output to its normalized value (or its group's spread, if that is larger), a gradient to the
@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from groupnorm.testing.oracle import as_axes, channel_numbers, default_reduction
 from tests.fuzz.arrays import Values
 from tests.fuzz.cases import COMPLEX, HALF, Case
-from tests.oracle import as_axes, channel_numbers, default_reduction
 from tests.rows import CONTRACT, GRADIENT, GRADIENT_FAR, host_dtype
 
 # The second derivative of an activation is at most this, and the first at most 1.13.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from groupnorm import group_norm_vjp
-from tests import oracle
+from groupnorm.testing import oracle
 from tests.fuzz import check as checks
 from tests.fuzz.arrays import values_of
 from tests.fuzz.cases import Case, draw

@@ -9,7 +9,7 @@ import pytest
 from jax import export
 
 from groupnorm import group_norm
-from tests import oracle
+from groupnorm.testing import oracle
 from tests.rows import CONTRACT, GRADIENT, assert_close, assert_gradient
 
 CHANNELS = 8

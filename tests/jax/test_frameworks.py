@@ -15,7 +15,7 @@ from flax import nnx
 
 from groupnorm import GroupNorm
 from groupnorm.errors import ArgumentTypeError
-from tests import oracle
+from groupnorm.testing import oracle
 from tests.jax.test_layer import CHANNELS, GROUPS, array, assert_equals_oracle
 from tests.jax.test_layer import make as make_layer
 from tests.rows import CONTRACT, GRADIENT, assert_close, assert_gradient

@@ -20,8 +20,9 @@ import pytest
 from groupnorm import available_backends, group_norm, group_norm_vjp
 from groupnorm.adapter import Unsupported
 from groupnorm.backends.kernels.gpu import program as gpu
-from tests import ROOT, oracle
-from tests.rows import CONTRACT, GRADIENT, Backend, assert_close, assert_gradient
+from groupnorm.testing import oracle
+from tests import ROOT
+from tests.rows import CONTRACT, GRADIENT, ROWS, assert_close, assert_gradient
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="what is interpreted is not compiled"
@@ -120,7 +121,7 @@ def test_what_fails_is_told(jax, jax_gpu, monkeypatch, caplog):
     jax_gpu.chosen_launcher.cache_clear()
     found = jax_gpu.chosen_launcher()  # there is no GPU: XLA refuses
     jax_gpu.chosen_launcher.cache_clear()
-    if Backend.JAX_GPU.gpu_present():
+    if ROWS["jax:gpu"].why_absent is None:
         pytest.skip("there is a GPU: nothing fails")
     assert isinstance(found, Unsupported)
     assert "XLA's PTX call: " in found.reason
@@ -154,7 +155,7 @@ def test_compiled_for_a_gpu_that_is_not_here(launcher):
 
 def on_gpu(function):
     """Mark a test that computes on a GPU."""
-    absent = not Backend.JAX_GPU.gpu_present()
+    absent = ROWS["jax:gpu"].why_absent is not None
     return pytest.mark.gpu(pytest.mark.skipif(absent, reason="no GPU JAX can use")(function))
 
 

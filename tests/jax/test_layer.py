@@ -13,7 +13,7 @@ from jax.test_util import check_grads
 
 from groupnorm import GroupNorm, group_norm
 from groupnorm.errors import ArgumentTypeError
-from tests import oracle
+from groupnorm.testing import oracle
 from tests.rows import CONTRACT, GRADIENT, assert_close, assert_gradient
 
 CHANNELS, GROUPS = 8, 4

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from groupnorm import GroupNorm, group_norm
 from groupnorm.errors import ArgumentValueError, AxisNameError
-from tests import oracle
+from groupnorm.testing import oracle
 from tests.rows import CONTRACT, assert_close, assert_gradient
 from tests.sharding import CHANNELS, NUM_GROUPS, Case, cases, check, data
 

@@ -18,7 +18,7 @@ from groupnorm import (
     normalize,
 )
 from groupnorm.errors import ArgumentStateError, ArgumentTypeError
-from tests import oracle
+from groupnorm.testing import oracle
 from tests.rows import CONTRACT, GRADIENT, assert_close, assert_gradient
 
 SHAPE, GROUPS = (2, 300, 8), 2

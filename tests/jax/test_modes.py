@@ -20,7 +20,7 @@ from groupnorm import (
     normalize,
 )
 from groupnorm.errors import ArgumentTypeError
-from tests import oracle
+from groupnorm.testing import oracle
 from tests.core_calls import CALLS, check, draw, reference
 from tests.rows import CONTRACT, assert_close
 

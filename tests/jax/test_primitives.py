@@ -10,7 +10,7 @@ import pytest
 from groupnorm import group_norm, group_norm_vjp
 from groupnorm.adapter import Unsupported
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
-from tests import oracle
+from groupnorm.testing import oracle
 from tests.rows import (
     CONTRACT,
     CONTRACT_64,

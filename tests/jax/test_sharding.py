@@ -30,7 +30,7 @@ from groupnorm.errors import (
     ArgumentValueError,
     AxisNameError,
 )
-from tests import oracle
+from groupnorm.testing import oracle
 from tests.rows import CONTRACT, GRADIENT, GRADIENT_FAR, assert_close, assert_gradient
 from tests.sharding import NUM_GROUPS, Case
 from tests.sharding import check as check_case

@@ -19,7 +19,7 @@ from groupnorm.backends.kernels.cpu import call_frame as frames
 from groupnorm.backends.kernels.cpu import launch as cpu_launch
 from groupnorm.backends.kernels.cpu import threads
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
-from tests import oracle
+from groupnorm.testing import oracle
 from tests.rows import (
     CONTRACT,
     GRADIENT,

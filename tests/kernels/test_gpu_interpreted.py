@@ -20,7 +20,8 @@ from groupnorm.arguments import validate
 from groupnorm.backends.kernels.gpu import program as gpu
 from groupnorm.backends.kernels.gpu import tiling as gpu_tiles
 from groupnorm.dispatch import adapter_named
-from tests import interpreter, oracle
+from groupnorm.testing import oracle
+from tests import interpreter
 from tests.rows import CONTRACT, GRADIENT, GRADIENT_FAR, assert_close, assert_gradient
 
 ACTIVATIONS = (None, "relu", "silu", "gelu")

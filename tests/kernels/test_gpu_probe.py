@@ -7,7 +7,7 @@ import pytest
 
 from groupnorm.backends.kernels.gpu import build as triton_build
 from groupnorm.backends.kernels.gpu.probe import DeviceProbe, why_too_old
-from tests import oracle
+from groupnorm.testing import oracle
 
 
 @pytest.fixture(autouse=True)

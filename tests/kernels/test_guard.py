@@ -13,7 +13,7 @@ from groupnorm.backends.numpy.adapter import numpy_adapter
 from groupnorm.dispatch import adapter_named, compute, compute_with_pullback, implementations_on
 from groupnorm.errors import ArgumentValueError, BackendImportError
 from groupnorm.portable import activations
-from tests import oracle
+from groupnorm.testing import oracle
 from tests.rows import CONTRACT, assert_close
 
 OPTIONS = {

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from groupnorm import group_norm, group_norm_vjp, group_statistics, normalize
-from tests import oracle
+from groupnorm.testing import oracle
 from tests.rows import (
     CONTRACT,
     CONTRACT_64,
-    Backend,
+    ROWS,
     assert_close,
     assert_gradient,
     assert_result,
@@ -46,14 +46,14 @@ def make_mask(rng, shape, feature_axis):
 
 def compiled_call(backend, **keywords):
     """Return `group_norm`, compiled once for the common shape of all the data in one test."""
-    return backend.transform(lambda x, mask: group_norm(x, mask=mask, **keywords))
+    return backend.compiled(lambda x, mask: group_norm(x, mask=mask, **keywords))
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 @pytest.mark.parametrize("fast", [True, False], ids=["fast", "two-pass"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_offset(any_backend, layout, fast, masked, rng):
-    if any_backend is Backend.TORCH_COMPILE and layout not in COMPILED_LAYOUTS:
+    if any_backend.name == "torch:compile" and layout not in COMPILED_LAYOUTS:
         pytest.skip("compiling is slow; two layouts are enough there")
     feature_axis, shape = LAYOUTS[layout]
     keywords = {"num_groups": GROUPS, "feature_axis": feature_axis}
@@ -283,7 +283,7 @@ def constants(rng):
 @pytest.mark.parametrize("layout", ["last", "first", "few positions", "one group"])
 def test_constants_give_exactly_the_bias(any_backend, layout, fast, masked, rng, pytestconfig):
     """Eighty constants, one per sample; no count is a power of 2, so a rounded mean would show."""
-    if any_backend is Backend.TORCH_COMPILE and layout not in COMPILED_LAYOUTS:
+    if any_backend.name == "torch:compile" and layout not in COMPILED_LAYOUTS:
         pytest.skip("compiling is slow; two layouts are enough there")
     shape, axis, groups = {
         "last": ((7, 43, 12), -1, 4),
@@ -302,7 +302,7 @@ def test_constants_give_exactly_the_bias(any_backend, layout, fast, masked, rng,
         x = np.where(mask, x, rng.normal(size=x.shape)).astype(np.float32)
     bias = rng.normal(size=channels).astype(np.float32)
     scale = rng.uniform(0.5, 1.5, size=channels).astype(np.float32)
-    epsilons = [1e-6] if any_backend is Backend.TORCH_COMPILE else [1e-6, 0]
+    epsilons = [1e-6] if any_backend.name == "torch:compile" else [1e-6, 0]
     for epsilon in epsilons:
         y = run(
             any_backend,
@@ -343,7 +343,7 @@ def test_results_are_reproducible_bit_for_bit(any_backend, fast, rng):
 @pytest.mark.parametrize("feature_axis", [-1, 1])
 def test_torch_bits_do_not_depend_on_the_thread_count(feature_axis, compiled, rng):
     torch = importlib.import_module("torch")
-    backend = Backend.TORCH_COMPILE if compiled else Backend.TORCH
+    backend = ROWS["torch:compile"] if compiled else ROWS["torch"]
     x = (1e2 + rng.normal(size=(1, 128, 64, 128))).astype(np.float32)
     dy = rng.normal(size=x.shape).astype(np.float32)
     before = torch.get_num_threads()
@@ -367,7 +367,7 @@ def test_torch_bits_do_not_depend_on_the_thread_count(feature_axis, compiled, rn
         np.testing.assert_array_equal(outputs[0][1], other[1])
 
 
-BIG_ROWS = [Backend.NUMPY, Backend.JAX, Backend.JAX_JIT, Backend.TORCH]
+BIG_ROWS = [ROWS["numpy"], ROWS["jax"], ROWS["jax:jit"], ROWS["torch"]]
 
 
 @pytest.mark.slow

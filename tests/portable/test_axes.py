@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 
 import groupnorm
-from tests import oracle
+from groupnorm.testing import oracle
 from tests.rows import (
     CONTRACT,
-    Backend,
     assert_close,
     assert_gradients,
     assert_result,
@@ -228,7 +227,7 @@ class TestLayer:
         in_size, feature_axis, shape, axes = self.CASES[case]
         quarter = groupnorm.initializers.constant(0.25)
         layer = groupnorm.GroupNorm(in_size, feature_axis, num_groups=3, bias_init=quarter)
-        if backend is Backend.JAX_JIT:
+        if backend.name == "jax:jit":
             pytest.skip("a plain object cannot be traced as an argument; see the JAX layer's tests")
         x = rng.normal(size=shape).astype(np.float32)
         given = backend.asarray(x)

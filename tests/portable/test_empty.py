@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 import groupnorm
-from tests import oracle
-from tests.rows import CONTRACT, assert_result, check_array, differentiate, run
+from groupnorm.testing import oracle
+from tests.rows import CONTRACT, assert_result, check_array, default_float, differentiate, run
 
 # (shape, feature axis): no samples, no positions, neither, no positions along one of two axes.
 EMPTY = {
@@ -79,7 +79,7 @@ def test_the_dtype_of_an_empty_result(backend, dtype):
     if dtype not in backend.dtypes:
         pytest.skip(f"{backend.library} has no {dtype}")
     result = run(backend, np.zeros((0, 5, 6), dtype=dtype), num_groups=3)
-    expected = backend.default_float if dtype == "int32" else dtype
+    expected = default_float(backend) if dtype == "int32" else dtype
     check_array(backend, result.array, shape=(0, 5, 6), dtype=expected)
 
 

@@ -13,7 +13,7 @@ from groupnorm import (
     merge_statistics,
     normalize,
 )
-from tests import oracle
+from groupnorm.testing import oracle
 from tests.core_calls import CALLS, check, draw, reference
 from tests.rows import CONTRACT, assert_close
 

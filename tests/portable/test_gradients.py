@@ -8,15 +8,16 @@ import pytest
 import groupnorm
 from groupnorm import group_norm, group_norm_vjp
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
-from tests import oracle
+from groupnorm.testing import oracle
 from tests.rows import (
     CONTRACT,
     GRADIENT,
     GRADIENT_FAR,
-    Backend,
+    ROWS,
     Differentiated,
     assert_close,
     assert_gradients,
+    compiles,
     differentiate,
     run,
 )
@@ -73,7 +74,7 @@ def test_accuracy_by_autodiff(autodiff_backend, layout, fast, masked, rng):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_accuracy_compiled_by_torch(layout, masked, rng):
     try:
-        check_accuracy(Backend.TORCH_COMPILE, "autodiff", layout, True, masked, rng)
+        check_accuracy(ROWS["torch:compile"], "autodiff", layout, True, masked, rng)
     finally:
         importlib.import_module("torch")._dynamo.reset()
 
@@ -103,7 +104,7 @@ def test_the_output_of_vjp_equals_group_norm(backend, rng):
     x, dy, scale, bias = draw(rng, (3, 20, 12), -1)
     got = differentiate(backend, x, dy, scale, bias, num_groups=3)
     alone = run(backend, x, scale, bias, num_groups=3).values
-    if backend.compiled:
+    if compiles(backend):
         # Different outputs are fused differently: equal up to rounding, not bit for bit.
         assert_close(got.y, alone.astype(np.float64), tolerance=CONTRACT)
     else:
@@ -111,7 +112,7 @@ def test_the_output_of_vjp_equals_group_norm(backend, rng):
 
 
 def test_a_pullback_may_be_called_more_than_once(backend, rng):
-    if backend.compiled:
+    if compiles(backend):
         pytest.skip("one traced program; eager rows cover it")
     x, dy, scale, bias = draw(rng, (3, 20, 12), -1)
     given = [backend.asarray(a) for a in (x, scale, bias)]

@@ -15,11 +15,11 @@ from groupnorm import (
     normalize,
 )
 from groupnorm.errors import ArgumentValueError
-from tests import oracle
+from groupnorm.testing import oracle
 from tests.rows import (
     CONTRACT,
     GRADIENT,
-    Backend,
+    ROWS,
     assert_close,
     assert_gradient,
     assert_gradients,
@@ -161,8 +161,8 @@ class TestTorch:
     def test_channels_last_memory_format(self, fast, compiled, rng):
         """The values do not depend on it, and the result has it too."""
         torch = importlib.import_module("torch")
-        row = Backend.TORCH_COMPILE if compiled else Backend.TORCH
-        call = row.transform(
+        row = ROWS["torch:compile"] if compiled else ROWS["torch"]
+        call = row.compiled(
             lambda x: group_norm(x, num_groups=4, feature_axis=1, use_fast_variance=fast)
         )
         noise = rng.normal(size=(2, 16, 21, 22))

@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 
 import groupnorm
-from tests import oracle
+from groupnorm.testing import oracle
 from tests.portable.test_activation import reference_gradients
 from tests.rows import (
     CONTRACT,
     GRADIENT,
-    Backend,
     assert_close,
     assert_gradient,
     assert_gradients,
@@ -320,7 +319,7 @@ def test_nested_list_masks(wide_backend, kind, rng):
 
 def test_numpy_masks_work_with_every_library(backend, rng):
     """A mask in host memory is accepted with any library's input."""
-    if backend is Backend.JAX_JIT:
+    if backend.name == "jax:jit":
         pytest.skip("a host mask is a constant under jit, which the jax row covers")
     x = draw(rng)[0]
     mask = random_mask(rng, (3, 4, 1, 1))

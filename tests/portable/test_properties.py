@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from groupnorm import group_norm, group_norm_vjp
 from groupnorm.errors import ArgumentValueError
-from tests import oracle
+from groupnorm.testing import oracle
 from tests.rows import (
     CONTRACT,
     GRADIENT,

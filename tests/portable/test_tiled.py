@@ -13,17 +13,18 @@ from hypothesis import strategies as st
 from groupnorm import GroupStatistics, group_statistics, merge_statistics, normalize
 from groupnorm.errors import ArgumentTypeError as Type
 from groupnorm.errors import ArgumentValueError as Value
-from tests import oracle
+from groupnorm.testing import oracle
 from tests.portable.test_dtypes import TOLERANCE, assert_rounded, draw, skip_unless
 from tests.portable.test_masks import poison, random_mask
 from tests.rows import (
     CONTRACT,
     GRADIENT,
     GRADIENT_FAR,
-    Backend,
+    ROWS,
     assert_close,
     assert_gradient,
     check_array,
+    default_float,
 )
 
 SHAPE = (2, 9, 5, 8)
@@ -127,7 +128,7 @@ def test_tiles_equal_the_whole(backend, feature_axis, order, rng):
     shape, axis = (SHAPE, 1) if feature_axis == -1 else ((2, 8, 9, 5), 2)
     keywords = {"num_groups": GROUPS, "feature_axis": feature_axis}
     more = {"axis": axis, "merge": ORDERS[order]}
-    function = backend.transform(functools.partial(by_tiles, **more, **keywords))
+    function = backend.compiled(functools.partial(by_tiles, **more, **keywords))
     for offset in OFFSETS:
         x, (scale, bias) = varied(rng, offset, axis, shape), parameters(rng)
         whole, y = function(*map(backend.asarray, (x, scale, bias)))
@@ -147,7 +148,7 @@ AXES = [  # feature axes, reduction axes, tiled axis; and the shape of the stati
 def test_axes(backend, features, reduced, axis, shape, rng):
     """Axes that are not reduced are kept in order, followed by the groups."""
     keywords = {"num_groups": shape[-1], "feature_axis": features, "reduction_axes": reduced}
-    function = backend.transform(
+    function = backend.compiled(
         lambda x: (group_statistics(x, **keywords), *by_tiles(x, axis=axis, **keywords))
     )
     for offset in OFFSETS:
@@ -166,7 +167,7 @@ def padded(rng, offset=0.0):
 
 
 def test_masked_tiles(backend, rng):
-    function = backend.transform(functools.partial(by_tiles, num_groups=GROUPS))
+    function = backend.compiled(functools.partial(by_tiles, num_groups=GROUPS))
     for offset in OFFSETS:
         (x, mask), (scale, bias) = padded(rng, offset), parameters(rng)
         whole, y = function(*map(backend.asarray, (x, scale, bias, mask)))
@@ -192,10 +193,10 @@ def test_dtypes(backend, dtype, rng, needs_bfloat16):
     skip_unless(backend, dtype)
     integers, low = "int" in dtype, dtype in ("float16", "bfloat16")
     x = rng.integers(0, 200, SHAPE).astype(dtype) if integers else draw(rng, dtype, SHAPE)
-    result = backend.default_float if integers else dtype
+    result = default_float(backend) if integers else dtype
     inner = "float32" if low else result
     with backend.precision(dtype):
-        function = backend.transform(functools.partial(by_tiles, num_groups=GROUPS))
+        function = backend.compiled(functools.partial(by_tiles, num_groups=GROUPS))
         whole, y = function(backend.asarray(x))
         check_array(backend, y, shape=SHAPE, dtype=result)
         values, want = backend.to_numpy(y), measure(x, num_groups=GROUPS)
@@ -211,7 +212,7 @@ def test_dtypes(backend, dtype, rng, needs_bfloat16):
 def test_scales(backend, epsilon, rng):
     """Squares exceed float32's range, and tiles may differ by 40 orders of magnitude."""
     keywords = {"num_groups": GROUPS, "epsilon": epsilon}
-    function = backend.transform(functools.partial(by_tiles, **keywords))
+    function = backend.compiled(functools.partial(by_tiles, **keywords))
     for scales, offset in itertools.product([1e20, 1e-20, (1e20, 1e-20, 1.0)], [0.0, 1e3]):
         factors = np.repeat(np.resize(scales, 3), 3)[:, None, None]
         x = (varied(rng, offset) * factors).astype(np.float32)
@@ -221,7 +222,7 @@ def test_scales(backend, epsilon, rng):
 
 def test_constant_tiles_give_exactly_the_bias(backend, rng):
     scale, bias = parameters(rng)
-    function = backend.transform(functools.partial(by_tiles, num_groups=GROUPS))
+    function = backend.compiled(functools.partial(by_tiles, num_groups=GROUPS))
     for value in (0.1, -12345.678, 1e20, 1e-20, 16777217.0):
         x = np.full(SHAPE, value, np.float32)
         whole, y = function(*map(backend.asarray, (x, scale, bias)))
@@ -277,14 +278,14 @@ def test_statistics_are_a_jax_pytree(rng):
     y = jax.numpy.concat([applied(tile, whole) for tile in (first, second)], axis=2)
     for i, sample in enumerate(x):
         one = jax.tree.map(lambda leaf, i=i: leaf[i], whole)
-        assert_tiles(Backend.JAX, one, y[i], sample, num_groups=GROUPS)
+        assert_tiles(ROWS["jax"], one, y[i], sample, num_groups=GROUPS)
 
 
 @pytest.mark.slow
 @pytest.mark.needs("torch")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
 def test_torch_compiles_tiles_in_one_graph(rng):
-    torch, backend = importlib.import_module("torch"), Backend.TORCH
+    torch, backend = importlib.import_module("torch"), ROWS["torch"]
     torch._dynamo.reset()
 
     @functools.partial(torch.compile, fullgraph=True)
@@ -308,7 +309,7 @@ def test_user_constructed_statistics(backend, kind, rng):
         more = rng.uniform(0.5, 1, size=(2, 2, GROUPS))
         mean, m2 = ((a + b).astype(dtype) for a, b in zip(more, made[1:3], strict=True))
         made = GroupStatistics(np.full((2, GROUPS), 40), mean, m2)
-    function = backend.transform(lambda x, *rest: normalize(x, made, *rest, num_groups=GROUPS))
+    function = backend.compiled(lambda x, *rest: normalize(x, made, *rest, num_groups=GROUPS))
     y = function(*map(backend.asarray, (x, scale, bias)))
     check_array(backend, y, shape=SHAPE, dtype="float32")
     means, squares, counts = (
@@ -324,8 +325,8 @@ def test_merging_user_constructed_statistics():
     b = GroupStatistics(np.array([[3]]), np.array([[5.0]]), np.array([[6.0]]))
     want = [np.array([[v]]) for v in (4.0, 4.0, (6 + 9 + 3) / 4)]
     rules = {"dtype": "float64", "tolerance": TOLERANCE["float64"]}
-    assert_statistics(Backend.NUMPY, merge_statistics(a, b), want, **rules)
-    assert_statistics(Backend.NUMPY, merge_statistics(b, a), want, **rules)
+    assert_statistics(ROWS["numpy"], merge_statistics(a, b), want, **rules)
+    assert_statistics(ROWS["numpy"], merge_statistics(b, a), want, **rules)
 
 
 def part(shape=(2, 8), num_groups=GROUPS, dtype=np.float32):
@@ -395,7 +396,7 @@ def test_any_split_in_any_order(data):
     while len(parts) > 1:
         together = data.draw(st.integers(2, len(parts)))
         parts = [*parts[together:], merge_statistics(*parts[:together])]
-    assert_statistics(Backend.NUMPY, parts[0], measure(x, mask, **keywords))
+    assert_statistics(ROWS["numpy"], parts[0], measure(x, mask, **keywords))
 
 
 @pytest.mark.parametrize("kept", ["float32", "float64"])

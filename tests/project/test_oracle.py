@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import pytest
 
-from tests import oracle
+from groupnorm.testing import oracle
 
 CASES = {
     "plain": {"shape": (3, 4, 5, 6), "num_groups": 3},

@@ -5,7 +5,8 @@ import pytest
 
 from groupnorm import GroupNorm, available_backends, group_norm
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
-from tests import ROOT, oracle, toy_backend
+from groupnorm.testing import oracle
+from tests import ROOT, toy_backend
 from tests.rows import CONTRACT, GRADIENT, Differentiated, assert_close, assert_gradients
 
 

@@ -30,7 +30,8 @@ def test_trees_of_results_and_arguments_that_are_no_arrays(x):
     report = testing.check(function, inputs=(x, 2, None, x + 1), rows=ROWS)
     report.raise_if_wrong()
     where = {finding.where for finding in report.findings if finding.what == "value"}
-    assert where == {"result['sum']", "result['parts'][0]", "result['parts'][1][0]"}
+    paths = {"result['sum']", "result['parts'][0]", "result['parts'][1][0]"}
+    assert where == paths | {f"{path} with gradients" for path in paths}
     gradients = {finding.where for finding in report.findings if finding.what == "gradient"}
     assert gradients == {"gradient of argument 0", "gradient of argument 3"}
 
@@ -95,11 +96,40 @@ def test_gradients_of_a_vjp_and_of_a_reference_vjp(x):
 
 def test_gradients_of_chosen_arguments(x):
     report = testing.check(lambda a, b: a * b, inputs=(x, x + 1), rows="torch", gradients=[1])
-    assert {f.where for f in report.findings} == {"result", "gradient of argument 1"}
+    assert [f.where for f in report.findings if f.what == "gradient"] == ["gradient of argument 1"]
     none = testing.check(lambda a: a, inputs=x, rows="torch", gradients=False)
     assert {f.what for f in none.findings} == {"value"}
     with pytest.raises(ArgumentValueError, match="argument 2 is not a floating-point array"):
         testing.check(lambda a, n: a, inputs=(x, 1), rows="torch", gradients=[2])
+
+
+def test_results_at_other_paths_are_wrong(x):
+    report = testing.check(
+        {"numpy": lambda x: {"a": x, "b": x}, "torch": lambda x: {"a": x, "c": x}},
+        inputs=x, rows="numpy,torch", gradients=False,
+    )  # fmt: skip
+    assert [f.message for f in report.wrong] == [
+        "result['a'], result['c'] instead of result['a'], result['b']"
+    ]
+
+
+def test_a_value_that_is_wrong_only_where_gradients_are_recorded(x):
+    report = testing.check(
+        lambda x: x * 2 if getattr(x, "requires_grad", False) else x, inputs=x, rows="torch"
+    )
+    assert "result with gradients" in {f.where for f in report.wrong}
+
+
+def test_gradients_that_differences_cannot_tell_are_reported():
+    """The square root of 0 has no differences; those of other elements are compared."""
+    x = np.array([0.0, 1.0, 4.0], np.float32)
+    report = testing.check(lambda x: x**0.5, inputs=x, rows="torch")
+    report.raise_if_wrong()
+    (skipped,) = [s for s in report.skipped if s.row == "torch"]
+    assert "gradient of argument 0, input 'input', 1 of 3 elements" in skipped.what
+    assert {f.what for f in report.findings} == {"value", "gradient"}
+    report = testing.check(lambda x: x**0.5, inputs=x[:1], rows="torch")
+    assert {f.what for f in report.findings} == {"value"}
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e3, 1e5])

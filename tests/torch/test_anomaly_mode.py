@@ -7,7 +7,7 @@ import torch
 
 from groupnorm import group_norm, group_norm_vjp, group_statistics, normalize
 from tests.core_calls import CALLS, check, draw, reference
-from tests.rows import Backend
+from tests.rows import ROWS
 
 pytestmark = pytest.mark.filterwarnings("ignore:Anomaly Detection:UserWarning")
 
@@ -18,7 +18,7 @@ def implementation(request):
 
 
 def tensors(*arrays):
-    return [Backend.TORCH.asarray(a) for a in arrays]
+    return [ROWS["torch"].asarray(a) for a in arrays]
 
 
 @pytest.mark.parametrize("size", [1e-15, 1.0, 1e18])
@@ -33,7 +33,7 @@ def test_values_and_gradients(call, masked, size, implementation, rng, needs_bfl
     with torch.autograd.detect_anomaly():
         y = group_norm(*leaves, implementation=implementation, **keywords)
         gradients = torch.autograd.grad(y, leaves, dy)
-    got = [Backend.TORCH.to_numpy(a) for a in (y, *gradients)]
+    got = [ROWS["torch"].to_numpy(a) for a in (y, *gradients)]
     check((got[0], got[1:]), reference(*host), host[0].dtype.name)
 
 
@@ -66,7 +66,7 @@ def test_statistics_and_pullbacks(call, masked, implementation, rng):
         statistics = group_statistics(x, **keywords)
         y = normalize(x, statistics, scale, bias, **keywords)
         gradients = torch.autograd.grad(y, leaves, dy)
-    got = [Backend.TORCH.to_numpy(a) for a in (y, *gradients)]
+    got = [ROWS["torch"].to_numpy(a) for a in (y, *gradients)]
     keywords["activation"] = None
     check((got[0], got[1:]), reference(*host, keywords), host[0].dtype.name)
 

@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import groupnorm
 from groupnorm import GroupNorm, group_norm, group_norm_vjp
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError, GroupNormError
-from tests import oracle
+from groupnorm.testing import oracle
 from tests.portable.test_activation import act
 from tests.rows import CONTRACT, GRADIENT, assert_close, assert_gradient
 from tests.torch.test_layer import CHANNELS, GROUPS, channels_last, native, randomize

@@ -17,7 +17,7 @@ from groupnorm import GroupNorm, group_norm
 from groupnorm.backends.kernels.cpu import availability
 from groupnorm.backends.torch import custom_op as torch_op
 from groupnorm.errors import ArgumentValueError
-from tests import oracle
+from groupnorm.testing import oracle
 from tests.rows import CONTRACT, GRADIENT, assert_close, assert_gradient
 from tests.torch.test_layer import CHANNELS, GROUPS, native
 
@@ -399,7 +399,7 @@ import sys, warnings
 import numpy as np
 import torch
 from groupnorm import GroupNorm, group_norm, group_norm_vjp
-from tests import oracle
+from groupnorm.testing import oracle
 
 warnings.simplefilter("ignore")
 x = np.random.default_rng(0).normal(size=(2, 8, 5, 3)).astype(np.float32)

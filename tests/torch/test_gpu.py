@@ -11,7 +11,7 @@ from groupnorm.backends.torch import custom_op as torch_op  # noqa: F401 - the o
 from groupnorm.backends.torch import gpu as torch_gpu
 from groupnorm.dispatch import adapter_named
 from groupnorm.errors import ArgumentValueError
-from tests import oracle
+from groupnorm.testing import oracle
 from tests.rows import CONTRACT, GRADIENT, assert_close, assert_gradient
 
 OP = torch.ops.groupnorm.group_norm.default

@@ -26,7 +26,7 @@ if name:
 from groupnorm.backends.torch import internals
 if name:
     setattr(owner, attribute, value)  # PyTorch itself uses it
-from tests import oracle
+from groupnorm.testing import oracle
 assert internals.missing == ((name,) if name else ()), internals.missing
 
 rng = np.random.default_rng(0)

@@ -16,7 +16,7 @@ from torch import nn
 import groupnorm
 from groupnorm import GroupNorm, group_norm
 from groupnorm.errors import ArgumentStateError, ArgumentTypeError
-from tests import oracle
+from groupnorm.testing import oracle
 from tests.rows import CONTRACT, GRADIENT, assert_close, assert_gradient
 
 CHANNELS, GROUPS = 8, 4

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from groupnorm import bind_axis, group_norm, group_norm_vjp
 from groupnorm.errors import ArgumentStateError, ArgumentValueError
-from tests import oracle
+from groupnorm.testing import oracle
 from tests.rows import CONTRACT, GRADIENT, assert_close, assert_gradient
 
 # torch's own forward-mode formulas still use torch.jit.script, and warn about it.

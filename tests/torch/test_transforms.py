@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from groupnorm import GroupNorm, group_norm
-from tests import oracle
+from groupnorm.testing import oracle
 from tests.rows import CONTRACT, GRADIENT, assert_close, assert_gradient
 from tests.torch.test_layer import CHANNELS, GROUPS, assert_equals_oracle, native, tensor
 

@@ -1,0 +1,31 @@
+"""Tables of text: plain, or in colours with rich."""
+
+from collections.abc import Sequence
+
+__all__ = ["plain_table", "print_table"]
+
+Line = Sequence[str]
+
+
+def plain_table(header: Line, lines: Sequence[Line]) -> str:
+    """Return a table with columns of equal width."""
+    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
+    rule = ["-" * width for width in widths]
+    return "\n".join(
+        "  ".join(map(str.ljust, line, widths)).rstrip() for line in (header, rule, *lines)
+    )
+
+
+def print_table(header: Line, lines: Sequence[Line]) -> None:
+    """Print a table; with rich in colours, where cells that end in "WRONG" are red."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+    except ImportError:
+        print(plain_table(header, lines))
+        return
+    table = Table(*header)
+    for line in lines:
+        table.add_row(*(Text(c, style="bold red" if c.endswith("WRONG") else "") for c in line))
+    Console().print(table)

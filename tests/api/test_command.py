@@ -1,0 +1,114 @@
+"""The command `groupnorm`: what it lists, what it checks, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+import groupnorm
+from groupnorm import __main__ as command
+from groupnorm.discovery import BackendInfo
+from tests.api.test_imports import python, without
+
+
+@pytest.mark.every_library
+@pytest.mark.slow
+def test_table():
+    done = python("-m", "groupnorm")
+    for name in ("numpy", "jax", "torch", "cupy", "implementation", "In agreement with float64"):
+        assert name in done.stdout
+    assert "checking numpy:cpu" in done.stderr
+
+
+def test_it_names_the_extra_if_numba_is_missing():
+    program = without("numba", "jax", "torch", "cupy", "rich") + (
+        "import sys, groupnorm.__main__ as m\nsys.exit(m.main([]))"
+    )
+    lines = python("-W", "error", "-c", program).stdout.splitlines()
+    assert lines[1].split() == ["backend", "version", "devices", "implementation", "status"]
+    assert lines[3].split() == ["numpy", np.__version__, "cpu", "portable", "agrees"]
+    assert lines[4].split() == ["jax", "-", "-", "-", "not", "installed"]
+    [line] = [line for line in lines if "groupnorm[cpu]" in line]
+    assert line.startswith("numpy, cpu: not fused, ")
+
+
+def test_devices_are_listed_separately_if_implementations_differ(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    info = BackendInfo(
+        name="torch",
+        installed=True,
+        version="1",
+        devices=("cpu", "cuda:0", "cuda:1"),
+        error=None,
+        implementations={
+            "cpu": ("fused", "portable", "native"),
+            "cuda:0": ("portable", "native"),
+            "cuda:1": ("portable", "native"),
+        },
+        why_not_fused={"cuda:0": "no kernels", "cuda:1": "no kernels"},
+    )
+    command._print([info], None)
+    lines = capsys.readouterr().out.splitlines()
+    assert "fused (cpu), portable (cuda:0, cuda:1)" in lines[3]
+    # One line per reason.
+    assert [line for line in lines if "no kernels" in line] == [
+        "torch, cuda:0, cuda:1: not fused, no kernels"
+    ]
+
+
+@pytest.mark.every_library
+@pytest.mark.slow
+def test_json():
+    made = json.loads(python("-m", "groupnorm", "check", "--json").stdout)
+    assert made["agree"] is True
+    backends = {entry["name"]: entry for entry in made["backends"]}
+    assert list(backends) == ["numpy", "jax", "torch", "cupy"]
+    checked = {finding["row"].partition(":")[0] for finding in made["check"]["findings"]}
+    for info in groupnorm.available_backends()[: len(backends)]:  # not the one of these tests
+        entry = backends[info.name]
+        assert entry["version"] == info.version
+        assert entry["implementations"] == {d: list(n) for d, n in info.implementations.items()}
+        assert entry["why_not_fused"] == info.why_not_fused
+        assert (info.name in checked) == bool(info.devices)
+    what = {finding["what"] for finding in made["check"]["findings"]}
+    assert what == {"value", "gradient"}
+
+
+def test_info_checks_nothing(capsys):
+    assert command.main(["info", "--json"]) == 0
+    out, err = capsys.readouterr()
+    made = json.loads(out)
+    assert "check" not in made
+    assert made["backends"][0]["status"] == "usable"
+    assert err.splitlines()[0] == "groupnorm: looking for numpy"
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        command.main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith("groupnorm ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "m.selfcheck.group_norm = lambda *a, **k: right(*a, **k) * 1.001",
+        "m.selfcheck.group_norm_vjp = lambda *a, **k: (0, lambda dy: (dy, a[1], a[2]))",
+        "m.rows_of_backend = lambda info: []",
+    ],
+    ids=["value", "gradient", "nothing checked"],
+)
+def test_it_fails_if_a_backend_is_wrong(wrong):
+    program = (
+        "import sys, groupnorm.__main__ as m, groupnorm.selfcheck\n"
+        "m.selfcheck = groupnorm.selfcheck; right = m.selfcheck.group_norm\n"
+        f"{wrong}\nsys.exit(m.main(['--json']))"
+    )
+    done = python("-c", program, check=False)
+    assert done.returncode == 1, done.stderr
+    assert json.loads(done.stdout)["agree"] is False

@@ -49,6 +49,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     from groupnorm import testing
     from groupnorm.errors import ArgumentValueError
+    from groupnorm.testing.registry import names_of
 
     marks = list(metafunc.definition.iter_markers("rows"))
     without = {n: why for mark in marks for n, why in mark.kwargs.get("without", {}).items()}
@@ -57,9 +58,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         chosen = [r.name for r in testing.rows(option)]
         for mark in marks:
             if mark.args:
-                wanted = _names(testing, mark.args)
+                wanted = names_of(mark.args)
                 chosen = [name for name in chosen if name in wanted]
-        reasons = {n: why for pattern, why in without.items() for n in _names(testing, [pattern])}
+        reasons = {n: why for pattern, why in without.items() for n in names_of([pattern])}
     except ArgumentValueError as error:
         raise pytest.UsageError(f"{metafunc.definition.nodeid}: {error}") from error
     parameters = [
@@ -77,22 +78,6 @@ def _is_ours(metafunc: pytest.Metafunc) -> bool:
     found = getattr(metafunc, "_arg2fixturedefs", {}).get("row", ())
     given = any("row" in call.params for call in getattr(metafunc, "_calls", ()))
     return bool(found) and found[-1].func.__module__ == __name__ and not given
-
-
-def _names(testing: Any, patterns: Any) -> set[str]:
-    """Return the names, of known rows, usable here or not, that patterns stand for."""
-    found = set()
-    for pattern in patterns:
-        library = pattern.removesuffix(":*")
-        names = {
-            name
-            for name in testing.row_names()
-            if name == pattern or (library != pattern and name.partition(":")[0] == library)
-        }
-        if not names:
-            testing.rows([pattern])  # raises
-        found |= names
-    return found
 
 
 # The closing table -------------------------------------------------------------------------------

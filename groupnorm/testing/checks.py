@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,6 +41,7 @@ def check(
     inputs: Any,
     reference: Function | None = None,
     rows: str | Iterable[str | Row] | None = None,
+    without: Mapping[str, str] = MappingProxyType({}),
     gradients: bool | Sequence[int] = True,
     vjp: Function | None = None,
     reference_vjp: Function | None = None,
@@ -71,6 +73,8 @@ def check(
         for lack of digits, but not what is wrong everywhere.
     rows : str or iterable, optional
         As for `testing.rows`. Default is every row that can be used here.
+    without : mapping of str to str, optional
+        Rows that are left out, and why, which the report repeats: ``{"dask": "no sorting"}``.
     gradients : bool or sequence of int
         Whether to check gradients; or the positions of the arguments to check them for. Default is
         all arguments that are floating-point arrays.
@@ -116,7 +120,7 @@ def check(
     >>> print(testing.check(spread, inputs=x + 1000, rows="numpy").wrong[0])  # doctest: +ELLIPSIS
     numpy, input 'input': result: ... instead of ...
     """
-    chosen, absent = rows_of(rows)
+    chosen, absent = rows_of(rows, without)
     named = _named(inputs)
     if not isinstance(function, Mapping) and not callable(function):
         raise ArgumentTypeError(

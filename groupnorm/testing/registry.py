@@ -19,7 +19,16 @@ import numpy as np
 from groupnorm.dtypes import small_float
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
 
-__all__ = ["Row", "known_rows", "register_row", "row_names", "row_of", "rows", "rows_of"]
+__all__ = [
+    "Row",
+    "known_rows",
+    "names_of",
+    "register_row",
+    "row_names",
+    "row_of",
+    "rows",
+    "rows_of",
+]
 
 Array = Any
 
@@ -487,18 +496,37 @@ def _usable(name: str) -> str:
     return name
 
 
-def rows_of(asked: "str | Iterable[str | Row] | None") -> tuple[list[Row], dict[str, str]]:
-    """Return rows, given by name or as they are, and why others cannot be used, by name."""
-    if asked is None:
-        whys = {name: row.why_absent for name, row in _rows.items()}
-        usable = [row for name, row in _rows.items() if whys[name] is None]
-        return usable, {name: why for name, why in whys.items() if why is not None}
-    if isinstance(asked, str):
-        return rows(asked), {}
+def names_of(patterns: Iterable[str]) -> set[str]:
+    """Return the names of rows, usable here or not, that names and patterns like "torch:*" mean.
+
+    Raises
+    ------
+    ArgumentValueError
+        If one is unknown.
+    """
+    found: set[str] = set()
+    for pattern in patterns:
+        names = {name for name, row in _rows.items() if pattern in (name, f"{row.library}:*")}
+        if not names:
+            rows([pattern])  # raises
+        found |= names
+    return found
+
+
+def rows_of(
+    asked: "str | Iterable[str | Row] | None", without: Mapping[str, str] = MappingProxyType({})
+) -> tuple[list[Row], dict[str, str]]:
+    """Return rows, given by name or as they are, and by name why others are left out."""
+    why_not = {name: why for pattern, why in without.items() for name in names_of([pattern])}
     found: list[Row] = []
-    for one in asked:
-        found += [r for r in ([one] if isinstance(one, Row) else rows([one])) if r not in found]
-    return found, {}
+    if asked is None:
+        every = [row for name, row in _rows.items() if name not in why_not]
+        absent = {row.name: row.why_absent for row in every}
+        found = [row for row in every if absent[row.name] is None]
+        return found, why_not | {name: why for name, why in absent.items() if why is not None}
+    for one in [asked] if isinstance(asked, str) else asked:
+        found += [r for r in ([one] if isinstance(one, Row) else rows(one)) if r not in found]
+    return [row for row in found if row.name not in why_not], why_not
 
 
 def row_of(array: Any, argument: str = "array") -> Row:

@@ -78,6 +78,19 @@ def test_functions_by_library(x):
         testing.check({"torch": lambda x: x}, inputs=x)
 
 
+def test_rows_that_are_left_out(x):
+    without = {"jax:*": "it is a test", "cupy": "no reason"}
+    for rows in (None, "numpy,jax:*", [testing.rows("jax")[0], "numpy"]):
+        report = testing.check(lambda x: 2 * x, inputs=x, rows=rows, without=without)
+        assert not any(name.startswith("jax") for name in report.rows)
+        assert "numpy" in report.rows
+        reasons = {s.row: s.reason for s in report.skipped if s.what == "everything"}
+        assert reasons["jax:jit"] == "it is a test"
+        assert reasons["cupy"] == "no reason"
+    with pytest.raises(ArgumentValueError, match="rows='jxa' is not known"):
+        testing.check(lambda x: x, inputs=x, without={"jxa": "a typing error"})
+
+
 def test_gradients_of_a_vjp_and_of_a_reference_vjp(x):
     arguments = {"inputs": (x, x + 1), "rows": "numpy", "reference": lambda a, b: a * b}
     vjp = lambda a, b, dy: (b * dy, a * dy)  # noqa: E731

@@ -213,9 +213,10 @@ class _Expected(NamedTuple):
         """Compute the reference, and its gradients."""
         arrays = [wide(a) if isinstance(a, np.ndarray) else a for a in arguments]
 
+        by_path = _by_path(reference, arguments)
+
         def flat(*values: Array) -> dict[str, Array]:
-            made = leaves(reference(*_merged(arguments, values)))
-            return {path: np.asarray(y) for path, y in made}
+            return {path: np.asarray(y) for path, y in by_path(*values).items()}
 
         given = [a for a in arrays if isinstance(a, np.ndarray)]
         try:
@@ -251,6 +252,23 @@ class _Expected(NamedTuple):
                     exact = differences(of_floats, given, i, at, list(cotangents.values()))
                 found.append((at, exact))
         return _Expected(results, cotangents, wanted, found)
+
+
+def _by_path(function: Function, arguments: tuple[Any, ...]) -> Callable[..., dict[str, Array]]:
+    """Return a function of the arrays alone, whose results are by their paths.
+
+    This is what compilers take. It holds none of the arrays that were given: they would be traced.
+    """
+    others = tuple(None if isinstance(a, np.ndarray) else a for a in arguments)
+    places = tuple(i for i, a in enumerate(arguments) if isinstance(a, np.ndarray))
+
+    def by_path(*arrays: Array) -> dict[str, Array]:
+        merged = list(others)
+        for i, a in zip(places, arrays, strict=True):
+            merged[i] = a
+        return dict(leaves(function(*merged)))
+
+    return by_path
 
 
 def _merged(arguments: tuple[Any, ...], values: Sequence[Any]) -> list[Any]:
@@ -307,16 +325,17 @@ class _Trial(NamedTuple):
             self.skip(f"input {self.name!r}", f"{row.library} has no {', '.join(sorted(lacking))}")
             return
         # What is not finite is found in the values; NumPy need not warn of it.
-        with row.precision(a.dtype.name for a in host), np.errstate(all="ignore"):
+        with row.precision(*(a.dtype.name for a in host)), np.errstate(all="ignore"):
             placed = [row.asarray(a) for a in host]
             try:
-                made = row.compiled(self.flat)(*placed)
+                made = row.compiled(_by_path(self.function, self.arguments))(*placed)
             except Exception as error:  # whatever the function raises is its result
                 self.wrong("raised", "result", f"{type(error).__name__}: {_first_line(error)}")
                 return
             same = self.results(made)
             for i, (before, after) in enumerate(zip(host, placed, strict=True)):
-                if row.to_numpy(after).tobytes() != before.tobytes():
+                native = before.astype(before.dtype.newbyteorder("="), copy=False)
+                if row.to_numpy(after).astype(native.dtype).tobytes() != native.tobytes():
                     self.wrong("input changed", f"array {i}", "the function wrote to its input")
             if self.expected.wanted and same:
                 self.gradients(placed, made)
@@ -325,10 +344,6 @@ class _Trial(NamedTuple):
     def host(self) -> list[Array]:
         """The arguments that are arrays, as they were given."""
         return [a for a in self.arguments if isinstance(a, np.ndarray)]
-
-    def flat(self, *arrays: Array) -> dict[str, Array]:
-        """Return the function's results by their paths, which compilers can return."""
-        return dict(leaves(self.function(*_merged(self.arguments, arrays))))
 
     def results(self, made: dict[str, Array]) -> bool:
         """Compare the results, and return whether they are arrays at the paths of the reference."""
@@ -360,10 +375,11 @@ class _Trial(NamedTuple):
             row.asarray(c.astype(row.to_numpy(made[path]).dtype))
             for path, c in expected.cotangents.items()
         ]
+        by_path, paths = _by_path(self.function, self.arguments), tuple(expected.cotangents)
 
         def of_floats(*arrays: Array) -> list[Array]:
-            ys = self.flat(*arrays)
-            return [ys[path] for path in expected.cotangents]
+            ys = by_path(*arrays)
+            return [ys[path] for path in paths]
 
         results: list[Array] = []
         try:

@@ -116,7 +116,7 @@ class Row:
 
         return device(y)
 
-    def precision(self, dtypes: Iterable[str]) -> AbstractContextManager[Any]:
+    def precision(self, *dtypes: str | None) -> AbstractContextManager[Any]:
         """Return a context in which the library keeps arrays of these dtypes as they are."""
         return nullcontext()
 
@@ -166,14 +166,35 @@ def _of_wanted(
     return of_wanted, [arrays[i] for i in wanted]
 
 
+def _contiguous(a: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+    """Copy an array into memory as every library takes it."""
+    return np.array(a, a.dtype.newbyteorder("="), order="C")
+
+
+def _in_same_layout(a: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+    """Copy an array with its strides, alignment and byte order."""
+    reach = [stride * (n - 1) for stride, n in zip(a.strides, a.shape, strict=True)]
+    first = -sum(min(0, r) for r in reach)
+    size = first + sum(max(0, r) for r in reach) + a.itemsize
+    if a.size == 0 or size > 64 * a.nbytes:  # a few elements here and there of a large array
+        return a.copy(order="K")
+    shift = a.ctypes.data % a.dtype.alignment
+    memory = np.zeros(size + 2 * a.dtype.alignment, np.uint8)
+    shift = (shift - first - memory.ctypes.data) % a.dtype.alignment
+    made = np.ndarray(a.shape, a.dtype, memory.data, first + shift, a.strides)
+    made[...] = a
+    return made
+
+
 class _NumpyRow(Row):
     cannot = MappingProxyType({"autodiff": _NO_AUTODIFF.format("NumPy")})
     dtypes = Row.dtypes | {"float16", "bfloat16"}
 
     def asarray(self, a: "np.ndarray[Any, Any]") -> Array:
-        a = a.copy(order="K")
-        a.flags.writeable = self.tag != "readonly"
-        return a
+        """Copy an array with its layout in memory; what is read-only stays so."""
+        made = _in_same_layout(a)
+        made.flags.writeable = self.tag != "readonly" and a.flags.writeable
+        return made
 
     def is_array(self, y: object) -> bool:
         return isinstance(y, np.ndarray | np.generic)  # which reductions return
@@ -195,18 +216,19 @@ class _JaxRow(Row):
     def asarray(self, a: "np.ndarray[Any, Any]") -> Array:
         device = self.module.devices(self.tag if self.needs_gpu else "cpu")[0]
         # JAX may share the memory of the host.
-        made = self.module.device_put(np.array(a, order="C"), device)
+        a = _contiguous(a)
+        made = self.module.device_put(a, device)
         if made.dtype != a.dtype:
             raise ArgumentValueError(
                 f"an array of {a.dtype} would become one of {made.dtype}: enter "
-                f"row.precision([{a.dtype.name!r}]) first."
+                f"row.precision({a.dtype.name!r}) first."
             )
         return made
 
     def is_array(self, y: object) -> bool:
         return isinstance(y, self.module.Array)
 
-    def precision(self, dtypes: Iterable[str]) -> AbstractContextManager[Any]:
+    def precision(self, *dtypes: str | None) -> AbstractContextManager[Any]:
         if WIDE.isdisjoint(dtypes):
             return nullcontext()
         context: AbstractContextManager[Any] = self.module.enable_x64(True)
@@ -251,7 +273,11 @@ class _TorchRow(Row):
         return bool(self.module.cuda.is_available())
 
     def asarray(self, a: "np.ndarray[Any, Any]") -> Array:
-        device, a = "cuda:0" if self.needs_gpu else "cpu", np.array(a, order="C")
+        """Copy an array, with its strides where PyTorch can have them."""
+        device = "cuda:0" if self.needs_gpu else "cpu"
+        kept = a.flags.aligned and a.dtype.isnative and all(s >= 0 for s in a.strides)
+        kept = kept and all(s % a.itemsize == 0 for s in a.strides)
+        a = _in_same_layout(a) if kept else _contiguous(a)
         if a.dtype.name == "bfloat16":
             bits = self.module.from_numpy(a.view(np.int16))
             return bits.view(self.module.bfloat16).to(device)
@@ -318,7 +344,7 @@ class _CupyRow(Row):
             return False
 
     def asarray(self, a: "np.ndarray[Any, Any]") -> Array:
-        return self.module.asarray(np.array(a, order="C"))
+        return self.module.asarray(_contiguous(a))
 
     def to_numpy(self, y: Array) -> "np.ndarray[Any, Any]":
         return np.asarray(y.get())
@@ -331,7 +357,7 @@ class _StrictRow(Row):
 
     def asarray(self, a: "np.ndarray[Any, Any]") -> Array:
         device = self.module.Device(self.tag or "CPU_DEVICE")
-        return self.module.asarray(np.array(a, order="C"), device=device)
+        return self.module.asarray(_contiguous(a), device=device)
 
     def to_numpy(self, y: Array) -> "np.ndarray[Any, Any]":
         return np.array(y.to_device(self.module.Device("CPU_DEVICE")))
@@ -353,7 +379,7 @@ class _DaskRow(Row):
 
     def asarray(self, a: "np.ndarray[Any, Any]") -> Array:
         chunks = tuple(max(1, -(-n // 2)) for n in a.shape)
-        return self.module.from_array(np.array(a, order="C"), chunks=chunks)
+        return self.module.from_array(_contiguous(a), chunks=chunks)
 
     def to_numpy(self, y: Array) -> "np.ndarray[Any, Any]":
         return np.asarray(y.compute())
@@ -373,7 +399,7 @@ class _MlxRow(Row):
         return self.module
 
     def asarray(self, a: "np.ndarray[Any, Any]") -> Array:
-        a = np.array(a, order="C")
+        a = _contiguous(a)
         if a.dtype.name == "bfloat16":
             return self.module.array(a.view(np.uint16)).view(self.module.bfloat16)
         return self.module.array(a)

@@ -116,3 +116,29 @@ def test_the_strategy_gives_hard_arrays(x, data):
     y = data.draw(testing.arrays("float64", min_dims=2, max_dims=2, any_layout=False))
     assert y.ndim == 2
     assert y.flags.c_contiguous
+
+
+def in_memory_order(x):
+    """Wrong on purpose: x as if its memory were in C order."""
+    return x.ravel("K").reshape(x.shape)
+
+
+@pytest.mark.needs("array_api_strict", "dask", "jax", "torch")
+def test_a_check_keeps_the_layouts(rng):
+    x = rng.normal(size=(2, 3, 4)).astype(np.float32)
+    report = testing.check(lambda x: 2 * x, inputs=testing.layouts(x))
+    report.raise_if_wrong()
+    report = testing.check(
+        in_memory_order, inputs=testing.layouts(x), reference=lambda x: x, rows="numpy"
+    )
+    assert {f.input for f in report.wrong} == {"Fortran", "channels last"}
+    [numpy], [torch] = testing.rows("numpy"), testing.rows("torch")
+    for name, found in testing.layouts(x).items():
+        placed = numpy.asarray(found)
+        assert placed.strides == found.strides, name
+        assert placed.flags.aligned == found.flags.aligned, name
+        assert placed.dtype.byteorder == found.dtype.byteorder, name
+        assert placed.flags.writeable == (name != "read-only"), name
+        assert not np.shares_memory(placed, found)
+        if name in ("Fortran", "channels last", "slice"):
+            assert torch.asarray(found).stride() == tuple(s // 4 for s in found.strides), name

@@ -36,7 +36,7 @@ def test_every_bit_comes_home(usable, rng):
     row = usable
     for name in sorted(row.dtypes):
         given = bits(rng, name)
-        with row.precision([name]):
+        with row.precision(name):
             placed = row.asarray(given)
             assert row.is_array(placed)
             assert row.device_of(placed) == row.device_of(row.empty())

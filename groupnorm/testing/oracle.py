@@ -52,7 +52,7 @@ def widen(a: npt.ArrayLike) -> Array:
 def exact_sum(values: Array) -> Any:
     """Sum a vector without intermediate rounding."""
     if values.dtype.kind == "c":
-        return complex(exact_sum(values.real), exact_sum(values.imag))
+        return complex(exact_sum(np.real(values)), exact_sum(np.imag(values)))
     if values.size > FSUM_LIMIT or not np.isfinite(values).all():
         return float(values.astype(np.longdouble).sum())
     return math.fsum(values.tolist())
@@ -265,13 +265,13 @@ def group_norm_gradients(
         hg, xhat = h[where], group.normalized
         if group.count:
             p = exact_sum(hg) / group.count
-            q = exact_sum((np.conj(hg) * xhat).real) / group.count
+            q = exact_sum(np.real(np.conj(hg) * xhat)) / group.count
             hg = hg - group.valid * (p + xhat * q)
         dx[where] = group.rstd * hg
         dscale[where] = np.conj(xhat) * dy[where]
     dx = np.where(valid | np.isfinite(given), dx, 0)
     if given.dtype.kind != "c":
-        dx = dx.real
+        dx = np.real(dx)
     number = np.broadcast_to(channel_numbers(x.shape, features), x.shape)
     return Gradients(
         dx,
@@ -287,4 +287,4 @@ def sum_by_channel(values: Array, number: Array, parameter: npt.ArrayLike) -> Ar
     for channel in range(parameter.size):
         flat[channel] = exact_sum(values[number == channel])
     flat = flat.reshape(parameter.shape)
-    return flat if parameter.dtype.kind == "c" else flat.real
+    return flat if parameter.dtype.kind == "c" else np.real(flat)

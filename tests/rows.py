@@ -188,10 +188,12 @@ def _by_autodiff(row, x, dy, scale, bias, mask, keywords):
     present = [name for name in given if isinstance(arguments[name], np.ndarray)]
     wanted = [i for i, name in enumerate(present) if name != "mask"]
 
-    def forward(*arrays):
-        return [group_norm(**(given | dict(zip(present, arrays, strict=True))), **keywords)]
+    cotangent = place(row, dy)
+    others = {name: a for name, a in given.items() if name not in present}
 
-    given["dy"] = place(row, dy)
-    [y], found = row.vjp(forward, [given[name] for name in present], wanted, [given["dy"]])
+    def forward(*arrays):
+        return [group_norm(**others, **dict(zip(present, arrays, strict=True)), **keywords)]
+
+    [y], found = row.vjp(forward, [given[name] for name in present], wanted, [cotangent])
     gradients = dict(zip([present[i] for i in wanted], found, strict=True))
-    return (y, *(gradients.get(name) for name in ("x", "scale", "bias"))), given
+    return (y, *(gradients.get(name) for name in ("x", "scale", "bias"))), given | {"dy": cotangent}

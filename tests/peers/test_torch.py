@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from groupnorm import GroupNorm, group_norm
+from groupnorm import GroupNorm, group_norm, group_statistics
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
 from groupnorm.testing import oracle
 from tests.peers.compare import (
@@ -235,6 +235,24 @@ def test_function(shape, num_groups, epsilon, dtype, rng):
         want = oracle.group_norm(wide(x), wide(scale), wide(shift), **options)
         theirs = functional.group_norm(x, num_groups, scale, shift, epsilon)
         assert_all_agree(theirs, ours, want, tolerance=bound, peer=20 * bound)
+
+
+@pytest.mark.parametrize(("shape", "num_groups", "epsilon"), SAMPLES, ids=str)
+def test_statistics_of_the_native_operator(shape, num_groups, epsilon, rng):
+    """`torch.native_group_norm` returns mean and 1 / standard deviation as well."""
+    x = draw(rng, *shape) * 4
+    size = (shape[0], shape[1], int(np.prod(shape[2:])))
+    theirs = torch.native_group_norm(x, None, None, *size, num_groups, epsilon)
+    ours = group_statistics(x, num_groups=num_groups, **CHANNELS_FIRST)
+    variance = ours.m2 * ours.unit**2 / ours.count
+    parts = wide(x).reshape(shape[0], num_groups, size[1] // num_groups * size[2])
+    pairs = (
+        (theirs[1], ours.mean, parts.mean(-1)),
+        (theirs[2], (variance + epsilon) ** -0.5, (parts.var(-1) + epsilon) ** -0.5),
+    )
+    for peers, got, want in pairs:
+        assert_close(host(peers), want, tolerance=1e-5)
+        assert_close(host(got), want, tolerance=2 * CONTRACT)
 
 
 @pytest.mark.parametrize(

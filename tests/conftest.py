@@ -55,7 +55,9 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("reproducible")
 
 LIBRARIES = {row.library for row in ROWS.values()}
-PEERS = {"brainstate", "dask", "equinox", "flax", "keras", "mlx", "mpi4py", "optax"}
+PEERS = {
+    *("brainstate", "dask", "equinox", "flax", "haiku", "keras", "mlx", "mpi4py", "onnx", "optax"),
+}
 ROWS_OF = {
     "backend": lambda row: row.name not in ("torch:compile", "dask", "jax"),
     "wide_backend": lambda row: row.name != "torch:compile",

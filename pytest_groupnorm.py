@@ -17,6 +17,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the option."""
     parser.getgroup("groupnorm").addoption(
         "--rows",
+        dest="groupnorm_rows",  # the plain name may be a project's own
         default=None,
         metavar="NAMES",
         help="the rows of tests with the fixture `row`: names as of groupnorm.testing.rows, such "
@@ -33,11 +34,13 @@ def pytest_configure(config: pytest.Config) -> None:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")  # hypothesis refuses fixtures that are made anew for each test
 def row(request: pytest.FixtureRequest) -> Any:
     """One row of `groupnorm.testing`, as the option and the mark ``rows`` choose them."""
     from groupnorm import testing
 
+    if not hasattr(request, "param"):
+        pytest.fail("the fixture `row` is for arguments of tests, not for getfixturevalue()")
     (found,) = testing.rows([request.param])
     return found
 
@@ -48,26 +51,38 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "row" not in metafunc.fixturenames or not _is_ours(metafunc):
         return
     from groupnorm import testing
-    from groupnorm.errors import ArgumentValueError
-    from groupnorm.testing.registry import names_of
+    from groupnorm.errors import ArgumentValueError, GroupNormError
+    from groupnorm.testing.registry import known_rows, names_of, rows_of
 
     marks = list(metafunc.definition.iter_markers("rows"))
-    without = {n: why for mark in marks for n, why in mark.kwargs.get("without", {}).items()}
-    option = metafunc.config.getoption("--rows")
+    option = metafunc.config.getoption("groupnorm_rows")
+    skipped: dict[str, Any] = {}
     try:
-        chosen = [r.name for r in testing.rows(option)]
+        selected = [r.name for r in testing.rows(option)]
+        wanted = set(testing.row_names())
         for mark in marks:
+            unknown = set(mark.kwargs) - {"without"}
+            if unknown:
+                raise ArgumentValueError(
+                    f"the mark rows has {', '.join(sorted(unknown))}, which is not known: it takes "
+                    "names of rows, and without={name: reason}."
+                )
             if mark.args:
-                wanted = names_of(mark.args)
-                chosen = [name for name in chosen if name in wanted]
-        reasons = {n: why for pattern, why in without.items() for n in names_of([pattern])}
-    except ArgumentValueError as error:
+                named = names_of(mark.args)
+                wanted &= named
+                if option is None:  # what the mark asks for and is not here is told
+                    skipped |= {n: known_rows()[n].why_absent for n in named - set(selected)}
+            _, reasons = rows_of([], mark.kwargs.get("without", {}))
+            skipped |= reasons
+    except GroupNormError as error:
         raise pytest.UsageError(f"{metafunc.definition.nodeid}: {error}") from error
+    chosen = [n for n in testing.row_names() if n in wanted and (n in selected or option is None)]
     parameters = [
         pytest.param(
-            name, marks=[pytest.mark.skip(reason=reasons[name])] if name in reasons else []
+            name, marks=[pytest.mark.skip(reason=skipped[name])] if name in skipped else []
         )
         for name in chosen
+        if name in selected or name in skipped
     ]
     nothing = pytest.param(None, marks=pytest.mark.skip(reason="--rows selects none of its rows"))
     metafunc.parametrize("row", parameters or [nothing], indirect=True)
@@ -85,9 +100,17 @@ def _is_ours(metafunc: pytest.Metafunc) -> bool:
 
 def _worst() -> list[tuple[str, str, float, float]]:
     """Return the worst finding of each row, if anything was checked in this process."""
-    checks = sys.modules.get("groupnorm.testing.checks")
-    found = getattr(checks, "record", {})
+    report = sys.modules.get("groupnorm.testing.report")
+    found = getattr(report, "record", {})
     return [(name, str(f), float(f.error), float(f.bound)) for name, f in found.items()]
+
+
+def pytest_sessionstart() -> None:
+    """Forget what other sessions of this process found."""
+    _from_workers.clear()
+    report = sys.modules.get("groupnorm.testing.report")
+    if report is not None:
+        report.record.clear()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

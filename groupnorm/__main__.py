@@ -39,16 +39,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, or 1 if a usable backend does not agree with the reference.
     """
     parser = argparse.ArgumentParser(
-        prog="groupnorm", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="groupnorm",
+        description="List the backends of groupnorm on this machine, and check their results.",
     )
-    parser.add_argument("command", nargs="?", choices=("info", "check"), default="check")
+    parser.add_argument(
+        "command",
+        nargs="?",
+        choices=("info", "check"),
+        default="check",
+        help="info: versions, devices and implementations; check (the default): also compare each "
+        "backend with float64, with exit status 1 if one is wrong",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--version", action="version", version=f"groupnorm {_version()}")
     options = parser.parse_args(arguments)
 
     found = []
     for name in backend_names():
-        _say(f"looking for {name}")
+        _say(f"importing {name}, if it is installed, to list its devices")
         found.append(backend_info(name))
     report = None
     if options.command == "check":

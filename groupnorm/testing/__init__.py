@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from groupnorm.errors import BackendImportError
 from groupnorm.testing.assertions import assert_accurate, assert_gradients, assert_same
 from groupnorm.testing.checks import check
 from groupnorm.testing.inputs import hard_inputs, layouts, pad_with_nan
@@ -34,7 +35,12 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "arrays":  # it imports hypothesis
-        from groupnorm.testing.strategies import arrays
-
+        try:
+            from groupnorm.testing.strategies import arrays
+        except ImportError as error:
+            raise BackendImportError(
+                f"testing.arrays needs hypothesis, which cannot be imported ({error}): install it "
+                'with pip install "groupnorm[testing]".'
+            ) from error
         return arrays
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

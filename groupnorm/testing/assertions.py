@@ -47,7 +47,7 @@ def assert_same(actual: Array, expected: Array, *, device: bool = True) -> None:
         here, there = ours.device_of(actual), theirs.device_of(expected)
         if here != there:
             raise Disagreement(f"device {here} instead of {there}")
-    a, b = (np.ascontiguousarray(r.to_numpy(y)) for r, y in ((ours, actual), (theirs, expected)))
+    a, b = (_native(r.to_numpy(y)) for r, y in ((ours, actual), (theirs, expected)))
     if a.tobytes() == b.tobytes():
         return
     differ = (a.reshape(-1, 1).view(np.uint8) != b.reshape(-1, 1).view(np.uint8)).any(axis=1)
@@ -59,6 +59,10 @@ def assert_same(actual: Array, expected: Array, *, device: bool = True) -> None:
             f"{len(wrong)} of {a.size} elements differ: {a[at]!r} instead of {b[at]!r} at "
             f"{list(at)}"
         )
+
+
+def _native(a: Array) -> Array:
+    return np.ascontiguousarray(a.astype(a.dtype.newbyteorder("="), copy=False)).reshape(a.shape)
 
 
 def assert_accurate(
@@ -115,7 +119,7 @@ def assert_accurate(
 
 def assert_gradients(
     function: Callable[..., Any],
-    arrays: Sequence["np.ndarray[Any, Any]"],
+    arrays: "np.ndarray[Any, Any] | Sequence[np.ndarray[Any, Any]]",
     row: str | Row,
     *,
     reference: Callable[..., Any] | None = None,
@@ -126,7 +130,7 @@ def assert_gradients(
     Parameters
     ----------
     function : callable
-    arrays : sequence of ndarray
+    arrays : ndarray or sequence of ndarray
         Its arguments.
     row : str or Row
         Where it runs.
@@ -148,8 +152,9 @@ def assert_gradients(
     ...     lambda x: x * x, [np.ones(3)], "numpy:readonly", vjp=lambda x, dy: 2 * x * dy
     ... )
     """
-    report = check(
-        function, inputs=tuple(arrays), reference=reference, rows=[row], gradients=True, **options
-    )
+    options = {"gradients": True, **options}
+    if isinstance(arrays, np.ndarray):
+        arrays = [arrays]
+    report = check(function, inputs=tuple(arrays), reference=reference, rows=[row], **options)
     report.findings[:] = [f for f in report.findings if f.what != "value"]
     report.raise_if_wrong()

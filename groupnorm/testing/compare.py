@@ -4,14 +4,14 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from groupnorm.errors import ArgumentValueError
-
 __all__ = [
+    "UNITS",
     "Units",
     "Worst",
     "default_bound",
     "dtype_name",
     "eps_of",
+    "extended",
     "is_float",
     "ulps",
     "wide",
@@ -20,6 +20,7 @@ __all__ = [
 
 Array = Any
 Units = Literal["relative", "mixed", "ulp"]
+UNITS = ("relative", "mixed", "ulp")
 
 # How many times the rounding of one operation: sums of some thousand terms, added in pairs.
 ROUNDINGS, ROUNDINGS_16 = 50, 4
@@ -54,6 +55,13 @@ def wide(a: Array) -> Array:
     return a.astype(np.complex128 if a.dtype.kind == "c" else np.float64)
 
 
+def extended(a: Array) -> Array:
+    """Return floating numbers in long double, real or complex, and others as they are."""
+    if not is_float(a.dtype):
+        return a
+    return a.astype(np.clongdouble if a.dtype.kind == "c" else np.longdouble)
+
+
 def eps_of(dtype: "np.dtype[Any]") -> float:
     """Return the distance from 1 to the next number."""
     return 2.0**-7 if dtype.name == "bfloat16" else float(np.finfo(dtype).eps)
@@ -72,8 +80,7 @@ def ulps(error: Array, reference: Array, dtype: "np.dtype[Any]") -> Array:
     """Return errors in units in the last place of the reference, as `dtype` has them."""
     if not is_float(dtype):
         return error
-    tiny = 2.0**-126 if dtype.name == "bfloat16" else float(np.finfo(dtype).tiny)
-    size = np.maximum(np.abs(reference), tiny)
+    size = np.maximum(np.abs(reference), _tiny(dtype))
     unit = eps_of(dtype) * 2.0 ** np.floor(np.log2(size.astype(np.longdouble)))
     return (error / unit).astype(np.float64)
 
@@ -99,30 +106,38 @@ def worst(actual: Array, reference: Array, units: Units, largest: float | None =
         return Worst(0.0, (), None, None, 0.0)
     with np.errstate(all="ignore"):
         if not is_float(dtype):
-            error = scaled = (got != want).astype(np.float64)
-            in_ulps = error
+            scaled = in_ulps = np.where(got != want, np.inf, 0.0)
         else:
-            same = (got == want) | (np.isnan(got) & np.isnan(want))
+            same = (got == want) | (np.isnan(got) & np.isnan(want)) | _overflows(got, want, dtype)
             error = np.where(same, 0.0, np.abs(got - want))
             in_ulps = np.where(same, 0.0, ulps(error, want, _part(dtype)))
             if units == "ulp":
                 scaled = in_ulps
             elif units == "mixed":
                 scaled = error / np.maximum(1.0, np.abs(want))
-            elif units == "relative":
+            else:
                 finite = np.abs(want)[np.isfinite(want)]
                 size = float(finite.max(initial=0.0)) if largest is None else largest
-                scaled = error / size if size > 0 else np.where(error > 0, np.inf, 0.0)
-            else:
-                raise ArgumentValueError(
-                    f"units={units!r} is not known: choose 'relative', 'mixed' or 'ulp'."
-                )
+                scaled = error / max(size, _tiny(dtype))  # below, there are fewer digits
             scaled = np.where(same, 0.0, np.where(np.isfinite(scaled), scaled, np.inf))
     flat = int(np.argmax(scaled))
     index = tuple(int(i) for i in np.unravel_index(flat, scaled.shape))
     return Worst(
         float(scaled[index]), index, actual[index], reference[index], float(in_ulps[index])
     )
+
+
+def _tiny(dtype: "np.dtype[Any]") -> float:
+    """Return the smallest normal number."""
+    return 2.0**-126 if dtype.name == "bfloat16" else float(np.finfo(dtype).tiny)
+
+
+def _overflows(got: Array, want: Array, dtype: "np.dtype[Any]") -> Array:
+    """Where the result is infinite because the dtype has no number as large as the reference."""
+    if dtype.kind == "c":
+        return np.zeros(got.shape, bool)
+    largest = 3.3895e38 if dtype.name == "bfloat16" else float(np.finfo(dtype).max)
+    return np.isinf(got) & (np.sign(got) == np.sign(want)) & (np.abs(want) > largest)
 
 
 def _part(dtype: "np.dtype[Any]") -> "np.dtype[Any]":

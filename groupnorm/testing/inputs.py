@@ -3,7 +3,7 @@
 import math
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +19,26 @@ Array = npt.NDArray[Any]
 
 
 def hard_inputs(
-    shape: tuple[int, ...],
+    shape: int | tuple[int, ...],
     dtype: npt.DTypeLike = "float32",
     *,
     axis: int = -1,
     seed: int = 0,
-    names: tuple[str, ...] | None = None,
+    names: str | Sequence[str] | None = None,
 ) -> dict[str, Array]:
     """Return arrays of one shape that are hard to compute with.
 
     Parameters
     ----------
-    shape : tuple of int
+    shape : int or tuple of int
     dtype : dtype
         float32, float64, float16, or ml_dtypes' bfloat16. What it cannot hold is left out.
     axis : int
         The axis along which "channel means" differ.
     seed : int
-    names : tuple of str, optional
-        Those that are wanted; default is all.
+    names : str or sequence of str, optional
+        Those that are wanted; default is all. "huge", "tiny" and "subnormal" test the range of a
+        function; the others its digits.
 
     Returns
     -------
@@ -50,7 +51,8 @@ def hard_inputs(
     Raises
     ------
     ArgumentTypeError, ArgumentValueError
-        If `dtype` is not a real floating one, or a name is unknown.
+        If `dtype` is not a real floating one, a name is unknown, or the dtype cannot hold what it
+        names.
 
     Examples
     --------
@@ -58,10 +60,17 @@ def hard_inputs(
     >>> sorted(testing.hard_inputs((2, 8), names=("normal", "ramp")))
     ['normal', 'ramp']
     """
-    wanted: np.dtype[Any] = np.dtype(dtype)
+    try:
+        wanted: np.dtype[Any] = np.dtype(dtype)
+    except TypeError as error:
+        raise ArgumentTypeError(f"dtype={dtype!r} is not a dtype of NumPy.") from error
+    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    names = (names,) if isinstance(names, str) else names
+    if shape and not -len(shape) <= axis < len(shape):
+        raise ArgumentValueError(f"axis={axis!r} is not an axis of the shape {shape}.")
     if not is_float(wanted) or wanted.kind == "c":
         raise ArgumentTypeError(f"dtype={dtype!r} is not a real floating-point dtype.")
-    kinds = _kinds(shape, axis)
+    kinds = _kinds(shape, axis, 2.0**-126 if wanted.name == "bfloat16" else np.finfo(wanted).tiny)
     for name in names or ():
         if name not in kinds:
             raise ArgumentValueError(f"names={name!r} is not known: choose from {list(kinds)}.")
@@ -73,13 +82,17 @@ def hard_inputs(
         made = make(np.random.default_rng([seed, i]))
         size = float(np.abs(made).max(initial=0.0))
         smallest = 1e-40 if wanted.itemsize > 2 or wanted.name == "bfloat16" else 6e-8
-        if names is None and not (size == 0 or smallest < size <= largest):
+        if not (size == 0 or name == "subnormal" or smallest < size <= largest):
+            if names is not None:
+                raise ArgumentValueError(
+                    f"names={name!r}: {wanted} cannot hold it; leave it out, or take another dtype."
+                )
             continue
         found[name] = made.astype(wanted)
     return found
 
 
-def _kinds(shape: tuple[int, ...], axis: int) -> dict[str, Callable[[Any], Array]]:
+def _kinds(shape: tuple[int, ...], axis: int, smallest: float) -> dict[str, Callable[[Any], Array]]:
     size = math.prod(shape)
 
     def normal(rng: Any) -> Array:
@@ -115,7 +128,7 @@ def _kinds(shape: tuple[int, ...], axis: int) -> dict[str, Callable[[Any], Array
         "channel means": channel_means,
         "huge": lambda rng: normal(rng) * 1e20,
         "tiny": lambda rng: normal(rng) * 1e-20,
-        "subnormal": lambda rng: normal(rng) * 1e-39,
+        "subnormal": lambda rng: normal(rng) * float(smallest) / 16,
         "large half": lambda rng: rng.uniform(3e4, 6.5e4, shape),
     }
 

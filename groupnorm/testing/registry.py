@@ -44,16 +44,18 @@ class Row:
     """One way of running functions of arrays: a library, and how it is used.
 
     A subclass for another library overrides `asarray`, `to_numpy` and what else differs, and is
-    added by `register_row`.
+    added by `register_row`. One that overrides `vjp` also sets `cannot` to ``{}``.
 
     Parameters
     ----------
     name : str
-        ``"library"`` or ``"library:tag"``.
+        ``"library"`` or ``"library:tag"``, where the library is what is imported.
     """
 
     #: What a row of this kind cannot do, and why; the only name is "autodiff".
-    cannot: Mapping[str, str] = MappingProxyType({})
+    cannot: Mapping[str, str] = MappingProxyType(
+        {"autodiff": "the row has no vjp(): give check() a vjp="}
+    )
     #: The names of the dtypes that it has.
     dtypes: frozenset[str] = frozenset((*REAL, *COMPLEX, *INTEGERS))
     #: Whether it can be used on machines with a GPU only.
@@ -173,6 +175,7 @@ def _contiguous(a: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
 
 def _in_same_layout(a: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
     """Copy an array with its strides, alignment and byte order."""
+    a = np.asarray(a)
     reach = [stride * (n - 1) for stride, n in zip(a.strides, a.shape, strict=True)]
     first = -sum(min(0, r) for r in reach)
     size = first + sum(max(0, r) for r in reach) + a.itemsize
@@ -201,6 +204,7 @@ class _NumpyRow(Row):
 
 
 class _JaxRow(Row):
+    cannot = MappingProxyType({})
     dtypes = Row.dtypes | {"float16", "bfloat16"}
 
     def __init__(self, name: str) -> None:
@@ -263,6 +267,7 @@ def _conjugate(a: Array) -> Array:
 
 
 class _TorchRow(Row):
+    cannot = MappingProxyType({})
     dtypes = Row.dtypes | {"float16", "bfloat16"}
 
     def __init__(self, name: str) -> None:
@@ -316,9 +321,13 @@ class _TorchRow(Row):
         wanted: Sequence[int],
         cotangents: Sequence[Array],
     ) -> tuple[list[Array], list[Array]]:
-        leaves = [a.detach().requires_grad_(i in wanted) for i, a in enumerate(arrays)]
-        chosen = [leaves[i] for i in wanted]
-        with self.module.enable_grad():
+        with self.module.inference_mode(False), self.module.enable_grad():
+            leaves = [
+                (a.clone() if a.is_inference() else a.detach()).requires_grad_(i in wanted)
+                for i, a in enumerate(arrays)
+            ]
+            cotangents = [c.clone() if c.is_inference() else c for c in cotangents]
+            chosen = [leaves[i] for i in wanted]
             # The forward pass is compiled, and differentiated as in a training loop.
             results = self.compiled(function)(*leaves)
         recorded = [(y, c) for y, c in zip(results, cotangents, strict=True) if y.requires_grad]
@@ -388,6 +397,7 @@ class _DaskRow(Row):
 class _MlxRow(Row):
     """MLX on its default device."""
 
+    cannot = MappingProxyType({})
     dtypes = (Row.dtypes | {"float16", "bfloat16"}) - {"float64", "complex128"}
 
     @property
@@ -433,7 +443,18 @@ def register_row(row: Row) -> None:
     Parameters
     ----------
     row : Row
+        Its methods `asarray` and `to_numpy` are called for every array; its attribute `cannot` says
+        whether it can differentiate.
+
+    Raises
+    ------
+    ArgumentTypeError
+        If it is no row.
     """
+    if not isinstance(row, Row):
+        raise ArgumentTypeError(
+            f"row={row!r} is not a Row: pass an instance of a subclass of testing.Row."
+        )
     _rows[row.name] = row
 
 
@@ -498,9 +519,8 @@ def rows(names: str | Iterable[str] | None = None) -> list[Row]:
     """
     if names is None:
         return [row for row in _rows.values() if row.why_absent is None]
-    asked = names.split(",") if isinstance(names, str) else list(names)
     chosen: set[str] = set()
-    for name in (n.strip() for n in asked):
+    for name in _split(names):
         if name in _rows:
             chosen.add(_usable(name))
             continue
@@ -522,8 +542,15 @@ def _usable(name: str) -> str:
     return name
 
 
-def names_of(patterns: Iterable[str]) -> set[str]:
+def names_of(patterns: str | Iterable[str], *, libraries: bool = False) -> set[str]:
     """Return the names of rows, usable here or not, that names and patterns like "torch:*" mean.
+
+    Parameters
+    ----------
+    patterns : str or iterable of str
+        As for `rows`.
+    libraries : bool
+        Whether the name of a library means all of its rows.
 
     Raises
     ------
@@ -531,26 +558,53 @@ def names_of(patterns: Iterable[str]) -> set[str]:
         If one is unknown.
     """
     found: set[str] = set()
-    for pattern in patterns:
+    for pattern in _split(patterns):
+        if libraries and any(row.library == pattern for row in _rows.values()):
+            pattern = f"{pattern}:*"
         names = {name for name, row in _rows.items() if pattern in (name, f"{row.library}:*")}
         if not names:
-            rows([pattern])  # raises
+            rows(pattern)  # raises
         found |= names
     return found
+
+
+def _split(names: str | Iterable[str]) -> list[str]:
+    """Return names that may be listed in strings, separated by commas."""
+    try:
+        listed = [names] if isinstance(names, str) else list(names)
+        return [name.strip() for part in listed for name in part.split(",")]
+    except (AttributeError, TypeError) as error:
+        raise ArgumentTypeError(
+            f"rows={names!r} are not names of rows: pass strings such as 'numpy,torch:*'."
+        ) from error
 
 
 def rows_of(
     asked: "str | Iterable[str | Row] | None", without: Mapping[str, str] = MappingProxyType({})
 ) -> tuple[list[Row], dict[str, str]]:
     """Return rows, given by name or as they are, and by name why others are left out."""
-    why_not = {name: why for pattern, why in without.items() for name in names_of([pattern])}
+    if not isinstance(without, Mapping):
+        raise ArgumentTypeError(
+            f"without={without!r} has no reasons: pass a mapping, such as {{'dask': 'no sorting'}}."
+        )
+    why_not = {
+        name: why for pattern, why in without.items() for name in names_of(pattern, libraries=True)
+    }
     found: list[Row] = []
     if asked is None:
         every = [row for name, row in _rows.items() if name not in why_not]
         absent = {row.name: row.why_absent for row in every}
         found = [row for row in every if absent[row.name] is None]
         return found, why_not | {name: why for name, why in absent.items() if why is not None}
-    for one in [asked] if isinstance(asked, str) else asked:
+    try:
+        listed = rows(asked) if isinstance(asked, str) else list(asked)
+    except TypeError as error:
+        raise ArgumentTypeError(
+            f"rows={asked!r} are not rows: pass names, such as 'numpy,torch:*', or rows."
+        ) from error
+    for one in listed:
+        if isinstance(one, Row) and one.why_absent is not None:
+            raise ArgumentValueError(f"rows={one.name!r} cannot be used here: {one.why_absent}.")
         found += [r for r in ([one] if isinstance(one, Row) else rows(one)) if r not in found]
     return [row for row in found if row.name not in why_not], why_not
 

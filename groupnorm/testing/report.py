@@ -7,9 +7,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from groupnorm.errors import ArgumentValueError
 from groupnorm.testing.tables import plain_table, print_table
 
-__all__ = ["Disagreement", "Finding", "Report", "Skipped", "badness"]
+__all__ = ["Disagreement", "Finding", "Report", "Skipped", "badness", "record"]
+
+# The scale of the heat map: orders of magnitude of errors over their bounds.
+LEAST, MOST = -4.0, 4.0
+
+
+#: The finding of each row, in all `raise_if_wrong` of this process, that is nearest to its bound or
+#: beyond it; the pytest plugin shows them.
+record: "dict[str, Finding]" = {}
 
 
 class Disagreement(AssertionError):
@@ -33,6 +44,9 @@ class Finding:
         The largest error, in the units of the check, and what is allowed.
     message : str
         The element of the largest error, or what was wrong.
+    at, value, reference, ulps
+        The index of that element, its value, the reference's, and the error in units in the last
+        place; None if it is not about one element.
     """
 
     row: str
@@ -42,6 +56,10 @@ class Finding:
     error: float
     bound: float
     message: str
+    at: tuple[int, ...] | None = None
+    value: Any = None
+    reference: Any = None
+    ulps: float | None = None
 
     @property
     def right(self) -> bool:
@@ -75,12 +93,15 @@ class Report:
         Rows that cannot be used here, and what rows cannot do.
     units : str
         Those of the errors.
+    errors : list of Exception
+        Those that functions raised.
     """
 
     rows: list[str]
     inputs: list[str]
     units: str
     findings: list[Finding] = field(default_factory=list)
+    errors: list[Exception] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
 
     @property
@@ -98,10 +119,17 @@ class Report:
             reasons = "".join(f"\n  {s.row}: {s.what}: {s.reason}" for s in self.skipped)
             raise Disagreement(f"nothing was compared:{reasons or ' there are no rows or inputs'}")
         wrong = self.wrong
+        for row in self.rows:
+            found = [f for f in (record.get(row), self.worst(row)) if f is not None]
+            if found:
+                record[row] = max(found, key=badness)
         if wrong:
             shown = "".join(f"\n  {finding}" for finding in wrong[:10])
             more = f"\n  and {len(wrong) - 10} more" if len(wrong) > 10 else ""
-            raise Disagreement(f"{len(wrong)} of {len(self.findings)} comparisons:{shown}{more}")
+            cause = self.errors[0] if self.errors else None
+            raise Disagreement(
+                f"{len(wrong)} of {len(self.findings)} comparisons:{shown}{more}"
+            ) from cause
 
     def worst(self, row: str, name: str | None = None) -> Finding | None:
         """Return the finding of a row that is nearest to its bound, or beyond it.
@@ -123,13 +151,22 @@ class Report:
         other : Report
             In the same units.
         """
+        if other.units != self.units:
+            raise ArgumentValueError(
+                f"other has errors in the units {other.units!r}, and this report has "
+                f"{self.units!r}: check both in the same units."
+            )
         for ours, theirs in ((self.rows, other.rows), (self.inputs, other.inputs)):
             ours += [name for name in theirs if name not in ours]
         self.findings += other.findings
+        self.errors += other.errors
         self.skipped += [s for s in other.skipped if s not in self.skipped]
 
     def __str__(self) -> str:
-        """Return the table as plain text, and below it what is wrong and what was skipped."""
+        """Return the table as plain text, and below it what is wrong and what was skipped.
+
+        A cell has the error that is nearest to its bound, or beyond it.
+        """
         header, *lines = self._cells()
         return "\n".join([plain_table(header, lines), *self._notes()])
 
@@ -141,9 +178,9 @@ class Report:
             print(note)
 
     def _cells(self) -> Iterator[list[str]]:
-        yield [f"largest error ({self.units})", *self.inputs]
-        for row in self.rows:
-            yield [row, *(self._cell(row, name) for name in self.inputs)]
+        yield [f"largest error ({self.units})", *self.rows]
+        for name in self.inputs:
+            yield [name, *(self._cell(row, name) for row in self.rows)]
 
     def _cell(self, row: str, name: str) -> str:
         found = self.worst(row, name)
@@ -170,7 +207,7 @@ class Report:
     def to_json(self, path: str | Path | None = None) -> str:
         """Return the report as JSON; also write it to a file.
 
-        Errors that are infinite or NaN are null.
+        Numbers that are infinite or NaN are null; complex numbers are text.
         """
         text = json.dumps(self.as_dict(), indent=2)
         if path is not None:
@@ -185,14 +222,14 @@ class Report:
             "rows": self.rows,
             "inputs": self.inputs,
             "findings": [
-                asdict(f) | {"error": f.error if math.isfinite(f.error) else None, "right": f.right}
+                {k: _plain(v) for k, v in asdict(f).items()} | {"right": f.right}
                 for f in self.findings
             ],
             "skipped": [asdict(s) for s in self.skipped],
         }
 
     def plot(self, path: str | Path) -> None:
-        """Draw the errors of rows and inputs as a heat map; needs matplotlib.
+        """Draw the errors of rows and inputs, over their bounds, as a heat map; needs matplotlib.
 
         Parameters
         ----------
@@ -202,22 +239,20 @@ class Report:
         from matplotlib.figure import Figure
 
         found = [[self.worst(row, name) for name in self.inputs] for row in self.rows]
-        errors = [
-            [math.nan if f is None else math.log10(_shown(f.error)) for f in line] for line in found
-        ]
+        errors = [[math.nan if f is None else _shown(f) for f in line] for line in found]
         figure = Figure(
             figsize=(2.5 + 0.8 * len(self.inputs), 1.5 + 0.35 * len(self.rows)),
             layout="constrained",
         )
         axes: Any = figure.subplots()
-        image = axes.imshow(errors, vmin=-8, vmax=0, cmap="viridis", aspect="auto")
+        image = axes.imshow(errors, vmin=LEAST, vmax=MOST, cmap="viridis", aspect="auto")
         axes.set_xticks(range(len(self.inputs)), self.inputs, rotation=45, ha="right")
         axes.set_yticks(range(len(self.rows)), self.rows)
         for i, line in enumerate(found):
             for j, finding in enumerate(line):
                 if finding is not None and not finding.right:
                     axes.text(j, i, "wrong", ha="center", va="center", color="red", fontsize=7)
-        figure.colorbar(image, label=f"log10 of the largest error ({self.units})")
+        figure.colorbar(image, label="log10 of the largest error over its bound")
         figure.savefig(path, dpi=120)
 
 
@@ -227,5 +262,21 @@ def badness(finding: Finding) -> float:
     return math.inf if error > 0 and finding.bound == 0 else error / (finding.bound or 1.0)
 
 
-def _shown(error: float) -> float:
-    return 1.0 if not math.isfinite(error) else min(max(error, 1e-16), 1.0)
+def _plain(value: Any) -> Any:
+    """Return a value in the types of JSON."""
+    if value is None or isinstance(value, str | list | tuple):
+        return value
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    if isinstance(value, int | np.integer):
+        return int(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return str(value)
+    return number if math.isfinite(number) else None
+
+
+def _shown(finding: Finding) -> float:
+    """Return the order of magnitude of the error over the bound, within the scale of colours."""
+    return math.log10(min(max(badness(finding), 10.0**LEAST), 10.0**MOST))

@@ -20,12 +20,17 @@ def print_table(header: Line, lines: Sequence[Line]) -> None:
     """Print a table; with rich in colours, where cells that end in "WRONG" are red."""
     try:
         from rich.console import Console
+        from rich.markup import escape
         from rich.table import Table
         from rich.text import Text
     except ImportError:
         print(plain_table(header, lines))
         return
-    table = Table(*header)
+    table = Table(*map(escape, header))
     for line in lines:
         table.add_row(*(Text(c, style="bold red" if c.endswith("WRONG") else "") for c in line))
-    Console().print(table)
+    console = Console()
+    if console.measure(table).maximum > console.width:  # it would cut the cells
+        print(plain_table(header, lines))
+    else:
+        console.print(table)

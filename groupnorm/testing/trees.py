@@ -9,16 +9,14 @@ __all__ = ["leaves"]
 def leaves(tree: Any, path: str = "") -> list[tuple[str, Any]]:
     """Return the leaves of nested dicts, lists and tuples, with their paths, in a fixed order.
 
-    None has no leaves. Named tuples are shown with the names of their fields.
+    None has no leaves. Tuples have indices even if their fields have names, which not every
+    library gives them.
     """
     if tree is None:
         return []
     if isinstance(tree, Mapping):
         parts = [(f"[{key!r}]", value) for key, value in tree.items()]
         parts.sort(key=lambda part: part[0])
-    elif isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        names: tuple[str, ...] = getattr(tree, "_fields", ())
-        parts = [(f".{name}", getattr(tree, name)) for name in names]
     elif isinstance(tree, list | tuple):
         parts = [(f"[{i}]", value) for i, value in enumerate(tree)]
     else:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from groupnorm.testing import checks
+from groupnorm.testing import report
 
 
 @pytest.fixture(autouse=True)
 def own_record(monkeypatch):
-    monkeypatch.setattr(checks, "record", {})
+    monkeypatch.setattr(report, "record", {})

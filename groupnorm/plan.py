@@ -370,9 +370,8 @@ def _normalize_axes(argument: str, axes: Sequence[int], shape: Shape) -> Shape:
 
 
 def _reduction_axes(reduction: Shape | None, features: Shape, shape: Shape) -> Shape:
-    if reduction is None:
-        no_batch = len(shape) == 1 or 0 in features
-        return tuple(range(0 if no_batch else 1, len(shape)))
+    if reduction is None:  # axis 0 is the batch, or a feature axis
+        return tuple(range(1, len(shape)))
     reduced = _normalize_axes("reduction_axes", reduction, shape)
     missing = [a for a in features if a not in reduced]
     if missing:

@@ -99,7 +99,7 @@ def derivative(z, activation):
 def close(got, want, tolerance=ROUNDING):
     want = np.asarray(want, np.float64)
     assert got.shape == want.shape
-    wrong = np.abs(got - want) > tolerance * np.maximum(1, np.abs(want).max())
+    wrong = ~(np.abs(got - want) <= tolerance * np.maximum(1, np.abs(want).max()))  # NaN is wrong
     assert not wrong.any(), (np.argwhere(wrong)[:3], got[wrong][:3], want[wrong][:3])
 
 
@@ -560,3 +560,14 @@ def test_threads_claim_every_task_once(parts, tasks, k):
     work.wait(counters, 1, 3)
     with pytest.raises(AssertionError, match="waits for other threads"):
         work.wait(counters, 1, 4)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first", "last"])
+@pytest.mark.parametrize("masked", [None, "each"])
+@pytest.mark.parametrize("size", [1e-14, 0.1, 1e14])
+def test_ordinary_variances_need_no_float64(size, masked, first, k, monkeypatch):
+    for module in (k.channels_first, k.channels_last):
+        monkeypatch.setattr(module, "in_float64", None)
+    call = Call(first, 1, 12, 1, 2, masked=masked)
+    call.x *= F(size)
+    assert np.isfinite(call.forward(k)).all()

@@ -71,7 +71,7 @@ def test_adjacent_feature_axes_need_no_permutation():
 
 
 # shape, feature axes, reduction axes -> roles, kept axes of x, the shapes of parameters and of one
-# value per group (grouped; as public statistics; with all kept axes), kept axes before the channels.
+# value per group (grouped; as public statistics; with all kept axes), kept axes before channels.
 SHAPES = [
     ((8, 5, 7, 6), (-1,), None, "KPC", {0}, (1, 1, 2, 3), (8, 1, 2, 1), (8, 2), (8, 2), 1),
     ((8, 6, 5, 7), (1,), None, "KCP", {0}, (1, 2, 3, 1), (8, 2, 1, 1), (8, 2), (8, 2), 1),

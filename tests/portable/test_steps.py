@@ -348,10 +348,10 @@ def test_ordinary_spreads_need_no_scale(step, scaled):
 
 def test_a_constant_sample_of_huge_data():
     """The other values differ by a rounding, and their squares must not overflow."""
-    x = np.full((1, 129 * 3, 2), 1e18, F)
+    x = np.full((1, 129 * 3, 2), 1e25, F)
     plan = plan_of(x.shape, 1, sampled=True)
     stride = plan.sample[1].step
-    x[:, 1::stride] = np.nextafter(F(1e18), F(2e18))
+    x[:, 1::stride] = np.nextafter(F(1e25), F(2e25))
     got, _ = check_measure(x, numpy_adapter, sampled=True, groups=1, rtol=1e-5)
     assert np.isfinite(got.m2).all()
 
@@ -418,15 +418,16 @@ LARGEST = float(np.finfo(F).max)
         (1, 1, 1, 2.0**-16), (1e10, 1, 1, 2.0**-16 / 1e10), (1, 1e6, 1, 2.0**-16 / 1e6),
         (1, 1e6, -100, 2.0**-16 / 1e8), (1, 1, 0.01, 2.0**-16), (1e10, 1e6, 1e2, 2.0**-16 / 1e10),
         (1e-9, 1e-9, 1, 2.0**-2), (1e-9, 1e-9, 1e5, 2.0**-2 / 1e5),
-        (2.0**-13, 2.0**-13, 1, 2.0**-3),
+        (2.0**-13, 2.0**-13, 1, 2.0**-3), (1, 1e6, 0.01, 2.0**-16 / 1e6),
+        (1, 1e36, 1, 2.0**-16 / 1e36),
     ],
 )  # fmt: skip
 def test_masked_out_elements_saturate(unit, rstd, gain, limit, dtype):
     """Their products with the unit, with 1 / std and with the scale stay finite; others stay."""
     limit *= LARGEST
-    x = np.array([1, 0.99 * limit, -0.99 * limit, 3.3e38, -3.3e38, 3.3e38, 0.5], np.float64)
+    x = np.array([1, 0.99 * limit, -0.99 * limit, 3.3e38, -3.3e38, 3.3e38, -0.5], np.float64)
     mask = np.array([1, 0, 0, 0, 0, 1, 0], bool).reshape(1, 7, 1, 1)
-    want = np.array([1, x[1], x[2], limit, -limit, 3.3e38, 0.5])
+    want = np.where(mask.ravel(), x, np.clip(x, -limit, limit))
     if dtype is np.complex64:
         x, want = x - 1j * x, want - 1j * want
     plan, centred = centred_at(0, unit, x.astype(dtype).reshape(1, 7, 1), mask)

@@ -35,8 +35,6 @@ FEW_POSITIONS = 16
 # A pivot is the mean of at least this many positions. A single element or position fails if it is
 # an outlier; with about sixty, errors were at rounding level on every data set tried.
 PIVOT_SAMPLES = 64
-# Sampling only pays off if it skips most of the data.
-WORTH_SAMPLING = 128
 
 
 class Plan(NamedTuple):
@@ -392,10 +390,9 @@ def _sample(work: list[int], inner: Shape, count: int) -> tuple[slice, ...] | No
 
     At least sqrt(count) are selected: then an outlier in the sample moves the pivot by at most
     about one standard deviation, whatever its size. The stride is coprime to the axis length, else
-    it could select a single image column, such as the border.
+    it could select a single image column, such as the border. Below twice `PIVOT_SAMPLES` there is
+    nothing to skip.
     """
-    if count < WORTH_SAMPLING:
-        return None
     longest = max(inner, key=lambda a: work[a])
     length = work[longest]
     stride = min(count // max(PIVOT_SAMPLES, math.isqrt(count)), length // 8)

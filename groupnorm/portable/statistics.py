@@ -69,7 +69,7 @@ class Deviations(NamedTuple):
     values: "Array"  # (x - pivot) * unit, in the work shape; with a mask x - pivot until `saturate`
     pivot: "Array"  # per channel (or, in one stage, per group), in the grouped shape
     unit: "Array"  # the scale of the deviations, shaped as the pivot
-    scaled: bool = True  # False if the unit is known to be 1 everywhere
+    scaled: bool  # False if the unit is known to be 1 everywhere
 
 
 class Coefficients(NamedTuple):

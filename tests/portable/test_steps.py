@@ -142,6 +142,9 @@ def test_pivots_with_a_mask():
     np.testing.assert_array_equal(pivot.ravel(), np.array([6, 3, 0.1, 0.1], F))
     np.testing.assert_array_equal(lowest.ravel(), np.array([3, 0.1], F))
     np.testing.assert_array_equal(highest.ravel(), np.array([8, 0.1], F))
+    mask[0, 7, 3] = True
+    pivot, _, _ = pivots(x, mask, np.array([5, 1, 2, 1]), plan, numpy_adapter)
+    np.testing.assert_array_equal(pivot.ravel(), np.array([6, 3, 0.1, 7.5], F))
 
 
 @pytest.mark.parametrize("shape", [(2, 0, 4), (0, 16, 4)])
@@ -151,6 +154,7 @@ def test_pivots_of_nothing(shape):
     assert pivot.shape == ((2, 1, 2, 1) if shape[0] else (0, 1, 2, 2))
     assert not pivot.any()
     assert lowest.shape == highest.shape
+    assert lowest.ndim == pivot.ndim
     assert not lowest.any()
 
 
@@ -235,6 +239,7 @@ def test_variances():
     np.testing.assert_array_equal(plain.variance, [1, 3, 2])
     assert plain.residual == 0
     np.testing.assert_array_equal(plain._replace(unit=2.0).variance, [1, 0.75, 0.5])
+    np.testing.assert_array_equal(plain._replace(count=1.0).variance, m2)
 
 
 @pytest.mark.parametrize("kind", [float, complex])
@@ -348,10 +353,10 @@ def test_ordinary_spreads_need_no_scale(step, scaled):
 
 def test_a_constant_sample_of_huge_data():
     """The other values differ by a rounding, and their squares must not overflow."""
-    x = np.full((1, 129 * 3, 2), 1e25, F)
+    x = np.full((1, 129 * 3, 2), 1e28, F)
     plan = plan_of(x.shape, 1, sampled=True)
     stride = plan.sample[1].step
-    x[:, 1::stride] = np.nextafter(F(1e25), F(2e25))
+    x[:, 1::stride] = np.nextafter(F(1e28), F(2e28))
     got, _ = check_measure(x, numpy_adapter, sampled=True, groups=1, rtol=1e-5)
     assert np.isfinite(got.m2).all()
 
@@ -396,7 +401,7 @@ def test_centring():
 def test_groups_without_local_elements_are_centred_at_the_mean_of_all():
     x = np.arange(8, dtype=F).reshape(1, 2, 2, 2)
     plan = plan_of((1, 2, 4))
-    per_group = np.array([0, 3], F).reshape(1, 1, 2, 1)
+    per_group = np.array([0, 1], F).reshape(1, 1, 2, 1)
     local = GroupStatistics(per_group, per_group, per_group, per_group, per_group)
     merged = local._replace(mean=np.array([10, 20], F).reshape(1, 1, 2, 1))
     pivot = np.array([1, 1, 2, 2], F).reshape(1, 1, 2, 2)
@@ -420,17 +425,18 @@ LARGEST = float(np.finfo(F).max)
         (1e-9, 1e-9, 1, 2.0**-2), (1e-9, 1e-9, 1e5, 2.0**-2 / 1e5),
         (2.0**-13, 2.0**-13, 1, 2.0**-3), (1, 1e6, 0.01, 2.0**-16 / 1e6),
         (1, 1e36, 1, 2.0**-16 / 1e36),
+        (1, 1e6, 1.5, 2.0**-16 / 1.5e6),
     ],
 )  # fmt: skip
 def test_masked_out_elements_saturate(unit, rstd, gain, limit, dtype):
     """Their products with the unit, with 1 / std and with the scale stay finite; others stay."""
     limit *= LARGEST
-    x = np.array([1, 0.99 * limit, -0.99 * limit, 3.3e38, -3.3e38, 3.3e38, -0.5], np.float64)
-    mask = np.array([1, 0, 0, 0, 0, 1, 0], bool).reshape(1, 7, 1, 1)
+    x = np.array([1, 0.99 * limit, -0.99 * limit, 3.3e38, -3.3e38, 3.3e38, -0.5, 0.7])
+    mask = np.array([1, 0, 0, 0, 0, 1, 0, 0], bool).reshape(1, 8, 1, 1)
     want = np.where(mask.ravel(), x, np.clip(x, -limit, limit))
     if dtype is np.complex64:
         x, want = x - 1j * x, want - 1j * want
-    plan, centred = centred_at(0, unit, x.astype(dtype).reshape(1, 7, 1), mask)
+    plan, centred = centred_at(0, unit, x.astype(dtype).reshape(1, 8, 1), mask)
     a = np.ones((1, 1, 1, 1), F)
     coefficients = steps.Coefficients(a, a, F(rstd) * a, a)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -449,7 +455,7 @@ def finished(m2, unit=1.0, count=4.0, mean=3.0, residual=0.0, epsilon=EPSILON, e
     a = np.ones((1, 1, 1, 1), F)
     s = GroupStatistics(count * a if empty else count, mean * a, F(m2) * a, residual * a, unit * a)
     own = a * F(unit if own_unit is None else own_unit)
-    centred = steps.Deviations(a, pivot * a, own)
+    centred = steps.Deviations(a, pivot * a, own, True)
     with np.errstate(over="ignore"):
         got = steps.finish(s, centred, numpy_adapter, epsilon, may_be_empty=empty)
     return steps.Coefficients(*(float(np.asarray(v).ravel()[0]) for v in got))
@@ -495,6 +501,8 @@ def test_coefficients_of_empty_groups():
     assert got.inv_count == 0
     assert got.gain == 0.125
     assert got.shift == pytest.approx((0 - 2.0) * 4 * 0.125)
+    one = finished(4.0, count=1.0, epsilon=0.0, empty=True)
+    assert (one.rstd, one.inv_count, one.shift) == (0.5, 1, 0.5)
 
 
 @pytest.mark.parametrize("keep", [True, False])
@@ -502,14 +510,16 @@ def test_normalizing(keep, adapter):
     x = np.arange(8, dtype=F).reshape(1, 2, 2, 2)
     plan, ones = plan_of((1, 2, 4)), np.ones((1, 1, 2, 2), F)
     scale, bias = (np.arange(4, dtype=F).reshape(1, 1, 2, 2) + i for i in (1, 5))
-    centred = steps.Deviations(x.copy(), ones, ones)
+    centred = steps.Deviations(x.copy(), ones, ones, True)
     coefficients = steps.Coefficients(3 * ones, 0.5 * ones, ones, ones)
     y = steps.normalize(centred, coefficients, scale, bias, plan, adapter, keep_deviations=keep)
     np.testing.assert_array_equal(y, (x * 3 - 0.5) * scale + bias)
+    assert np.shares_memory(y, centred.values) == (adapter is numpy_adapter and not keep)
     if keep or not adapter.overwrites:
         np.testing.assert_array_equal(centred.values, x)
     wide = steps.normalize(
-        steps.Deviations(x, ones, ones), coefficients, scale.astype(float), bias, plan, adapter,
+        steps.Deviations(x, ones, ones, True), coefficients, scale.astype(float), bias, plan,
+        adapter,
         keep_deviations=keep,
     )  # fmt: skip
     assert wide.dtype == float
@@ -531,9 +541,13 @@ def backward(x, dy, scale, mask=None, *, replicas=None, overwrite=False, epsilon
     if mask is not None:
         deviations = steps.saturate(deviations, mask, c, scale, plan, numpy_adapter)
     kept = deviations.values.copy()
-    got = pull_back(
-        dy, mask, scale, deviations, c, plan, numpy_adapter, replicas, None, overwrite=overwrite
-    )
+    options = {"overwrite": True} if overwrite else {}
+    got = pull_back(dy, mask, scale, deviations, c, plan, numpy_adapter, replicas, None, **options)
+    if overwrite and mask is None and not np.iscomplexobj(x):
+        factor = scale * c.rstd
+        # The memory of the deviations is used again, for what is subtracted from dy.
+        taken = (dy * np.conj(factor).reshape(plan.ungrouped(factor.shape))).real
+        np.testing.assert_allclose(deviations.values, taken - got.x, atol=1e-5)
     if not overwrite:
         np.testing.assert_array_equal(deviations.values, kept)
     return got._replace(x=got.x.reshape(x.shape), scale=got.scale.ravel(), bias=got.bias.ravel())

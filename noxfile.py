@@ -130,6 +130,14 @@ def fuzz(session: nox.Session) -> None:
 
 
 @nox.session
+def mutants(session: nox.Session) -> None:
+    """Change one operator at a time in a copy, and list what no test notices; `-- FILE` for one."""
+    # The package itself is not installed: the tests must import the copy.
+    install(session, *PYPROJECT["project"]["dependencies"], *group("mutants"))
+    session.run("python", "tests/mutants/run.py", *session.posargs)
+
+
+@nox.session
 def minimal(session: nox.Session) -> None:
     """Import and test with only NumPy and array-api-compat, in the oldest supported versions."""
     install(session, *LOWEST, *group("runner"))

@@ -35,8 +35,6 @@ FEW_POSITIONS = 16
 # A pivot is the mean of at least this many positions. A single element or position fails if it is
 # an outlier; with about sixty, errors were at rounding level on every data set tried.
 PIVOT_SAMPLES = 64
-# Sampling only pays off if it skips most of the data.
-WORTH_SAMPLING = 128
 
 
 class Plan(NamedTuple):
@@ -370,9 +368,8 @@ def _normalize_axes(argument: str, axes: Sequence[int], shape: Shape) -> Shape:
 
 
 def _reduction_axes(reduction: Shape | None, features: Shape, shape: Shape) -> Shape:
-    if reduction is None:
-        no_batch = len(shape) == 1 or 0 in features
-        return tuple(range(0 if no_batch else 1, len(shape)))
+    if reduction is None:  # axis 0 is the batch, or a feature axis
+        return tuple(range(1, len(shape)))
     reduced = _normalize_axes("reduction_axes", reduction, shape)
     missing = [a for a in features if a not in reduced]
     if missing:
@@ -393,10 +390,9 @@ def _sample(work: list[int], inner: Shape, count: int) -> tuple[slice, ...] | No
 
     At least sqrt(count) are selected: then an outlier in the sample moves the pivot by at most
     about one standard deviation, whatever its size. The stride is coprime to the axis length, else
-    it could select a single image column, such as the border.
+    it could select a single image column, such as the border. Below twice `PIVOT_SAMPLES` there is
+    nothing to skip.
     """
-    if count < WORTH_SAMPLING:
-        return None
     longest = max(inner, key=lambda a: work[a])
     length = work[longest]
     stride = min(count // max(PIVOT_SAMPLES, math.isqrt(count)), length // 8)

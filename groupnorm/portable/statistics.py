@@ -69,7 +69,7 @@ class Deviations(NamedTuple):
     values: "Array"  # (x - pivot) * unit, in the work shape; with a mask x - pivot until `saturate`
     pivot: "Array"  # per channel (or, in one stage, per group), in the grouped shape
     unit: "Array"  # the scale of the deviations, shaped as the pivot
-    scaled: bool = True  # False if the unit is known to be 1 everywhere
+    scaled: bool  # False if the unit is known to be 1 everywhere
 
 
 class Coefficients(NamedTuple):
@@ -155,9 +155,6 @@ def measure(
         total(pivot * (weights / enough), members, plan, adapter), lowest, highest, adapter
     )
     means = (pivot - reference) * unit + delta
-    if mask is not None:
-        # A channel without a valid element has no mean, and its pivot may be of any size.
-        means = xp.where(weights > 0, means, 0.0)
     mean = total(weights * means, members, plan, adapter) / enough
     m2 = total(m2 + weights * abs2(means - mean, adapter), members, plan, adapter)
     return GroupStatistics(count, reference, m2, mean, group_unit), centred

@@ -4,7 +4,7 @@ import functools
 import math
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from numbers import Real
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -171,7 +171,7 @@ class _Asked(NamedTuple):
             raise ArgumentValueError(f"units={self.units!r} is not known: choose from {UNITS}.")
         for name in ("bound", "gradient_bound"):
             value = getattr(self, name)
-            number = isinstance(value, Real) and not isinstance(value, bool)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
             if value is not None and not (number and value >= 0):
                 raise ArgumentValueError(f"{name}={value!r} is not a number from 0 on, or None.")
         for name, least in (("elements", 1), ("seed", 0)):
@@ -663,10 +663,16 @@ class _Trial(NamedTuple):
         found: Worst | None = None,
     ) -> None:  # fmt: skip
         """Add a finding."""
-        element = () if found is None else (found.at, found.value, found.reference, found.ulps)
-        self.report.findings.append(
-            Finding(self.row.name, self.name, what, where, error, bound, message, *element)
-        )
+        finding = Finding(self.row.name, self.name, what, where, error, bound, message)
+        if found is not None:
+            finding = replace(
+                finding,
+                at=found.at,
+                value=found.value,
+                reference=found.reference,
+                ulps=found.ulps,
+            )
+        self.report.findings.append(finding)
 
     def wrong(self, what: str, where: str, message: str) -> None:
         """Add what cannot be compared."""

@@ -310,7 +310,15 @@ class _TorchRow(Row):
                 # array_api_compat caches the namespace of each type, which is harmless.
                 warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cac")
                 warnings.filterwarnings("ignore", "Torchinductor does not support code generat")
-                return made(*arrays)
+                try:
+                    return made(*arrays)
+                except RuntimeError as error:
+                    # Dynamo goes through sys.modules, for array_api_compat, while it imports
+                    # modules of its own for the first time.
+                    if "dictionary changed size" not in str(error):
+                        raise
+                    self.module.compiler.reset()
+                    return made(*arrays)
 
         return call
 

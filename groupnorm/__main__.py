@@ -13,6 +13,7 @@ command is doing goes to the standard error.
 import argparse
 import importlib.metadata
 import json
+import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
@@ -138,9 +139,10 @@ def _print(found: list[BackendInfo], report: Report | None) -> None:
             for info in found
         ],
     )
+    whys = {f"{i.name} on {d}": why for i in found for d, why in i.why_not_fused.items()}
+    for reason, devices in _by_value(whys).items():
+        print(f"{', '.join(devices)}: not fused, {reason}")
     for info in found:
-        for reason, devices in _by_value(info.why_not_fused).items():
-            print(f"{info.name}, {', '.join(devices)}: not fused, {reason}")
         if info.installed and not info.devices:
             print(f"{info.name} is not usable: {info.error or 'no device'}")
     if report is None:
@@ -171,5 +173,16 @@ def _by_value(of_devices: Mapping[str, str]) -> dict[str, list[str]]:
     return devices
 
 
+def run() -> None:
+    """Run the command as a program, whose output may be closed early, as by ``head``."""
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -132,6 +132,8 @@ def check(
     asked.validate()
     _validate_functions(function, reference=reference, vjp=vjp, reference_vjp=reference_vjp)
     chosen, absent = rows_of(rows, without)
+    if not chosen and rows is not None and not without:
+        raise ArgumentValueError(f"rows={rows!r} has no row: name one, or pass None for all.")
     named = _named(inputs)
     report = Report([], list(named), units)
     report.skipped += [Skipped(name, "everything", why) for name, why in absent.items()]

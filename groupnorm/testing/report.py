@@ -178,7 +178,7 @@ class Report:
             print(note)
 
     def _cells(self) -> Iterator[list[str]]:
-        yield [f"largest error ({self.units})", *self.rows]
+        yield [f"worst error ({self.units}; gradients relative)", *self.rows]
         for name in self.inputs:
             yield [name, *(self._cell(row, name) for row in self.rows)]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 
 import numpy as np
@@ -32,7 +34,7 @@ def test_it_names_the_extra_if_numba_is_missing():
     assert lines[3].split() == ["numpy", np.__version__, "cpu", "portable", "agrees"]
     assert lines[4].split() == ["jax", "-", "-", "-", "not", "installed"]
     [line] = [line for line in lines if "groupnorm[cpu]" in line]
-    assert line.startswith("numpy, cpu: not fused, ")
+    assert line.startswith("numpy on cpu: not fused, ")
 
 
 def test_devices_are_listed_separately_if_implementations_differ(capsys, monkeypatch):
@@ -55,7 +57,7 @@ def test_devices_are_listed_separately_if_implementations_differ(capsys, monkeyp
     assert "fused (cpu), portable (cuda:0, cuda:1)" in lines[3]
     # One line per reason.
     assert [line for line in lines if "no kernels" in line] == [
-        "torch, cuda:0, cuda:1: not fused, no kernels"
+        "torch on cuda:0, torch on cuda:1: not fused, no kernels"
     ]
 
 
@@ -86,6 +88,17 @@ def test_info_checks_nothing(capsys):
     assert (
         err.splitlines()[0] == "groupnorm: importing numpy, if it is installed, to list its devices"
     )
+
+
+def test_output_that_nobody_reads_is_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "groupnorm", "info"], stdout=write, stderr=subprocess.PIPE, text=True
+    )
+    os.close(write)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
 
 
 def test_version(capsys):

@@ -186,7 +186,7 @@ def test_the_reports_forms(x, tmp_path):
         functions, inputs={"a": x, "b": x + 1}, reference=lambda x: x, rows="numpy,torch"
     )
     text = str(report)
-    assert text.splitlines()[0].split("  ")[0] == "largest error (relative)"
+    assert text.splitlines()[0].split("  ")[0] == "worst error (relative; gradients relative)"
     assert "WRONG" in text
     assert "not checked: numpy: gradients" in text
     stored = json.loads(report.to_json(tmp_path / "report.json"))

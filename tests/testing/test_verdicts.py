@@ -273,6 +273,7 @@ def test_what_is_raised_while_results_are_fetched_is_reported(x):
         ({"gradients": 1}, "gradients=1 is neither"),
         ({"without": ["dask"]}, r"without=\['dask'\] has no reasons"),
         ({"rows": 3}, "rows=3 are not rows"),
+        ({"rows": []}, r"rows=\[\] has no row"),
         ({"reference": 3}, "reference=3 cannot be called"),
         ({"reference_vjp": lambda x, dy: x[:1]}, "reference_vjp: it returned arrays of the shapes"),
         ({"function": {"jaxx": total, "numpy": total}}, "function has the key 'jaxx'"),

@@ -1,37 +1,32 @@
 """Run a function in every row, and compare each with a float64 reference."""
 
-import functools
 import math
-import reprlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from groupnorm.errors import ArgumentTypeError, ArgumentValueError
+from groupnorm.errors import ArgumentValueError
 from groupnorm.testing.compare import (
-    UNITS,
     Units,
     Worst,
     default_bound,
     dtype_name,
     eps_of,
-    extended,
     is_float,
     wide,
     worst,
 )
-from groupnorm.testing.derivatives import Derivatives, Index
-from groupnorm.testing.registry import Row, known_rows, rows_of
+from groupnorm.testing.options import Function, Options, named_inputs, validate_functions
+from groupnorm.testing.reference import Expected, Gradient, by_path_of, largest_size, merged
+from groupnorm.testing.registry import Row, rows_of
 from groupnorm.testing.report import Finding, Report, Skipped
-from groupnorm.testing.trees import leaves
 
 __all__ = ["check"]
 
 Array = Any
-Function = Callable[..., Any]
 
 # What differences in float64 are good for.
 DIFFERENCES = 1e-7
@@ -126,20 +121,20 @@ def check(
     >>> print(testing.check(spread, inputs=x + 1000, rows="numpy").wrong[0])  # doctest: +ELLIPSIS
     numpy, input 'input': result: ... instead of ...
     """
-    asked = _Asked(
+    options = Options(
         gradients, vjp, reference_vjp, bound, gradient_bound, units, dtype, elements, seed
     )
-    asked.validate()
-    _validate_functions(function, reference=reference, vjp=vjp, reference_vjp=reference_vjp)
+    options.validate()
+    validate_functions(function, reference=reference, vjp=vjp, reference_vjp=reference_vjp)
     chosen, absent = rows_of(rows, without)
     if not chosen and rows is not None and not without:
         raise ArgumentValueError(f"rows={rows!r} has no row: name one, or pass None for all.")
-    named = _named(inputs)
+    named = named_inputs(inputs)
     report = Report([], list(named), units)
     report.skipped += [Skipped(name, "everything", why) for name, why in absent.items()]
     wanted = _reference(function, reference)
     expected = {
-        name: _Expected(wanted, reference is None, arguments, asked, name)
+        name: Expected(wanted, reference is None, arguments, options, name)
         for name, arguments in named.items()
     }
     for row in chosen:
@@ -149,100 +144,11 @@ def check(
             continue
         report.rows.append(row.name)
         for name, arguments in named.items():
-            _Trial(row, name, own, arguments, expected[name], asked, report).run()
+            _Trial(row, name, own, arguments, expected[name], options, report).run()
     report.skipped += [
         Skipped("reference", what, why) for made in expected.values() for what, why in made.notes
     ]
     return report
-
-
-class _Asked(NamedTuple):
-    gradients: bool | Sequence[int]
-    vjp: Function | None
-    reference_vjp: Function | None
-    bound: float | None
-    gradient_bound: float | None
-    units: Units
-    dtype: str | None
-    elements: int
-    seed: int
-
-    def validate(self) -> None:
-        """Check the arguments that need no arrays."""
-        if self.units not in UNITS:
-            raise ArgumentValueError(f"units={self.units!r} is not known: choose from {UNITS}.")
-        for name in ("bound", "gradient_bound"):
-            value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if value is not None and not (number and value >= 0):
-                raise ArgumentValueError(f"{name}={value!r} is not a number from 0 on, or None.")
-        for name, least in (("elements", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ArgumentValueError(f"{name}={value!r} is not an integer from {least} on.")
-        if self.dtype not in (None, "input", "bfloat16"):
-            try:
-                np.dtype(self.dtype)
-            except TypeError as error:
-                raise ArgumentValueError(
-                    f"dtype={self.dtype!r} is not a dtype's name: pass 'input', one such as "
-                    "'float32', or None."
-                ) from error
-        if not isinstance(self.gradients, bool):
-            listed = isinstance(self.gradients, Sequence)
-            if not listed or not all(type(i) is int for i in self.gradients):
-                raise ArgumentTypeError(
-                    f"gradients={self.gradients!r} is neither a bool nor a list of positions: pass "
-                    "True, False or, say, [0]."
-                )
-
-
-def _validate_functions(function: Any, **others: Any) -> None:
-    known = set(known_rows()) | {row.library for row in known_rows().values()}
-    if isinstance(function, Mapping):
-        for name in function:
-            if name not in known:
-                raise ArgumentValueError(
-                    f"function has the key {name!r}, which is neither a row nor a library: choose "
-                    f"from {', '.join(sorted(known))}."
-                )
-    for name in ("reference", "vjp", "reference_vjp"):
-        if others[name] is not None and not callable(others[name]):
-            raise ArgumentTypeError(f"{name}={others[name]!r} cannot be called: pass a function.")
-    for one in function.values() if isinstance(function, Mapping) else [function]:
-        if not callable(one):
-            raise ArgumentTypeError(
-                f"function={one!r} cannot be called: pass a function, a module, or a mapping of "
-                "them by the names of libraries or rows."
-            )
-
-
-def _named(inputs: Any) -> dict[str, tuple[Any, ...]]:
-    if isinstance(inputs, np.ndarray | tuple):
-        inputs = {"input": inputs}
-    if not isinstance(inputs, Mapping) or not inputs:
-        raise ArgumentTypeError(
-            f"inputs={reprlib.repr(inputs)} is not an array, a tuple of arguments, or a mapping of "
-            "these by name: pass NumPy arrays, such as testing.hard_inputs((2, 8, 5))."
-        )
-    named = {
-        str(name): value if isinstance(value, tuple) else (value,) for name, value in inputs.items()
-    }
-    for name, arguments in named.items():
-        for i, argument in enumerate(arguments):
-            if not isinstance(argument, np.ndarray) and _holds_arrays(argument):
-                raise ArgumentTypeError(
-                    f"inputs[{name!r}] has as argument {i} a {type(argument).__name__} that is, or "
-                    "has in it, an array: pass each array as an argument of its own, of NumPy."
-                )
-    return named
-
-
-def _holds_arrays(argument: Any) -> bool:
-    if isinstance(argument, Mapping | list | tuple):
-        parts = argument.values() if isinstance(argument, Mapping) else argument
-        return any(map(_holds_arrays, parts))
-    return hasattr(argument, "shape") and not isinstance(argument, np.generic)
 
 
 def _function_for(function: Any, row: Row) -> Function | None:
@@ -264,196 +170,6 @@ def _reference(function: Any, reference: Function | None) -> Function:
     )
 
 
-# The reference ------------------------------------------------------------------------------------
-
-
-class _Gradient(NamedTuple):
-    """The reference's gradient for one argument."""
-
-    #: Its elements, or all of it if that is None.
-    at: list[Index] | None
-    values: Array
-    errors: Array
-    #: Elements that are not finite and have no effect on the results.
-    ignored: Array
-    #: A direction in which all elements move, the derivative along it, and its error.
-    along: tuple[Array, float, float] | None
-    #: The size of results over that of the array: gradients below its last digit are zero.
-    size: float
-
-
-class _Expected:
-    """The reference's results for an input."""
-
-    def __init__(
-        self,
-        reference: Function,
-        is_function: bool,
-        arguments: tuple[Any, ...],
-        asked: _Asked,
-        name: str,
-    ) -> None:
-        self.name, self.arguments, self.asked = name, arguments, asked
-        self.what = "the function itself, in NumPy," if is_function else "it"
-        self.notes: list[tuple[str, str]] = []
-        self.by_path = _by_path(reference, arguments)
-        given = [a for a in arguments if isinstance(a, np.ndarray)]
-        self.given = [wide(a) for a in given]
-        #: By their paths; the cotangents are those of floating-point results.
-        self.results = self._attempt(lambda: self.flat(*self.given))
-        if is_function and any(is_float(a.dtype) and a.dtype.itemsize >= 8 for a in given):
-            self._extend()
-        for path, y in self.results.items():
-            if is_float(y.dtype) and eps_of(y.dtype) > eps_of(np.dtype(np.float64)):
-                raise ArgumentValueError(
-                    f"reference: its result{path} is {y.dtype} for the input {name!r}, whose "
-                    "arrays it is given in float64: pass reference=, a function that computes in "
-                    "float64."
-                )
-            if is_float(y.dtype) and y.size and not np.isfinite(y).any():
-                self.notes.append((f"input {name!r}, values of result{path}", "none is finite"))
-        rng = np.random.default_rng(asked.seed)
-        # Their values are numbers of every dtype, so that each row has the same.
-        self.cotangents = {
-            path: _like(rng, y.shape, np.iscomplexobj(y))
-            for path, y in self.results.items()
-            if is_float(y.dtype)
-        }
-        self.wanted = _wanted(asked.gradients, arguments) if self.cotangents else []
-
-    def flat(self, *values: Array) -> dict[str, Array]:
-        """Return the results by their paths; neither arrays nor results are shared."""
-        with np.errstate(all="ignore"):
-            made = self.by_path(*(np.array(a) for a in values))
-        return {path: np.array(y) for path, y in made.items()}
-
-    def _attempt(self, call: Callable[[], Any]) -> Any:
-        try:
-            return call()
-        except Exception as error:
-            raise ArgumentValueError(
-                f"reference: {self.what} failed for the input {self.name!r} "
-                f"({type(error).__name__}: {error}): it is called with float64 arrays of NumPy."
-            ) from error
-
-    def _extend(self) -> None:
-        """Use long double, if the function computes in it."""
-        longer = [extended(a) for a in self.given]
-        why = "pass reference=, which is more accurate than float64"
-        try:
-            results = self.flat(*longer)
-        except Exception as error:
-            why = f"the function fails in long double ({type(error).__name__}): {why}"
-        else:
-            floats = [y for y in results.values() if is_float(y.dtype)]
-            if all(eps_of(y.dtype) < eps_of(np.dtype(np.float64)) for y in floats):
-                self.given, self.results = longer, results
-                return
-        self.notes.append((f"input {self.name!r}, digits beyond those of float64", why))
-
-    @functools.cached_property
-    def gradients(self) -> list[_Gradient]:
-        """The gradients, which are computed when the first row needs them."""
-        rng = np.random.default_rng([self.asked.seed, 1])
-        if self.asked.reference_vjp is not None:
-            return self._exact(self.asked.reference_vjp)
-        return [self._attempt(functools.partial(self._differences, i, rng)) for i in self.wanted]
-
-    def _exact(self, vjp: Function) -> list[_Gradient]:
-        arguments = _merged(self.arguments, [np.array(a) for a in self.given])
-        exact = self._attempt(lambda: vjp(*arguments, *self.cotangents.values()))
-        exact = exact if isinstance(exact, list | tuple) else (exact,)
-        shapes = [np.shape(g) for g in exact]
-        if shapes != [self.given[i].shape for i in self.wanted]:
-            raise ArgumentValueError(
-                f"reference_vjp: it returned arrays of the shapes {shapes} for the input "
-                f"{self.name!r}: return one gradient of the argument's shape for each of the "
-                f"{len(self.wanted)} arguments."
-            )
-        none = np.zeros(0)
-        return [
-            _Gradient(None, np.asarray(g), none, np.zeros(np.shape(g), bool), None, 0.0)
-            for g in exact
-        ]
-
-    def _differences(self, i: int, rng: np.random.Generator) -> _Gradient:
-        def of_floats(*values: Array) -> list[Array]:
-            ys = self.flat(*values)
-            return [ys[path] for path in self.cotangents]
-
-        x = self.given[i]
-        finite = np.isfinite(x)
-        at = [
-            tuple(int(n) for n in index)
-            for index in rng.permutation(np.argwhere(finite))[: self.asked.elements]
-        ]
-        with np.errstate(all="ignore"):
-            derivatives = Derivatives(of_floats, self.given, i, list(self.cotangents.values()))
-            found = [derivatives.at(index) for index in at]
-            along = derivatives.along_random(rng) if len(at) > 1 else None
-            has_effect = finite.all() or not derivatives.ignores(~finite)
-            paired = max(_largest(c * self.results[path]) for path, c in self.cotangents.items())
-        return _Gradient(
-            at,
-            np.array([value for value, _ in found]),
-            np.array([error for _, error in found]),
-            np.zeros(x.shape, bool) if has_effect else ~finite,
-            along,
-            paired / max(_largest(x), 1.0),
-        )
-
-
-def _largest(a: Array) -> float:
-    """Return the largest finite size."""
-    sizes = np.abs(a)
-    return float(np.max(sizes, initial=0.0, where=np.isfinite(sizes)))
-
-
-def _by_path(function: Function, arguments: tuple[Any, ...]) -> Callable[..., dict[str, Array]]:
-    """Return a function of the arrays alone, whose results are by their paths.
-
-    This is what compilers take. It holds none of the arrays that were given: they would be traced.
-    """
-    others = tuple(None if isinstance(a, np.ndarray) else a for a in arguments)
-    places = tuple(i for i, a in enumerate(arguments) if isinstance(a, np.ndarray))
-
-    def by_path(*arrays: Array) -> dict[str, Array]:
-        merged = list(others)
-        for i, a in zip(places, arrays, strict=True):
-            merged[i] = a
-        return dict(leaves(function(*merged)))
-
-    return by_path
-
-
-def _merged(arguments: tuple[Any, ...], values: Sequence[Any]) -> list[Any]:
-    """Return the arguments with other arrays in the places of their arrays."""
-    rest = iter(values)
-    return [next(rest) if isinstance(a, np.ndarray) else a for a in arguments]
-
-
-def _wanted(gradients: bool | Sequence[int], arguments: tuple[Any, ...]) -> list[int]:
-    """Return the numbers, among the arrays, of those whose gradients are wanted."""
-    if gradients is False:
-        return []
-    arrays = [i for i, a in enumerate(arguments) if isinstance(a, np.ndarray)]
-    floats = [i for i in arrays if is_float(arguments[i].dtype)]
-    if gradients is True:
-        return [arrays.index(i) for i in floats]
-    for i in gradients:
-        if i not in floats:
-            raise ArgumentValueError(
-                f"gradients={gradients!r}: argument {i} is not a floating-point array."
-            )
-    return [arrays.index(i) for i in gradients]
-
-
-def _like(rng: np.random.Generator, shape: tuple[int, ...], is_complex: bool) -> Array:
-    """Return multiples of 1/16 up to 2, without 0, which bfloat16 has as well."""
-    sizes = rng.integers(1, 33, size=(2, *shape)) * rng.choice([-1, 1], size=(2, *shape)) / 16
-    return np.asarray(sizes[0] + 1j * sizes[1] if is_complex else sizes[0])
-
-
 # One row, one input -------------------------------------------------------------------------------
 
 
@@ -462,8 +178,8 @@ class _Trial(NamedTuple):
     name: str
     function: Function
     arguments: tuple[Any, ...]
-    expected: _Expected
-    asked: _Asked
+    expected: Expected
+    options: Options
     report: Report
 
     def run(self) -> None:
@@ -477,7 +193,7 @@ class _Trial(NamedTuple):
         with row.precision(*(a.dtype.name for a in host)), np.errstate(all="ignore"):
             try:
                 placed = [row.asarray(a) for a in host]
-                made = row.compiled(_by_path(self.function, self.arguments))(*placed)
+                made = row.compiled(by_path_of(self.function, self.arguments))(*placed)
                 same = self.results(made)
                 self.unchanged(placed, host)
             except Exception as error:  # whatever is raised is the row's result
@@ -485,7 +201,7 @@ class _Trial(NamedTuple):
                 return
             if not self.expected.wanted or not same:
                 return
-            if "autodiff" in row.cannot and self.asked.vjp is None:
+            if "autodiff" in row.cannot and self.options.vjp is None:
                 self.skip("gradients", row.cannot["autodiff"])
                 return
             exact = self.expected.gradients
@@ -521,23 +237,21 @@ class _Trial(NamedTuple):
         """Compare one result."""
         want, where = self.expected.results[path], f"result{path}{note}"
         floats = [a.dtype for a in self.host if is_float(a.dtype)]
-        if self.is_like(y, where, _expected_dtype(self.asked.dtype, floats, want), want.shape):
+        if self.is_like(y, where, _expected_dtype(self.options.dtype, floats, want), want.shape):
             got = self.row.to_numpy(y)
-            bound = self.asked.bound
-            bound = default_bound(got.dtype, self.asked.units) if bound is None else bound
-            self.compare("value", where, worst(got, want, self.asked.units), bound)
+            bound = self.options.bound
+            bound = default_bound(got.dtype, self.options.units) if bound is None else bound
+            self.compare("value", where, worst(got, want, self.options.units), bound)
 
-    def gradients(
-        self, placed: list[Array], made: dict[str, Array], exact: list[_Gradient]
-    ) -> None:
+    def gradients(self, placed: list[Array], made: dict[str, Array], exact: list[Gradient]) -> None:
         """Compare the gradients, and the results that are computed with them."""
-        row, expected, asked, host = self.row, self.expected, self.asked, self.host
+        row, expected, options, host = self.row, self.expected, self.options, self.host
         given = [
             np.asarray(c.astype(row.to_numpy(made[path]).dtype))
             for path, c in expected.cotangents.items()
         ]
         cotangents = [row.asarray(c) for c in given]
-        by_path, paths = _by_path(self.function, self.arguments), tuple(expected.cotangents)
+        by_path, paths = by_path_of(self.function, self.arguments), tuple(expected.cotangents)
 
         def of_floats(*arrays: Array) -> list[Array]:
             ys = by_path(*arrays)
@@ -545,8 +259,8 @@ class _Trial(NamedTuple):
 
         results: list[Array] = []
         if "autodiff" in row.cannot:
-            assert asked.vjp is not None
-            found = asked.vjp(*_merged(self.arguments, placed), *cotangents)
+            assert options.vjp is not None
+            found = options.vjp(*merged(self.arguments, placed), *cotangents)
             found = list(found) if isinstance(found, list | tuple) else [found]
         else:
             results, found = row.vjp(of_floats, placed, expected.wanted, cotangents)
@@ -565,9 +279,9 @@ class _Trial(NamedTuple):
             if self.is_like(g, where, host[i].dtype.name, host[i].shape):
                 self.gradient(row.to_numpy(g), want, where)
 
-    def gradient(self, got: Array, want: _Gradient, where: str) -> None:
+    def gradient(self, got: Array, want: Gradient, where: str) -> None:
         """Compare one gradient."""
-        bound = self.asked.gradient_bound
+        bound = self.options.gradient_bound
         if bound is None:
             bound = default_bound(got.dtype, "relative")
             bound = bound if want.at is None else max(bound, DIFFERENCES)
@@ -580,8 +294,8 @@ class _Trial(NamedTuple):
             message = f"{got[index]} instead of 0 at {list(index)}, which has no effect"
             self.wrong("gradient", where, message)
         everywhere = np.abs(wide(got))
-        largest = max(_largest(everywhere), _largest(want.values))
-        is_zero = _largest(want.values) < want.size * eps_of(got.dtype)
+        largest = max(largest_size(everywhere), largest_size(want.values))
+        is_zero = largest_size(want.values) < want.size * eps_of(got.dtype)
         if is_zero:  # and what is computed is rounding, of terms of that size
             largest = max(largest, want.size)
         self.elements(got, want, where, bound, largest)
@@ -610,7 +324,7 @@ class _Trial(NamedTuple):
         self.add("gradient", f"{where}, all elements", share, bound, message)
 
     def elements(
-        self, got: Array, want: _Gradient, where: str, bound: float, largest: float
+        self, got: Array, want: Gradient, where: str, bound: float, largest: float
     ) -> None:
         """Compare the elements of a gradient for which there are differences."""
         assert want.at is not None

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
+from groupnorm.testing import registry
 from tests import ROOT
 from tests.rows import CONTRACT, ROWS
 
@@ -76,6 +77,7 @@ def test_example_runs(block, request, monkeypatch):
     if request.node.get_closest_marker("gpu") and ROWS["cupy"].why_absent is not None:
         pytest.skip("no GPU here")
     module = types.ModuleType("readme")
+    monkeypatch.setattr(registry, "_rows", dict(registry._rows))  # an example adds to it
     monkeypatch.setitem(sys.modules, "readme", module)  # where torch.compile looks names up
     exec(compile(block.code, block.file, "exec"), module.__dict__)
 

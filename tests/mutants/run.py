@@ -98,8 +98,10 @@ def mutate(name: str, settings: dict) -> tuple[int, list[str]]:
     broken = [result for result in done if result["worker_outcome"] != "normal"]
     if broken:
         raise RuntimeError(f"cosmic-ray could not make or test {len(broken)} mutants: {broken[0]}")
-    survivors = [change(result["diff"]) for result in done if result["test_outcome"] == "survived"]
-    return len(done) - len(survivors), survivors
+    outcomes = [(change(result["diff"]), result["test_outcome"]) for result in done]
+    outcomes = [(c, o) for c, o in outcomes if not any(n in c for n in settings["not_counted"])]
+    survivors = [c for c, outcome in outcomes if outcome == "survived"]
+    return len(outcomes) - len(survivors), survivors
 
 
 def run(*command: str) -> str:

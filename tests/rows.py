@@ -11,7 +11,6 @@ import math
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import array_api_compat
 import numpy as np
 
 from groupnorm import group_norm, group_norm_vjp
@@ -115,7 +114,7 @@ def check_array(row: Row, y: Any, *, shape, dtype: str) -> None:
     like = row.empty()
     assert isinstance(y, type(like)), f"{type(y)} is not an array of {row.library}"
     assert dtype_name(y) == dtype
-    assert array_api_compat.device(y) == array_api_compat.device(like)
+    assert row.device_of(y) == row.device_of(like)
     assert tuple(y.shape) == tuple(shape)
 
 

@@ -17,6 +17,7 @@ __all__ = ["LIBRARY_ROWS"]
 
 Array = Any
 
+WITH_HALVES = Row.dtypes | {"float16", "bfloat16"}
 WIDE = frozenset({"float64", "complex128", "int64", "uint64"})
 
 _NO_AUTODIFF = "{} has no automatic differentiation: give check() a vjp="
@@ -59,7 +60,7 @@ def _in_same_layout(a: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
 
 class _NumpyRow(Row):
     cannot = MappingProxyType({"autodiff": _NO_AUTODIFF.format("NumPy")})
-    dtypes = Row.dtypes | {"float16", "bfloat16"}
+    dtypes = WITH_HALVES
 
     def asarray(self, a: "np.ndarray[Any, Any]") -> Array:
         """Copy an array with its layout in memory; what is read-only stays so."""
@@ -73,7 +74,7 @@ class _NumpyRow(Row):
 
 class _JaxRow(Row):
     cannot = MappingProxyType({})
-    dtypes = Row.dtypes | {"float16", "bfloat16"}
+    dtypes = WITH_HALVES
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -136,7 +137,7 @@ def _conjugate(a: Array) -> Array:
 
 class _TorchRow(Row):
     cannot = MappingProxyType({})
-    dtypes = Row.dtypes | {"float16", "bfloat16"}
+    dtypes = WITH_HALVES
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -219,7 +220,7 @@ class _TorchRow(Row):
 
 class _CupyRow(Row):
     cannot = MappingProxyType({"autodiff": _NO_AUTODIFF.format("CuPy")})
-    dtypes = Row.dtypes | {"float16", "bfloat16"}
+    dtypes = WITH_HALVES
     needs_gpu = True
 
     def has_gpu(self) -> bool:
@@ -274,7 +275,7 @@ class _MlxRow(Row):
     """MLX on its default device."""
 
     cannot = MappingProxyType({})
-    dtypes = (Row.dtypes | {"float16", "bfloat16"}) - {"float64", "complex128"}
+    dtypes = WITH_HALVES - {"float64", "complex128"}
 
     @property
     def module(self) -> Any:

@@ -82,7 +82,7 @@ class Row:
 
     def asarray(self, a: "np.ndarray[Any, Any]") -> Array:
         """Copy a NumPy array to the library and device of this row, with its dtype and bits."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not override asarray()")
 
     def to_numpy(self, y: Array) -> "np.ndarray[Any, Any]":
         """Copy an array to NumPy, with its dtype and bits."""

@@ -42,6 +42,11 @@ class Case(NamedTuple):
     tolerance: float = 2 * CONTRACT
 
 
+def draw(rng, *shape):
+    """Return normal numbers in float32."""
+    return rng.normal(size=shape).astype(np.float32)
+
+
 def host(y: Any) -> np.ndarray:
     """Return an array or tensor of any peer as a NumPy array; bfloat16 as float32."""
     if hasattr(y, "detach"):

@@ -21,6 +21,7 @@ from tests.peers.compare import (
     assert_differs,
     assert_listed,
     assert_same_error,
+    draw,
     jitted,
     quick_jit,
 )
@@ -78,10 +79,6 @@ DIFFERENT_ON_PURPOSE = {
 }
 
 Peer = functools.partial(brainstate.nn.GroupNorm, use_fast_variance=False)
-
-
-def draw(rng, *shape):
-    return rng.normal(size=shape).astype(np.float32)
 
 
 def layer_with(values, *arguments, **options):

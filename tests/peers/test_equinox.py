@@ -22,6 +22,7 @@ from tests.peers.compare import (
     assert_differs,
     assert_listed,
     assert_same_error,
+    draw,
     jitted,
     quick_jit,
 )
@@ -49,10 +50,6 @@ DIFFERENT_ON_PURPOSE = {
 }
 
 FIRST = {"feature_axis": 1, "epsilon": 1e-5}
-
-
-def draw(rng, *shape):
-    return rng.normal(size=shape).astype(np.float32)
 
 
 def with_parameters(peer, scale, bias):

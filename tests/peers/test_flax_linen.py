@@ -24,6 +24,7 @@ from tests.peers.compare import (
     assert_differs,
     assert_listed,
     assert_same_error,
+    draw,
     jitted,
     quick_jit,
 )
@@ -100,10 +101,6 @@ def apply(peer, x, scale=None, bias=None, **keywords):
 def plain(peer, *arguments, **options):
     """Return a linen module without parameters."""
     return peer(*arguments, use_bias=False, use_scale=False, **options)
-
-
-def draw(rng, *shape):
-    return rng.normal(size=shape).astype(np.float32)
 
 
 # Masks ---------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from tests.peers.compare import (
     assert_differs,
     assert_listed,
     assert_same_error,
+    draw,
     jitted,
     quick_jit,
 )
@@ -53,10 +54,6 @@ DIFFERENT_ON_PURPOSE = {
     ),
     "empty_samples": Difference("samples without positions", "raises", "empty results", "raises"),
 }
-
-
-def draw(rng, *shape):
-    return rng.normal(size=shape).astype(np.float32)
 
 
 def options_for(data_format, **options):

@@ -27,6 +27,7 @@ from tests.peers.compare import (
     assert_differs,
     assert_listed,
     assert_same_error,
+    draw,
 )
 from tests.rows import CONTRACT
 
@@ -239,10 +240,6 @@ def values(x, peer, **options) -> Case:
         oracle.group_norm(x, **given),
         2 * CONTRACT,
     )
-
-
-def draw(rng, *shape):
-    return rng.normal(size=shape).astype(np.float32)
 
 
 def large_mean(rng):

@@ -153,6 +153,10 @@ class Adapter:
         """Return the array's device; None while tracing."""
         return getattr(x, "device", None)
 
+    def is_row_major(self, x: "Array") -> bool:
+        """Whether reshaping x copies nothing, as far as the library tells."""
+        return True
+
     def check_together(self, x: "Array", other: "Array", argument: str) -> None:
         """Check that an argument can be combined with x.
 

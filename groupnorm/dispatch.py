@@ -13,6 +13,7 @@ from groupnorm.adapter import Adapter, Unsupported, not_an_array
 from groupnorm.errors import ArgumentValueError, BackendImportError
 from groupnorm.portable.group_norm import group_norm, group_norm_vjp
 from groupnorm.portable.inputs import check
+from groupnorm.portable.per_sample import PerSample, is_per_sample
 
 if TYPE_CHECKING:
     from groupnorm.arguments import CallOptions
@@ -197,6 +198,13 @@ def compute_local(
     adapter: Adapter, x: "Array", scale: "Array", bias: "Array", mask: Any, options: "CallOptions"
 ) -> "Array":
     """Normalize as `compute` does, for an array whose type describes no sharding."""
+    if is_per_sample(x, scale, bias, options):
+        call = PerSample.of(adapter, x, scale, bias, mask, options)
+        folded = call.folded(mask)
+        if folded is not None:
+            return call.unfolded(compute_local(*folded))
+        y = compute_local(adapter, x, None, None, mask, call.without_parameters)
+        return call.apply(y)
     wanted = options.implementation
     if wanted == "portable":
         return adapter.run(group_norm, x, scale, bias, mask, options)
@@ -217,6 +225,16 @@ def compute_with_pullback(
     adapter: Adapter, x: "Array", scale: "Array", bias: "Array", mask: Any, options: "CallOptions"
 ) -> "tuple[Array, Callable[[Array], Gradients]]":
     """Normalize as `compute` does, and return the pullback as well."""
+    if is_per_sample(x, scale, bias, options) and not adapter.is_sharded(x):
+        call = PerSample.of(adapter, x, scale, bias, mask, options)
+        folded = call.folded(mask)
+        if folded is not None:
+            y, pullback = compute_with_pullback(*folded)
+            return call.unfolded(y), call.pullback_of_folded(pullback)
+        y, pullback = compute_with_pullback(
+            adapter, x, None, None, mask, call.without_parameters
+        )  # fmt: skip
+        return call.apply(y), call.pullback(y, pullback)
     wanted = options.implementation
     if wanted == "portable" or adapter.is_sharded(x):
         return adapter.run(group_norm_vjp, x, scale, bias, mask, options)

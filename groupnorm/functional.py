@@ -40,8 +40,10 @@ def group_norm(
     x : array of shape (N, ..., C)
         An array of NumPy, JAX, PyTorch, CuPy or any other array API library. That library computes
         the result, on the array's device. Integers and booleans are converted to its default float.
-    scale, bias : array of shape (C,), optional
-        Or of the shape of the feature axes. NumPy arrays are accepted with every library.
+    scale, bias : array of shape (C,) or (N, C), optional
+        One value per channel, or a row for each sample, as in adaptive group norm, FiLM and the
+        scale-shift of diffusion models. In place of C they may have the shape of the feature axes.
+        NumPy arrays are accepted with every library.
     num_groups, group_size : int, optional
         The number of groups (default 32), or with ``num_groups=None`` the channels per group.
     feature_axis : int or sequence of int
@@ -107,6 +109,14 @@ def group_norm(
     >>> x = np.array([[1e5, 1e5 + 1, 5.0, 5.0]], dtype=np.float32)
     >>> group_norm(x, num_groups=2).round(3)
     array([[-1.,  1.,  0.,  0.]], dtype=float32)
+
+    Scale and shift each sample by its own values:
+
+    >>> x = np.array([[1.0, 3.0], [1.0, 3.0]])
+    >>> shift = np.array([[0.0, 0.0], [5.0, 6.0]])
+    >>> group_norm(x, bias=shift, num_groups=1).round(3)
+    array([[-1.,  1.],
+           [ 4.,  7.]])
     """
     options = validate(
         feature_axis=feature_axis,

@@ -86,6 +86,12 @@ class Plan(NamedTuple):
         )
 
     @property
+    def feature_axes(self) -> frozenset[int]:
+        """The axes of x that hold the channels."""
+        order = self.permutation or range(len(self.shape))
+        return frozenset(order[axis] for axis in self.merged[self.channel])
+
+    @property
     def roles(self) -> str:
         """A letter for each merged axis: C channels, P positions, K kept."""
         kept = {axis - (axis > self.channel) for axis in self.kept}

@@ -148,7 +148,7 @@ def normalize(
     statistics : GroupStatistics
         Of all parts, from `merge_statistics`; or constructed from count, mean and m2.
     scale, bias, num_groups, group_size, feature_axis, reduction_axes, epsilon, dtype
-        As in `group_norm`.
+        As in `group_norm`; scale and bias may have a row for each sample.
     mask : array broadcastable to x, optional
         As passed to `group_statistics`: masked-out non-finite values are replaced by 0.
 

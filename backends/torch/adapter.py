@@ -108,6 +108,10 @@ class TorchAdapter(Adapter):
             return x.clone()
         return x
 
+    def is_row_major(self, x: Any) -> bool:
+        """Whether x is contiguous: not so in channels-last order."""
+        return bool(x.is_contiguous())
+
     def check_together(self, x: Any, other: Any, argument: str) -> None:
         """Check the devices, and that fake tensors meet real ones only if their mode allows it."""
         super().check_together(x, other, argument)

@@ -33,6 +33,7 @@ from groupnorm.arguments import CallOptions
 from groupnorm.errors import ArgumentValueError
 from groupnorm.plan import Plan, product
 from groupnorm.portable.inputs import WorkInputs, prepare
+from groupnorm.portable.per_sample import PerSample, is_per_sample, scale_and_shift
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -119,15 +120,16 @@ def over_shards(
             "already defines which ranks share statistics, and they would be pooled twice. Leave "
             "axis_name out, or pass x.to_local()."
         )
+    without_data = [_without_data(a) for a in (x, scale, bias, mask)]
+    if is_per_sample(x, scale, bias, options):
+        call = PerSample.of(adapter, *without_data, options=options)
+        y = over_shards(apply, adapter, x, None, None, mask, call.without_parameters)
+        scale, bias = (_as_dtensor(p, y, adapter) for p in (scale, bias))
+        scaled = scale_and_shift(adapter, y, scale, bias, call.checked, options)
+        # PyTorch gathers uneven shards for such a product.
+        return scaled.redistribute(placements=y.placements)
     # Checks everything against the global x, so that all ranks raise alike and none waits in vain.
-    whole = prepare(
-        adapter,
-        _without_data(x),
-        _without_data(scale),
-        _without_data(bias),
-        _without_data(mask),
-        options,
-    )
+    whole = prepare(adapter, *without_data, options=options)
     mesh = x.device_mesh
     result_placements = tuple(Replicate() if p.is_partial() else p for p in x.placements)
     if mesh.get_coordinate() is None:  # this rank is not in x's mesh
@@ -302,6 +304,21 @@ def _local_parameters(
         value if value is None or done else _own_channels(value, layout)
         for value, done in zip(results, cut, strict=True)
     ]
+
+
+def _as_dtensor(value: Any, x: Any, adapter: "Adapter") -> Any:
+    """Return a parameter that is equal on all ranks as a DTensor on x's mesh.
+
+    Its gradient is placed as it is.
+    """
+    if value is None:
+        return None
+    if isinstance(value, DTensor):
+        return value.redistribute(placements=value.placements)
+    if isinstance(value, np.ndarray):
+        value = adapter.from_host(value, x)
+    replicated = [Replicate()] * x.device_mesh.ndim
+    return DTensor.from_local(value, x.device_mesh, replicated, run_check=False)
 
 
 def _is_cut_as_x(value: Any, layout: _ShardPlan) -> bool:

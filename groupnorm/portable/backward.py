@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from groupnorm.distributed.replicas import IndexGroups, Replicas
 from groupnorm.portable.blocked_sums import total, total_of_products
 from groupnorm.portable.collectives import pool
-from groupnorm.portable.complex_parts import join, real_part, split
+from groupnorm.portable.complex_parts import conj, join, real_part, split
 from groupnorm.portable.pivots import clip_real
 from groupnorm.portable.statistics import Coefficients, Deviations
 
@@ -68,11 +68,9 @@ def pull_back(
         xhat = xhat * channels(gain)
     xhat -= channels(shift)
     sum_dy = grouped(total(dy, plan.positions, plan, adapter))
-    sum_dy_xhat = grouped(
-        total_of_products(dy, _conj(xhat, adapter), plan.positions, plan, adapter)
-    )
+    sum_dy_xhat = grouped(total_of_products(dy, conj(xhat, adapter), plan.positions, plan, adapter))
     members = (plan.members,)
-    conj_scale = _conj(scale, adapter)
+    conj_scale = conj(scale, adapter)
     p = total(conj_scale * sum_dy, members, plan, adapter)
     if not adapter.is_complex(xhat.dtype):
         p = real_part(p, adapter)
@@ -104,7 +102,3 @@ def pull_back(
     return WorkGradients(
         dx, total(sum_dy_xhat, plan.kept, plan, adapter), total(sum_dy, plan.kept, plan, adapter)
     )
-
-
-def _conj(x: "Array", adapter: "Adapter") -> "Array":
-    return adapter.xp.conj(x) if adapter.is_complex(x.dtype) else x

@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from groupnorm.adapter import Adapter
     from groupnorm.typing import Array
 
-__all__ = ["abs2", "join", "magnitude", "real_part", "split"]
+__all__ = ["abs2", "conj", "join", "magnitude", "real_part", "split"]
 
 
 def split(x: "Array", adapter: "Adapter") -> tuple["Array", ...]:
@@ -25,6 +25,11 @@ def join(parts: Sequence["Array"], adapter: "Adapter") -> "Array":
 def real_part(x: "Array", adapter: "Adapter") -> "Array":
     """Return the real part; a real array unchanged."""
     return split(x, adapter)[0]
+
+
+def conj(x: "Array", adapter: "Adapter") -> "Array":
+    """Return the complex conjugate; a real array unchanged."""
+    return adapter.xp.conj(x) if adapter.is_complex(x.dtype) else x
 
 
 def abs2(x: "Array", adapter: "Adapter") -> "Array":

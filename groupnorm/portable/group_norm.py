@@ -14,10 +14,12 @@ from groupnorm.portable.inputs import (
     check_cotangent,
     from_work,
     is_floating,
+    parameter_gradient,
     prepare,
     to_work,
 )
 from groupnorm.portable.merge import GroupStatistics, merge_replicas
+from groupnorm.portable.per_sample import PerSample, is_per_sample
 from groupnorm.portable.public_statistics import from_value, to_value
 from groupnorm.portable.statistics import (
     Coefficients,
@@ -166,8 +168,8 @@ def _gradients(
     floating = is_floating(x.dtype, adapter)
     return Gradients(
         from_work(dx, plan, x.dtype if floating else dx.dtype, xp),
-        _parameter_gradient(adapter, work.scale, scale),
-        _parameter_gradient(adapter, work.bias, bias),
+        parameter_gradient(adapter, work.scale, scale),
+        parameter_gradient(adapter, work.bias, bias),
     )
 
 
@@ -192,6 +194,11 @@ def normalize_by(
 ) -> Array:
     """Normalize x with given statistics."""
     _check_local(adapter, x)
+    if is_per_sample(x, scale, bias, options):
+        call = PerSample.of(adapter, x, scale, bias, mask, options)
+        return call.apply(
+            normalize_by(adapter, x, statistics, None, None, mask, call.without_parameters)
+        )
     inputs = prepare(adapter, x, scale, bias, mask, options)
     plan = inputs.plan
     grouped = from_value(statistics, inputs.x, plan, adapter, options.epsilon)
@@ -209,21 +216,6 @@ def normalize_by(
         keep_deviations=adapter.has_autograd,
     )
     return from_work(y, plan, inputs.result_dtype, adapter.xp)
-
-
-def _parameter_gradient(adapter: "Adapter", gradient: Array, parameter: Array) -> Array:
-    if parameter is None:
-        return None
-    xp = adapter.xp
-    # A NumPy parameter gets its gradient in the library of x.
-    dtype = parameter.dtype if adapter.is_array(parameter) else adapter.dtype(parameter.dtype.name)
-    if adapter.is_complex(gradient.dtype) and not adapter.is_complex(dtype):
-        gradient = xp.real(gradient)
-    if not is_floating(dtype, adapter):
-        dtype = gradient.dtype  # gradients of integers are floating
-    # A copy: if no axis was summed over, this is still the caller's dy.
-    flat = xp.reshape(xp.astype(gradient, dtype, copy=True), (-1,))
-    return xp.reshape(flat, tuple(parameter.shape))
 
 
 def _check_local(adapter: "Adapter", x: Array) -> None:

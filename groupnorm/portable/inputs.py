@@ -7,7 +7,7 @@ import numpy as np
 from groupnorm.adapter import library_of, not_an_array
 from groupnorm.arguments import CallOptions
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
-from groupnorm.plan import make_plan, make_plan_uncached, same_shape
+from groupnorm.plan import make_plan, make_plan_uncached, product, same_shape
 from groupnorm.typing import Array
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ __all__ = [
     "from_work",
     "host_mask",
     "is_floating",
+    "parameter_gradient",
+    "plan_of",
     "prepare",
     "to_work",
 ]
@@ -76,7 +78,7 @@ def check(
         raise ArgumentValueError(
             "x is a scalar of shape (): it has no axis for the channels. Add one, as in x[None]."
         )
-    plan = _plan_of(adapter, tuple(x.shape), mask is not None, options)
+    plan = plan_of(adapter, tuple(x.shape), mask is not None, options)
     scale = _parameter(adapter, "scale", scale, x, plan)
     bias = _parameter(adapter, "bias", bias, x, plan)
     work_dtype, parameter_dtype, result_dtype = dtypes_of(adapter, x, scale, bias, options)
@@ -85,9 +87,10 @@ def check(
     return CheckedInputs(x, scale, bias, mask, plan, work_dtype, parameter_dtype, result_dtype)
 
 
-def _plan_of(
+def plan_of(
     adapter: "Adapter", shape: tuple[int, ...], masked: bool, options: CallOptions
 ) -> "Plan":
+    """Return the plan for arrays of this shape."""
     planning = adapter.planning(shape)
     # A compiler that traces Python ignores the cache, with a warning, so it bypasses the cache.
     make = make_plan if planning.static else make_plan_uncached
@@ -234,10 +237,16 @@ def _parameter(
         value = from_numpy(adapter, value, argument, x)
     value = check_same_library(adapter, value, argument, x)
     shape = tuple(value.shape)
-    if not (same_shape(shape, plan.feature_shape) or same_shape(shape, (plan.channels,))):
+    allowed = [plan.feature_shape, (plan.channels,)]
+    or_by_sample = ""
+    if 0 in plan.kept_axes:
+        allowed += [(plan.shape[0], *behind) for behind in allowed]
+        or_by_sample = f", or {allowed[2]} with a row for each sample"
+    if not any(same_shape(shape, other) for other in allowed):
         raise ArgumentValueError(
             f"{argument} has shape {shape}: it holds one value per channel, so its shape must be "
-            f"that of the feature axes, {plan.feature_shape}. Reshape it, or check feature_axis."
+            f"that of the feature axes, {plan.feature_shape}{or_by_sample}. Reshape it, or check "
+            "feature_axis."
         )
     return value
 
@@ -279,6 +288,22 @@ def dtypes_of(
     )
 
 
+def parameter_gradient(adapter: "Adapter", gradient: Array, parameter: Array) -> Array:
+    """Return a gradient in the shape and dtype of its parameter; None for None."""
+    if parameter is None:
+        return None
+    xp = adapter.xp
+    # A NumPy parameter gets its gradient in the library of x.
+    dtype = parameter.dtype if adapter.is_array(parameter) else adapter.dtype(parameter.dtype.name)
+    if adapter.is_complex(gradient.dtype) and not adapter.is_complex(dtype):
+        gradient = xp.real(gradient)
+    if not is_floating(dtype, adapter):
+        dtype = gradient.dtype  # gradients of integers are floating
+    # A copy: if no axis was summed over, this is still the caller's dy.
+    flat = xp.reshape(xp.astype(gradient, dtype, copy=True), (-1,))
+    return xp.reshape(flat, tuple(parameter.shape))
+
+
 def _parameter_to_work(
     adapter: "Adapter",
     value: Array | None,
@@ -312,7 +337,15 @@ def _mask_to_work(adapter: "Adapter", mask: Any, x: Array, plan: "Plan") -> Arra
     mask = xp.reshape(mask, full)
     if plan.permutation is not None:
         mask = xp.permute_dims(mask, plan.permutation)
-    return xp.reshape(xp.broadcast_to(mask, broadcast), work)
+    mask = xp.broadcast_to(mask, broadcast)
+    if not plan.two_stages:  # Dask can merge axes, or split one, but not both at once
+        before, split, after = (
+            work[: plan.channel],
+            work[plan.channel :][:2],
+            work[plan.channel + 2 :],
+        )
+        mask = xp.reshape(mask, (*before, product(split), *after))
+    return xp.reshape(mask, work)
 
 
 def host_mask(mask: Any) -> "np.ndarray[Any, Any]":

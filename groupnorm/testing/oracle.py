@@ -149,14 +149,29 @@ def prepare(
     return x, valid, features, wheres
 
 
+def parameter_numbers(
+    parameter: npt.ArrayLike, shape: tuple[int, ...], features: list[int]
+) -> Array:
+    """Return the index into the flat parameter that belongs to every element.
+
+    That of its channel; if the parameter has a row for each sample, (N, C), of that row's channel.
+    """
+    number, channels = channel_numbers(shape, features), math.prod(shape[a] for a in features)
+    if np.size(parameter) != channels:
+        assert np.size(parameter) == shape[0] * channels
+        assert 0 not in features
+        number = number + channels * np.arange(shape[0]).reshape(-1, *(1,) * (len(shape) - 1))
+    return np.broadcast_to(number, shape)
+
+
 def per_element(
     parameter: npt.ArrayLike | None, shape: tuple[int, ...], features: list[int], default: float
 ) -> Array:
-    """Return the parameter of every element's channel."""
+    """Return the parameter of every element."""
     if parameter is None:
         return np.full(shape, default)
     flat: Array = widen(parameter).ravel()
-    chosen: Array = flat[np.broadcast_to(channel_numbers(shape, features), shape)]
+    chosen: Array = flat[parameter_numbers(parameter, shape, features)]
     return chosen
 
 
@@ -272,19 +287,19 @@ def group_norm_gradients(
     dx = np.where(valid | np.isfinite(given), dx, 0)
     if given.dtype.kind != "c":
         dx = np.real(dx)
-    number = np.broadcast_to(channel_numbers(x.shape, features), x.shape)
     return Gradients(
         dx,
-        None if scale is None else sum_by_channel(dscale, number, scale),
-        None if bias is None else sum_by_channel(dy, number, bias),
+        None if scale is None else sum_by_entry(dscale, features, scale),
+        None if bias is None else sum_by_entry(dy, features, bias),
     )
 
 
-def sum_by_channel(values: Array, number: Array, parameter: npt.ArrayLike) -> Array:
-    """Sum over all elements of each channel, in the shape of the parameter; real if it is real."""
+def sum_by_entry(values: Array, features: list[int], parameter: npt.ArrayLike) -> Array:
+    """Sum over all elements of each entry of the parameter, in its shape; real if it is real."""
     parameter = np.asarray(parameter)
+    number = parameter_numbers(parameter, values.shape, features)
     flat: Array = np.zeros(parameter.size, dtype=values.dtype)
-    for channel in range(parameter.size):
-        flat[channel] = exact_sum(values[number == channel])
+    for entry in range(parameter.size):
+        flat[entry] = exact_sum(values[number == entry])
     flat = flat.reshape(parameter.shape)
     return flat if parameter.dtype.kind == "c" else np.real(flat)

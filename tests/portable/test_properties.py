@@ -167,12 +167,11 @@ def gradient_bounds(problem: Problem) -> oracle.Gradients:
         p, q = h[where].sum() / n, (h[where] * rough).sum() / n
         dx[where] = group.rstd * (h[where] + p + rough * q).max(initial=0)
         dscale[where] = np.abs(problem.dy[where]) * rough
-    number = np.broadcast_to(oracle.channel_numbers(x.shape, features), x.shape)
     dy = np.abs(oracle.widen(problem.dy))
     return oracle.Gradients(
         dx,
-        None if problem.scale is None else oracle.sum_by_channel(dscale, number, problem.scale),
-        None if problem.bias is None else oracle.sum_by_channel(dy, number, problem.bias),
+        None if problem.scale is None else oracle.sum_by_entry(dscale, features, problem.scale),
+        None if problem.bias is None else oracle.sum_by_entry(dy, features, problem.bias),
     )
 
 

@@ -42,7 +42,8 @@ class Case:
     """One array, its placement on the mesh, and the layer's arguments.
 
     A placement is "S" and an axis, "R" or "P"; two of them are for a 2 x 2 mesh. Parameters are
-    "plain", "numpy", "none", or DTensors: "replicated", "sharded".
+    "plain", "numpy", "none", or DTensors: "replicated", "sharded". With `per_sample` they have a
+    row for each sample.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Case:
     offset: float = 0.0
     parameters: str = "plain"
     fast: bool = True
+    per_sample: bool = False
 
     @property
     def mesh_shape(self) -> tuple[int, ...]:
@@ -104,8 +106,9 @@ def data(case: Case) -> Data:
     mask = scale = bias = None
     if case.parameters != "none":
         channels = int(np.prod([case.shape[axis] for axis in case.features]))
-        scale = rng.uniform(0.5, 1.5, channels).astype(np.float32)
-        bias = rng.normal(size=channels).astype(np.float32)
+        size = (case.shape[0], channels) if case.per_sample else channels
+        scale = rng.uniform(0.5, 1.5, size).astype(np.float32)
+        bias = rng.normal(size=size).astype(np.float32)
     if case.mask:
         mask = rng.random(MASK_SHAPES[case.mask.partition(",")[0]]) < 0.7
         if "shard" in case.mask:
@@ -196,6 +199,22 @@ def cases() -> list[Case]:
                 ("channels, two shards", ("S1",), (3, 8, 5, 6), 2),
                 ("channels, unevenly", ("S1",), (3, 12, 5, 6), 3),
                 ("height x channels", ("S2", "S1"), (3, 8, 5, 6), 1),
+            )
+        ),
+        *(
+            Case(
+                f"{kind} parameters per sample: {name}",
+                placements,
+                parameters=kind,
+                per_sample=True,
+                mask=mask,
+            )
+            for kind in ("plain", "numpy", "replicated", "sharded")
+            for name, placements, mask in (
+                ("batch", ("S0",), ""),
+                ("channels", ("S1",), ""),
+                ("height x channels", ("S2", "S1"), "full"),
+                ("a pending sum x batch", ("P", "S0"), ""),
             )
         ),
     ]

@@ -120,16 +120,18 @@ def over_shards(
             "already defines which ranks share statistics, and they would be pooled twice. Leave "
             "axis_name out, or pass x.to_local()."
         )
-    without_data = [_without_data(a) for a in (x, scale, bias, mask)]
+    without_data = (
+        _without_data(x), _without_data(scale), _without_data(bias), _without_data(mask)
+    )  # fmt: skip
     if is_per_sample(x, scale, bias, options):
-        call = PerSample.of(adapter, *without_data, options=options)
+        call = PerSample.of(adapter, *without_data, options)
         y = over_shards(apply, adapter, x, None, None, mask, call.without_parameters)
         scale, bias = (_as_dtensor(p, y, adapter) for p in (scale, bias))
         scaled = scale_and_shift(adapter, y, scale, bias, call.checked, options)
         # PyTorch gathers uneven shards for such a product.
         return scaled.redistribute(placements=y.placements)
     # Checks everything against the global x, so that all ranks raise alike and none waits in vain.
-    whole = prepare(adapter, *without_data, options=options)
+    whole = prepare(adapter, *without_data, options)
     mesh = x.device_mesh
     result_placements = tuple(Replicate() if p.is_partial() else p for p in x.placements)
     if mesh.get_coordinate() is None:  # this rank is not in x's mesh

@@ -3,6 +3,8 @@
 See `GroupNorm` for the layer, `group_norm` for the function.
 """
 
+from typing import Any
+
 from groupnorm import errors, initializers
 from groupnorm.discovery import BackendInfo, available_backends
 from groupnorm.distributed.axis_names import bind_axis
@@ -30,3 +32,12 @@ __all__ = [
     "normalize",
     "set_num_threads",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a module for one library when it is first used, such as `groupnorm.torch`."""
+    if name == "torch":
+        import groupnorm.torch
+
+        return groupnorm.torch
+    raise AttributeError(f"module 'groupnorm' has no attribute {name!r}")

@@ -23,7 +23,7 @@ from groupnorm.discovery import BackendInfo, backend_info
 from groupnorm.dispatch import backend_names
 from groupnorm.selfcheck import check_backends, rows_of_backend
 from groupnorm.testing.report import Report
-from groupnorm.testing.tables import print_table
+from groupnorm.text_tables import print_table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -20,6 +20,7 @@ __all__ = [
     "assume_constant",
     "dispatch_keys",
     "fake_mode",
+    "has_hooks",
     "has_memory",
     "has_modes",
     "in_forward_mode",
@@ -41,6 +42,7 @@ PRIVATE_NAMES = (
     "torch._C._get_tracing_state",
     "torch.autograd.forward_ad._current_level",
     "torch.compiler._is_exporting_flag",
+    "torch.nn.modules.module._has_any_global_hook",
 )
 
 
@@ -86,6 +88,9 @@ if _found(PRIVATE_NAMES[6]) is None:
 _compiler: Any = torch.compiler
 if _found(PRIVATE_NAMES[7]) is None:
     _compiler = SimpleNamespace(_is_exporting_flag=True)
+
+
+_global_hooks: Callable[[], Any] = _found(PRIVATE_NAMES[8]) or _always
 
 
 def is_exporting() -> bool:
@@ -155,6 +160,15 @@ def is_traced() -> bool:
 def is_seen_through() -> bool:
     """Whether a tracer, forward mode or a dispatch mode must see the individual operations."""
     return _forward_ad._current_level >= 0 or _modes() > 0 or _tracing_state() is not None
+
+
+def has_hooks(module: Any) -> bool:
+    """Whether calling a module calls more than its forward: hooks, its own or those of all."""
+    own = module.__dict__
+    return bool(_global_hooks()) or any(own.get(name, True) for name in _HOOKS)
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def apply_without_transforms(function: Any) -> Any:

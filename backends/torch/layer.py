@@ -7,7 +7,8 @@ import torch
 
 from groupnorm.arguments import CallOptions, check_epsilon, positive
 from groupnorm.backends.torch.adapter import torch_adapter
-from groupnorm.dispatch import compute_local
+from groupnorm.backends.torch.native import is_autocast_to_float32
+from groupnorm.dispatch import compute, compute_local
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
 from groupnorm.layer import GroupNorm
 from groupnorm.layer_config import LayerConfig
@@ -81,6 +82,8 @@ class TorchGroupNorm(GroupNorm, torch.nn.Module):
             weight = stored["weight"] if "weight" in stored else self.weight  # noqa: SIM401
             bias = stored["bias"] if "bias" in stored else self.bias  # noqa: SIM401
             scale = self._as_scale(weight)
+            if x.is_cuda:
+                options = self._options_for(x)
             return compute_local(torch_adapter, x, scale, bias, mask, options)
         if isinstance(x, torch.fx.Proxy):
             from groupnorm.backends.torch.fx import record_layer
@@ -89,6 +92,42 @@ class TorchGroupNorm(GroupNorm, torch.nn.Module):
             if recorded is not None:
                 return recorded
         return self._normalize(x, mask)
+
+    def _options_for(self, x: Any) -> CallOptions:
+        """Return the options of a call, with the result's dtype under autocast."""
+        options = self._call_options
+        if options.dtype == "input" and is_autocast_to_float32(x):
+            return options._replace(dtype="float32")
+        return options
+
+    @property
+    def can_be_modulated(self) -> bool:
+        """Whether `modulated` computes what a call does before what follows it."""
+        forward = type(self).forward
+        plain = forward in (TorchGroupNorm.forward, TorchNativeGroupNorm.forward)
+        return plain and self._call_options.activation is None
+
+    def modulated(
+        self, x: Any, activation: str, scale: Any = None, shift: Any = None, mask: Any = None
+    ) -> Any:
+        """Compute ``activation(layer(x) * (1 + scale) + shift)`` in one pass.
+
+        Parameters
+        ----------
+        x : tensor
+            As in a call.
+        activation : {"relu", "silu", "gelu"}
+            The name of the activation.
+        scale, shift : tensor of shape (N, C), optional
+            With any axes of length 1 after them.
+        mask : optional
+            As in a call.
+        """
+        weight, bias = self.scale, self.bias
+        if scale is not None or shift is not None:
+            weight, bias = _modulated(weight, bias, scale, shift)
+        options = self._options_for(x)._replace(activation=activation)
+        return compute(torch_adapter, x, weight, bias, mask, options)
 
     @property
     def scale(self) -> Any:
@@ -182,6 +221,20 @@ class TorchGroupNorm(GroupNorm, torch.nn.Module):
 
     def __repr__(self) -> str:
         return torch.nn.Module.__repr__(self)
+
+
+def _modulated(weight: Any, bias: Any, scale: Any, shift: Any) -> tuple[Any, Any]:
+    """Return the parameters of each sample; in float32 at least, so that nothing is rounded."""
+    wide = torch.promote_types(torch.float32, (shift if scale is None else scale).dtype)
+    weight, bias = (None if p is None else p.flatten() for p in (weight, bias))
+    if scale is not None:
+        factor = 1 + scale.flatten(1).to(wide)
+        weight = factor if weight is None else weight * factor
+        bias = None if bias is None else bias * factor
+    if shift is not None:
+        shift = shift.flatten(1).to(wide)
+        bias = shift if bias is None else bias + shift
+    return weight, bias
 
 
 class TorchNativeGroupNorm(  # pyright: ignore[reportIncompatibleVariableOverride]

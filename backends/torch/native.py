@@ -8,10 +8,22 @@ from groupnorm.adapter import Unsupported
 from groupnorm.arguments import CallOptions
 from groupnorm.backends.torch.differentiation import requires_grad
 
-__all__ = ["functional"]
+__all__ = ["functional", "is_autocast_to_float32"]
 
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def is_autocast_to_float32(x: Any) -> bool:
+    """Whether autocast makes the result of PyTorch's own group normalization of x float32.
+
+    So it is on CUDA devices; on a CPU the result has x's dtype.
+    """
+    return (
+        x.is_cuda
+        and x.dtype in (torch.float16, torch.bfloat16)
+        and torch.is_autocast_enabled("cuda")
+    )
 
 
 def functional(x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -> Any:

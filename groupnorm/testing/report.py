@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from groupnorm.errors import ArgumentValueError
-from groupnorm.testing.tables import plain_table, print_table
+from groupnorm.text_tables import plain_table, print_table
 
 __all__ = ["Disagreement", "Finding", "Report", "Skipped", "badness", "record"]
 

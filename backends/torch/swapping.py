@@ -1,0 +1,40 @@
+"""Classes that are made for modules whose class is changed: named, copied and pickled as theirs."""
+
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["Swapped", "original_class", "swapped_class"]
+
+
+class Swapped:
+    """A module whose class was made from another one."""
+
+    # The function that makes this class from the original one.
+    _make: Any
+    _original_class: type
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle the original class, since this one is in no module."""
+        return _restored, (type(self)._make, self._original_class), self.__dict__
+
+    def _get_name(self) -> str:
+        return self._original_class.__name__
+
+
+def _restored(make: Callable[[type], type], original: type) -> Any:
+    cls = make(original)
+    return object.__new__(cls)
+
+
+def swapped_class(
+    original: type, bases: tuple[type, ...], own: dict[str, Any], make: Callable[[type], type]
+) -> type:
+    """Return a class named as the original one, which can be pickled by calling `make`."""
+    named = {"__module__": original.__module__, "__qualname__": original.__qualname__}
+    return type(original.__name__, bases, {**named, **own, "_make": staticmethod(make)})
+
+
+def original_class(module: Any) -> type | None:
+    """Return the class that a module had before it was replaced; None if it was not."""
+    found: type | None = module.__dict__.get("_original_class")
+    return found

@@ -1,0 +1,728 @@
+"""Replacing the normalizations of a model in place: what stays, what is equal, what is refused."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import groupnorm.torch
+from groupnorm import GroupNorm
+from groupnorm.errors import ArgumentTypeError, ArgumentValueError
+from groupnorm.testing import oracle
+from groupnorm.torch import Replacement, fused, override, register_replacement, replace, restore
+from tests.rows import CONTRACT, GRADIENT, assert_close, assert_gradient
+
+SHAPE = (2, 8, 6, 5)
+
+
+class Affine(nn.GroupNorm):
+    """Computes something else than the class it derives from."""
+
+    def forward(self, input):
+        return super().forward(input) + 1
+
+
+class Named(nn.GroupNorm):
+    """Computes the same."""
+
+    def __init__(self, channels):
+        super().__init__(2, channels, eps=1e-3)
+
+
+class WithActivation(nn.GroupNorm):
+    """As timm's."""
+
+    def __init__(self, channels, act):
+        super().__init__(2, channels)
+        self.drop, self.act = nn.Identity(), act
+
+    def forward(self, x):
+        return self.act(self.drop(super().forward(x)))
+
+
+class Block(nn.Module):
+    """Calls its modules by name, and shares one of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+        self.norm1, self.norm2 = nn.GroupNorm(2, 8), nn.GroupNorm(4, 8, eps=1e-2)
+        self.norm3 = self.norm1
+        self.act = nn.SiLU()
+
+    def forward(self, x):
+        x = self.act(self.norm1(self.conv(x)))
+        return self.norm3(self.norm2(x))
+
+
+def tensor(rng, *shape, offset=0.0):
+    return torch.from_numpy((offset + rng.normal(size=shape)).astype(np.float32))
+
+
+def randomized(module, rng):
+    """Give all parameters of normalizations random values."""
+    with torch.no_grad():
+        for p in module.parameters():
+            if p.ndim == 1:
+                p.copy_(tensor(rng, *p.shape))
+    return module
+
+
+def outcome(model, x, dy):
+    """Return the result and the gradients of x and all parameters."""
+    x = x.clone().requires_grad_()
+    model.zero_grad()
+    y = model(x)
+    y.backward(dy)
+    return [y.detach(), x.grad, *(p.grad.clone() for p in model.parameters())]
+
+
+def assert_same(got, want, tolerance=2e-5):
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == b.dtype
+        assert a.shape == b.shape
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+# What stays ---------------------------------------------------------------------------------------
+
+
+def test_everything_but_the_class_stays(rng):
+    model = randomized(Block(), rng).eval()
+    model.norm2.weight.requires_grad_(False)
+    before = dict(model.named_parameters())
+    modules = dict(model.named_modules())
+    state = copy.deepcopy(model.state_dict())
+    report = replace(model)
+    assert [entry.names for entry in report.replaced] == [("norm1", "norm3"), ("norm2",)]
+    assert dict(model.named_parameters()).keys() == before.keys()
+    assert all(p is before[name] for name, p in model.named_parameters())
+    assert all(m is modules[name] for name, m in model.named_modules())
+    assert model.norm1 is model.norm3
+    for norm in (model.norm1, model.norm2):
+        assert isinstance(norm, nn.GroupNorm)
+        assert isinstance(norm, GroupNorm)
+        assert not norm.training
+    assert not model.norm2.weight.requires_grad
+    assert (model.norm2.num_groups, model.norm2.eps, model.norm2.num_channels) == (4, 1e-2, 8)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, state[name], rtol=0, atol=0)
+    fresh = Block()
+    fresh.load_state_dict(model.state_dict())
+    model.load_state_dict(fresh.state_dict())
+
+
+@pytest.mark.parametrize("offset", [0, 1e4])
+def test_results_are_this_librarys(offset, rng):
+    norm = randomized(nn.GroupNorm(2, 8), rng)
+    x = tensor(rng, *SHAPE, offset=offset)
+    want = oracle.group_norm(
+        x.numpy(), norm.weight.detach().numpy(), norm.bias.detach().numpy(),
+        num_groups=2, feature_axis=1, epsilon=1e-5,
+    )  # fmt: skip
+    replace(norm)
+    assert_close(norm(x).detach().numpy(), want, tolerance=2 * CONTRACT)
+
+
+def test_gradients_are_those_of_the_model(rng):
+    model, x, dy = randomized(Block(), rng), tensor(rng, *SHAPE), tensor(rng, *SHAPE)
+    want = outcome(model, x, dy)
+    replace(model)
+    assert_same(outcome(model, x, dy), want)
+
+
+def test_an_optimizer_goes_on(rng):
+    ours, theirs = randomized(Block(), rng), None
+    theirs = copy.deepcopy(ours)
+    steps = [torch.optim.Adam(m.parameters(), lr=0.1) for m in (ours, theirs)]
+    for i in range(4):
+        if i == 2:
+            replace(ours)
+        x = tensor(rng, *SHAPE)
+        for model, optimizer in zip((ours, theirs), steps, strict=True):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_hooks_are_called(rng):
+    model, seen = Block(), []
+    model.norm2.register_forward_hook(lambda m, args, y: seen.append("forward"))
+    model.norm2.register_forward_pre_hook(lambda m, args: seen.append("pre"))
+    model.norm2.register_full_backward_hook(lambda m, dx, dy: seen.append("backward"))
+    model.norm2.weight.register_hook(lambda g: seen.append("weight"))
+    replace(model)
+    model(tensor(rng, *SHAPE)).sum().backward()
+    assert sorted(seen) == ["backward", "forward", "pre", "weight"]
+
+
+def test_restore_gives_back_the_class_and_what_was_set(rng):
+    model = randomized(Block(), rng)
+    attributes = {name: dict(m.__dict__) for name, m in model.named_modules()}
+    x = tensor(rng, *SHAPE)
+    y = model(x)
+    replace(model)
+    report = restore(model)
+    assert len(report.restored) == 2
+    assert [type(m) for m in (model.norm1, model.norm2)] == [nn.GroupNorm] * 2
+    assert {name: dict(m.__dict__) for name, m in model.named_modules()} == attributes
+    assert torch.equal(model(x), y)
+    replace(model)
+    model.norm1.eps = 0.5
+    model.norm1.num_groups = 8
+    restore(model)
+    assert (model.norm1.eps, model.norm1.num_groups) == (0.5, 8)
+    assert "eps=0.5" in repr(model.norm1)
+    assert len(restore(model)) == 0
+
+
+def test_replacing_twice_changes_nothing():
+    model = Block()
+    replace(model)
+    again = replace(model)
+    assert not again.replaced
+    assert [entry.note for entry in again.skipped] == ["replaced before"] * 2
+
+
+def test_a_layer_of_ours_is_left_alone():
+    model = nn.Sequential(GroupNorm((8, ...), 0, num_groups=2, backend="torch"))
+    assert len(replace(model, fuse=False)) == 0
+    assert len(restore(model)) == 0
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize("kind", ["group", "instance", "activation", "fused"])
+def test_replaced_models_are_copied(kind, how, rng):
+    makers = {
+        "group": lambda: nn.GroupNorm(2, 8),
+        "instance": lambda: nn.InstanceNorm2d(8, affine=True),
+        "activation": lambda: WithActivation(8, nn.SiLU()),
+        "fused": lambda: nn.Sequential(nn.GroupNorm(2, 8), nn.ReLU()),
+    }
+    register_replacement(WithActivation, rule_with_activation)
+    model = randomized(makers[kind](), rng)
+    assert len(replace(model, also=nn.InstanceNorm2d).replaced) == 1
+    if how == "deepcopy":
+        other = copy.deepcopy(model)
+    elif how == "pickle":
+        other = pickle.loads(pickle.dumps(model))
+    else:
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        other = torch.load(buffer, weights_only=False)
+    x = tensor(rng, *SHAPE)
+    assert torch.equal(model(x), other(x))
+    assert type(other) is type(model)
+    assert len(restore(other).restored) == len(restore(model).restored) > 0
+    assert type(other) is type(makers[kind]())
+
+
+def rule_with_activation(norm):
+    return Replacement(norm.num_groups, norm.eps, (norm.num_channels, ...), then=("drop", "act"))
+
+
+# Which classes ------------------------------------------------------------------------------------
+
+
+def test_a_subclass_that_inherits_forward_is_replaced(rng):
+    norm = randomized(Named(8), rng)
+    x = tensor(rng, *SHAPE)
+    want = norm(x)
+    assert len(replace(norm).replaced) == 1
+    assert isinstance(norm, Named)
+    torch.testing.assert_close(norm(x), want, rtol=1e-5, atol=1e-5)
+    restore(norm)
+    assert type(norm) is Named
+
+
+def parametrized():
+    return parametrizations.weight_norm(nn.GroupNorm(2, 8), dim=0)
+
+
+def scripted():
+    return torch.jit.script(nn.GroupNorm(2, 8))
+
+
+def quantized():
+    weight = nn.Parameter(torch.ones(8))
+    return torch.ao.nn.quantized.GroupNorm(2, 8, weight, weight, 1.0, 0)
+
+
+def patched():
+    norm = nn.GroupNorm(2, 8)
+    norm.forward = lambda x: x
+    return norm
+
+
+class Property(nn.GroupNorm):
+    """Computes its epsilon."""
+
+    eps = property(lambda self: 1.0, lambda self, value: None)
+
+
+UNKNOWN = {
+    "a subclass": (lambda: Affine(2, 8), r"unknown subclass, .*Affine: .*register_replacement"),
+    "a property": (lambda: Property(2, 8), "unknown subclass"),
+    "parametrized": (parametrized, "parametrized: replace before"),
+    "scripted": (scripted, "torch.jit.script"),
+    "quantized": (quantized, "quantized"),
+    "a forward of its own": (patched, "forward was replaced on the object"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_unknown_classes_are_reported_and_left_alone(kind):
+    make, reason = UNKNOWN[kind]
+    model = nn.Sequential(nn.GroupNorm(2, 8), make())
+    cls = type(model[1])
+    with pytest.raises(ArgumentValueError, match=rf"(?s)on_unknown='raise'.*1 \(.*{reason}"):
+        replace(model, on_unknown="raise")
+    assert type(model[0]) is nn.GroupNorm  # nothing was changed
+    report = replace(model)
+    assert type(model[1]) is cls
+    [entry] = report.skipped
+    assert entry.names == ("1",)
+    assert re.search(reason, entry.note)
+    assert entry.note in str(report)
+    assert [entry.names for entry in report.replaced] == [("0",)]
+
+
+@pytest.mark.parametrize(
+    "act", [nn.ReLU(), nn.ReLU(inplace=True), nn.SiLU(), nn.GELU(), nn.Identity(), nn.Tanh(),
+            nn.GELU(approximate="tanh")], ids=str,
+)  # fmt: skip
+def test_a_registered_class_with_an_activation(act, rng):
+    register_replacement(WithActivation, rule_with_activation)
+    model = randomized(WithActivation(8, act), rng)
+    x, dy = tensor(rng, *SHAPE), tensor(rng, *SHAPE)
+    want = outcome(model, x, dy)
+    assert len(replace(model).replaced) == 1
+    assert_same(outcome(model, x, dy), want)
+    seen = []
+    handle = model.act.register_forward_hook(lambda m, args, y: seen.append(y))
+    assert_same(outcome(model, x, dy), want)
+    assert len(seen) == 1
+    handle.remove()
+    model.drop = nn.Dropout(1.0).train()
+    assert model(x).abs().max() == act(torch.zeros(1)).abs()
+
+
+INSTANCE = {
+    1: (nn.InstanceNorm1d, (3, 8, 40)),
+    2: (nn.InstanceNorm2d, SHAPE),
+    3: (nn.InstanceNorm3d, (2, 8, 3, 4, 5)),
+}
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("dimensions", INSTANCE)
+def test_instance_norm(dimensions, affine, rng):
+    cls, shape = INSTANCE[dimensions]
+    model = randomized(cls(8, affine=affine, eps=1e-3), rng)
+    x, dy = tensor(rng, *shape), tensor(rng, *shape)
+    want = outcome(model, x, dy)
+    alone = model(x[0])
+    assert len(replace(model)) == 0  # only if asked for
+    assert len(replace(model, also=cls).replaced) == 1
+    assert_same(outcome(model, x, dy), want)
+    torch.testing.assert_close(model(x[0]), alone, rtol=1e-5, atol=1e-5)
+    assert isinstance(model, cls)
+    assert model.num_features == 8
+    restore(model)
+    assert type(model) is cls
+    assert_same(outcome(model, x, dy), want, tolerance=0)
+
+
+def test_instance_norm_with_running_statistics_is_skipped():
+    model = nn.InstanceNorm2d(8, track_running_stats=True)
+    [entry] = replace(model, also=[nn.InstanceNorm2d])
+    assert (entry.result, entry.note) == ("skipped", "it uses running statistics")
+
+
+@pytest.mark.parametrize("keywords", [{}, {"elementwise_affine": False}, {"bias": False}], ids=str)
+@pytest.mark.parametrize("normalized", [(5,), (6, 5)])
+def test_layer_norm(normalized, keywords, rng):
+    model = randomized(nn.LayerNorm(normalized, eps=1e-3, **keywords), rng)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(tensor(rng, *p.shape))
+    x, dy = tensor(rng, *SHAPE), tensor(rng, *SHAPE)
+    want = outcome(model, x, dy)
+    state = model.state_dict()
+    assert len(replace(model, also=nn.LayerNorm).replaced) == 1
+    assert_same(outcome(model, x, dy), want)
+    assert model.state_dict().keys() == state.keys()
+    model.reset_parameters()
+    assert all((p == (name == "weight")).all() for name, p in model.named_parameters())
+    torch.testing.assert_close(model(x[0, 0]), nn.LayerNorm(normalized, 1e-3)(x[0, 0]))
+
+
+# Fusing -------------------------------------------------------------------------------------------
+
+ACTIVATIONS = [nn.ReLU(), nn.ReLU(inplace=True), nn.SiLU(), nn.GELU()]
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS, ids=str)
+def test_fused_sequential(act, rng):
+    model = nn.Sequential(
+        nn.Conv2d(8, 8, 1), nn.GroupNorm(2, 8), act, nn.Sequential(nn.GroupNorm(4, 8), act)
+    )
+    randomized(model, rng)
+    x, dy = tensor(rng, *SHAPE), tensor(rng, *SHAPE)
+    want = outcome(model, x, dy)
+    report = replace(model)
+    assert [entry.name for entry in report.fused] == ["(model)", "3"]
+    assert [m is act for m in (model[2], model[3][1])] == [True, True]
+    assert_same(outcome(model, x, dy), want)
+    assert isinstance(model[:2], nn.Sequential)
+    assert repr(model).startswith("Sequential(")
+    restore(model)
+    assert type(model) is type(model[3]) is nn.Sequential
+    assert_same(outcome(model, x, dy), want, tolerance=0)
+
+
+@pytest.mark.parametrize("at", [0, 1], ids=["on the normalization", "on the activation"])
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_between_fused_modules_see_what_they_saw(kind, at, rng):
+    model = randomized(nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU()), rng)
+    seen = []
+    getattr(model[at], kind)(lambda m, args, y=None: seen.append(args[0].clone()))
+    x = tensor(rng, *SHAPE)
+    model(x)
+    replace(model)
+    model(x)
+    before, after = seen
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+
+
+def test_global_hooks_see_every_module(rng):
+    model = nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU())
+    replace(model)
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda m, args, y: seen.append(type(m).__name__)
+    )
+    try:
+        model(tensor(rng, *SHAPE))
+    finally:
+        handle.remove()
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize("after", [nn.Tanh(), nn.GELU(approximate="tanh"), nn.Identity()], ids=str)
+def test_what_is_not_fused(after, rng):
+    model = nn.Sequential(nn.GroupNorm(2, 8), after)
+    x = tensor(rng, *SHAPE)
+    want = model(x)
+    assert not replace(model).fused
+    assert type(model) is nn.Sequential
+    torch.testing.assert_close(model(x), want, rtol=1e-5, atol=1e-5)
+    model = nn.Sequential(nn.GroupNorm(2, 8), nn.ReLU())
+    assert not replace(model, fuse=False).fused
+
+
+@pytest.mark.parametrize("given", ["scale and shift", "scale", "shift", "neither"])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("act", [nn.SiLU(), nn.Tanh()], ids=str)
+def test_fused_with_scale_and_shift(act, affine, given, rng):
+    norm = randomized(nn.GroupNorm(2, 8, affine=affine), rng)
+    x = tensor(rng, *SHAPE)
+    scale, shift = (tensor(rng, 2, 8, 1, 1).requires_grad_() for _ in range(2))
+    arguments = {
+        name: value for name, value in (("scale", scale), ("shift", shift)) if name in given
+    }
+    y = norm(x)
+    y = y * (1 + scale) if "scale" in given else y
+    want = act(y + shift if "shift" in given else y)
+    separate = fused(norm, act, x, **arguments)
+    torch.testing.assert_close(separate, want, rtol=1e-6, atol=1e-6)
+    replace(norm)
+    got = fused(norm, act, x, **arguments)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    if arguments:
+        dy = tensor(rng, *SHAPE)
+        wanted = list(arguments.values())
+        for a, b in zip(
+            torch.autograd.grad(got, wanted, dy), torch.autograd.grad(want, wanted, dy), strict=True
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+class PreActivation(nn.Module):
+    """A module whose class is registered for fusing."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.act = nn.GroupNorm(2, 8), nn.ReLU()
+
+    def forward(self, x):
+        return self.act(self.norm(x))
+
+
+def test_registered_fusion(rng):
+    calls = []
+
+    def forward(self, x):
+        calls.append(x)
+        return fused(self.norm, self.act, x)
+
+    groupnorm.torch.register_fusion(PreActivation, forward)
+    model = randomized(PreActivation(), rng)
+    x, dy = tensor(rng, *SHAPE), tensor(rng, *SHAPE)
+    want = outcome(model, x, dy)
+    assert [entry.kind for entry in replace(model).fused] == ["PreActivation"]
+    assert_same(outcome(model, x, dy), want)
+    assert len(calls) == 1
+    assert isinstance(copy.deepcopy(model), PreActivation)
+    restore(model)
+    assert type(model) is PreActivation
+
+
+# Options, dtypes, autocast ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_dtype_stays(dtype, rng):
+    model = nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU()).to(dtype)
+    x = tensor(rng, *SHAPE).to(dtype)
+    want = model(x)
+    replace(model)
+    got = model(x)
+    assert got.dtype == want.dtype == dtype
+    torch.testing.assert_close(got, want)
+    replaced = nn.GroupNorm(2, 8).to(dtype)
+    replace(replaced, dtype="float32")
+    assert replaced(x).dtype == torch.float32
+
+
+ON_GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that PyTorch can use"),
+]
+MAKERS = {
+    "norm": lambda: nn.GroupNorm(2, 8),
+    "fused": lambda: nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU()),
+    "activation": lambda: WithActivation(8, nn.SiLU()),
+}
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("make", MAKERS)
+def test_autocast_as_pytorchs_own(make, dtype, device):
+    register_replacement(WithActivation, rule_with_activation)
+    model = MAKERS[make]().to(device)
+    x = torch.ones(SHAPE, device=device, dtype=dtype)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        want = model.double()(x) if dtype is torch.float64 else model.float()(x)
+        with override():
+            assert model(x).dtype == want.dtype
+        replace(model)
+        assert model(x).dtype == want.dtype
+
+
+def test_autocast_to_float32(monkeypatch, rng):
+    """On a CUDA device, autocast makes the results of group normalizations float32."""
+    x = tensor(rng, *SHAPE).bfloat16()
+    model = nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU())
+    replace(model)
+    for module in ("layer", "override"):
+        name = f"groupnorm.backends.torch.{module}.is_autocast_to_float32"
+        monkeypatch.setattr(name, lambda x: x.dtype == torch.bfloat16)
+    want = nn.functional.silu(nn.functional.group_norm(x.float(), 2))
+    y = model(x)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)
+    with override():
+        assert nn.functional.group_norm(x, 2).dtype == torch.float32
+
+
+@pytest.mark.parametrize("implementation", ["portable", "native"])
+def test_implementation(implementation, rng):
+    model = nn.GroupNorm(2, 8)
+    replace(model, implementation=implementation)
+    assert model.implementation == implementation
+    x = tensor(rng, *SHAPE, offset=1e5)
+    error = (model(x) - nn.functional.group_norm(x.double(), 2)).abs().max()
+    assert (error < CONTRACT) == (implementation == "portable")
+
+
+def test_a_replaced_layer_accepts_a_mask(rng):
+    model = nn.GroupNorm(8, 8)  # as in the feature encoder of Wav2Vec2
+    x = tensor(rng, 2, 8, 30)
+    alone = model(x[1:, :, :20])
+    replace(model)
+    mask = torch.arange(30) < torch.tensor([30, 20])[:, None]
+    x[1, :, 20:] = torch.nan
+    torch.testing.assert_close(model(x, mask[:, None])[1:, :, :20], alone, rtol=1e-5, atol=1e-5)
+
+
+# PyTorch's tools on replaced models ---------------------------------------------------------------
+
+
+def a_model(rng):
+    register_replacement(WithActivation, rule_with_activation)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.SiLU(), WithActivation(8, nn.ReLU()),
+        nn.InstanceNorm2d(8), Named(8), nn.Conv2d(8, 4, 1), nn.LayerNorm(6),
+    )  # fmt: skip
+    randomized(model, rng)
+    x = tensor(rng, 2, 3, 8, 8)
+    want = model(x)
+    replace(model, also=(nn.InstanceNorm2d, nn.LayerNorm))
+    return model, x, want
+
+
+TOOLS = {
+    "compile": lambda model, x: torch.compile(model, fullgraph=True),
+    "export": lambda model, x: torch.export.export(model, (x,)).module(),
+    "fx": lambda model, x: torch.fx.symbolic_trace(model),
+    "jit.trace": lambda model, x: torch.jit.trace(model, x),
+    "functional_call": lambda model, x: (
+        lambda x: torch.func.functional_call(model, dict(model.named_parameters()), x)
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("tool", TOOLS)
+def test_tools(tool, rng):
+    model, x, want = a_model(rng)
+    try:
+        made = TOOLS[tool](model, x)
+        torch.testing.assert_close(made(x), want, rtol=1e-4, atol=1e-5)
+    finally:
+        torch._dynamo.reset()
+
+
+def test_fx_keeps_replaced_modules_as_nodes(rng):
+    model, _, _ = a_model(rng)
+    graph = torch.fx.symbolic_trace(model)
+    called = {node.target for node in graph.graph.nodes if node.op == "call_module"}
+    assert called == {str(i) for i in range(8)}
+
+
+# A context for all functions ----------------------------------------------------------------------
+
+
+def test_override_reaches_every_call(rng):
+    x = tensor(rng, *SHAPE, offset=1e4)
+    weight, bias = tensor(rng, 8), tensor(rng, 8)
+    arrays = (x.numpy(), weight.numpy(), bias.numpy())
+    want = oracle.group_norm(*arrays, num_groups=2, feature_axis=1, epsilon=1e-3)
+    with override():
+        got = [
+            nn.functional.group_norm(x, 2, weight, bias, 1e-3),
+            nn.functional.group_norm(
+                input=x, num_groups=2, weight=weight, bias=bias, eps=1e-3
+            ),
+        ]  # fmt: skip
+        y = Affine(2, 8)(x).detach().numpy()
+    plain = oracle.group_norm(x.numpy(), num_groups=2, feature_axis=1, epsilon=1e-5)
+    assert_close(y, plain + 1, tolerance=2 * CONTRACT)
+    for y in got:
+        assert_close(y.numpy(), want, tolerance=2 * CONTRACT)
+    after = nn.functional.group_norm(x, 2, weight, bias, 1e-3)
+    assert np.abs(after.numpy() - want).max() > 1e-4
+
+
+def test_override_differentiates_nests_and_compiles(rng):
+    model, x, dy = Affine(2, 8), tensor(rng, *SHAPE), tensor(rng, *SHAPE)
+    context = override()
+    with context, override(implementation="portable"):
+        got = outcome(model, x, dy)
+    gradient = oracle.group_norm_gradients(
+        x.numpy(), dy.numpy(), num_groups=2, feature_axis=1, epsilon=1e-5
+    )
+    assert_gradient(got[1].numpy(), gradient.x, rtol=GRADIENT)
+    far = x + 1e4
+    want = oracle.group_norm(far.numpy(), num_groups=2, feature_axis=1, epsilon=1e-5) + 1
+    try:
+        with context:
+            y = torch.compile(model, fullgraph=True)(far)
+    finally:
+        torch._dynamo.reset()
+    assert_close(y.detach().numpy(), want, tolerance=3 * CONTRACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_override_keeps_the_dtype(dtype, rng):
+    with override():
+        assert nn.functional.group_norm(tensor(rng, *SHAPE).to(dtype), 2).dtype == dtype
+
+
+def test_override_checks_its_argument():
+    with pytest.raises(ArgumentValueError, match="implementation='fast'"):
+        override(implementation="fast")
+
+
+# The report, and wrong arguments ------------------------------------------------------------------
+
+
+def test_the_report(rng):
+    model = nn.ModuleList([nn.GroupNorm(2, 8) for _ in range(12)])
+    model.append(Affine(2, 8))
+    report = replace(model)
+    assert [entry.name for entry in report] == [str(i) for i in range(13)]
+    assert report[-1].result == "skipped"
+    assert len(report.replaced) == 12
+    lines = str(report).splitlines()
+    assert len(lines) == 2 + 13
+    assert lines[0].split() == ["module", "class", "result", "note"]
+    assert repr(report) == "<Report: 12 replaced, 1 skipped>"
+    assert str(replace(nn.Linear(2, 2))) == "no group normalization was found"
+    assert "norm1 (and 1 other name)" in str(replace(Block()))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: replace(torch.ones(2)), ArgumentTypeError, "model is of type Tensor"),
+        (lambda: restore("model"), ArgumentTypeError, "model is of type str"),
+        (lambda: replace(Block(), on_unknown="fail"), ArgumentValueError, "on_unknown='fail'"),
+        (lambda: replace(Block(), also="InstanceNorm"), ArgumentTypeError, "also='InstanceNorm'"),
+        (lambda: replace(Block(), also=3), ArgumentTypeError, "also=3"),
+        (lambda: replace(Block(), fuse=1), ArgumentTypeError, "fuse=1"),
+        (lambda: replace(Block(), dtype="int8"), ArgumentTypeError, "dtype='int8'"),
+        (lambda: replace(Block(), implementation="x"), ArgumentValueError, "implementation='x'"),
+        (lambda: register_replacement(3, len), ArgumentTypeError, "cls=3"),
+        (lambda: register_replacement(nn.GroupNorm, 3), ArgumentTypeError, "rule=3"),
+        (lambda: groupnorm.torch.register_fusion(3, len), ArgumentTypeError, "cls=3"),
+        (lambda: groupnorm.torch.register_fusion(Block, 3), ArgumentTypeError, "forward=3"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_a_rule_that_returns_something_else():
+    class Odd(nn.GroupNorm):
+        def forward(self, input):
+            return input
+
+    register_replacement(Odd, lambda norm: None)
+    model = nn.Sequential(nn.GroupNorm(2, 8), Odd(2, 8))
+    with pytest.raises(ArgumentTypeError, match=r"the rule of .*Odd returned None"):
+        replace(model)
+    assert type(model[0]) is nn.GroupNorm
+
+
+def test_a_wrong_argument_changes_nothing():
+    model = Block()
+    with pytest.raises(ArgumentTypeError):
+        replace(model, dtype="int8")
+    assert type(model.norm1) is nn.GroupNorm

@@ -296,6 +296,15 @@ def _check_param_type(param_type: Any) -> Any:
 Layer.__init__.__qualname__ = "GroupNorm"
 
 
+# Names of arguments in PyTorch, Equinox and haiku.
+_ELSEWHERE = {
+    "eps": "this argument is called epsilon here. Pass epsilon={!r}.",
+    "affine": "scale and bias are chosen one by one here. Pass use_scale={0!r}, use_bias={0!r}.",
+    "num_channels": "the number of channels is the first argument, in_size. With channels on axis "
+    "1 pass in_size=({!r}, ...) and feature_axis=0.",
+}
+
+
 class GroupNorm(Layer):
     r"""Group normalization over the channels of an array, for every array library.
 
@@ -401,11 +410,9 @@ class GroupNorm(Layer):
                     "groupnorm.backends.torch.TorchGroupNorm."
                 )
             return object.__new__(cls)
-        if "eps" in kwargs:  # as in PyTorch and Equinox
-            raise ArgumentTypeError(
-                f"eps={kwargs['eps']!r}: this argument is called epsilon here. Pass "
-                f"epsilon={kwargs['eps']!r}."
-            )
+        for name in _ELSEWHERE.keys() & kwargs.keys():
+            value = kwargs[name]
+            raise ArgumentTypeError(f"{name}={value!r}: {_ELSEWHERE[name].format(value)}")
         if not isinstance(backend, str):
             raise ArgumentTypeError(
                 f"backend={backend!r} is of type {type(backend).__name__}: it must be the "

@@ -1,6 +1,7 @@
 """PyTorch: the adapter of tensors."""
 
 import sys
+import warnings
 from functools import reduce
 from typing import Any
 
@@ -283,6 +284,15 @@ class TorchAdapter(Adapter):
 
     def run(self, compute: Any, *arguments: Any) -> Any:
         """Call a function of the portable implementation; `group_norm` as one for autograd."""
+        if is_traced():
+            # It warns of each check of an argument, which holds for the example only. The program
+            # is right for other sizes as well.
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
+                return self._run(compute, *arguments)
+        return self._run(compute, *arguments)
+
+    def _run(self, compute: Any, *arguments: Any) -> Any:
         mode = fake_mode(arguments[0])  # of x
         if mode is not None:
             with mode:  # which makes what the computation creates fake as well

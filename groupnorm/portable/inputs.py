@@ -237,15 +237,15 @@ def _parameter(
         value = from_numpy(adapter, value, argument, x)
     value = check_same_library(adapter, value, argument, x)
     shape = tuple(value.shape)
-    allowed = [plan.feature_shape, (plan.channels,)]
-    or_by_sample = ""
-    if 0 in plan.kept_axes:
-        allowed += [(plan.shape[0], *behind) for behind in allowed]
-        or_by_sample = f", or {allowed[2]} with a row for each sample"
-    if not any(same_shape(shape, other) for other in allowed):
+    for_all = (plan.feature_shape, (plan.channels,))
+    of_samples: list[tuple[int, ...]] = []
+    if len(shape) > 1 and 0 in plan.kept_axes:
+        of_samples = [(plan.shape[0], *channels) for channels in for_all]
+    if not any(same_shape(shape, allowed) for allowed in (*for_all, *of_samples)):
+        or_rows = f", or {of_samples[0]} with a row for each sample" if of_samples else ""
         raise ArgumentValueError(
             f"{argument} has shape {shape}: it holds one value per channel, so its shape must be "
-            f"that of the feature axes, {plan.feature_shape}{or_by_sample}. Reshape it, or check "
+            f"that of the feature axes, {plan.feature_shape}{or_rows}. Reshape it, or check "
             "feature_axis."
         )
     return value

@@ -147,6 +147,8 @@ LAYER_AXES = [
     ({"param_type": int}, TYPE, "param_type=<class 'int'>"),
     ({"param_type": lambda value: "a"}, TYPE, "param_type", "it returned 'a'"),
     ({"eps": 1e-5}, TYPE, "eps=1e-05", "epsilon=1e-05"),
+    ({"affine": False}, TYPE, "affine=False", "use_scale=False, use_bias=False"),
+    ({"num_channels": 8}, TYPE, "num_channels=8", r"in_size=\(8, ...\)"),
     ({"backend": "tensorflow"}, VALUE, "backend='tensorflow'", "numpy"),
     ({"backend": "NumPy"}, VALUE, "backend='NumPy'", "numpy"),
     ({"backend": None}, TYPE, "backend=None"),

@@ -23,8 +23,6 @@ from tests.torch.test_layer import CHANNELS, GROUPS, channels_last, native, rand
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
-    # The checks of arguments, which hold for the example only; PyTorch's own layer gives one too.
-    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
 ]
 
 

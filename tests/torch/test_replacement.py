@@ -597,7 +597,6 @@ TOOLS = {
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("tool", TOOLS)
 def test_tools(tool, rng):
     model, x, want = a_model(rng)

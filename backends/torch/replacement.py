@@ -367,7 +367,7 @@ class _Replaced(Swapped):
                 return recorded
         # Of a proxy, the number of axes is not known.
         alone = self._unbatched_ndim is not None and bool(x.ndim == self._unbatched_ndim)
-        x = x[None] if alone else x
+        x = x.unsqueeze(0) if alone else x
         modules = [getattr(self, name) for name in self._then]
         modules = [m for m in modules if type(m) is not nn.Identity or has_hooks(m)]
         name = activation_name(modules[0]) if modules and not has_hooks(modules[0]) else None

@@ -72,6 +72,8 @@ def values_of(case: Case) -> Values:
     if not huge.any():
         dy = _constant_if_broadcast(dy, case.dy_layout, case.seed)
     shape = [case.shape[a] for a in case.features] if case.in_feature_shape else [case.channels]
+    if case.per_sample:
+        shape = [case.shape[0], *shape]
     scale = bias = None
     if case.scale:
         random = generator("scale")

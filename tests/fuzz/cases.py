@@ -39,6 +39,7 @@ class Case:
     bias: str | None = None
     gain: float = 1.0  # the size of scale and bias
     in_feature_shape: bool = False  # parameters have the shape of the feature axes, not (C,)
+    per_sample: bool = False  # parameters have a row for each sample
     parameter_layout: str = "C"
     host_parameters: bool = False
     mask_shape: tuple[int, ...] | None = None
@@ -264,6 +265,12 @@ def _draw(rng: np.random.Generator, libraries) -> Case:
     fields["epsilon"] = often(1e-6, 0.0, 1e-30, 1e-12, 1e-5, 1e-3, 1.0, share=0.6)
     if rng.random() < 0.5:  # in proportion to the variance, as far as that is an ordinary number
         fields["epsilon"] = float(np.clip(1e-3 * fields["size"], 1e-15, 1e15)) ** 2
+
+    reduced = fields.get("reduction_axes")
+    batch = ndim > 1 and 0 not in features
+    if reduced is not None:
+        batch = 0 not in axes_of(reduced, ndim)
+    fields["per_sample"] = bool(batch and rng.random() < 0.2)
 
     if library == "jax":  # compiled for every new call: portable, and differentiated by JAX
         return Case(**fields, how=pick("vjp", "autodiff"))

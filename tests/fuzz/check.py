@@ -82,7 +82,7 @@ def _check(case: Case, row: Row, values: Values, reference: Reference) -> None:
         if array is not None:
             _compare(name, row.to_numpy(array), expected)
     if case.activation is None:
-        bias = 0 if values.bias is None else _of_channels(case, values.bias)
+        bias = 0 if values.bias is None else _of_elements(case, values.bias)
         exact = np.broadcast_to(bias, case.shape).astype(row.to_numpy(got[0]).dtype)
         wrong = reference.exact & (row.to_numpy(got[0]) != exact)
         assert not wrong.any(), "y: a constant group is not exactly the bias"
@@ -90,8 +90,9 @@ def _check(case: Case, row: Row, values: Values, reference: Reference) -> None:
     assert not np.isnan(np.where(values.huge, y, 0)).any(), "y: NaN at finite padding"
 
 
-def _of_channels(case: Case, parameter: np.ndarray) -> np.ndarray:
-    shape = [n if a in case.features else 1 for a, n in enumerate(case.shape)]
+def _of_elements(case: Case, parameter: np.ndarray) -> np.ndarray:
+    varies = [*case.features, *([0] if case.per_sample else [])]
+    shape = [n if a in varies else 1 for a, n in enumerate(case.shape)]
     return parameter.reshape(shape)
 
 

@@ -73,6 +73,9 @@ class _Groups:
         self.channel = np.broadcast_to(channel_numbers(shape, features), shape)
         key = self.channel // (case.channels // groups)
         index = np.indices(shape, sparse=True)
+        self.entry = self.channel  # of a parameter
+        if case.per_sample:
+            self.entry = self.channel + case.channels * index[0]
         for axis in range(len(shape)):
             if axis not in reduced:
                 key = key * shape[axis] + index[axis]
@@ -89,14 +92,14 @@ class _Groups:
         out[self.order] = rows.ravel()
         return out.reshape(self.shape)
 
-    def of_channels(self, parameter: np.ndarray | None, default: float) -> np.ndarray:
+    def of_elements(self, parameter: np.ndarray | None, default: float) -> np.ndarray:
         if parameter is None:
             return np.full(self.rows, np.longdouble(default))
-        return self.gather(widen(parameter).ravel()[self.channel])
+        return self.gather(widen(parameter).ravel()[self.entry])
 
-    def per_channel(self, rows: np.ndarray, like: np.ndarray) -> np.ndarray:
+    def per_entry(self, rows: np.ndarray, like: np.ndarray) -> np.ndarray:
         out = np.zeros(like.size, rows.dtype)
-        np.add.at(out, self.gather(self.channel).ravel(), rows.ravel())
+        np.add.at(out, self.gather(self.entry).ravel(), rows.ravel())
         return out.reshape(like.shape)
 
 
@@ -145,7 +148,7 @@ def compute(case: Case, values: Values) -> Reference:
     xhat = deviation * rstd
     spread = np.sqrt(variance) * rstd  # of the normalized values; 1 but for epsilon
 
-    scale, bias = groups.of_channels(values.scale, 1), groups.of_channels(values.bias, 0)
+    scale, bias = groups.of_elements(values.scale, 1), groups.of_elements(values.bias, 0)
     z = xhat * scale + bias
     z_error = forward * (np.maximum(spread, abs(xhat)) * abs(scale) + abs(bias))
     y, slope = _activation(z, case.activation)
@@ -183,10 +186,10 @@ def compute(case: Case, values: Values) -> Reference:
     def parameter(terms, sizes, like):
         if like is None:
             return None
-        total = groups.per_channel(terms, like)
+        total = groups.per_entry(terms, like)
         if like.dtype.kind != "c":
             total = total.real
-        sizes = groups.per_channel(sizes, like)
+        sizes = groups.per_entry(sizes, like)
         return _rounded(total, backward * sizes + tiny, like.dtype.name, np.isinf(sizes))
 
     without = degenerate & ~valid

@@ -32,10 +32,9 @@ __all__ = [
 ]
 
 # Classes whose modules compute one of the activations that `activation=` names.
-_ACTIVATIONS: dict[str, str] = {
-    "torch.nn.modules.activation.ReLU": "relu",
-    "torch.nn.modules.activation.SiLU": "silu",
-    "torch.nn.modules.activation.GELU": "gelu",
+_ACTIVATIONS: dict[type, str] = {nn.ReLU: "relu", nn.SiLU: "silu", nn.GELU: "gelu"}
+# Those of other packages, which need not be imported.
+_ACTIVATIONS_BY_NAME = {
     "transformers.activations.GELUActivation": "gelu",
     "transformers.activations.SiLUActivation": "silu",
 }
@@ -44,7 +43,9 @@ _ACTIVATIONS: dict[str, str] = {
 def activation_name(module: Any) -> str | None:
     """Return the name of the activation that a module computes; None for others."""
     kind = type(module)
-    name = _ACTIVATIONS.get(f"{kind.__module__}.{kind.__qualname__}")
+    name = _ACTIVATIONS.get(kind)
+    if name is None:
+        name = _ACTIVATIONS_BY_NAME.get(f"{kind.__module__}.{kind.__qualname__}")
     if name == "gelu":
         # Not the approximation by tanh. transformers' class computes in Python if asked.
         exact = getattr(module, "approximate", "none") == "none"
@@ -89,9 +90,9 @@ def fused(norm: Any, activation: Any, x: Any, *, scale: Any = None, shift: Any =
     if (
         name is not None
         and _computes_as_a_layer(norm)
-        and not isinstance(x, torch.fx.Proxy)
         and not has_hooks(norm)
         and not has_hooks(activation)
+        and not isinstance(x, torch.fx.Proxy)
     ):
         return norm.modulated(x, name, scale, shift)
     y = norm(x)

@@ -32,6 +32,8 @@ class TorchGroupNorm(GroupNorm, torch.nn.Module):
     _call_options: CallOptions
     #: As in `torch.nn.GroupNorm`, read by `reset_parameters` only.
     affine: bool
+    # The options of calls, and those with the activation of the last call of `modulated`.
+    _kept_options: tuple[CallOptions, CallOptions] | None = None
     # Whether scale and bias are the parameters; False in a subclass that computes them.
     _reads_parameters = True
 
@@ -104,7 +106,7 @@ class TorchGroupNorm(GroupNorm, torch.nn.Module):
     def can_be_modulated(self) -> bool:
         """Whether `modulated` computes what a call does before what follows it."""
         forward = type(self).forward
-        plain = forward in (TorchGroupNorm.forward, TorchNativeGroupNorm.forward)
+        plain = forward is TorchNativeGroupNorm.forward or forward is TorchGroupNorm.forward
         return plain and self._call_options.activation is None
 
     def modulated(
@@ -126,8 +128,15 @@ class TorchGroupNorm(GroupNorm, torch.nn.Module):
         weight, bias = self.scale, self.bias
         if scale is not None or shift is not None:
             weight, bias = _modulated(weight, bias, scale, shift)
-        options = self._options_for(x)._replace(activation=activation)
-        return compute(torch_adapter, x, weight, bias, mask, options)
+        options = self._options_for(x)
+        # Kept, as the next call is mostly of the same activation.
+        kept = self._kept_options
+        if kept is None or kept[0] is not options or kept[1].activation != activation:
+            kept = options, options._replace(activation=activation)
+            self.__dict__["_kept_options"] = kept
+        if type(x) is torch.Tensor:  # a plain tensor, not a DTensor
+            return compute_local(torch_adapter, x, weight, bias, mask, kept[1])
+        return compute(torch_adapter, x, weight, bias, mask, kept[1])
 
     @property
     def scale(self) -> Any:

@@ -19,11 +19,8 @@ def is_autocast_to_float32(x: Any) -> bool:
 
     So it is on CUDA devices; on a CPU the result has x's dtype.
     """
-    return (
-        x.is_cuda
-        and x.dtype in (torch.float16, torch.bfloat16)
-        and torch.is_autocast_enabled("cuda")
-    )
+    half = x.dtype is torch.float16 or x.dtype is torch.bfloat16
+    return half and x.is_cuda and torch.is_autocast_enabled("cuda")
 
 
 def functional(x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -> Any:

@@ -349,7 +349,7 @@ def _is_scripted(module: nn.Module) -> bool:
 
 # Changing modules ---------------------------------------------------------------------------------
 
-_ADDED = ("_config", "_call_options", "_then", "_unbatched_ndim")
+_ADDED = ("_config", "_call_options", "_kept_options", "_then", "_unbatched_ndim")
 
 
 class _Replaced(Swapped):

@@ -25,6 +25,7 @@ from groupnorm.backends.kernels.cpu.compiled.elements import (
     activated,
     activation_vjp,
     invalid_deviation,
+    is_float32,
     jit,
     load,
     store,
@@ -57,6 +58,8 @@ F, U = np.float32, np.uint64
 BLOCK = 2048
 # The number of elements whose mean is the centre of the first block.
 SAMPLE = 64
+# Rows of fewer positions are not a multiple of many vectors.
+SHORT_ROW = 128
 # The least elements of one claim.
 GRAIN = 16384
 
@@ -104,6 +107,14 @@ def _apply(x, y, at, n, centre, factor, term, activation):
     for i in range(n):
         k = at + U(i)
         store(y, k, activated((load(x, k) - centre) * factor + term, activation))
+
+
+@jit(MAPS)
+def _activate(y, at, n, activation):
+    at = U(at)
+    for i in range(n):
+        k = at + U(i)
+        store(y, k, activated(load(y, k), activation))
 
 
 @jit(MAPS)
@@ -278,18 +289,25 @@ def channels_first_forward(
             mean[k], rstd[k], inv_count[k] = m, r, 1.0 / count if count > 0 else 0.0
             centre = F(m)
             rest = m - np.float64(centre)
+            # An activation takes as long for the rest of a short row as for a vector: then it is
+            # computed for the whole group at once, which is still in the cache.
+            apart = is_float32(y) and len(activation) > 0 and mask is None and positions < SHORT_ROW
             for channel in range(size):
                 c = task % groups * size + channel
                 factor = finite_float32(r * scale[c])
                 term = F(bias[c] - rest * r * scale[c])
                 at = start + channel * positions
-                if mask is None:
+                if apart:
+                    _apply(x, y, at, positions, centre, factor, term, ())
+                elif mask is None:
                     _apply(x, y, at, positions, centre, factor, term, activation)
                 else:
                     _masked_apply(
                         x, y, at, positions, mask, mask_at, centre, invalid_limit(factor), factor,
                         term, activation,
                     )  # fmt: skip
+            if apart:
+                _activate(y, start, stretch, activation)
         finish(counters, 1, 1)
     wait(counters, 1, claims)
 

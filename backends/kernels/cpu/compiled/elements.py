@@ -24,6 +24,7 @@ __all__ = [
     "clamp_masked",
     "has_float16",
     "invalid_deviation",
+    "is_float32",
     "jit",
     "load",
     "store",
@@ -197,6 +198,22 @@ def store_gradient(y, i, value):
     loops it makes vectors of four, which save nothing.
     """
     _put_gradient(y, i, value)
+
+
+def _is_float32(y):
+    return y.dtype == np.float32  # in Python, without compilation
+
+
+@overload(_is_float32)
+def _is_float32_overload(y):
+    same = y.dtype == types.float32
+    return lambda y: same
+
+
+@register_jitable
+def is_float32(y):
+    """Whether an array's elements are float32, not the bits of a half."""
+    return _is_float32(y)
 
 
 @jit()

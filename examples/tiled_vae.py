@@ -21,8 +21,8 @@ A tile cannot pass a group norm before all tiles have reached it. Storing all of
 need as much memory as the untiled decode. Instead, tiles are recomputed: a pass over them ends each
 one at the first norm whose statistics are not known yet, and keeps nothing but the statistics. The
 last pass finds all of them known and computes the result. To limit the recomputation, the decoder
-is cut into stages of two to five norms, whose results are stored. This costs time: about 2.4 times
-as many operations in convolutions.
+is cut into stages of two to five norms, whose results are stored. This costs time: 2.7 times as
+many operations in convolutions, including the margins.
 
 Stored    the input and the result of one stage, whole; the statistics (a few KB);
 per tile  the activations of one tile with its margin;

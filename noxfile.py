@@ -84,11 +84,12 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def examples(session: nox.Session) -> None:
-    """Run the multi-device examples, or those named in posargs."""
-    install(session, *group("demo"))
+    """Run the examples of statistics shared over devices or tiles, or those named in posargs."""
+    diffusers = [r for r in group("models") if r.startswith("diffusers")]
+    install(session, *group("demo"), *diffusers)
     session.install("-e", ".")
-    several = ("examples/tiled_image.py", "examples/spatial_parallel_training.py")
-    for script in session.posargs or several:
+    names = ("tiled_image", "spatial_parallel_training", "tiled_vae")
+    for script in session.posargs or [f"examples/{name}.py" for name in names]:
         session.run("python", script)
 
 

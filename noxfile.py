@@ -176,7 +176,7 @@ def wheel(session: nox.Session) -> None:
         version = PYPROJECT["project"]["version"]
         session.run("python", "tests/programs/check_wheel.py", version)
         session.run("python", "-m", "groupnorm")
-        pytest(session, "--backends", PURE_BACKENDS, *QUIET_SKIPS)
+        pytest(session, "--backends", f"{PURE_BACKENDS},toy", *QUIET_SKIPS)  # as `quick` runs them
 
 
 @nox.session

@@ -52,8 +52,8 @@ def by_features(parameter, shape, feature_axis):
 
 @pytest.mark.parametrize("offset", [0, 1e5])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_values(backend, layout, offset, rng):
-    check_values(backend, layout, offset, rng)
+def test_values(quick_backend, layout, offset, rng):
+    check_values(quick_backend, layout, offset, rng)
 
 
 @pytest.mark.parametrize("layout", FEW)
@@ -74,7 +74,7 @@ def check_values(any_backend, layout, offset, rng):
 
 
 @pytest.mark.parametrize("how", ["masked", "relu", "silu", "gelu", "portable", "two-pass"])
-@pytest.mark.parametrize("layout", FEW)
+@pytest.mark.parametrize("layout", ["first", "last"])
 def test_values_with_options(backend, layout, how, rng):
     shape, axes = LAYOUTS[layout]
     x, _, scale, bias = drawn(rng, shape, axes["feature_axis"])
@@ -138,8 +138,8 @@ def test_gradients_by_vjp(wide_backend, layout, masked, rng):
 
 
 @pytest.mark.parametrize("layout", sorted(LAYOUTS.keys() - FEW.keys()))
-def test_gradients_of_other_layouts(backend, layout, rng):
-    check_gradients(backend, layout, True, "vjp", rng)
+def test_gradients_of_other_layouts(quick_backend, layout, rng):
+    check_gradients(quick_backend, layout, True, "vjp", rng)
 
 
 @pytest.mark.needs("torch")
@@ -162,8 +162,9 @@ def check_gradients(row, layout, masked, how, rng):
         assert_gradients(got, want, rtol=bound)
 
 
-@pytest.mark.parametrize("activation", ["relu", "silu", "gelu"])
-@pytest.mark.parametrize("layout", ["first", "last"])
+@pytest.mark.parametrize(
+    ("layout", "activation"), [("first", "silu"), ("last", "gelu"), ("last", "relu")]
+)
 def test_gradients_through_an_activation(backend, layout, activation, rng):
     shape, axes = LAYOUTS[layout]
     x, dy, scale, bias = drawn(rng, shape, axes["feature_axis"])

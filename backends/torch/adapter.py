@@ -24,6 +24,7 @@ from groupnorm.backends.torch.internals import (
     has_memory,
     has_modes,
     is_exporting,
+    is_exporting_to_onnx,
     is_traced,
     is_zero_tensor,
 )
@@ -110,8 +111,8 @@ class TorchAdapter(Adapter):
         return x
 
     def is_row_major(self, x: Any) -> bool:
-        """Whether x is contiguous: not so in channels-last order."""
-        return bool(x.is_contiguous())
+        """Whether x is contiguous: not so in channels-last order, and unknown in ONNX."""
+        return not is_exporting_to_onnx() and bool(x.is_contiguous())
 
     def check_together(self, x: Any, other: Any, argument: str) -> None:
         """Check the devices, and that fake tensors meet real ones only if their mode allows it."""
@@ -359,7 +360,7 @@ def _traced(
         mask = adapter.mask_from_host(mask, host_mask, x)
     scale, bias = _as_tensors(adapter, (scale, bias), x)
     # Imported here, since registering operators takes a while.
-    if is_exporting() and torch.onnx.is_in_onnx_export():
+    if is_exporting_to_onnx():
         from groupnorm.backends.torch.onnx_export import exported
 
         return exported(adapter, x, scale, bias, mask, options)

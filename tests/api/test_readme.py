@@ -76,9 +76,10 @@ def test_every_block_is_of_a_known_kind():
 
 
 @pytest.mark.parametrize("block", list(examples()))
-def test_example_runs(block, request, monkeypatch):
+def test_example_runs(block, request, monkeypatch, tmp_path):
     if request.node.get_closest_marker("gpu") and ROWS["cupy"].why_absent is not None:
         pytest.skip("no GPU here")
+    monkeypatch.chdir(tmp_path)  # an example writes files
     module = types.ModuleType("readme")
     monkeypatch.setattr(registry, "_rows", dict(registry._rows))  # an example adds to it
     monkeypatch.setitem(sys.modules, "readme", module)  # where torch.compile looks names up

@@ -139,6 +139,20 @@ def test_dtypes(dtype, tolerance, module, rng):
     assert_close(y.astype(np.float64), want, tolerance=tolerance)
 
 
+def test_parameters_of_each_sample(rng):
+    """As in diffusion models: the normalization without parameters, and then a factor."""
+    scale = torch.from_numpy(rng.normal(size=(1, 32)).astype(np.float32))
+
+    def modulated(x):
+        return group_norm(x, scale.expand(x.shape[0], 32), num_groups=8, feature_axis=1)
+
+    made = export(Calls(modulated), torch.zeros(2, 32, 5, 6))
+    assert count(made) <= SIZE + 6
+    x = (rng.normal(size=(3, 32, 7, 4)) + 1e4).astype(np.float32)
+    want = oracle.group_norm(x, scale.numpy()[0], num_groups=8, feature_axis=1)
+    assert_close(run(made, x)[0], want, tolerance=CONTRACT)
+
+
 def test_bfloat16_with_float32_parameters(rng):
     """The bits of bfloat16 go into the model by a cast, since NumPy has no such dtype."""
 

@@ -1,12 +1,13 @@
 """A layer as an ONNX model, built with the package `onnx` alone."""
 
+import numbers
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from groupnorm.arguments import CallOptions
+from groupnorm.arguments import CallOptions, positive
 from groupnorm.dtypes import dtype_name
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError, BackendImportError
 from groupnorm.onnx.graph import DTYPES, Dtypes, Graph, layout_of, normalize
@@ -39,7 +40,7 @@ def layer_model(
     parameters = [None if a is None else a.dtype.name for a in (scale, bias)]
     dtypes = Dtypes.of(dtype_name("dtype", dtype), parameters, options)
     onnx = _import_onnx()
-    newest = onnx.defs.onnx_opset_version()
+    newest, opset = onnx.defs.onnx_opset_version(), positive("opset", opset)
     if not LOWEST_OPSET <= opset <= newest:
         raise ArgumentValueError(
             f"opset={opset} is not supported: choose {LOWEST_OPSET} to {newest}, the newest that "
@@ -98,13 +99,13 @@ def _check_shape(shape: Any) -> tuple[int | str | None, ...]:
                 f"shape={shape!r} leaves the number of axes open, which inputs of an ONNX model "
                 "must have: write one name for each axis, as in ('N', 64, 'H', 'W')."
             )
-        number = isinstance(entry, int) and not isinstance(entry, bool)
+        number = isinstance(entry, numbers.Integral) and not isinstance(entry, bool)
         if not ((number and entry > 0) or isinstance(entry, str) or entry is None):
             raise ArgumentValueError(
                 f"shape={shape!r} holds {entry!r}: each entry must be a positive number, or a name "
                 "or None for any length."
             )
-    return tuple(shape)
+    return tuple(int(n) if isinstance(n, numbers.Integral) else n for n in shape)
 
 
 def save(model: "onnx.ModelProto", path: "str | os.PathLike[str]") -> None:

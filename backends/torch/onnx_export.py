@@ -114,12 +114,13 @@ def _graph() -> Graph:
     """Return the graph that the exporter builds."""
     from onnxscript import ir, opset18
 
-    return Graph(
-        node=lambda operator, *inputs, **attributes: getattr(opset18, operator)(
-            *inputs, **attributes
-        ),
-        constant=lambda value: opset18.Constant(value=ir.tensor(value)),
-    )
+    def node(operator: str, *inputs: Any, **attributes: Any) -> Any:
+        return getattr(opset18, operator)(*inputs, **attributes)
+
+    def constant(value: Any) -> Any:
+        return node("Constant", value=ir.tensor(value))
+
+    return Graph(node, constant)
 
 
 def _add(graph: Graph, x: Any, scale: Any, bias: Any, options: CallOptions) -> Normalized:

@@ -39,12 +39,12 @@ def layer_model(
     layout = layout_of(shape, options)
     parameters = [None if a is None else a.dtype.name for a in (scale, bias)]
     dtypes = Dtypes.of(dtype_name("dtype", dtype), parameters, options)
-    onnx = _import_onnx()
-    newest, opset = onnx.defs.onnx_opset_version(), positive("opset", opset)
+    library = _import_onnx()
+    newest, opset = library.defs.onnx_opset_version(), positive("opset", opset)
     if not LOWEST_OPSET <= opset <= newest:
         raise ArgumentValueError(
             f"opset={opset} is not supported: choose {LOWEST_OPSET} to {newest}, the newest that "
-            f"the installed onnx {onnx.__version__} knows."
+            f"the installed onnx {library.__version__} knows."
         )
 
     nodes: list[Any] = []
@@ -57,7 +57,7 @@ def layer_model(
 
     def node(operator: str, *inputs: str, **attributes: Any) -> str:
         output = f"{operator.lower()}_{len(nodes)}"
-        nodes.append(onnx.helper.make_node(operator, inputs, [output], **attributes))
+        nodes.append(library.helper.make_node(operator, inputs, [output], **attributes))
         return output
 
     def parameter(value: "np.ndarray[Any, Any] | None", name: str) -> str | None:
@@ -71,19 +71,19 @@ def layer_model(
     )  # fmt: skip
     nodes[-1].output[0] = "y"
     x, y = (
-        onnx.helper.make_tensor_value_info(name, DTYPES[kind], shape)
+        library.helper.make_tensor_value_info(name, DTYPES[kind], shape)
         for name, kind in (("x", dtypes.x), ("y", dtypes.result))
     )
-    graph = onnx.helper.make_graph(
+    graph = library.helper.make_graph(
         nodes, "group_norm", [x], [y],
-        [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()],
+        [library.numpy_helper.from_array(value, name) for name, value in constants.items()],
     )  # fmt: skip
-    imports = [onnx.helper.make_opsetid("", opset)]
-    model = onnx.helper.make_model(
+    imports = [library.helper.make_opsetid("", opset)]
+    model: onnx.ModelProto = library.helper.make_model(
         graph, opset_imports=imports, producer_name="groupnorm",
-        ir_version=onnx.helper.find_min_ir_version_for(imports),  # for older runtimes
+        ir_version=library.helper.find_min_ir_version_for(imports),  # for older runtimes
     )  # fmt: skip
-    onnx.checker.check_model(model, full_check=True)
+    library.checker.check_model(model, full_check=True)
     return model
 
 
@@ -100,7 +100,7 @@ def _check_shape(shape: Any) -> tuple[int | str | None, ...]:
                 "must have: write one name for each axis, as in ('N', 64, 'H', 'W')."
             )
         number = isinstance(entry, numbers.Integral) and not isinstance(entry, bool)
-        if not ((number and entry > 0) or isinstance(entry, str) or entry is None):
+        if not ((number and int(entry) > 0) or isinstance(entry, str) or entry is None):
             raise ArgumentValueError(
                 f"shape={shape!r} holds {entry!r}: each entry must be a positive number, or a name "
                 "or None for any length."

@@ -12,6 +12,7 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 from groupnorm import GroupNorm
+from groupnorm.arguments import ACTIVATIONS
 from groupnorm.discovery import backend_info
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
 from groupnorm.testing import oracle
@@ -132,7 +133,7 @@ def test_layouts(keywords, shape, size, opset, rng):
                      tolerance=CONTRACT)  # fmt: skip
 
 
-@pytest.mark.parametrize("activation", [None, "relu", "silu", "gelu"])
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
 @pytest.mark.parametrize(("scale", "bias"), [(True, True), (True, False), (False, True)])
 def test_options(scale, bias, activation, rng):
     layer = GroupNorm(

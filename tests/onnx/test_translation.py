@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+import groupnorm
 from groupnorm import GroupNorm, group_norm
 from groupnorm.onnx import translation_table
 from groupnorm.testing import oracle
@@ -137,6 +138,17 @@ def test_dtypes(dtype, tolerance, module, rng):
     assert y.dtype == x.dtype
     want = oracle.group_norm(x.astype(np.float64), num_groups=8, feature_axis=1)
     assert_close(y.astype(np.float64), want, tolerance=tolerance)
+
+
+def test_a_model_whose_norms_were_replaced(rng):
+    """The replaced layer computes the activation too."""
+    model = nn.Sequential(nn.GroupNorm(8, 32), nn.SiLU())
+    groupnorm.torch.replace(model)
+    made = export(model, torch.zeros(2, 32, 5, 6))
+    assert count(made) == SIZE + 2
+    x = (rng.normal(size=(3, 32, 7, 4)) + 1e4).astype(np.float32)
+    want = oracle.group_norm(x, num_groups=8, feature_axis=1, epsilon=1e-5)
+    assert_close(run(made, x)[0], act(want, "silu"), tolerance=CONTRACT)
 
 
 def test_parameters_of_each_sample(rng):

@@ -32,6 +32,7 @@ INTERPRETED = [
 ANY_DEVICES = [
     "tests/api/test_imports.py",
     "tests/distributed",
+    "tests/onnx",
     "tests/peers",
     *(f"tests/jax/test_{name}.py" for name in ("cpu_kernels", "internals", "primitives")),
 ]

@@ -40,4 +40,8 @@ def __getattr__(name: str) -> Any:
         import groupnorm.torch
 
         return groupnorm.torch
+    if name == "onnx":
+        import groupnorm.onnx
+
+        return groupnorm.onnx
     raise AttributeError(f"module 'groupnorm' has no attribute {name!r}")

@@ -31,6 +31,10 @@ from groupnorm.typing import (
 )
 
 if TYPE_CHECKING:
+    import os
+
+    import onnx
+
     from groupnorm.adapter import Adapter
     from groupnorm.backends.cupy import CupyGroupNorm
     from groupnorm.backends.jax import JaxGroupNorm
@@ -243,21 +247,88 @@ class Layer(ConfigProperties):
             use_scale=self.use_scale,
             use_bias=self.use_bias,
         )
-        values: list[Array | None] = []
+        values = [
+            None if host is None else target.place(target.from_host(host), device)
+            for host in self._host_parameters()
+        ]
+        return layer_class_named(backend)._of(config, *values)
+
+    def _host_parameters(self) -> "list[np.ndarray[Any, Any] | None]":
+        """Return scale and bias as NumPy arrays of the shape of the feature axes."""
+        values: list[np.ndarray[Any, Any] | None] = []
+        shape = self._config.feature_shape
         for name, stored in (("scale", self.scale), ("bias", self.bias)):
             if stored is None:
                 values.append(None)
                 continue
             host = np.array(self._adapter.to_host(stored))
-            if host.size != math.prod(config.feature_shape):
+            if host.size != math.prod(shape):
                 raise ArgumentValueError(
-                    f"{name} has shape {host.shape}, and the layer's feature axes are "
-                    f"{config.feature_shape}: set num_channels to the number of channels first."
+                    f"{name} has shape {host.shape}, and the layer's feature axes are {shape}: set "
+                    "num_channels to the number of channels first."
                 )
-            values.append(
-                target.place(target.from_host(host.reshape(config.feature_shape)), device)
-            )
-        return layer_class_named(backend)._of(config, *values)
+            values.append(host.reshape(shape))
+        return values
+
+    def to_onnx(
+        self,
+        path: "str | os.PathLike[str] | None",
+        shape: "Sequence[int | str | None]",
+        *,
+        dtype: DTypeLike = "float32",
+        opset: int = 18,
+    ) -> "onnx.ModelProto":
+        """Return the layer as an ONNX model of basic operators, and save it.
+
+        The model has the input x and the output y, and computes in float32, or in float64 if x or
+        a parameter is of it. Where onnxruntime computes it, results are within 1e-6 of float64 for
+        data of spread 1 and offsets up to 1e5 (see `docs/onnx.md`).
+
+        Parameters
+        ----------
+        path : str or path-like or None
+            The file to write; None writes none.
+        shape : sequence
+            The shape of x: for each axis a number, or a name or None for any length, such as
+            ``("N", 64, "H", "W")``. Channels are numbers, and ONNX requires the number of axes.
+        dtype : {"float16", "bfloat16", "float32", "float64"}
+            The dtype of x. That of y is the one that the layer returns for it.
+        opset : int
+            The version of ONNX's operator set, at least 18.
+
+        Returns
+        -------
+        onnx.ModelProto
+
+        Raises
+        ------
+        groupnorm.errors.BackendImportError
+            If the package onnx cannot be imported.
+        groupnorm.errors.ArgumentValueError
+            If `shape` does not fit the layer, the opset is unknown, or the layer has an
+            `axis_name`.
+        groupnorm.errors.ArgumentTypeError
+            If x or a parameter has another dtype than those above.
+
+        References
+        ----------
+        .. [1] https://onnx.ai/onnx/operators
+
+        Examples
+        --------
+        >>> from groupnorm import GroupNorm
+        >>> layer = GroupNorm((64, ...), feature_axis=0, num_groups=32)
+        >>> model = layer.to_onnx(None, ("N", 64, "H", "W"))  # doctest: +SKIP
+        >>> len(model.graph.node)  # doctest: +SKIP
+        18
+        """
+        from groupnorm.onnx.model import layer_model, save
+
+        scale, bias = self._host_parameters()
+        model = layer_model(shape, scale, bias, self._options, dtype, opset)
+        if path is not None:
+            save(model, path)
+        return model
 
     @classmethod
     def _of(cls, config: LayerConfig, scale: Array | None, bias: Array | None) -> Self:

@@ -56,7 +56,8 @@ hypothesis.settings.load_profile("reproducible")
 
 LIBRARIES = {row.library for row in ROWS.values()}
 PEERS = {
-    *("brainstate", "dask", "equinox", "flax", "haiku", "keras", "mlx", "mpi4py", "onnx", "optax"),
+    *("brainstate", "dask", "equinox", "flax", "haiku", "keras", "mlx", "mpi4py", "optax"),
+    *("onnx", "onnxruntime"),
 }
 ROWS_OF = {
     "backend": lambda row: row.name not in ("torch:compile", "dask", "jax"),

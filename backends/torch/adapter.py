@@ -24,6 +24,7 @@ from groupnorm.backends.torch.internals import (
     has_memory,
     has_modes,
     is_exporting,
+    is_exporting_to_onnx,
     is_traced,
     is_zero_tensor,
 )
@@ -110,8 +111,8 @@ class TorchAdapter(Adapter):
         return x
 
     def is_row_major(self, x: Any) -> bool:
-        """Whether x is contiguous: not so in channels-last order."""
-        return bool(x.is_contiguous())
+        """Whether x is contiguous: not so in channels-last order, and unknown in ONNX."""
+        return not is_exporting_to_onnx() and bool(x.is_contiguous())
 
     def check_together(self, x: Any, other: Any, argument: str) -> None:
         """Check the devices, and that fake tensors meet real ones only if their mode allows it."""
@@ -312,6 +313,12 @@ class TorchAdapter(Adapter):
                 self.check_together(x, a, argument)
         return functional(x, scale, bias, mask, options)
 
+    def onnx_translations(self) -> dict[Any, Any]:
+        """Return the translations of `groupnorm.onnx.translation_table`."""
+        from groupnorm.backends.torch.onnx_export import translations
+
+        return translations()
+
     def wrap_parameter(self, value: Any, param_type: Any) -> Any:
         """Return a `param_type`, by default a `torch.nn.Parameter`, of the value."""
         return super().wrap_parameter(value, param_type or torch.nn.Parameter)
@@ -349,12 +356,17 @@ def _shape(nested: Any) -> tuple[int, ...]:
 def _traced(
     adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions
 ) -> Any:  # fmt: skip
-    # Imported here, since registering operators takes a while.
-    from groupnorm.backends.torch.custom_op import traced
-
     if isinstance(mask, HOST_MASKS):
         mask = adapter.mask_from_host(mask, host_mask, x)
-    return traced(adapter, x, *_as_tensors(adapter, (scale, bias), x), mask, options)
+    scale, bias = _as_tensors(adapter, (scale, bias), x)
+    # Imported here, since registering operators takes a while.
+    if is_exporting_to_onnx():
+        from groupnorm.backends.torch.onnx_export import exported
+
+        return exported(adapter, x, scale, bias, mask, options)
+    from groupnorm.backends.torch.custom_op import traced
+
+    return traced(adapter, x, scale, bias, mask, options)
 
 
 def _as_tensors(adapter: Any, parameters: tuple[Any, Any], x: Any) -> tuple[Any, Any]:

@@ -31,10 +31,10 @@ from groupnorm.plan import make_plan_uncached, product
 from groupnorm.portable.group_norm import group_norm
 from groupnorm.portable.inputs import check, dtypes_of
 
-__all__ = ["traced"]
+__all__ = ["SETTINGS", "options_of", "settings_of", "traced"]
 
 # The fields of CallOptions that a program compiled without replicas can have.
-_SETTINGS = (
+SETTINGS = (
     "int[] feature, SymInt? num_groups, SymInt? group_size, int[]? reduction, float epsilon, "
     "str? dtype, bool fast, str? activation"
 )
@@ -70,10 +70,7 @@ def traced(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Call
             return Unsupported("the mask varies along the feature axes")
         if mask.dtype != torch.bool:
             mask = mask != 0
-    y, _ = torch.ops.groupnorm.group_norm.default(
-        x, scale, bias, mask, options.feature, options.num_groups, options.group_size,
-        options.reduction, options.epsilon, options.dtype, options.fast, options.activation,
-    )  # fmt: skip
+    y, _ = torch.ops.groupnorm.group_norm.default(x, scale, bias, mask, *settings_of(options))
     return y
 
 
@@ -87,7 +84,7 @@ def _why_unavailable(device: Any, x: Any, scale: Any, bias: Any, dtype: str | No
     """Return why kernels cannot compute tensors of these dtypes now; "" if they can."""
     if in_forward_mode() or is_transformed():
         return _SEEN_THROUGH
-    options = _options((), None, 1, None, 0.0, dtype, True, None)
+    options = options_of((), None, 1, None, 0.0, dtype, True, None)
     found = kernel_dtypes(adapter_named("torch"), x, scale, bias, options)
     if isinstance(found, Unsupported):
         return found.reason
@@ -101,7 +98,7 @@ def _why_unavailable(device: Any, x: Any, scale: Any, bias: Any, dtype: str | No
 @torch.library.custom_op(
     "groupnorm::group_norm",
     mutates_args=(),
-    schema=f"({_ARRAYS}, {_SETTINGS}) -> (Tensor y, Tensor saved)",
+    schema=f"({_ARRAYS}, {SETTINGS}) -> (Tensor y, Tensor saved)",
     device_types=("cpu", "cuda"),
 )
 def _forward(x: Any, scale: Any, bias: Any, mask: Any, *settings: Any) -> Any:
@@ -117,7 +114,7 @@ def _forward(x: Any, scale: Any, bias: Any, mask: Any, *settings: Any) -> Any:
 @torch.library.custom_op(
     "groupnorm::group_norm_backward",
     mutates_args=(),
-    schema=f"(Tensor dy, {_ARRAYS}, Tensor saved, {_SETTINGS}) "
+    schema=f"(Tensor dy, {_ARRAYS}, Tensor saved, {SETTINGS}) "
     "-> (Tensor dx, Tensor dscale, Tensor dbias)",
     device_types=("cpu", "cuda"),
 )
@@ -140,7 +137,7 @@ def _backward(dy: Any, x: Any, scale: Any, bias: Any, mask: Any, saved: Any, *se
 
 @_forward.register_fake
 def _(x: Any, scale: Any, bias: Any, mask: Any, *settings: Any) -> Any:
-    result = dtypes_of(adapter_named("torch"), x, scale, bias, _options(*settings))[2]
+    result = dtypes_of(adapter_named("torch"), x, scale, bias, options_of(*settings))[2]
     return torch.empty_like(x, dtype=result), _nothing_saved(x, settings)
 
 
@@ -150,7 +147,16 @@ def _(dy: Any, x: Any, scale: Any, bias: Any, mask: Any, saved: Any, *settings: 
     return torch.empty_like(x), *gradients
 
 
-def _options(*settings: Any) -> CallOptions:
+def settings_of(options: CallOptions) -> tuple[Any, ...]:
+    """Return the options as an operator's arguments."""
+    return (
+        options.feature, options.num_groups, options.group_size, options.reduction,
+        options.epsilon, options.dtype, options.fast, options.activation,
+    )  # fmt: skip
+
+
+def options_of(*settings: Any) -> CallOptions:
+    """Return the options of an operator's arguments."""
     feature, num_groups, group_size, reduction, epsilon, dtype, fast, activation = settings
     return CallOptions(
         feature=tuple(feature), num_groups=num_groups, group_size=group_size,
@@ -167,7 +173,7 @@ def _dense_call(x: Any, scale: Any, bias: Any, mask: Any, settings: Any) -> tupl
             check_memory(a, name)
     if x.numel() and memory_order(x.shape, x.stride()) is None:
         x = x.clone()  # keeps the order of the axes, which the result has too
-    adapter, options = adapter_named("torch"), _options(*settings)
+    adapter, options = adapter_named("torch"), options_of(*settings)
     call = kernels.bind_call(adapter, x, scale, bias, mask, options)
     if not isinstance(call, Unsupported) or x.is_contiguous():
         return x, x, call
@@ -188,7 +194,7 @@ def _laid_out_as(x: Any, y: Any) -> Any:
 
 def _nothing_saved(x: Any, settings: Any) -> Any:
     """Return a tensor of the size of `Call.packed` that stands for no saved statistics."""
-    options = _options(*settings)
+    options = options_of(*settings)
     plan = make_plan_uncached(
         tuple(x.shape), options.feature, options.num_groups, options.group_size, options.reduction,
         sampled=False, static=False,
@@ -201,14 +207,14 @@ def _nothing_saved(x: Any, settings: Any) -> Any:
 
 
 def _portable_forward(x: Any, scale: Any, bias: Any, mask: Any, *settings: Any) -> Any:
-    y = group_norm(adapter_named("torch"), x, scale, bias, mask, _options(*settings))
+    y = group_norm(adapter_named("torch"), x, scale, bias, mask, options_of(*settings))
     return y, _nothing_saved(x, settings)
 
 
 def _portable_backward(
     dy: Any, x: Any, scale: Any, bias: Any, mask: Any, saved: Any, *settings: Any
 ) -> Any:
-    given = (x, scale, bias, mask, _options(*settings), dy)
+    given = (x, scale, bias, mask, options_of(*settings), dy)
     found = portable_gradients(adapter_named("torch"), *given)
     return tuple(x.new_empty(0) if gradient is None else gradient for gradient in found)
 

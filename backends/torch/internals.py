@@ -25,6 +25,7 @@ __all__ = [
     "has_modes",
     "in_forward_mode",
     "is_exporting",
+    "is_exporting_to_onnx",
     "is_seen_through",
     "is_traced",
     "is_transformed",
@@ -96,6 +97,11 @@ _global_hooks: Callable[[], Any] = _found(PRIVATE_NAMES[8]) or _always
 def is_exporting() -> bool:
     """Whether torch.export traces the program, which then must hold portable code only."""
     return bool(_compiler._is_exporting_flag)
+
+
+def is_exporting_to_onnx() -> bool:
+    """Whether torch.export traces the program for torch.onnx.export."""
+    return is_exporting() and torch.onnx.is_in_onnx_export()
 
 
 def _bits(*names: str) -> int:

@@ -31,6 +31,8 @@ HEAVY = {
     "keras",
     "ml_dtypes",
     "numba",
+    "onnx",
+    "onnxscript",
     "optax",
     "rich",
     "scipy",

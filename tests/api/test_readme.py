@@ -20,7 +20,7 @@ from tests.rows import CONTRACT, ROWS
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINKING = [*DOCS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 HEADING_OR_BLOCK = re.compile(r"^#+ ([^\n]+)$|^```(\w*)\n(.*?)^```$", re.M | re.S)
-LIBRARIES = ("jax", "torch", "cupy", "dask", "mpi4py")
+LIBRARIES = ("jax", "torch", "cupy", "dask", "mpi4py", "onnx", "onnxruntime")
 SECONDS = 120
 
 
@@ -52,6 +52,9 @@ def examples():
         marks = [pytest.mark.needs(*used)] if used else []
         if "cupy" in used:
             marks.append(pytest.mark.gpu)
+        if "torch.onnx" in block.code:  # PyTorch's exporter itself gives them
+            marks.append(pytest.mark.filterwarnings("ignore::FutureWarning"))
+            marks.append(pytest.mark.filterwarnings("ignore::DeprecationWarning"))
         yield pytest.param(block, id=f"{block.file}: {block.heading}", marks=marks)
 
 
@@ -73,9 +76,10 @@ def test_every_block_is_of_a_known_kind():
 
 
 @pytest.mark.parametrize("block", list(examples()))
-def test_example_runs(block, request, monkeypatch):
+def test_example_runs(block, request, monkeypatch, tmp_path):
     if request.node.get_closest_marker("gpu") and ROWS["cupy"].why_absent is not None:
         pytest.skip("no GPU here")
+    monkeypatch.chdir(tmp_path)  # an example writes files
     module = types.ModuleType("readme")
     monkeypatch.setattr(registry, "_rows", dict(registry._rows))  # an example adds to it
     monkeypatch.setitem(sys.modules, "readme", module)  # where torch.compile looks names up

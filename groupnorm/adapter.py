@@ -123,6 +123,8 @@ class Adapter:
     has_autograd: ClassVar[bool] = True
     #: Whether reading values is free, so that the computation may depend on them.
     reads_values: ClassVar[bool] = False
+    #: Whether a call for each sample is faster than one more operation on all of them.
+    separates_samples: ClassVar[bool] = False
     #: Whether the library has array types that describe their sharding over devices.
     has_sharded_arrays: ClassVar[bool] = False
 

@@ -200,9 +200,12 @@ def compute_local(
     """Normalize as `compute` does, for an array whose type describes no sharding."""
     if is_per_sample(x, scale, bias, options):
         call = PerSample.of(adapter, x, scale, bias, mask, options)
-        folded = call.folded(mask)
-        if folded is not None:
-            return call.unfolded(compute_local(*folded))
+        calls = call.ordinary(mask)
+        if calls is not None:
+            return call.joined(
+                calls,
+                [compute_local(adapter, *a, calls.mask, calls.options) for a in calls.arrays],
+            )
         y = compute_local(adapter, x, None, None, mask, call.without_parameters)
         return call.apply(y)
     wanted = options.implementation
@@ -227,10 +230,13 @@ def compute_with_pullback(
     """Normalize as `compute` does, and return the pullback as well."""
     if is_per_sample(x, scale, bias, options) and not adapter.is_sharded(x):
         call = PerSample.of(adapter, x, scale, bias, mask, options)
-        folded = call.folded(mask)
-        if folded is not None:
-            y, pullback = compute_with_pullback(*folded)
-            return call.unfolded(y), call.pullback_of_folded(pullback)
+        calls = call.ordinary(mask)
+        if calls is not None:
+            found = [
+                compute_with_pullback(adapter, *a, calls.mask, calls.options) for a in calls.arrays
+            ]
+            results, pullbacks = map(list, zip(*found, strict=True))
+            return call.joined(calls, results), call.joined_pullback(calls, pullbacks)
         y, pullback = compute_with_pullback(
             adapter, x, None, None, mask, call.without_parameters
         )  # fmt: skip

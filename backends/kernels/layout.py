@@ -111,12 +111,14 @@ def _name(dtype: Any) -> str:
 def memory_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...] | None:
     """Return the axes from the slowest to the fastest if memory is dense, else None.
 
-    Strides are in elements.
+    Strides are in elements. That of an axis of length 1 may be any number; leading ones, such as
+    the batch axis of one sample, stay in front.
     """
     own = tuple(range(len(shape)))
     if _dense(own, shape, strides):
         return own
-    order = tuple(sorted(own, key=lambda a: -strides[a]))
+    ones = next(a for a in own if shape[a] != 1)  # else it would be dense
+    order = own[:ones] + tuple(sorted(own[ones:], key=lambda a: -strides[a]))
     return order if _dense(order, shape, strides) else None
 
 

@@ -55,6 +55,7 @@ class TorchAdapter(Adapter):
     label = "PyTorch"
     array_name = "PyTorch tensors"
     name = "torch"
+    separates_samples = True
     has_sharded_arrays = True
 
     def is_array(self, x: object) -> bool:

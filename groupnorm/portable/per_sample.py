@@ -1,15 +1,15 @@
 """Scale and bias with a row for each sample, (N, C): adaptive group norm, FiLM, scale-shift.
 
 The statistics do not depend on the parameters, so x is normalized without any, in the precision of
-the statistics, and then scaled and shifted. Where channels follow the batch axis, samples and
-channels can be flattened into one axis instead: then it is an ordinary call of one sample.
+the statistics, and then scaled and shifted. Where kernels can apply the parameters it is a matter
+of ordinary calls instead, of whole samples or of one whose channels are those of all samples.
 """
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from groupnorm.arguments import CallOptions
 from groupnorm.dtypes import dtype_name
-from groupnorm.plan import same_shape
+from groupnorm.plan import product, same_shape
 from groupnorm.portable.activations import activate, slope
 from groupnorm.portable.blocked_sums import total, total_of_products
 from groupnorm.portable.complex_parts import conj, real_part
@@ -29,7 +29,13 @@ if TYPE_CHECKING:
     from groupnorm.adapter import Adapter
     from groupnorm.plan import Plan
 
-__all__ = ["PerSample", "is_per_sample", "scale_and_shift"]
+__all__ = ["OrdinaryCalls", "PerSample", "is_per_sample", "scale_and_shift"]
+
+
+# Separate calls for at most so many samples, of at least so many elements: one more pass over all
+# elements takes longer than the calls.
+MOST_CALLS = 16
+LEAST_SAMPLE = 4096
 
 
 def is_per_sample(x: Array, scale: Any, bias: Any, options: CallOptions) -> bool:
@@ -48,6 +54,15 @@ def _has_batch_axis(parameter: Array, x: Array, options: CallOptions) -> bool:
     axes = {a % max(x.ndim, 1) for a in options.feature}
     of_features = tuple(n for a, n in enumerate(x.shape) if a in axes)
     return not same_shape(tuple(parameter.shape), of_features)
+
+
+class OrdinaryCalls(NamedTuple):
+    """Calls whose parameters have the shape (C,)."""
+
+    arrays: list[tuple[Array, Array, Array]]  # x, scale and bias
+    mask: Any
+    options: CallOptions
+    order: tuple[int, ...] | None = None  # of x's axes in these calls, if it is another
 
 
 class PerSample(NamedTuple):
@@ -82,56 +97,103 @@ class PerSample(NamedTuple):
             dtype = dtype_name("dtype", self.checked.work_dtype)
         return self.options._replace(dtype=dtype, activation=None)
 
-    def folded(self, mask: Any) -> tuple[Any, ...] | None:
-        """Return the arguments of an ordinary call in which samples are channels; None if none is.
+    def ordinary(self, mask: Any) -> "OrdinaryCalls | None":
+        """Return calls whose parameters have one row, in which kernels apply them; None if none.
 
-        Its single sample has the channels of all, and the kernels apply the parameters.
+        A single sample is one, and so are all samples if they can be channels of a large one.
+        Otherwise each large sample is one, where a call is not part of a compiled program.
         """
-        adapter, plan, xp = self.adapter, self.checked.plan, self.adapter.xp
-        features = len(plan.feature_axes)
-        given = [p for p in (self.scale, self.bias) if p is not None]
-        if (
-            mask is not None
-            or self.options.axis_name is not None
-            or plan.kept_axes != {0}
-            or plan.feature_axes != set(range(1, 1 + features))
-            or not all(_is_of_samples(p, plan) for p in given)
-            or not adapter.planning(plan.shape).merge_axes
-            or not adapter.is_row_major(self.x)
+        plan, options, xp = self.checked.plan, self.options, self.adapter.xp
+        x, scale, bias = self.x, self.scale, self.bias
+        features = sorted(plan.feature_axes)
+        rows = all(p is None or _is_of_samples(p, plan) for p in (scale, bias))
+        if not rows or options.axis_name is not None:
+            return None
+        if plan.static and plan.shape[0] == 1:
+            return OrdinaryCalls([(x, _flat(scale, xp), _flat(bias, xp))], mask, options)
+        if mask is not None:
+            return None
+        if self._can_be_folded():
+            rest = plan.shape[1 + len(plan.feature_axes) :]
+            folded = xp.reshape(x, (1, plan.shape[0] * plan.channels, *rest))
+            options = options._replace(
+                feature=(1,), num_groups=None, group_size=plan.parameter_shape[plan.members],
+                reduction=None, feature_shape=None,
+            )  # fmt: skip
+            return OrdinaryCalls([(folded, _flat(scale, xp), _flat(bias, xp))], None, options)
+        if not (
+            self.adapter.separates_samples
+            and plan.static
+            and 1 < plan.shape[0] <= MOST_CALLS
+            and product(plan.shape[1:]) >= LEAST_SAMPLE
         ):
             return None
-        x = xp.reshape(self.x, (1, plan.shape[0] * plan.channels, *plan.shape[1 + features :]))
-        scale, bias = (
-            p if p is None else xp.reshape(p, (-1,)) for p in (self.scale, self.bias)
-        )  # fmt: skip
-        options = self.options._replace(
-            feature=(1,), num_groups=None, group_size=plan.parameter_shape[plan.members],
-            reduction=None, feature_shape=None,
-        )  # fmt: skip
-        return adapter, x, scale, bias, None, options
+        order = None
+        if not self.adapter.is_row_major(x):  # most likely, channels are last in memory
+            order = (*(a for a in range(x.ndim) if a not in features), *features)
+            x = xp.permute_dims(x, order)
+            reduced = options.reduction
+            options = options._replace(feature=tuple(range(-len(features), 0)))
+            if reduced is not None:
+                reduced = tuple(order.index(a % x.ndim) for a in reduced)
+                options = options._replace(reduction=reduced)
+        none = [None] * plan.shape[0]
+        samples = [
+            (xp.expand_dims(a, axis=0), _flat(s, xp), _flat(b, xp))
+            for a, s, b in zip(
+                xp.unstack(x), none if scale is None else xp.unstack(scale),
+                none if bias is None else xp.unstack(bias), strict=True,
+            )
+        ]  # fmt: skip
+        return OrdinaryCalls(samples, None, options, order)
 
-    def unfolded(self, y: Array) -> Array:
-        """Return the result of the folded call in x's shape."""
-        return self.adapter.xp.reshape(y, self.checked.plan.shape)
+    def _can_be_folded(self) -> bool:
+        """Whether samples and channels, next to each other, can be one axis."""
+        plan = self.checked.plan
+        return (
+            plan.kept_axes == {0}
+            and plan.feature_axes == set(range(1, 1 + len(plan.feature_axes)))
+            and self.adapter.planning(plan.shape).merge_axes
+            and self.adapter.is_row_major(self.x)
+        )
 
-    def pullback_of_folded(
-        self, of_call: "Callable[[Array], Gradients]"
+    def joined(self, calls: "OrdinaryCalls", results: "list[Array]") -> Array:
+        """Return the results of ordinary calls in x's shape."""
+        xp, order = self.adapter.xp, calls.order
+        y = results[0] if len(results) == 1 else xp.concat(results, axis=0)
+        if order is None:
+            return xp.reshape(y, self.checked.plan.shape)
+        return xp.permute_dims(y, tuple(order.index(a) for a in range(len(order))))
+
+    def joined_pullback(
+        self, calls: "OrdinaryCalls", pullbacks: "list[Callable[[Array], Gradients]]"
     ) -> "Callable[[Array], Gradients]":
-        """Return the pullback for that of the folded call."""
+        """Return the pullback for those of ordinary calls."""
         adapter, checked, xp = self.adapter, self.checked, self.adapter.xp
-        shapes = [None if p is None else tuple(p.shape) for p in (self.x, self.scale, self.bias)]
+
+        def for_parameter(parameter: Array, gradients: list[Array]) -> Array:
+            if parameter is None:
+                return None
+            rows = [xp.reshape(g, (-1,)) for g in gradients]
+            flat = rows[0] if len(rows) == 1 else xp.concat(rows)
+            return xp.reshape(flat, tuple(parameter.shape))
 
         def pull(dy: Array) -> Gradients:
             dy = check_cotangent(
                 adapter, dy, self.x, complex_result=adapter.is_complex(checked.result_dtype)
             )
-            features = len(checked.plan.feature_axes)
-            rest = checked.plan.shape[1 + features :]
-            found = of_call(xp.reshape(dy, (1, -1, *rest)))
-            return Gradients(*(
-                g if g is None or s is None else xp.reshape(g, s)
-                for g, s in zip(found, shapes, strict=True)
-            ))  # fmt: skip
+            if calls.order is not None:
+                dy = xp.permute_dims(dy, calls.order)
+            parts = [dy] if len(pullbacks) == 1 else xp.unstack(dy)
+            found = [
+                pullback(xp.reshape(part, tuple(call[0].shape)))
+                for pullback, part, call in zip(pullbacks, parts, calls.arrays, strict=True)
+            ]
+            return Gradients(
+                self.joined(calls, [g.x for g in found]),
+                for_parameter(self.scale, [g.scale for g in found]),
+                for_parameter(self.bias, [g.bias for g in found]),
+            )
 
         return pull
 
@@ -207,6 +269,10 @@ def scale_and_shift(
 def _scaled(normalized: Array, scale: Array, bias: Array) -> Array:
     y = normalized if scale is None else normalized * scale
     return y if bias is None else y + bias
+
+
+def _flat(parameter: Array, xp: Any) -> Array:
+    return None if parameter is None else xp.reshape(parameter, (-1,))
 
 
 def _is_of_samples(parameter: Array, plan: "Plan") -> bool:

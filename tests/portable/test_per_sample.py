@@ -15,6 +15,7 @@ from tests.rows import (
     GRADIENT_FAR,
     ROWS,
     assert_close,
+    assert_gradient,
     assert_gradients,
     assert_result,
     call_with_arrays,
@@ -174,6 +175,73 @@ def test_gradients_through_an_activation(backend, layout, activation, rng):
     slope = (activated(z + step, activation) - activated(z - step, activation)) / (2 * step)
     want = oracle.group_norm_gradients(x, dy * slope, scale, bias, num_groups=2, **axes)
     assert_gradients(got, want, rtol=4 * GRADIENT)
+
+
+LARGE = {
+    "last": ((3, 9, 17, 32), {"feature_axis": -1}),
+    "first": ((3, 32, 9, 17), {"feature_axis": 1}),
+    "apart": ((3, 4, 160, 8), {"feature_axis": (1, 3)}),
+    "one sample": ((1, 9, 60, 8), {"feature_axis": -1}),
+    "one sample, two axes": ((1, 9, 20, 4, 8), {"feature_axis": (3, 4)}),
+}
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("layout", LARGE)
+def test_large_samples(quick_backend, layout, activation, rng):
+    """For which each sample is a call."""
+    shape, axes = LARGE[layout]
+    x, dy, scale, bias = drawn(rng, shape, axes["feature_axis"], 1e3)
+    got = differentiate(
+        quick_backend, x, dy, scale, bias, num_groups=2, activation=activation, **axes
+    )
+    z = oracle.group_norm(x, scale, bias, num_groups=2, **axes)
+    if activation is None:
+        assert_close(got.y, z, tolerance=2 * CONTRACT)
+    else:
+        assert_close(got.y, activated(z, activation), tolerance=4 * CONTRACT)
+        step = 1e-6
+        dy = dy * (activated(z + step, activation) - activated(z - step, activation)) / (2 * step)
+    want = oracle.group_norm_gradients(x, dy, scale, bias, num_groups=2, **axes)
+    assert_gradients(got, want, rtol=GRADIENT_FAR)
+
+
+@pytest.mark.needs("torch")
+@pytest.mark.parametrize("shape", [(3, 16, 17, 18), (1, 16, 17, 18), (3, 8, 3, 4), (20, 8, 3, 4)])
+@pytest.mark.parametrize("how", ["autodiff", "vjp"])
+def test_channels_last_memory(shape, how, rng):
+    torch = importlib.import_module("torch")
+    x, dy, scale, bias = drawn(rng, shape, 1)
+    keywords = {"num_groups": 2, "feature_axis": 1}
+    given, cotangent = (
+        torch.from_numpy(a).contiguous(memory_format=torch.channels_last) for a in (x, dy)
+    )
+    leaves = [given, torch.from_numpy(scale), torch.from_numpy(bias)]
+    if how == "vjp":
+        y, pullback = group_norm_vjp(*leaves, **keywords)
+        found = pullback(cotangent)
+    else:
+        y = group_norm(*(a.requires_grad_() for a in leaves), **keywords)
+        found = torch.autograd.grad(y, leaves, cotangent)
+    for a in (y, found[0]):
+        assert a.is_contiguous(memory_format=torch.channels_last)
+    y = y.detach().numpy()
+    assert_close(y, oracle.group_norm(x, scale, bias, **keywords), tolerance=2 * CONTRACT)
+    want = oracle.group_norm_gradients(x, dy, scale, bias, **keywords)
+    for a, b in zip(found, want, strict=True):
+        assert_gradient(a.numpy(), b, rtol=GRADIENT)
+
+
+@pytest.mark.needs("torch")
+def test_one_sample_in_channels_last_memory_is_for_kernels(rng):
+    """Its batch axis may have any stride."""
+    torch = importlib.import_module("torch")
+    x = torch.randn(2, 8, 9, 10).contiguous(memory_format=torch.channels_last)
+    alone = x.unbind()[0][None]
+    assert alone.stride()[0] != x.stride()[0]
+    y = group_norm(alone, num_groups=2, feature_axis=1, implementation="fused")
+    assert y.stride()[1:] == x.stride()[1:]
+    torch.testing.assert_close(y, group_norm(x, num_groups=2, feature_axis=1)[:1])
 
 
 @pytest.mark.parametrize("layout", ["first", "last"])

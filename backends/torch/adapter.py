@@ -136,7 +136,9 @@ class TorchAdapter(Adapter):
         """Keep sizes symbolic while compiling."""
         if torch.compiler.is_compiling() or any(isinstance(n, torch.SymInt) for n in shape):
             # Blocks are valid for a range of sizes only; an exported program is for all sizes.
-            return Planning(static=False, blocked_sums=not is_exporting())
+            # Nor can inductor compile what a merged axis makes of sizes such as height - 4.
+            keep = is_exporting()
+            return Planning(static=False, blocked_sums=not keep, merge_axes=not keep)
         if any(isinstance(n, torch.Tensor) for n in shape):
             # torch.jit.trace records sizes as tensors, and keeps what is decided by their values.
             if any(int(n) == 0 for n in shape):

@@ -75,6 +75,13 @@ def cuda_plugin(session: nox.Session) -> str:
     return str(folder.resolve())
 
 
+def install_models(session: nox.Session, *requirements: str) -> None:
+    """Install packages with models; nothing that they require may bring another torch."""
+    install(session, "torch==2.13.0", *requirements, *group("models"))
+    session.install("--no-deps", *group("models-apart"))
+    session.install("-e", ".")
+
+
 @nox.session
 def demo(session: nox.Session) -> None:
     """Train a digit classifier in JAX, continue in PyTorch, evaluate in NumPy, and compare them."""
@@ -86,9 +93,7 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def examples(session: nox.Session) -> None:
     """Run the examples of statistics shared over devices or tiles, or those named in posargs."""
-    diffusers = [r for r in group("models") if r.startswith("diffusers")]
-    install(session, *group("demo"), *diffusers)
-    session.install("-e", ".")
+    install_models(session, *group("demo"), "numba>=0.61")
     names = ("tiled_image", "spatial_parallel_training", "tiled_vae")
     for script in session.posargs or [f"examples/{name}.py" for name in names]:
         session.run("python", script)
@@ -122,6 +127,14 @@ def tests(session: nox.Session) -> None:
     pytest(session, "--interpret", "--backends", "torch", *apart, *INTERPRETED, *QUIET_SKIPS)
     others = ("--backends", "jax,cupy", "--jax-devices", "1")
     pytest(session, "--interpret", *others, INTERPRETED[0], *QUIET_SKIPS)
+
+
+@nox.session
+def models(session: nox.Session) -> None:
+    """Run the tests on models of diffusers, transformers and timm, and with other tools."""
+    install_models(session, *group("runner"), *group("pure"), *group("examples"), "numba>=0.61")
+    # One process: it takes two minutes, and the packages take long to import.
+    session.run("python", "-m", "pytest", "tests/models", *session.posargs)
 
 
 @nox.session

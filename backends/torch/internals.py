@@ -169,7 +169,10 @@ def is_seen_through() -> bool:
 
 
 def has_hooks(module: Any) -> bool:
-    """Whether calling a module calls more than its forward: hooks, its own or those of all."""
+    """Whether calling a module calls more than its class's forward: hooks, or another forward.
+
+    Hooks are the module's or those of all modules; packages such as accelerate set ``forward``.
+    """
     own = module.__dict__
     # Without a loop, which would take as long as a small call.
     return bool(
@@ -177,6 +180,7 @@ def has_hooks(module: Any) -> bool:
         or own.get("_forward_pre_hooks", True)
         or own.get("_backward_hooks", True)
         or own.get("_backward_pre_hooks", True)
+        or "forward" in own
         or _global_hooks()
     )
 

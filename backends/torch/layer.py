@@ -129,11 +129,13 @@ class TorchGroupNorm(GroupNorm, torch.nn.Module):
         if scale is not None or shift is not None:
             weight, bias = _modulated(weight, bias, scale, shift)
         options = self._options_for(x)
-        # Kept, as the next call is mostly of the same activation.
-        kept = self._kept_options
+        # Kept, as the next call is mostly of the same activation; but not by compiled programs,
+        # which would be compiled again for it.
+        kept = None if torch.compiler.is_compiling() else self._kept_options
         if kept is None or kept[0] is not options or kept[1].activation != activation:
             kept = options, options._replace(activation=activation)
-            self.__dict__["_kept_options"] = kept
+            if not torch.compiler.is_compiling():
+                self.__dict__["_kept_options"] = kept
         if type(x) is torch.Tensor:  # a plain tensor, not a DTensor
             return compute_local(torch_adapter, x, weight, bias, mask, kept[1])
         return compute(torch_adapter, x, weight, bias, mask, kept[1])

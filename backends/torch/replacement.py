@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from groupnorm.arguments import CallOptions, check_in_size, flag, validate
+from groupnorm.backends.torch.adapter import torch_adapter
 from groupnorm.backends.torch.fusion import (
     FusedSequential,
     activation_name,
@@ -213,6 +214,8 @@ def replace(
             f"{listed}. Nothing was changed. Use groupnorm.torch.register_replacement, or "
             "on_unknown='skip'."
         )
+    # Loaded now: compiled programs are compiled again if their first call loads them.
+    _ = torch_adapter.kernels
     for module, config, replacement in planned:
         _swap(module, config, replacement)
     if fuse:
@@ -335,9 +338,10 @@ def _why_never(module: nn.Module) -> str | None:
         return "compiled by torch.jit.script: replace before compiling"
     if nn.utils.parametrize.is_parametrized(module):
         return "it is parametrized: replace before parametrizing, or remove the parametrization"
-    if "forward" in module.__dict__:
-        return "its forward was replaced on the object, as by accelerate: replace before that"
-    return None
+    return _FORWARD if "forward" in module.__dict__ else None
+
+
+_FORWARD = "its forward was replaced on the object, as by accelerate: replace before that"
 
 
 def _is_scripted(module: nn.Module) -> bool:
@@ -454,14 +458,16 @@ def _fuse(model: nn.Module) -> list[Entry]:
             forward = fused_forward(cls)
             if forward is None or not any(isinstance(m, TorchGroupNorm) for m in module.children()):
                 continue
-            note = forward if isinstance(forward, str) else ""
-            if note:
-                entries.append(Entry(names, type(module).__name__, "not fused", note))
+            if isinstance(forward, str):
+                entries.append(Entry(names, cls.__name__, "not fused", forward))
                 continue
             note = "its normalizations and activations"
             cls = fused_class(cls)
         if note:
             kind = type(module)
+            if "forward" in module.__dict__:
+                entries.append(Entry(names, kind.__name__, "not fused", _FORWARD))
+                continue
             module.__dict__["_original_class"] = kind
             module.__class__ = cls
             entries.append(Entry(names, kind.__name__, "fused", note))

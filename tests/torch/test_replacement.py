@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations
 
 import groupnorm.torch
 from groupnorm import GroupNorm
+from groupnorm.backends.torch.adapter import torch_adapter
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
 from groupnorm.testing import oracle
 from groupnorm.torch import Replacement, fused, override, register_replacement, replace, restore
@@ -407,6 +408,32 @@ def test_hooks_between_fused_modules_see_what_they_saw(kind, at, rng):
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("at", [0, 1], ids=["of the normalization", "of the activation"])
+def test_a_forward_that_is_replaced_on_the_object_is_called(at, rng):
+    """As by accelerate, which loads the parameters in it."""
+    model, seen = randomized(nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU()), rng), []
+    x = tensor(rng, *SHAPE)
+    want = model(x)
+    replace(model)
+    forward = model[at].forward
+    model[at].forward = lambda x: forward(seen.append(x) or x)
+    torch.testing.assert_close(model(x), want, rtol=1e-5, atol=1e-5)
+    assert len(seen) == 1
+
+
+def test_a_sequential_whose_forward_is_replaced_on_the_object_is_not_fused(rng):
+    model, x = randomized(nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU()), rng), tensor(rng, *SHAPE)
+    want = model(x) + 1
+    forward = model.forward
+    model.forward = lambda x: forward(x) + 1
+    report = replace(model)
+    assert (len(report.replaced), len(report.fused)) == (1, 0)
+    [entry] = [entry for entry in report if entry.result == "not fused"]
+    assert "forward was replaced on the object" in entry.note
+    assert type(model) is nn.Sequential
+    torch.testing.assert_close(model(x), want, rtol=1e-5, atol=1e-5)
+
+
 def test_global_hooks_see_every_module(rng):
     model = nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU())
     replace(model)
@@ -605,6 +632,26 @@ def test_tools(tool, rng):
         torch.testing.assert_close(made(x), want, rtol=1e-4, atol=1e-5)
     finally:
         torch._dynamo.reset()
+
+
+def test_the_first_call_of_a_process_is_not_compiled_twice(rng, monkeypatch):
+    """What the first call imports would change what a compiled program depends on."""
+    monkeypatch.delitem(torch_adapter.__dict__, "kernels", raising=False)
+    model = nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU())
+    replace(model)
+    compiled = []
+
+    def compiler(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    try:
+        program = torch.compile(model, backend=compiler, dynamic=True, fullgraph=True)
+        for shape in ((2, 8, 6, 5), (3, 8, 4, 7)):
+            program(tensor(rng, *shape))
+    finally:
+        torch._dynamo.reset()
+    assert len(compiled) == 1
 
 
 def test_fx_keeps_replaced_modules_as_nodes(rng):

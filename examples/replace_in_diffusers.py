@@ -247,7 +247,7 @@ def main() -> int:
         if importlib.util.find_spec(case.package) is None:
             print(f"{case.package} {case.title}: not installed", flush=True)
             continue
-        rows.append(measure(case, divide, seconds, compiled=not options.quick))
+        rows.append(measure(case, divide, seconds, compiled=case.is_compiled and not options.quick))
         print(line(rows[-1]), flush=True)
     if not rows:
         print("None of the packages is installed.", file=sys.stderr)

@@ -15,8 +15,9 @@ __all__ = ["MODELS", "Case"]
 class Case(NamedTuple):
     """A model, and what it is called with.
 
-    `make` and `call` take the number by which channels and sizes are divided: 1 for a realistic
-    model, more for a quick one.
+    `make` and `inputs` take the number by which channels and sizes are divided: 1 for a realistic
+    model, more for a quick one. `is_compiled` is true for one model of each package, since a
+    compilation takes a minute or more.
     """
 
     package: str
@@ -24,6 +25,7 @@ class Case(NamedTuple):
     make: Callable[[int], nn.Module]
     inputs: Callable[[int], tuple[torch.Tensor, ...]]
     call: Callable[..., torch.Tensor]
+    is_compiled: bool = False
 
 
 def random_normalizations(model: nn.Module) -> nn.Module:
@@ -93,15 +95,16 @@ def plain(model: nn.Module, *inputs: Any) -> torch.Tensor:
 MODELS = (
     Case("diffusers", "UNet2DConditionModel", unet("default"), latents_and_text, first),
     Case("diffusers", "the same, scale_shift", unet("scale_shift"), latents_and_text, first),
-    Case("diffusers", "AutoencoderKL", vae, images(128), first),
+    Case("diffusers", "AutoencoderKL", vae, images(128), first, True),
     Case(
         "transformers",
         "Wav2Vec2 features",
         wav2vec2,
         lambda n: (torch.randn(2, 32000 // n),),
         plain,
+        True,
     ),
-    Case("timm", "resnetv2_50d_gn", timm_model("resnetv2_50d_gn"), images(160), plain),
+    Case("timm", "resnetv2_50d_gn", timm_model("resnetv2_50d_gn"), images(160), plain, True),
     Case("timm", "efficientnet_b0_gn", timm_model("efficientnet_b0_gn"), images(160), plain),
     Case("timm", "poolformerv2_s12", timm_model("poolformerv2_s12"), images(160), plain),
 )

@@ -6,7 +6,7 @@ specific library.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import array_api_compat
@@ -158,6 +158,10 @@ class Adapter:
     def is_row_major(self, x: "Array") -> bool:
         """Whether reshaping x copies nothing, as far as the library tells."""
         return True
+
+    def samples(self, x: "Array") -> "Sequence[Array]":
+        """Split an array along its first axis, into parts of length 1."""
+        return [x[i : i + 1] for i in range(x.shape[0])]
 
     def check_together(self, x: "Array", other: "Array", argument: str) -> None:
         """Check that an argument can be combined with x.

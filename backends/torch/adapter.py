@@ -115,6 +115,10 @@ class TorchAdapter(Adapter):
         """Whether x is contiguous: not so in channels-last order, and unknown in ONNX."""
         return not is_exporting_to_onnx() and bool(x.is_contiguous())
 
+    def samples(self, x: Any) -> Any:
+        """Split along the first axis; the derivative of slices would fill whole tensors."""
+        return torch.split(x, 1)
+
     def check_together(self, x: Any, other: Any, argument: str) -> None:
         """Check the devices, and that fake tensors meet real ones only if their mode allows it."""
         super().check_together(x, other, argument)

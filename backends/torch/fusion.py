@@ -19,7 +19,7 @@ from torch import nn
 from groupnorm.backends.torch.internals import has_hooks
 from groupnorm.backends.torch.layer import TorchGroupNorm
 from groupnorm.backends.torch.swapping import Swapped, swapped_class
-from groupnorm.errors import ArgumentTypeError
+from groupnorm.errors import ArgumentStateError, ArgumentTypeError
 
 __all__ = [
     "FusedSequential",
@@ -58,7 +58,8 @@ def fused(norm: Any, activation: Any, x: Any, *, scale: Any = None, shift: Any =
     """Compute ``activation(norm(x) * (1 + scale) + shift)``, in one pass where that is the same.
 
     It is the same for a layer of this library, followed by ReLU, SiLU or the exact GELU, if neither
-    has hooks; otherwise the two modules are called.
+    has hooks. Otherwise the two modules are called, also where one pass would not be faster: with a
+    scale or shift for small x, or in channels-last memory.
 
     Parameters
     ----------
@@ -69,7 +70,7 @@ def fused(norm: Any, activation: Any, x: Any, *, scale: Any = None, shift: Any =
     x : tensor of shape (N, C, ...)
         The input.
     scale, shift : tensor of shape (N, C), optional
-        Of each sample, with any number of axes of length 1 after them.
+        Of each sample, with any number of axes of length 1 after them; or broadcastable to x.
 
     Returns
     -------
@@ -93,6 +94,7 @@ def fused(norm: Any, activation: Any, x: Any, *, scale: Any = None, shift: Any =
         and not has_hooks(norm)
         and not has_hooks(activation)
         and not isinstance(x, torch.fx.Proxy)
+        and ((scale is None and shift is None) or _is_worth_fusing(x, scale, shift))
     ):
         return norm.modulated(x, name, scale, shift)
     y = norm(x)
@@ -105,9 +107,39 @@ def _computes_as_a_layer(norm: Any) -> bool:
     return isinstance(norm, TorchGroupNorm) and norm.can_be_modulated
 
 
+# Below, the checks of parameters for each sample take longer than passes over x.
+_WORTH_FUSING = 1 << 17
+
+
+def _is_worth_fusing(x: Any, scale: Any, shift: Any) -> bool:
+    """Whether kernels apply these parameters of each sample, in x's dtype."""
+    return (
+        type(x) is torch.Tensor
+        and x.numel() >= _WORTH_FUSING
+        and (x.is_contiguous() or x.shape[0] == 1)
+        and all(
+            a is None
+            or (
+                type(a) is torch.Tensor
+                and a.shape[:2] == x.shape[:2]
+                and a.numel() == x.shape[0] * x.shape[1]
+                and torch.promote_types(a.dtype, x.dtype) == x.dtype
+            )
+            for a in (scale, shift)
+        )
+    )
+
+
 def _beside(value: Any, y: Any) -> Any:
-    """Return a tensor of shape (N, C, 1 ...) with as many axes as y."""
-    return value.reshape(*value.shape[:2], *(1,) * (y.ndim - 2))
+    """Return a tensor of shape (N, C, 1 ...) with as many axes as y; others as they are."""
+    rows = (
+        isinstance(value, torch.Tensor)
+        and 2 <= value.ndim < y.ndim
+        and value.shape[0] in (1, y.shape[0])
+        and value.shape[1] in (1, y.shape[1])
+        and all(n == 1 for n in value.shape[2:])
+    )
+    return value.reshape(*value.shape[:2], *(1,) * (y.ndim - 2)) if rows else value
 
 
 # torch.nn.Sequential ------------------------------------------------------------------------------
@@ -115,6 +147,8 @@ def _beside(value: Any, y: Any) -> Any:
 
 class FusedSequential(nn.Sequential):
     """A `torch.nn.Sequential` that computes normalizations and activations after them as one."""
+
+    _original_class = nn.Sequential
 
     def forward(self, input: Any) -> Any:
         """Call the modules one after the other."""
@@ -210,12 +244,22 @@ def fused_forward(cls: type) -> Callable[..., Any] | str | None:
     return "its forward is not one that is known, as of another version of its package"
 
 
-@functools.cache
 def fused_class(original: type) -> type:
-    """Return the class of modules that compute with the fused forward of their class."""
-    return swapped_class(
-        original, (Swapped, original), {"forward": fused_forward(original)}, fused_class
-    )
+    """Return the class of modules that compute with the fused forward of their class.
+
+    Raises
+    ------
+    ArgumentStateError
+        If there is none, as in another process than the one that pickled a module.
+    """
+    forward = fused_forward(original)
+    if not callable(forward):
+        raise ArgumentStateError(
+            f"{original.__qualname__} has no fused forward here: call "
+            "groupnorm.torch.register_fusion before the model is loaded, or restore(model) before "
+            "it is saved."
+        )
+    return swapped_class(original, (Swapped, original), {"forward": forward}, fused_class)
 
 
 @functools.cache

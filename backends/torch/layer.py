@@ -34,6 +34,8 @@ class TorchGroupNorm(GroupNorm, torch.nn.Module):
     affine: bool
     # The options of calls, and those with the activation of the last call of `modulated`.
     _kept_options: tuple[CallOptions, CallOptions] | None = None
+    # Whether autocast on CUDA devices makes results float32, as those of `torch.nn.GroupNorm`.
+    _autocast_to_float32 = True
     # Whether scale and bias are the parameters; False in a subclass that computes them.
     _reads_parameters = True
 
@@ -98,7 +100,7 @@ class TorchGroupNorm(GroupNorm, torch.nn.Module):
     def _options_for(self, x: Any) -> CallOptions:
         """Return the options of a call, with the result's dtype under autocast."""
         options = self._call_options
-        if options.dtype == "input" and is_autocast_to_float32(x):
+        if self._autocast_to_float32 and options.dtype == "input" and is_autocast_to_float32(x):
             return options._replace(dtype="float32")
         return options
 

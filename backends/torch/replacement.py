@@ -4,7 +4,8 @@ Parameters, hooks, names, sharing between places, the state dict, optimizers, tr
 dtype and device stay what they are, since the objects stay: only the class that computes changes.
 """
 
-import functools
+import inspect
+import math
 from collections.abc import Callable, Iterable
 from types import EllipsisType
 from typing import Any, Literal, NamedTuple
@@ -26,9 +27,15 @@ from groupnorm.backends.torch.internals import has_hooks
 from groupnorm.backends.torch.layer import TorchGroupNorm, TorchNativeGroupNorm
 from groupnorm.backends.torch.report import Entry, Report
 from groupnorm.backends.torch.swapping import Swapped, original_class, swapped_class
-from groupnorm.errors import ArgumentTypeError, ArgumentValueError
+from groupnorm.errors import (
+    ArgumentStateError,
+    ArgumentTypeError,
+    ArgumentValueError,
+    GroupNormError,
+)
 from groupnorm.initializers import ones, zeros
 from groupnorm.layer_config import LayerConfig
+from groupnorm.plan import resolve_groups
 
 __all__ = ["Replacement", "register_replacement", "replace", "restore"]
 
@@ -129,7 +136,10 @@ def replace(
 
     Replaced are `torch.nn.GroupNorm`, its subclasses that inherit its ``forward``, the subclasses
     of timm, and what `register_replacement` added. Parametrized, quantized and unknown subclasses
-    are reported and left as they are.
+    are reported and left as they are. A second call changes the options of what was replaced.
+
+    A single value per channel, with which PyTorch's layers raise in training, gives the bias; a
+    normalization without parameters requires the number of channels that it was created for.
 
     Parameters
     ----------
@@ -171,8 +181,8 @@ def replace(
     ... )
     >>> print(groupnorm.torch.replace(model))
     module   class       result    note
-    -------  ----------  --------  ----------------
-    (model)  Sequential  fused     1 GroupNorm, SiLU
+    -------  ----------  --------  ----
+    (model)  Sequential  fused     SiLU
     1        GroupNorm   replaced
     """
     _check_model(model)
@@ -184,27 +194,26 @@ def replace(
     flag("fuse", fuse)
     options: dict[str, Any] = {"implementation": implementation, "dtype": dtype}
     _call_options(1, 1e-5, **options)  # raises, also for a model without normalizations
-    planned: list[tuple[nn.Module, LayerConfig, Replacement]] = []
+    planned: list[_Planned] = []
     entries: list[Entry] = []
     for names, module in _named(model):
         kind = type(module)
         if isinstance(module, TorchGroupNorm):
-            if original_class(module) is not None:
-                entries.append(Entry(names, kind.__name__, "skipped", "replaced before"))
+            original = original_class(module)
+            if original is not None:
+                same = (module.implementation, module.dtype) == (implementation, dtype)
+                result, note = ("unchanged", "replaced before") if same else ("replaced", "again")
+                entries.append(Entry(names, original.__name__, result, note))
+                if not same:
+                    planned.append(_again(module, options))
             continue
         if not isinstance(module, (nn.GroupNorm, *classes)) and not _is_scripted(module):
             continue
-        rule = _why_never(module) or _rule_for(kind)
-        how = rule if isinstance(rule, str) else rule(module)
-        if not isinstance(how, str | Replacement):
-            raise ArgumentTypeError(
-                f"the rule of {kind.__qualname__} returned {how!r}: it must return a "
-                "groupnorm.torch.Replacement, or a string with the reason why there is none."
-            )
-        if isinstance(how, str):
-            entries.append(Entry(names, kind.__name__, "skipped", how))
+        plan = _plan(module, options)
+        if isinstance(plan, str):
+            entries.append(Entry(names, kind.__name__, "skipped", plan))
             continue
-        planned.append((module, _config(module, how, options), how))
+        planned.append(plan)
         entries.append(Entry(names, kind.__name__, "replaced", ""))
     unknown = [entry for entry in entries if entry.result == "skipped"]
     if unknown and on_unknown == "raise":
@@ -216,8 +225,9 @@ def replace(
         )
     # Loaded now: compiled programs are compiled again if their first call loads them.
     _ = torch_adapter.kernels
-    for module, config, replacement in planned:
-        _swap(module, config, replacement)
+    for plan in planned:
+        plan.module.__dict__.update(plan.attributes)
+        plan.module.__class__ = plan.cls
     if fuse:
         entries += _fuse(model)
     return Report(sorted(entries, key=lambda entry: entry.order))
@@ -226,7 +236,8 @@ def replace(
 def restore(model: nn.Module) -> Report:
     """Undo `replace`: give every module its former class again.
 
-    What was set on a replaced module since then stays: parameters, ``eps``, ``num_groups``.
+    What was set on a replaced module since then stays, if the former class has it as well:
+    parameters, ``eps``, ``num_groups``, ``num_channels``.
 
     Parameters
     ----------
@@ -255,7 +266,7 @@ def restore(model: nn.Module) -> Report:
         if original is None:
             continue
         kind = type(module)
-        if kind is not _replaced_class(original, module):
+        if kind not in (TorchNativeGroupNorm, FusedSequential) and "_make" not in vars(kind):
             why = f"its class was changed again, to {kind.__name__}: undo that first"
             entries.append(Entry(names, original.__name__, "skipped", why))
             continue
@@ -265,7 +276,7 @@ def restore(model: nn.Module) -> Report:
                     module.__dict__[name] = getattr(module, name)
             for name in _ADDED:
                 module.__dict__.pop(name, None)
-        del module.__dict__["_original_class"]
+        module.__dict__.pop("_original_class", None)
         module.__class__ = original
         entries.append(Entry(names, original.__name__, "restored", ""))
     return Report(entries)
@@ -312,8 +323,15 @@ _RULES_BY_NAME: dict[str, Rule] = {
 # A class that defines one of these may compute something else than the class it derives from.
 _DECISIVE = frozenset({
     *("forward", "__call__", "__getattr__", "__getattribute__", "weight", "bias"),
-    *("eps", "num_groups", "num_channels", "drop", "act"),
+    *("eps", "num_groups", "num_channels", "num_features", "normalized_shape", "drop", "act"),
+    *("track_running_stats", "_apply_instance_norm", "_check_input_dim", "_call_impl"),
 })  # fmt: skip
+# Names that replaced modules have besides those of PyTorch's classes.
+_OURS = frozenset(
+    name
+    for name in set(dir(TorchNativeGroupNorm)) - set(dir(nn.GroupNorm))
+    if not name.startswith("_") and name not in ("eps", "num_groups", "num_channels")
+)
 
 
 def _rule_for(kind: type) -> Rule | str:
@@ -341,6 +359,16 @@ def _why_never(module: nn.Module) -> str | None:
     return _FORWARD if "forward" in module.__dict__ else None
 
 
+def _why_hidden(module: nn.Module) -> str | None:
+    """Return which of a module's attributes would be hidden by those of a layer, or None."""
+    own = {*vars(module), *module._parameters, *module._buffers, *module._modules}
+    for cls in type(module).__mro__[: type(module).__mro__.index(nn.Module)]:
+        if not cls.__module__.startswith("torch.nn."):
+            own |= vars(cls).keys()
+    clash = ", ".join(sorted(own & _OURS))
+    return f"it defines {clash}, which layers of this library define too" if clash else None
+
+
 _FORWARD = "its forward was replaced on the object, as by accelerate: replace before that"
 
 
@@ -361,14 +389,23 @@ class _Replaced(Swapped):
 
     _then: tuple[str, ...]
     _unbatched_ndim: int | None
+    _input_name: str  # of the original class's forward
 
-    def forward(self, x: Any, mask: Any = None) -> Any:
+    def forward(self, *args: Any, mask: Any = None, **named: Any) -> Any:
         """Normalize x, and call what follows."""
         layer: Any = self
+        if not args and self._input_name in named:
+            args = (named.pop(self._input_name),)
+        if named or not 1 <= len(args) <= 2:
+            raise TypeError(f"forward() takes {self._input_name} and mask, not {args} and {named}")
+        x, mask = args[0], mask if len(args) == 1 else args[1]
         if isinstance(x, torch.fx.Proxy):
             recorded = record_layer(layer, x, mask)
             if recorded is not None:
                 return recorded
+        check = getattr(self, "_check_input_dim", None)  # of instance norms
+        if check is not None and not isinstance(x, torch.fx.Proxy):
+            check(x)
         # Of a proxy, the number of axes is not known.
         alone = self._unbatched_ndim is not None and bool(x.ndim == self._unbatched_ndim)
         x = x.unsqueeze(0) if alone else x
@@ -384,30 +421,118 @@ class _Replaced(Swapped):
             y = module(y)
         return y[0] if alone else y
 
+    def vjp(self, x: Any, mask: Any = None) -> Any:
+        """Refuse: the pullback would be that of the normalization alone."""
+        self._refuse("vjp")
+        return super().vjp(x, mask)  # type: ignore[misc]
 
-def _replaced_class(original: Any, module: nn.Module) -> type:
-    """Return the class of replaced modules of a class."""
-    if original is nn.GroupNorm:
-        return TorchNativeGroupNorm
-    if original is nn.Sequential:
-        return FusedSequential
-    if not isinstance(module, TorchGroupNorm) and fused_forward(original) is not None:
-        return fused_class(original)
-    return _class_for(original)
+    def to_backend(self, backend: str, **options: Any) -> Any:
+        """Refuse: the layer would be the normalization alone."""
+        self._refuse("to_backend")
+        return super().to_backend(backend, **options)  # type: ignore[misc]
+
+    def _refuse(self, method: str) -> None:
+        if self._then:
+            raise ArgumentStateError(
+                f"{method} is for normalizations, and this module calls {', '.join(self._then)} "
+                "after it. Use PyTorch's own differentiation, or a GroupNorm of this library."
+            )
 
 
-@functools.cache
+class _Planned(NamedTuple):
+    """What is changed of a module."""
+
+    module: nn.Module
+    cls: type
+    attributes: dict[str, Any]
+
+
+def _plan(module: nn.Module, options: dict[str, Any]) -> _Planned | str:
+    """Return what is changed of a module, or why it is not replaced; nothing is changed yet."""
+    kind: Any = type(module)
+    rule = _why_never(module) or _rule_for(kind)
+    if isinstance(rule, str):
+        return rule
+    how = rule(module)
+    hidden = _why_hidden(module)
+    if hidden is not None:
+        return hidden
+    if isinstance(how, str):
+        return how
+    if not isinstance(how, Replacement):
+        raise ArgumentTypeError(
+            f"the rule of {kind.__qualname__} returned {how!r}: it must return a "
+            "groupnorm.torch.Replacement, or a string with the reason why there is none."
+        )
+    then: Any = how.then
+    if isinstance(then, str):
+        raise ArgumentTypeError(
+            f"the rule of {kind.__qualname__} returned then={then!r}: it must be a tuple of "
+            f"names, such as ({then!r},)."
+        )
+    missing = [name for name in how.then if not isinstance(getattr(module, name, None), nn.Module)]
+    if missing:
+        return f"it has no submodule {missing[0]}, which its rule names"
+    try:
+        config = _config(module, how, options)
+        cls = TorchNativeGroupNorm if kind is nn.GroupNorm else _class_for(kind)
+    except (GroupNormError, TypeError, ValueError) as error:
+        return str(error)
+    attributes: dict[str, Any] = {"_original_class": kind} | _configured(cls, config)
+    if cls is not TorchNativeGroupNorm:
+        attributes |= {"_then": how.then, "_unbatched_ndim": how.unbatched_ndim}
+    return _Planned(module, cls, attributes)
+
+
+def _again(layer: TorchGroupNorm, options: dict[str, Any]) -> _Planned:
+    """Return the change of the options of a module that was replaced before."""
+    config = layer._config
+    config = config._replace(options=config.options._replace(**options))
+    return _Planned(layer, type(layer), _configured(type(layer), config))
+
+
+def _configured(cls: type[TorchGroupNorm], config: LayerConfig) -> dict[str, Any]:
+    """Return the attributes that configure a layer."""
+    layer: Any = object.__new__(cls)
+    layer.__dict__.update(_parameters={}, _buffers={}, _modules={})
+    layer._configure(config)
+    return {name: layer.__dict__[name] for name in ("_config", "_call_options")}
+
+
 def _class_for(original: type) -> type:
+    """Return the class of replaced modules of a class."""
+    positional = [
+        p
+        for p in inspect.signature(original.forward).parameters.values()  # type: ignore[attr-defined]
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    if len(positional) > 2:  # self and x
+        raise ArgumentTypeError(f"its forward takes more than x: {positional[2].name}")
     base = TorchNativeGroupNorm if issubclass(original, nn.GroupNorm) else TorchGroupNorm
     # These describe the parameters as the class has them.
-    own = {name: getattr(original, name) for name in ("reset_parameters", "extra_repr")}
+    own = {
+        name: getattr(original, name)
+        for name in ("reset_parameters", "extra_repr")
+        if hasattr(original, name)
+    }
+    # Autocast on CUDA devices leaves instance norms in their dtype.
+    own["_autocast_to_float32"] = issubclass(original, (nn.GroupNorm, nn.LayerNorm))
+    own["_input_name"] = positional[1].name if len(positional) > 1 else "x"
     return swapped_class(original, (_Replaced, base, original), own, _class_for)
 
 
 def _config(module: Any, how: Replacement, options: dict[str, Any]) -> LayerConfig:
     """Return the configuration of the layer that a module becomes."""
     size = check_in_size(how.in_size, how.feature_axis)
+    channels = math.prod(size.feature_shape)
+    resolve_groups(channels, how.num_groups, None)
     weight = getattr(module, "weight", None)
+    for name in ("weight", "bias"):
+        stored = getattr(module, name, None)
+        lazy = isinstance(stored, nn.parameter.UninitializedParameter)
+        if stored is not None and (lazy or stored.numel() != channels):
+            shape = "no shape yet" if lazy else f"shape {tuple(stored.shape)}"
+            raise ArgumentValueError(f"its {name} has {shape}, and there are {channels} channels")
     dtype = torch.get_default_dtype() if weight is None else weight.dtype
     call = _call_options(
         how.num_groups, how.epsilon, feature_axis=size.feature, reduction_axes=how.reduction_axes,
@@ -432,25 +557,13 @@ def _call_options(
     )  # fmt: skip
 
 
-def _swap(module: nn.Module, config: LayerConfig, how: Replacement) -> None:
-    original: Any = type(module)
-    cls = TorchNativeGroupNorm if original is nn.GroupNorm else _class_for(original)
-    changed: dict[str, Any] = {
-        "_original_class": original,
-        "_config": config,
-        "_call_options": config.options,
-    }
-    if cls is not TorchNativeGroupNorm:
-        changed |= {"_then": how.then, "_unbatched_ndim": how.unbatched_ndim}
-    module.__dict__.update(changed)
-    module.__class__ = cls
-
-
 def _fuse(model: nn.Module) -> list[Entry]:
     """Have activations after replaced normalizations computed in the same pass."""
     entries = []
     for names, module in _named(model):
         cls: Any = type(module)
+        if original_class(module) is not None:
+            continue
         if cls is nn.Sequential:
             note = followed_by_activations(module)  # type: ignore[arg-type]
             cls = FusedSequential
@@ -496,10 +609,13 @@ def _classes(also: Any) -> tuple[type, ...]:
 
 
 def _named(model: nn.Module) -> list[tuple[tuple[str, ...], nn.Module]]:
-    """Return every module once, with all its names; a shared module has several."""
-    names: dict[int, list[str]] = {}
-    modules: dict[int, nn.Module] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(id(module), []).append(name)
-        modules[id(module)] = module
-    return [(tuple(names[key]), module) for key, module in modules.items()]
+    """Return every module once, with its names; a shared module has several."""
+    modules = dict(model.named_modules())
+    names: dict[int, list[str]] = {id(module): [name] for name, module in modules.items()}
+    for name, module in modules.items():
+        for child_name, child in module._modules.items():
+            if child is not None:
+                full = f"{name}.{child_name}" if name else child_name
+                known = names[id(child)]
+                known += [] if full in known else [full]
+    return [(tuple(names[id(module)]), module) for module in modules.values()]

@@ -18,7 +18,7 @@ class Entry(NamedTuple):
     kind : str
         The name of its class.
     result : str
-        "replaced", "fused", "skipped", "not fused" or "restored".
+        "replaced", "fused", "skipped", "not fused", "unchanged" or "restored".
     note : str
         The reason, or what was fused.
     """

@@ -1,7 +1,11 @@
 """Classes that are made for modules whose class is changed: named, copied and pickled as theirs."""
 
+import threading
 from collections.abc import Callable
 from typing import Any
+
+_lock = threading.Lock()
+_classes: dict[Any, type] = {}
 
 __all__ = ["Swapped", "original_class", "swapped_class"]
 
@@ -15,7 +19,8 @@ class Swapped:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle the original class, since this one is in no module."""
-        return _restored, (type(self)._make, self._original_class), self.__dict__
+        state = self.__getstate__()
+        return _restored, (type(self)._make, self._original_class), state
 
     def _get_name(self) -> str:
         return self._original_class.__name__
@@ -29,12 +34,20 @@ def _restored(make: Callable[[type], type], original: type) -> Any:
 def swapped_class(
     original: type, bases: tuple[type, ...], own: dict[str, Any], make: Callable[[type], type]
 ) -> type:
-    """Return a class named as the original one, which can be pickled by calling `make`."""
-    named = {"__module__": original.__module__, "__qualname__": original.__qualname__}
-    return type(original.__name__, bases, {**named, **own, "_make": staticmethod(make)})
+    """Return a class named as the original one, which can be pickled by calling `make`.
+
+    The same for the same arguments, in all threads.
+    """
+    key = (original, bases, tuple(own.items()))
+    with _lock:
+        if key not in _classes:
+            named = {"__module__": original.__module__, "__qualname__": original.__qualname__}
+            members = {**named, **own, "_make": staticmethod(make)}
+            _classes[key] = type(original.__name__, bases, members)
+        return _classes[key]
 
 
 def original_class(module: Any) -> type | None:
     """Return the class that a module had before it was replaced; None if it was not."""
-    found: type | None = module.__dict__.get("_original_class")
+    found: type | None = getattr(module, "_original_class", None)
     return found

@@ -107,7 +107,7 @@ class PerSample(NamedTuple):
         x, scale, bias = self.x, self.scale, self.bias
         features = sorted(plan.feature_axes)
         rows = all(p is None or _is_of_samples(p, plan) for p in (scale, bias))
-        if not rows or options.axis_name is not None:
+        if not rows or options.axis_name is not None or (plan.static and 0 in plan.shape):
             return None
         if plan.static and plan.shape[0] == 1:
             return OrdinaryCalls([(x, _flat(scale, xp), _flat(bias, xp))], mask, options)
@@ -129,21 +129,23 @@ class PerSample(NamedTuple):
         ):
             return None
         order = None
-        if not self.adapter.is_row_major(x):  # most likely, channels are last in memory
+        if not self.adapter.is_row_major(x):
             order = (*(a for a in range(x.ndim) if a not in features), *features)
             x = xp.permute_dims(x, order)
+            if not self.adapter.is_row_major(x):  # nor in channels-last order
+                return None
             reduced = options.reduction
             options = options._replace(feature=tuple(range(-len(features), 0)))
             if reduced is not None:
                 reduced = tuple(order.index(a % x.ndim) for a in reduced)
                 options = options._replace(reduction=reduced)
         none = [None] * plan.shape[0]
+        x_parts, scales, biases = (
+            none if a is None else self.adapter.samples(a) for a in (x, scale, bias)
+        )
         samples = [
-            (xp.expand_dims(a, axis=0), _flat(s, xp), _flat(b, xp))
-            for a, s, b in zip(
-                xp.unstack(x), none if scale is None else xp.unstack(scale),
-                none if bias is None else xp.unstack(bias), strict=True,
-            )
+            (a, _flat(s, xp), _flat(b, xp))
+            for a, s, b in zip(x_parts, scales, biases, strict=True)
         ]  # fmt: skip
         return OrdinaryCalls(samples, None, options, order)
 
@@ -184,7 +186,7 @@ class PerSample(NamedTuple):
             )
             if calls.order is not None:
                 dy = xp.permute_dims(dy, calls.order)
-            parts = [dy] if len(pullbacks) == 1 else xp.unstack(dy)
+            parts = [dy] if len(pullbacks) == 1 else adapter.samples(dy)
             found = [
                 pullback(xp.reshape(part, tuple(call[0].shape)))
                 for pullback, part, call in zip(pullbacks, parts, calls.arrays, strict=True)

@@ -320,7 +320,10 @@ def test_examples_in_docstrings_of_adapters():
         "numpy.adapter",
         "jax.adapter",
         "torch.adapter",
+        "torch.fusion",
+        "torch.override",
         "torch.process_groups",
+        "torch.replacement",
         "cupy.adapter",
         "array_api",
     ):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch  # noqa: F401, so that the file is collected with PyTorch only, which zoo imports
 
 from tests.models.zoo import package
 from tests.project.test_examples import EXAMPLES, PNG, SECONDS

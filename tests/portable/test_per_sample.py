@@ -340,3 +340,30 @@ def test_a_layer_keeps_its_own_shape():
     layer = GroupNorm(8, num_groups=2)
     with pytest.raises(ArgumentValueError, match="scale has shape"):
         layer.scale = np.ones((3, 8), np.float32)
+
+
+@pytest.mark.parametrize("layout", ["first", "last"])
+def test_an_empty_batch(backend, layout):
+    shape, axes = {"first": ((0, 8, 5), 1), "last": ((0, 5, 8), -1)}[layout]
+    x, rows = np.ones(shape, np.float32), np.ones((0, 8), np.float32)
+    got = differentiate(backend, x, x, rows, rows, num_groups=2, feature_axis=axes)
+    assert (got.y.shape, got.scale.shape) == (shape, (0, 8))
+
+
+@pytest.mark.needs("torch")
+@pytest.mark.parametrize("shape", [(2, 3, 9, 60, 8), (2, 3, 4, 5, 8), (2, 1, 9, 60, 8)])
+def test_mapped_by_torch(shape, rng):
+    torch = importlib.import_module("torch")
+    x, rows = (torch.from_numpy(rng.normal(size=s)).float() for s in (shape, (*shape[:2], 8)))
+    mapped = torch.func.vmap(lambda x, s: group_norm(x, s, s, num_groups=2))(x, rows)
+    for y, a, s in zip(mapped, x, rows, strict=True):
+        torch.testing.assert_close(y, group_norm(a, s, s, num_groups=2), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.needs("torch")
+def test_memory_of_other_orders(rng):
+    torch = importlib.import_module("torch")
+    x = torch.from_numpy(rng.normal(size=(3, 8, 32, 32, 2))).float()[..., 0]
+    rows = torch.ones(3, 8)
+    keywords = {"num_groups": 2, "feature_axis": 1}
+    assert group_norm(x, rows, **keywords).stride() == group_norm(x, rows[0], **keywords).stride()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import copy
 import io
 import pickle
@@ -16,7 +17,7 @@ from torch.nn.utils import parametrizations
 import groupnorm.torch
 from groupnorm import GroupNorm
 from groupnorm.backends.torch.adapter import torch_adapter
-from groupnorm.errors import ArgumentTypeError, ArgumentValueError
+from groupnorm.errors import ArgumentStateError, ArgumentTypeError, ArgumentValueError
 from groupnorm.testing import oracle
 from groupnorm.torch import Replacement, fused, override, register_replacement, replace, restore
 from tests.rows import CONTRACT, GRADIENT, assert_close, assert_gradient
@@ -192,7 +193,16 @@ def test_replacing_twice_changes_nothing():
     replace(model)
     again = replace(model)
     assert not again.replaced
-    assert [entry.note for entry in again.skipped] == ["replaced before"] * 2
+    assert [entry.note for entry in again] == ["replaced before"] * 2
+    assert [entry.kind for entry in again] == ["GroupNorm"] * 2
+    assert not again.skipped
+    replace(model, on_unknown="raise")
+    changed = replace(model, implementation="portable", dtype="float32")
+    assert [entry.note for entry in changed.replaced] == ["again"] * 2
+    assert (model.norm1.implementation, model.norm1.dtype) == ("portable", "float32")
+    assert model.norm1(torch.ones(SHAPE, dtype=torch.bfloat16)).dtype == torch.float32
+    restore(model)
+    assert type(model.norm1) is nn.GroupNorm
 
 
 def test_a_layer_of_ours_is_left_alone():
@@ -231,6 +241,39 @@ def test_replaced_models_are_copied(kind, how, rng):
 
 def rule_with_activation(norm):
     return Replacement(norm.num_groups, norm.eps, (norm.num_channels, ...), then=("drop", "act"))
+
+
+class Odd(nn.GroupNorm):
+    """Takes more than x."""
+
+    def forward(self, input, gain=1.0):
+        return super().forward(input) * gain
+
+
+class Hiding(nn.GroupNorm):
+    """Has an attribute with the name of one of ours."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.scale = 5.0
+
+
+class Own(nn.InstanceNorm2d):
+    """Overrides what PyTorch's forward calls."""
+
+    def _apply_instance_norm(self, input):
+        return input + 7
+
+
+class Plain(nn.Module):
+    """A module of no class of PyTorch, without methods of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(8)), nn.Parameter(torch.zeros(8))
+
+    def forward(self, x):
+        return nn.functional.group_norm(x, 2, self.weight, self.bias)
 
 
 # Which classes ------------------------------------------------------------------------------------
@@ -278,6 +321,10 @@ UNKNOWN = {
     "parametrized": (parametrized, "parametrized: replace before"),
     "scripted": (scripted, "torch.jit.script"),
     "quantized": (quantized, "quantized"),
+    "more arguments": (lambda: Odd(2, 8), "its forward takes more than x: gain"),
+    "a hidden attribute": (lambda: Hiding(2, 8), "it defines scale, which"),
+    "no channels": (lambda: nn.GroupNorm(1, 0), "no channels"),
+    "a negative epsilon": (lambda: nn.GroupNorm(2, 8, eps=-1.0), "epsilon=-1.0"),
     "a forward of its own": (patched, "forward was replaced on the object"),
 }
 
@@ -286,6 +333,7 @@ UNKNOWN = {
 @pytest.mark.parametrize("kind", UNKNOWN)
 def test_unknown_classes_are_reported_and_left_alone(kind):
     make, reason = UNKNOWN[kind]
+    register_replacement(Odd, lambda norm: Replacement(2, norm.eps, (8, ...)))
     model = nn.Sequential(nn.GroupNorm(2, 8), make())
     cls = type(model[1])
     with pytest.raises(ArgumentValueError, match=rf"(?s)on_unknown='raise'.*1 \(.*{reason}"):
@@ -368,6 +416,88 @@ def test_layer_norm(normalized, keywords, rng):
     model.reset_parameters()
     assert all((p == (name == "weight")).all() for name, p in model.named_parameters())
     torch.testing.assert_close(model(x[0, 0]), nn.LayerNorm(normalized, 1e-3)(x[0, 0]))
+
+
+def test_an_instance_norm_that_computes_something_else_is_left_alone():
+    model = Own(8)
+    [entry] = replace(model, also=nn.InstanceNorm2d)
+    assert entry.result == "skipped"
+    assert type(model) is Own
+
+
+def test_inputs_that_pytorch_refuses_are_refused():
+    model = nn.InstanceNorm2d(8)
+    replace(model, also=nn.InstanceNorm2d)
+    with pytest.raises(ValueError, match="expected 3D or 4D input"):
+        model(torch.ones(2, 8, 3, 3, 3))
+
+
+@pytest.mark.parametrize("make", [lambda: nn.LayerNorm(5), lambda: nn.InstanceNorm2d(8),
+                                  lambda: Named(8), lambda: nn.GroupNorm(2, 8)])  # fmt: skip
+def test_the_input_by_its_name(make, rng):
+    model, x = make(), tensor(rng, *SHAPE)
+    want = model(input=x)
+    replace(model, also=(nn.LayerNorm, nn.InstanceNorm2d))
+    torch.testing.assert_close(model(input=x), want, rtol=1e-5, atol=1e-5)
+    with pytest.raises(TypeError):
+        model(x, other=x)
+    with pytest.raises(TypeError):
+        model()
+
+
+def test_a_registered_module_of_no_class_of_pytorch(rng):
+    register_replacement(Plain, lambda module: Replacement(2, 1e-5, (8, ...)))
+    model, x = nn.Sequential(nn.GroupNorm(2, 8), Plain()), tensor(rng, *SHAPE)
+    want = model(x)
+    assert len(replace(model, also=Plain).replaced) == 2
+    torch.testing.assert_close(model(x), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        (Replacement(2, 1e-5, (4, ...)), r"its weight has shape \(8,\), and there are 4 channels"),
+        (Replacement(3, 1e-5, (8, ...)), "num_groups=3 does not divide"),
+        (Replacement(2, 1e-5, (8, ...), then=("nope",)), "no submodule nope"),
+    ],
+)
+def test_rules_are_checked_before_anything_is_changed(how, reason):
+    register_replacement(Plain, lambda module: how)
+    model = Plain()
+    [entry] = replace(model, also=Plain)
+    assert re.search(reason, entry.note)
+    assert type(model) is Plain
+    register_replacement(Plain, lambda module: Replacement(2, 1e-5, (8, ...), then="act"))
+    with pytest.raises(ArgumentTypeError, match="then='act'"):
+        replace(model, also=Plain)
+
+
+def test_a_module_with_more_than_a_normalization_refuses_what_would_drop_it(rng):
+    register_replacement(WithActivation, rule_with_activation)
+    model = WithActivation(8, nn.SiLU())
+    replace(model)
+    for call in (lambda: model.vjp(tensor(rng, *SHAPE)), lambda: model.to_backend("numpy")):
+        with pytest.raises(ArgumentStateError, match="this module calls drop, act"):
+            call()
+    other = Named(8)
+    replace(other)
+    assert other.to_backend("numpy").num_groups == 2
+
+
+def test_threads_that_replace_at_once_get_the_same_class():
+    class Fresh(nn.GroupNorm):
+        pass
+
+    models = [Fresh(2, 8) for _ in range(16)]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(replace, models))
+    assert len({type(m) for m in models}) == 1
+
+
+def test_a_model_that_contains_itself():
+    model = nn.Sequential(nn.GroupNorm(2, 8))
+    model._modules["me"] = model
+    assert len(replace(model).replaced) == 1
 
 
 # Fusing -------------------------------------------------------------------------------------------
@@ -463,9 +593,10 @@ def test_what_is_not_fused(after, rng):
 @pytest.mark.parametrize("given", ["scale and shift", "scale", "shift", "neither"])
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("act", [nn.SiLU(), nn.Tanh()], ids=str)
-def test_fused_with_scale_and_shift(act, affine, given, rng):
+@pytest.mark.parametrize("size", [(6, 5), (64, 128)], ids=["small", "large"])
+def test_fused_with_scale_and_shift(size, act, affine, given, rng):
     norm = randomized(nn.GroupNorm(2, 8, affine=affine), rng)
-    x = tensor(rng, *SHAPE)
+    x = tensor(rng, 2, 8, *size)
     scale, shift = (tensor(rng, 2, 8, 1, 1).requires_grad_() for _ in range(2))
     arguments = {
         name: value for name, value in (("scale", scale), ("shift", shift)) if name in given
@@ -479,12 +610,34 @@ def test_fused_with_scale_and_shift(act, affine, given, rng):
     got = fused(norm, act, x, **arguments)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     if arguments:
-        dy = tensor(rng, *SHAPE)
+        dy = tensor(rng, *x.shape)
         wanted = list(arguments.values())
         for a, b in zip(
             torch.autograd.grad(got, wanted, dy), torch.autograd.grad(want, wanted, dy), strict=True
         ):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+
+
+@pytest.mark.parametrize("kind", ["(1, C)", "(C, 1, 1)", "a number", "(N, C, H, W)", "float64"])
+def test_other_scales_and_shifts(kind, rng):
+    shapes = {"(1, C)": (1, 8), "(C, 1, 1)": (8, 1, 1), "(N, C, H, W)": (2, 8, 64, 128)}
+    scale = 0.5 if kind == "a number" else tensor(rng, *shapes.get(kind, (2, 8)))
+    if kind == "float64":
+        scale = scale.double()
+    norm, act, x = nn.GroupNorm(2, 8), nn.SiLU(), tensor(rng, 2, 8, 64, 128)
+    want = fused(norm, act, x, scale=scale, shift=scale)
+    replace(norm)
+    got = fused(norm, act, x, scale=scale, shift=scale)
+    assert got.dtype == want.dtype
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_slices_of_fused_sequentials_are_restored():
+    model = nn.Sequential(nn.GroupNorm(2, 8), nn.ReLU(), nn.ReLU())
+    replace(model)
+    part = model[:2]
+    restore(part)
+    assert type(part) is nn.Sequential
 
 
 class PreActivation(nn.Module):
@@ -498,7 +651,7 @@ class PreActivation(nn.Module):
         return self.act(self.norm(x))
 
 
-def test_registered_fusion(rng):
+def test_registered_fusion(rng, monkeypatch):
     calls = []
 
     def forward(self, x):
@@ -515,6 +668,14 @@ def test_registered_fusion(rng):
     assert isinstance(copy.deepcopy(model), PreActivation)
     restore(model)
     assert type(model) is PreActivation
+    groupnorm.torch.register_fusion(PreActivation, lambda self, x: "another")
+    replace(model)
+    assert model(x) == "another"
+    assert replace(model)[0].result == "unchanged"
+    pickled = pickle.dumps(model)
+    monkeypatch.setattr("groupnorm.backends.torch.fusion._forwards", {})
+    with pytest.raises(ArgumentStateError, match="register_fusion before the model is loaded"):
+        pickle.loads(pickled)
 
 
 # Options, dtypes, autocast ------------------------------------------------------------------------
@@ -710,6 +871,14 @@ def test_override_keeps_the_dtype(dtype, rng):
         assert nn.functional.group_norm(tensor(rng, *SHAPE).to(dtype), 2).dtype == dtype
 
 
+def test_the_inner_override_counts(rng):
+    x = tensor(rng, *SHAPE, offset=1e5)
+    with override():
+        with override(implementation="native"):
+            assert torch.equal(nn.functional.group_norm(x, 2), torch.group_norm(x, 2))
+        assert not torch.equal(nn.functional.group_norm(x, 2), torch.group_norm(x, 2))
+
+
 def test_override_checks_its_argument():
     with pytest.raises(ArgumentValueError, match="implementation='fast'"):
         override(implementation="fast")
@@ -756,13 +925,13 @@ def test_wrong_arguments(call, error, message):
 
 
 def test_a_rule_that_returns_something_else():
-    class Odd(nn.GroupNorm):
+    class Wrong(nn.GroupNorm):
         def forward(self, input):
             return input
 
-    register_replacement(Odd, lambda norm: None)
-    model = nn.Sequential(nn.GroupNorm(2, 8), Odd(2, 8))
-    with pytest.raises(ArgumentTypeError, match=r"the rule of .*Odd returned None"):
+    register_replacement(Wrong, lambda norm: None)
+    model = nn.Sequential(nn.GroupNorm(2, 8), Wrong(2, 8))
+    with pytest.raises(ArgumentTypeError, match=r"the rule of .*Wrong returned None"):
         replace(model)
     assert type(model[0]) is nn.GroupNorm
 

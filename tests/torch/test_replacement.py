@@ -25,6 +25,12 @@ from tests.rows import CONTRACT, GRADIENT, assert_close, assert_gradient
 SHAPE = (2, 8, 6, 5)
 
 
+@pytest.fixture(autouse=True)
+def _seeded():
+    """The weights of convolutions are drawn by PyTorch."""
+    torch.manual_seed(0)
+
+
 class Affine(nn.GroupNorm):
     """Computes something else than the class it derives from."""
 
@@ -91,7 +97,8 @@ def assert_same(got, want, tolerance=2e-5):
     for a, b in zip(got, want, strict=True):
         assert a.dtype == b.dtype
         assert a.shape == b.shape
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+        largest = max(1.0, float(b.abs().max()))  # sums cancel
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * largest)
 
 
 # What stays ---------------------------------------------------------------------------------------

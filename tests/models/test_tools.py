@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.fx.experimental import optimization
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
@@ -382,7 +383,7 @@ def test_fused_convolutions_of_torch_ao(rng):
     x = normal(rng, *SHAPE)
     want = model(x)
     replace(model)
-    folded = torch.fx.experimental.optimization.fuse(model)
+    folded = optimization.fuse(model)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
     assert sum(isinstance(m, GroupNorm) for m in folded.modules()) == 1
     assert_close([folded(x)], [want], 1e-5)

@@ -7,7 +7,7 @@ import torch
 
 from groupnorm.arguments import CallOptions, check_epsilon, positive
 from groupnorm.backends.torch.adapter import torch_adapter
-from groupnorm.backends.torch.native import is_autocast_to_float32
+from groupnorm.backends.torch.native import is_autocast_to_float32, laid_out_as_pytorch
 from groupnorm.dispatch import compute, compute_local
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
 from groupnorm.layer import GroupNorm
@@ -139,7 +139,8 @@ class TorchGroupNorm(GroupNorm, torch.nn.Module):
             if not torch.compiler.is_compiling():
                 self.__dict__["_kept_options"] = kept
         if type(x) is torch.Tensor:  # a plain tensor, not a DTensor
-            return compute_local(torch_adapter, x, weight, bias, mask, kept[1])
+            y = compute_local(torch_adapter, x, weight, bias, mask, kept[1])
+            return laid_out_as_pytorch(y) if "_original_class" in self.__dict__ else y
         return compute(torch_adapter, x, weight, bias, mask, kept[1])
 
     @property
@@ -261,7 +262,9 @@ class TorchNativeGroupNorm(  # pyright: ignore[reportIncompatibleVariableOverrid
     # Not keyword-only: torch.onnx.export passes one value for each parameter by position.
     def forward(self, x: Any = None, mask: Any = None, input: Any = None) -> Any:  # type: ignore[override]
         """Normalize x, which PyTorch's layer calls input; see `update`."""
-        return super().forward(input if x is None else x, mask)
+        y = super().forward(input if x is None else x, mask)
+        # A module that was replaced in a model, whose other modules may view the result.
+        return laid_out_as_pytorch(y) if "_original_class" in self.__dict__ else y
 
     def _get_name(self) -> str:
         return "GroupNorm"

@@ -8,7 +8,7 @@ from groupnorm.adapter import Unsupported
 from groupnorm.arguments import CallOptions
 from groupnorm.backends.torch.differentiation import requires_grad
 
-__all__ = ["functional", "is_autocast_to_float32"]
+__all__ = ["functional", "is_autocast_to_float32", "laid_out_as_pytorch"]
 
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -21,6 +21,16 @@ def is_autocast_to_float32(x: Any) -> bool:
     """
     half = x.dtype is torch.float16 or x.dtype is torch.bfloat16
     return half and x.is_cuda and torch.is_autocast_enabled("cuda")
+
+
+def laid_out_as_pytorch(y: Any) -> Any:
+    """Return a result in the memory order that PyTorch's own has: contiguous or channels last."""
+    if type(y) is not torch.Tensor or y.is_contiguous():
+        return y
+    last = _CHANNELS_LAST.get(y.ndim)
+    if last is not None and y.is_contiguous(memory_format=last):
+        return y
+    return y.contiguous()
 
 
 def functional(x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -> Any:

@@ -7,7 +7,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from groupnorm.arguments import validate
-from groupnorm.backends.torch.native import is_autocast_to_float32
+from groupnorm.backends.torch.native import is_autocast_to_float32, laid_out_as_pytorch
 
 __all__ = ["override"]
 
@@ -35,18 +35,21 @@ def _group_norm(
     from groupnorm.functional import group_norm
 
     dtype = "float32" if is_autocast_to_float32(input) else "input"
-    return group_norm(
+    y = group_norm(
         input, weight, bias, num_groups=num_groups, feature_axis=1, epsilon=eps, dtype=dtype,
         implementation=implementation,
     )  # fmt: skip
+    return laid_out_as_pytorch(y)
 
 
 def override(*, implementation: str | None = None) -> AbstractContextManager[Any]:
     """Return a context in which `torch.nn.functional.group_norm` is computed by this library.
 
-    It reaches every group normalization of any model and any class, `torch.nn.GroupNorm` among
-    them, with x's dtype as the result's. All calls of PyTorch's functions pass through it, which
-    takes about a microsecond each; `groupnorm.torch.replace` has no such cost.
+    It reaches `torch.nn.GroupNorm` and all other code in Python that calls this function, in the
+    thread that enters the context, with x's dtype as the result's. It does not reach scripted
+    modules, calls of `torch.group_norm`, and what activation checkpointing computes again. All
+    calls of PyTorch's functions pass through it, which takes about a microsecond each;
+    `groupnorm.torch.replace` has no such limits and no such cost.
 
     Parameters
     ----------
@@ -56,7 +59,7 @@ def override(*, implementation: str | None = None) -> AbstractContextManager[Any
     Returns
     -------
     context manager
-        Can be used several times, and nested; it holds for the thread that enters it.
+        Can be used several times, and nested.
 
     Raises
     ------

@@ -270,6 +270,9 @@ def restore(model: nn.Module) -> Report:
             why = f"its class was changed again, to {kind.__name__}: undo that first"
             entries.append(Entry(names, original.__name__, "skipped", why))
             continue
+        if "forward" in module.__dict__:
+            entries.append(Entry(names, original.__name__, "skipped", _FORWARD_SINCE))
+            continue
         if isinstance(module, TorchGroupNorm):
             for name in ("eps", "num_groups", "num_channels"):
                 if name in module.__dict__:
@@ -372,6 +375,9 @@ def _why_hidden(module: nn.Module) -> str | None:
 _FORWARD = "its forward was replaced on the object, as by accelerate: replace before that"
 
 
+_FORWARD_SINCE = "its forward was replaced on the object since, as by accelerate: undo that first"
+
+
 def _is_scripted(module: nn.Module) -> bool:
     return (
         isinstance(module, torch.jit.ScriptModule)
@@ -390,6 +396,7 @@ class _Replaced(Swapped):
     _then: tuple[str, ...]
     _unbatched_ndim: int | None
     _input_name: str  # of the original class's forward
+    _checks_input: bool  # as instance norms do
 
     def forward(self, *args: Any, mask: Any = None, **named: Any) -> Any:
         """Normalize x, and call what follows."""
@@ -403,9 +410,8 @@ class _Replaced(Swapped):
             recorded = record_layer(layer, x, mask)
             if recorded is not None:
                 return recorded
-        check = getattr(self, "_check_input_dim", None)  # of instance norms
-        if check is not None and not isinstance(x, torch.fx.Proxy):
-            check(x)
+        if self._checks_input and not isinstance(x, torch.fx.Proxy):
+            self._check_input_dim(x)  # type: ignore[attr-defined]
         # Of a proxy, the number of axes is not known.
         alone = self._unbatched_ndim is not None and bool(x.ndim == self._unbatched_ndim)
         x = x.unsqueeze(0) if alone else x
@@ -517,20 +523,29 @@ def _class_for(original: type) -> type:
     }
     # Autocast on CUDA devices leaves instance norms in their dtype.
     own["_autocast_to_float32"] = issubclass(original, (nn.GroupNorm, nn.LayerNorm))
+    own["_checks_input"] = hasattr(original, "_check_input_dim")
     own["_input_name"] = positional[1].name if len(positional) > 1 else "x"
     return swapped_class(original, (_Replaced, base, original), own, _class_for)
 
 
 def _config(module: Any, how: Replacement, options: dict[str, Any]) -> LayerConfig:
     """Return the configuration of the layer that a module becomes."""
+    if not isinstance(how.in_size, tuple):
+        raise ArgumentTypeError(
+            f"its rule gives in_size={how.in_size!r}: it must be a tuple, such as (C, ...) for "
+            "channels on axis 1"
+        )
     size = check_in_size(how.in_size, how.feature_axis)
     channels = math.prod(size.feature_shape)
     resolve_groups(channels, how.num_groups, None)
     weight = getattr(module, "weight", None)
     for name in ("weight", "bias"):
-        stored = getattr(module, name, None)
+        if not hasattr(module, name):
+            raise ArgumentValueError(f"it has no attribute {name}, which may be None")
+        stored = getattr(module, name)
         lazy = isinstance(stored, nn.parameter.UninitializedParameter)
-        if stored is not None and (lazy or stored.numel() != channels):
+        shapes = ((channels,), size.feature_shape)
+        if stored is not None and (lazy or tuple(stored.shape) not in shapes):
             shape = "no shape yet" if lazy else f"shape {tuple(stored.shape)}"
             raise ArgumentValueError(f"its {name} has {shape}, and there are {channels} channels")
     dtype = torch.get_default_dtype() if weight is None else weight.dtype

@@ -466,6 +466,7 @@ def test_a_registered_module_of_no_class_of_pytorch(rng):
         (Replacement(2, 1e-5, (4, ...)), r"its weight has shape \(8,\), and there are 4 channels"),
         (Replacement(3, 1e-5, (8, ...)), "num_groups=3 does not divide"),
         (Replacement(2, 1e-5, (8, ...), then=("nope",)), "no submodule nope"),
+        (Replacement(2, 1e-5, 8), r"in_size=8: it must be a tuple, such as \(C, \.\.\.\)"),
     ],
 )
 def test_rules_are_checked_before_anything_is_changed(how, reason):
@@ -499,6 +500,39 @@ def test_threads_that_replace_at_once_get_the_same_class():
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         list(pool.map(replace, models))
     assert len({type(m) for m in models}) == 1
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.GroupNorm(2, 8),
+        lambda: Named(8),
+        lambda: nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU()),
+    ],
+)
+def test_results_are_laid_out_as_pytorchs(make, rng):
+    model = make()
+    inputs = [
+        tensor(rng, 2, 30, 8).transpose(1, 2), tensor(rng, *SHAPE).mT,
+        tensor(rng, *SHAPE).contiguous(memory_format=torch.channels_last),
+    ]  # fmt: skip
+    want = [model(x) for x in inputs]
+    with override():
+        got = [model(x) for x in inputs]
+    replace(model)
+    for x, y, a in zip(inputs, want, got, strict=True):
+        assert model(x).stride() == a.stride() == y.stride()
+
+
+def test_a_forward_set_after_replacing_is_not_lost():
+    model = nn.Sequential(nn.GroupNorm(2, 8))
+    replace(model)
+    model[0].forward = model[0].forward
+    [entry] = restore(model)
+    assert entry.result == "skipped"
+    assert "its forward was replaced on the object since" in entry.note
+    del model[0].forward
+    assert restore(model)[0].result == "restored"
 
 
 def test_a_model_that_contains_itself():

@@ -53,8 +53,12 @@ def draw_times(axes: Axes, times: dict[str, dict[str, float]]) -> None:
         if not np.all(np.isnan(values)):
             axes.barh(places + 0.27 * (i - 1), values, 0.25, color=colour, label=kind)
     axes.axvline(1, color="0.4", linewidth=1)
-    axes.set(xlabel="time of an inference step, after / before", title="Time", xlim=(0.5, 1.2))
+    slowest = max(ratio for found in times.values() for ratio in found.values())
+    axes.set(
+        xlabel="time of an inference step, after / before", title="Time",
+        xlim=(0.5, max(1.25, 1.05 * slowest)),
+    )  # fmt: skip
     axes.set_yticks(places, times)
     axes.invert_yaxis()
     axes.grid(alpha=0.2, axis="x")
-    axes.legend(frameon=False, loc="lower right", fontsize=8.5)
+    axes.legend(frameon=False, loc="upper right", fontsize=8.5)

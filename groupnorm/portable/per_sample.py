@@ -1,8 +1,9 @@
 """Scale and bias with a row for each sample, (N, C): adaptive group norm, FiLM, scale-shift.
 
 The statistics do not depend on the parameters, so x is normalized without any, in the precision of
-the statistics, and then scaled and shifted. Where kernels can apply the parameters it is a matter
-of ordinary calls instead, of whole samples or of one whose channels are those of all samples.
+the statistics, and then scaled and shifted. Where possible the call is replaced by others whose
+parameters have the shape (C,), which kernels apply: one call for each sample, or one for all, in
+which the channels of all samples are the channels of a single one.
 """
 
 from typing import TYPE_CHECKING, Any, NamedTuple

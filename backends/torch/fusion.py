@@ -18,7 +18,7 @@ from torch import nn
 
 from groupnorm.backends.torch.internals import has_hooks
 from groupnorm.backends.torch.layer import TorchGroupNorm
-from groupnorm.backends.torch.swapping import Swapped, swapped_class
+from groupnorm.backends.torch.swapping import Swapped, check_class, swapped_class
 from groupnorm.errors import ArgumentStateError, ArgumentTypeError
 
 __all__ = [
@@ -215,11 +215,7 @@ def register_fusion(cls: Any, forward: Callable[..., Any]) -> None:
     >>> [entry.kind for entry in groupnorm.torch.replace(Block()).fused]
     ['Block']
     """
-    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise ArgumentTypeError(
-            f"cls={cls!r} is not a subclass of torch.nn.Module: give the class of the modules that "
-            "call a normalization and an activation."
-        )
+    check_class(cls, "that call a normalization and an activation")
     if not callable(forward):
         raise ArgumentTypeError(
             f"forward={forward!r} is not callable: give a function with the arguments of "

@@ -26,7 +26,7 @@ from groupnorm.backends.torch.fx import record_layer
 from groupnorm.backends.torch.internals import has_hooks
 from groupnorm.backends.torch.layer import TorchGroupNorm, TorchNativeGroupNorm
 from groupnorm.backends.torch.report import Entry, Report
-from groupnorm.backends.torch.swapping import Swapped, original_class, swapped_class
+from groupnorm.backends.torch.swapping import Swapped, check_class, original_class, swapped_class
 from groupnorm.errors import (
     ArgumentStateError,
     ArgumentTypeError,
@@ -106,11 +106,7 @@ def register_replacement(cls: Any, rule: Rule) -> None:
     >>> len(groupnorm.torch.replace(NamedNorm(2, 8)).replaced)
     1
     """
-    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise ArgumentTypeError(
-            f"cls={cls!r} is not a subclass of torch.nn.Module: give the class of the modules to "
-            "replace."
-        )
+    check_class(cls, "to replace")
     if not callable(rule):
         raise ArgumentTypeError(
             f"rule={rule!r} is not callable: give a function that takes a module and returns a "

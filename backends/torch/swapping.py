@@ -4,10 +4,14 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
+from groupnorm.errors import ArgumentTypeError
+
 _lock = threading.Lock()
 _classes: dict[Any, type] = {}
 
-__all__ = ["Swapped", "original_class", "swapped_class"]
+__all__ = ["Swapped", "check_class", "original_class", "swapped_class"]
 
 
 class Swapped:
@@ -24,6 +28,21 @@ class Swapped:
 
     def _get_name(self) -> str:
         return self._original_class.__name__
+
+
+def check_class(cls: Any, whose: str) -> None:
+    """Check that a registered class is one of modules.
+
+    Raises
+    ------
+    ArgumentTypeError
+        If it is not.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, torch.nn.Module)):
+        raise ArgumentTypeError(
+            f"cls={cls!r} is not a subclass of torch.nn.Module: give the class of the modules "
+            f"{whose}."
+        )
 
 
 def _restored(make: Callable[[type], type], original: type) -> Any:

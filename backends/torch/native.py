@@ -7,6 +7,7 @@ import torch
 from groupnorm.adapter import Unsupported
 from groupnorm.arguments import CallOptions
 from groupnorm.backends.torch.differentiation import requires_grad
+from groupnorm.backends.torch.internals import is_transformed
 
 __all__ = ["functional", "is_autocast_to_float32", "laid_out_as_pytorch"]
 
@@ -27,6 +28,8 @@ def laid_out_as_pytorch(y: Any) -> Any:
     """Return a result in the memory order that PyTorch's own has: contiguous or channels last."""
     if type(y) is not torch.Tensor or y.is_contiguous():
         return y
+    if not torch.compiler.is_compiling() and is_transformed():
+        return y  # under vmap, a tensor does not tell its memory format
     last = _CHANNELS_LAST.get(y.ndim)
     if last is not None and y.is_contiguous(memory_format=last):
         return y

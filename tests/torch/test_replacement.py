@@ -524,6 +524,13 @@ def test_results_are_laid_out_as_pytorchs(make, rng):
         assert model(x).stride() == a.stride() == y.stride()
 
 
+def test_results_under_vmap(rng):
+    norm, x = nn.GroupNorm(2, 8), tensor(rng, 3, *SHAPE).mT
+    want = torch.stack([norm(a) for a in x])
+    replace(norm)
+    torch.testing.assert_close(torch.func.vmap(norm)(x), want, rtol=1e-5, atol=1e-5)
+
+
 def test_a_forward_set_after_replacing_is_not_lost():
     model = nn.Sequential(nn.GroupNorm(2, 8))
     replace(model)

@@ -114,9 +114,10 @@ def tests(session: nox.Session) -> None:
     install(session, *group("tests"))
     session.install("-e", ".")
     session.env["GROUPNORM_CUDA_PLUGIN"] = cuda_plugin(session)
-    pytest(session)
     if session.posargs:
+        pytest(session)
         return
+    pytest(session, "--ignore=tests/models")  # in a session of their own, with their packages
     # With one device, JAX arrays use other code than with several.
     one_device = ("--backends", "jax", "--backends-only", "--jax-devices", "1")
     done = [f"--ignore={path}" for path in ANY_DEVICES]

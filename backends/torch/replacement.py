@@ -358,6 +358,10 @@ def _why_never(module: nn.Module) -> str | None:
     return _FORWARD if "forward" in module.__dict__ else None
 
 
+_FORWARD = "its forward was replaced on the object, as by accelerate: replace before that"
+_FORWARD_SINCE = "its forward was replaced on the object since, as by accelerate: undo that first"
+
+
 def _why_hidden(module: nn.Module) -> str | None:
     """Return which of a module's attributes would be hidden by those of a layer, or None."""
     own = {*vars(module), *module._parameters, *module._buffers, *module._modules}
@@ -366,12 +370,6 @@ def _why_hidden(module: nn.Module) -> str | None:
             own |= vars(cls).keys()
     clash = ", ".join(sorted(own & _OURS))
     return f"it defines {clash}, which layers of this library define too" if clash else None
-
-
-_FORWARD = "its forward was replaced on the object, as by accelerate: replace before that"
-
-
-_FORWARD_SINCE = "its forward was replaced on the object since, as by accelerate: undo that first"
 
 
 def _is_scripted(module: nn.Module) -> bool:
@@ -534,7 +532,6 @@ def _config(module: Any, how: Replacement, options: dict[str, Any]) -> LayerConf
     size = check_in_size(how.in_size, how.feature_axis)
     channels = math.prod(size.feature_shape)
     resolve_groups(channels, how.num_groups, None)
-    weight = getattr(module, "weight", None)
     for name in ("weight", "bias"):
         if not hasattr(module, name):
             raise ArgumentValueError(f"it has no attribute {name}, which may be None")
@@ -544,6 +541,7 @@ def _config(module: Any, how: Replacement, options: dict[str, Any]) -> LayerConf
         if stored is not None and (lazy or tuple(stored.shape) not in shapes):
             shape = "no shape yet" if lazy else f"shape {tuple(stored.shape)}"
             raise ArgumentValueError(f"its {name} has {shape}, and there are {channels} channels")
+    weight, bias = module.weight, module.bias
     dtype = torch.get_default_dtype() if weight is None else weight.dtype
     call = _call_options(
         how.num_groups, how.epsilon, feature_axis=size.feature, reduction_axes=how.reduction_axes,
@@ -551,7 +549,7 @@ def _config(module: Any, how: Replacement, options: dict[str, Any]) -> LayerConf
     )  # fmt: skip
     return LayerConfig(
         in_size=size.in_size, feature_axis=size.feature_axis, options=call,
-        use_bias=getattr(module, "bias", None) is not None, use_scale=weight is not None,
+        use_bias=bias is not None, use_scale=weight is not None,
         bias_init=zeros, scale_init=ones, param_type=None,
         param_dtype=str(dtype).removeprefix("torch."),
     )  # fmt: skip

@@ -70,9 +70,7 @@ class PerSample(NamedTuple):
     """A call with parameters for each sample, checked."""
 
     adapter: "Adapter"
-    x: Array
-    scale: Array
-    bias: Array
+    x: Array  # as given
     checked: CheckedInputs
     options: CallOptions
 
@@ -88,7 +86,7 @@ class PerSample(NamedTuple):
             Naming the argument, its value, the rule and the fix.
         """
         checked = check(adapter, x, scale, bias, mask, options)
-        return cls(adapter, x, checked.scale, checked.bias, checked, options)
+        return cls(adapter, x, checked, options)
 
     @property
     def without_parameters(self) -> CallOptions:
@@ -105,7 +103,7 @@ class PerSample(NamedTuple):
         Otherwise each large sample is one, where a call is not part of a compiled program.
         """
         plan, options, xp = self.checked.plan, self.options, self.adapter.xp
-        x, scale, bias = self.x, self.scale, self.bias
+        x, scale, bias = self.x, self.checked.scale, self.checked.bias
         features = sorted(plan.feature_axes)
         rows = all(p is None or _is_of_samples(p, plan) for p in (scale, bias))
         if not rows or options.axis_name is not None or (plan.static and 0 in plan.shape):
@@ -115,7 +113,7 @@ class PerSample(NamedTuple):
         if mask is not None:
             return None
         if self._can_be_folded():
-            rest = plan.shape[1 + len(plan.feature_axes) :]
+            rest = plan.shape[1 + len(features) :]
             folded = xp.reshape(x, (1, plan.shape[0] * plan.channels, *rest))
             options = options._replace(
                 feature=(1,), num_groups=None, group_size=plan.parameter_shape[plan.members],
@@ -194,16 +192,17 @@ class PerSample(NamedTuple):
             ]
             return Gradients(
                 self.joined(calls, [g.x for g in found]),
-                for_parameter(self.scale, [g.scale for g in found]),
-                for_parameter(self.bias, [g.bias for g in found]),
+                for_parameter(checked.scale, [g.scale for g in found]),
+                for_parameter(checked.bias, [g.bias for g in found]),
             )
 
         return pull
 
     def apply(self, normalized: Array) -> Array:
         """Return the result for the normalized x."""
+        checked = self.checked
         return scale_and_shift(
-            self.adapter, normalized, self.scale, self.bias, self.checked, self.options
+            self.adapter, normalized, checked.scale, checked.bias, checked, self.options
         )
 
     def pullback(
@@ -238,10 +237,10 @@ class PerSample(NamedTuple):
             if scale is not None:
                 values = to_work(conj(normalized, adapter), sums, xp)
                 dscale = self._gradient(
-                    total_of_products(work, values, sums.positions, sums, adapter), self.scale
+                    total_of_products(work, values, sums.positions, sums, adapter), checked.scale
                 )
             if bias is not None:
-                dbias = self._gradient(total(work, sums.positions, sums, adapter), self.bias)
+                dbias = self._gradient(total(work, sums.positions, sums, adapter), checked.bias)
             return Gradients(dx, dscale, dbias)
 
         return pull

@@ -17,6 +17,7 @@ from tests import ROOT
 
 sys.path.insert(0, str(ROOT / "examples"))
 try:
+    from replace_in_diffusers_models import random_normalizations
     from torchvision_stub import import_timm
 finally:
     sys.path.pop(0)
@@ -147,10 +148,4 @@ MODELS = {
 def built(name: str) -> nn.Module:
     """A model in eval mode; its normalizations have random parameters, as after training."""
     torch.manual_seed(0)
-    model = MODELS[name].make().eval()
-    for module in model.modules():
-        if isinstance(module, nn.GroupNorm) and module.weight is not None:
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            if module.bias is not None:
-                nn.init.normal_(module.bias, std=0.1)
-    return model
+    return random_normalizations(MODELS[name].make().eval())

@@ -88,14 +88,21 @@ class TorchGroupNorm(GroupNorm, torch.nn.Module):
             scale = self._as_scale(weight)
             if x.is_cuda:
                 options = self._options_for(x)
-            return compute_local(torch_adapter, x, scale, bias, mask, options)
+            return self._laid_out(compute_local(torch_adapter, x, scale, bias, mask, options))
         if isinstance(x, torch.fx.Proxy):
             from groupnorm.backends.torch.fx import record_layer
 
             recorded = record_layer(self, x, mask)
             if recorded is not None:
                 return recorded
-        return self._normalize(x, mask)
+        return self._laid_out(self._normalize(x, mask))
+
+    def _laid_out(self, y: Any) -> Any:
+        """Return a result as PyTorch's modules lay it out, if this one was replaced in a model.
+
+        Other modules of the model may view it.
+        """
+        return laid_out_as_pytorch(y) if "_original_class" in self.__dict__ else y
 
     def _options_for(self, x: Any) -> CallOptions:
         """Return the options of a call, with the result's dtype under autocast."""
@@ -139,8 +146,7 @@ class TorchGroupNorm(GroupNorm, torch.nn.Module):
             if not torch.compiler.is_compiling():
                 self.__dict__["_kept_options"] = kept
         if type(x) is torch.Tensor:  # a plain tensor, not a DTensor
-            y = compute_local(torch_adapter, x, weight, bias, mask, kept[1])
-            return laid_out_as_pytorch(y) if "_original_class" in self.__dict__ else y
+            return self._laid_out(compute_local(torch_adapter, x, weight, bias, mask, kept[1]))
         return compute(torch_adapter, x, weight, bias, mask, kept[1])
 
     @property
@@ -262,9 +268,7 @@ class TorchNativeGroupNorm(  # pyright: ignore[reportIncompatibleVariableOverrid
     # Not keyword-only: torch.onnx.export passes one value for each parameter by position.
     def forward(self, x: Any = None, mask: Any = None, input: Any = None) -> Any:  # type: ignore[override]
         """Normalize x, which PyTorch's layer calls input; see `update`."""
-        y = super().forward(input if x is None else x, mask)
-        # A module that was replaced in a model, whose other modules may view the result.
-        return laid_out_as_pytorch(y) if "_original_class" in self.__dict__ else y
+        return super().forward(input if x is None else x, mask)
 
     def _get_name(self) -> str:
         return "GroupNorm"

@@ -19,14 +19,14 @@ from groupnorm import GroupNorm
 from groupnorm.backends.torch.adapter import torch_adapter
 from groupnorm.errors import ArgumentStateError, ArgumentTypeError, ArgumentValueError
 from groupnorm.testing import oracle
-from groupnorm.torch import Replacement, fused, override, register_replacement, replace, restore
-from tests.rows import CONTRACT, GRADIENT, assert_close, assert_gradient
+from groupnorm.torch import Replacement, override, register_replacement, replace, restore
+from tests.rows import CONTRACT, assert_close
 
 SHAPE = (2, 8, 6, 5)
 
 
 @pytest.fixture(autouse=True)
-def _seeded():
+def seeded():
     """The weights of convolutions are drawn by PyTorch."""
     torch.manual_seed(0)
 
@@ -524,6 +524,14 @@ def test_results_are_laid_out_as_pytorchs(make, rng):
         assert model(x).stride() == a.stride() == y.stride()
 
 
+def test_other_results_are_laid_out_as_pytorchs(rng):
+    x = tensor(rng, 2, 30, 8).transpose(1, 2)
+    for model in (nn.InstanceNorm1d(8), nn.LayerNorm(30)):
+        want = model(x)
+        replace(model, also=(nn.InstanceNorm1d, nn.LayerNorm))
+        assert model(x).stride() == want.stride()
+
+
 def test_results_under_vmap(rng):
     norm, x = nn.GroupNorm(2, 8), tensor(rng, 3, *SHAPE).mT
     want = torch.stack([norm(a) for a in x])
@@ -546,184 +554,6 @@ def test_a_model_that_contains_itself():
     model = nn.Sequential(nn.GroupNorm(2, 8))
     model._modules["me"] = model
     assert len(replace(model).replaced) == 1
-
-
-# Fusing -------------------------------------------------------------------------------------------
-
-ACTIVATIONS = [nn.ReLU(), nn.ReLU(inplace=True), nn.SiLU(), nn.GELU()]
-
-
-@pytest.mark.parametrize("act", ACTIVATIONS, ids=str)
-def test_fused_sequential(act, rng):
-    model = nn.Sequential(
-        nn.Conv2d(8, 8, 1), nn.GroupNorm(2, 8), act, nn.Sequential(nn.GroupNorm(4, 8), act)
-    )
-    randomized(model, rng)
-    x, dy = tensor(rng, *SHAPE), tensor(rng, *SHAPE)
-    want = outcome(model, x, dy)
-    report = replace(model)
-    assert [entry.name for entry in report.fused] == ["(model)", "3"]
-    assert [m is act for m in (model[2], model[3][1])] == [True, True]
-    assert_same(outcome(model, x, dy), want)
-    assert isinstance(model[:2], nn.Sequential)
-    assert repr(model).startswith("Sequential(")
-    restore(model)
-    assert type(model) is type(model[3]) is nn.Sequential
-    assert_same(outcome(model, x, dy), want, tolerance=0)
-
-
-@pytest.mark.parametrize("at", [0, 1], ids=["on the normalization", "on the activation"])
-@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
-def test_hooks_between_fused_modules_see_what_they_saw(kind, at, rng):
-    model = randomized(nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU()), rng)
-    seen = []
-    getattr(model[at], kind)(lambda m, args, y=None: seen.append(args[0].clone()))
-    x = tensor(rng, *SHAPE)
-    model(x)
-    replace(model)
-    model(x)
-    before, after = seen
-    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("at", [0, 1], ids=["of the normalization", "of the activation"])
-def test_a_forward_that_is_replaced_on_the_object_is_called(at, rng):
-    """As by accelerate, which loads the parameters in it."""
-    model, seen = randomized(nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU()), rng), []
-    x = tensor(rng, *SHAPE)
-    want = model(x)
-    replace(model)
-    forward = model[at].forward
-    model[at].forward = lambda x: forward(seen.append(x) or x)
-    torch.testing.assert_close(model(x), want, rtol=1e-5, atol=1e-5)
-    assert len(seen) == 1
-
-
-def test_a_sequential_whose_forward_is_replaced_on_the_object_is_not_fused(rng):
-    model, x = randomized(nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU()), rng), tensor(rng, *SHAPE)
-    want = model(x) + 1
-    forward = model.forward
-    model.forward = lambda x: forward(x) + 1
-    report = replace(model)
-    assert (len(report.replaced), len(report.fused)) == (1, 0)
-    [entry] = [entry for entry in report if entry.result == "not fused"]
-    assert "forward was replaced on the object" in entry.note
-    assert type(model) is nn.Sequential
-    torch.testing.assert_close(model(x), want, rtol=1e-5, atol=1e-5)
-
-
-def test_global_hooks_see_every_module(rng):
-    model = nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU())
-    replace(model)
-    seen = []
-    handle = nn.modules.module.register_module_forward_hook(
-        lambda m, args, y: seen.append(type(m).__name__)
-    )
-    try:
-        model(tensor(rng, *SHAPE))
-    finally:
-        handle.remove()
-    assert len(seen) == 3
-
-
-@pytest.mark.parametrize("after", [nn.Tanh(), nn.GELU(approximate="tanh"), nn.Identity()], ids=str)
-def test_what_is_not_fused(after, rng):
-    model = nn.Sequential(nn.GroupNorm(2, 8), after)
-    x = tensor(rng, *SHAPE)
-    want = model(x)
-    assert not replace(model).fused
-    assert type(model) is nn.Sequential
-    torch.testing.assert_close(model(x), want, rtol=1e-5, atol=1e-5)
-    model = nn.Sequential(nn.GroupNorm(2, 8), nn.ReLU())
-    assert not replace(model, fuse=False).fused
-
-
-@pytest.mark.parametrize("given", ["scale and shift", "scale", "shift", "neither"])
-@pytest.mark.parametrize("affine", [True, False])
-@pytest.mark.parametrize("act", [nn.SiLU(), nn.Tanh()], ids=str)
-@pytest.mark.parametrize("size", [(6, 5), (64, 128)], ids=["small", "large"])
-def test_fused_with_scale_and_shift(size, act, affine, given, rng):
-    norm = randomized(nn.GroupNorm(2, 8, affine=affine), rng)
-    x = tensor(rng, 2, 8, *size)
-    scale, shift = (tensor(rng, 2, 8, 1, 1).requires_grad_() for _ in range(2))
-    arguments = {
-        name: value for name, value in (("scale", scale), ("shift", shift)) if name in given
-    }
-    y = norm(x)
-    y = y * (1 + scale) if "scale" in given else y
-    want = act(y + shift if "shift" in given else y)
-    separate = fused(norm, act, x, **arguments)
-    torch.testing.assert_close(separate, want, rtol=1e-6, atol=1e-6)
-    replace(norm)
-    got = fused(norm, act, x, **arguments)
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-    if arguments:
-        dy = tensor(rng, *x.shape)
-        wanted = list(arguments.values())
-        for a, b in zip(
-            torch.autograd.grad(got, wanted, dy), torch.autograd.grad(want, wanted, dy), strict=True
-        ):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
-
-
-@pytest.mark.parametrize("kind", ["(1, C)", "(C, 1, 1)", "a number", "(N, C, H, W)", "float64"])
-def test_other_scales_and_shifts(kind, rng):
-    shapes = {"(1, C)": (1, 8), "(C, 1, 1)": (8, 1, 1), "(N, C, H, W)": (2, 8, 64, 128)}
-    scale = 0.5 if kind == "a number" else tensor(rng, *shapes.get(kind, (2, 8)))
-    if kind == "float64":
-        scale = scale.double()
-    norm, act, x = nn.GroupNorm(2, 8), nn.SiLU(), tensor(rng, 2, 8, 64, 128)
-    want = fused(norm, act, x, scale=scale, shift=scale)
-    replace(norm)
-    got = fused(norm, act, x, scale=scale, shift=scale)
-    assert got.dtype == want.dtype
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-
-
-def test_slices_of_fused_sequentials_are_restored():
-    model = nn.Sequential(nn.GroupNorm(2, 8), nn.ReLU(), nn.ReLU())
-    replace(model)
-    part = model[:2]
-    restore(part)
-    assert type(part) is nn.Sequential
-
-
-class PreActivation(nn.Module):
-    """A module whose class is registered for fusing."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm, self.act = nn.GroupNorm(2, 8), nn.ReLU()
-
-    def forward(self, x):
-        return self.act(self.norm(x))
-
-
-def test_registered_fusion(rng, monkeypatch):
-    calls = []
-
-    def forward(self, x):
-        calls.append(x)
-        return fused(self.norm, self.act, x)
-
-    groupnorm.torch.register_fusion(PreActivation, forward)
-    model = randomized(PreActivation(), rng)
-    x, dy = tensor(rng, *SHAPE), tensor(rng, *SHAPE)
-    want = outcome(model, x, dy)
-    assert [entry.kind for entry in replace(model).fused] == ["PreActivation"]
-    assert_same(outcome(model, x, dy), want)
-    assert len(calls) == 1
-    assert isinstance(copy.deepcopy(model), PreActivation)
-    restore(model)
-    assert type(model) is PreActivation
-    groupnorm.torch.register_fusion(PreActivation, lambda self, x: "another")
-    replace(model)
-    assert model(x) == "another"
-    assert replace(model)[0].result == "unchanged"
-    pickled = pickle.dumps(model)
-    monkeypatch.setattr("groupnorm.backends.torch.fusion._forwards", {})
-    with pytest.raises(ArgumentStateError, match="register_fusion before the model is loaded"):
-        pickle.loads(pickled)
 
 
 # Options, dtypes, autocast ------------------------------------------------------------------------
@@ -868,68 +698,6 @@ def test_fx_keeps_replaced_modules_as_nodes(rng):
     graph = torch.fx.symbolic_trace(model)
     called = {node.target for node in graph.graph.nodes if node.op == "call_module"}
     assert called == {str(i) for i in range(8)}
-
-
-# A context for all functions ----------------------------------------------------------------------
-
-
-def test_override_reaches_every_call(rng):
-    x = tensor(rng, *SHAPE, offset=1e4)
-    weight, bias = tensor(rng, 8), tensor(rng, 8)
-    arrays = (x.numpy(), weight.numpy(), bias.numpy())
-    want = oracle.group_norm(*arrays, num_groups=2, feature_axis=1, epsilon=1e-3)
-    with override():
-        got = [
-            nn.functional.group_norm(x, 2, weight, bias, 1e-3),
-            nn.functional.group_norm(
-                input=x, num_groups=2, weight=weight, bias=bias, eps=1e-3
-            ),
-        ]  # fmt: skip
-        y = Affine(2, 8)(x).detach().numpy()
-    plain = oracle.group_norm(x.numpy(), num_groups=2, feature_axis=1, epsilon=1e-5)
-    assert_close(y, plain + 1, tolerance=2 * CONTRACT)
-    for y in got:
-        assert_close(y.numpy(), want, tolerance=2 * CONTRACT)
-    after = nn.functional.group_norm(x, 2, weight, bias, 1e-3)
-    assert np.abs(after.numpy() - want).max() > 1e-4
-
-
-def test_override_differentiates_nests_and_compiles(rng):
-    model, x, dy = Affine(2, 8), tensor(rng, *SHAPE), tensor(rng, *SHAPE)
-    context = override()
-    with context, override(implementation="portable"):
-        got = outcome(model, x, dy)
-    gradient = oracle.group_norm_gradients(
-        x.numpy(), dy.numpy(), num_groups=2, feature_axis=1, epsilon=1e-5
-    )
-    assert_gradient(got[1].numpy(), gradient.x, rtol=GRADIENT)
-    far = x + 1e4
-    want = oracle.group_norm(far.numpy(), num_groups=2, feature_axis=1, epsilon=1e-5) + 1
-    try:
-        with context:
-            y = torch.compile(model, fullgraph=True)(far)
-    finally:
-        torch._dynamo.reset()
-    assert_close(y.detach().numpy(), want, tolerance=3 * CONTRACT)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_override_keeps_the_dtype(dtype, rng):
-    with override():
-        assert nn.functional.group_norm(tensor(rng, *SHAPE).to(dtype), 2).dtype == dtype
-
-
-def test_the_inner_override_counts(rng):
-    x = tensor(rng, *SHAPE, offset=1e5)
-    with override():
-        with override(implementation="native"):
-            assert torch.equal(nn.functional.group_norm(x, 2), torch.group_norm(x, 2))
-        assert not torch.equal(nn.functional.group_norm(x, 2), torch.group_norm(x, 2))
-
-
-def test_override_checks_its_argument():
-    with pytest.raises(ArgumentValueError, match="implementation='fast'"):
-        override(implementation="fast")
 
 
 # The report, and wrong arguments ------------------------------------------------------------------

@@ -1,0 +1,544 @@
+// Channels last: each channel is measured separately, one chunk of rows at a time.
+//
+// The channels of a chunk are merged into groups, and the chunks of a sample, in float64 by the
+// formula of Chan, Golub and LeVeque; then all rows are normalized. A chunk is read once for its
+// statistics: its channels are measured about the means of its first rows. Only if one of these
+// turns out to be far from the chunk's own mean (`centre_is_poor`) is the chunk measured again.
+//
+// Rows of few channels are short, so loops run over a *band* of several rows at once, together with
+// tables that repeat each per-channel value for every row. Sums take four bands at once, so that
+// totals are read and written once for all four. These are a quarter of a chunk apart: memory is fast
+// when it is read in a few long streams.
+//
+// Threads share the chunks of one sample after the other, so that a sample stays in a cache; small
+// samples are processed by one thread each.
+
+#pragma once
+
+#include "loops.hpp"
+#include "scratch.hpp"
+#include "sharing.hpp"
+
+namespace groupnorm {
+namespace GROUPNORM_ISA {
+
+// Sums are added in float32 over this many sets of four bands, and then in float64.
+constexpr i64 RUN = 32;
+
+// A chunk of rows of one sample.
+template <class X>
+struct Chunk {
+  const X* x;
+  const std::uint8_t* valid;  // of its first row, or null
+  i64 rows, channels, width;
+
+  i64 band_rows() const { return width / channels; }
+  i64 remainder() const { return rows * channels % width; }
+};
+
+// Call `four` with the offsets of four bands, `one` with the offset and length of one (or of a rest
+// that is shorter), `invalid` with those of a masked-out row, and `flush` after every run.
+template <class X, class Four, class One, class Invalid, class Flush>
+INLINE void each_band(const Chunk<X>& chunk, Four four, One one, Invalid invalid, Flush flush) {
+  const i64 width = chunk.width, bands = chunk.rows / chunk.band_rows();
+  i64 sets = 0;
+  const auto after_set = [&] {
+    if (++sets == RUN) {
+      flush();
+      sets = 0;
+    }
+  };
+  if (chunk.valid == nullptr) {
+    const i64 quarter = bands / 4 * width;
+    for (i64 a = 0; a < quarter; a += width) {
+      four(a, a + quarter, a + 2 * quarter, a + 3 * quarter);
+      after_set();
+    }
+    for (i64 a = 4 * quarter; a < bands * width; a += width) one(a, width);
+    if (chunk.remainder() > 0) one(bands * width, chunk.remainder());
+  } else {  // a band is a row
+    i64 found[4], count = 0;
+    for (i64 row = 0; row < chunk.rows; ++row) {
+      if (!chunk.valid[row]) {
+        invalid(row * width, width);
+        if (row % (4 * RUN) == 4 * RUN - 1) flush();
+        continue;
+      }
+      found[count++] = row * width;
+      if (count < 4) continue;
+      four(found[0], found[1], found[2], found[3]);
+      after_set();
+      count = 0;
+    }
+    for (i64 i = 0; i < count; ++i) one(found[i], width);
+  }
+  flush();
+}
+
+// Add a band's sums over its rows to `out`, one value for each channel; clear them.
+inline void add_rows(float* sums, i64 width, i64 channels, double* out) {
+  for (i64 begin = 0; begin < width; begin += channels) {
+    for (i64 c = 0; c < channels; ++c) {
+      out[c] += sums[begin + c];
+      sums[begin + c] = 0;
+    }
+  }
+}
+
+// Copy the first row of a band to its other rows.
+inline void repeat_row(float* table, i64 width, i64 channels) {
+  for (i64 i = channels; i < width; ++i) table[i] = table[i - channels];
+}
+
+// Statistics ---------------------------------------------------------------------------------------
+
+// The buffers of one thread.
+struct Buffers {
+  float *one, *two, *three;  // tables
+  double *sums, *squares;    // of each channel
+};
+
+template <class X>
+void add_moments(const X* x, i64 n, const float* centre, float* total, float* squares) {
+  each(n, [&](i64 i, auto lanes) {
+    const F d = load(x + i, lanes) - load(centre + i, lanes);
+    store(total + i, load(total + i, lanes) + d, lanes);
+    store(squares + i, load(squares + i, lanes) + d * d, lanes);
+  });
+}
+
+template <class X>
+void add_moments_of_four(
+    const X* x, i64 a, i64 b, i64 c, i64 d, i64 n, const float* centre, float* total, float* squares) {
+  each(n, [&](i64 i, auto lanes) {
+    const F k = load(centre + i, lanes);
+    const F e = load(x + a + i, lanes) - k, f = load(x + b + i, lanes) - k;
+    const F g = load(x + c + i, lanes) - k, h = load(x + d + i, lanes) - k;
+    store(total + i, load(total + i, lanes) + ((e + f) + (g + h)), lanes);
+    store(squares + i, load(squares + i, lanes) + ((e * e + f * f) + (g * g + h * h)), lanes);
+  });
+}
+
+// Set the centres to the means of the first valid rows; return whether there are any.
+template <class X>
+bool set_centres(const Chunk<X>& chunk, float* centre, double* total) {
+  i64 rows = 0;
+  const i64 wanted = std::max<i64>(8, 4 * chunk.band_rows());
+  std::fill_n(total, chunk.channels, 0.0);
+  for (i64 row = 0; row < chunk.rows && rows < wanted; ++row) {
+    if (chunk.valid != nullptr && !chunk.valid[row]) continue;
+    const X* x = chunk.x + row * chunk.channels;
+    if (rows == 0) each(chunk.channels, [&](i64 i, auto lanes) { store(centre + i, load(x + i, lanes), lanes); });
+    for (i64 c = 0; c < chunk.channels; ++c) total[c] += scalar(x[c]) - centre[c];
+    ++rows;
+  }
+  if (rows == 0) return false;
+  for (i64 c = 0; c < chunk.channels; ++c) centre[c] += static_cast<float>(total[c] / static_cast<double>(rows));
+  repeat_row(centre, chunk.width, chunk.channels);
+  return true;
+}
+
+template <class X>
+void take_moments(const Chunk<X>& chunk, const Buffers& b) {
+  std::fill_n(b.two, chunk.width, 0.0f);
+  std::fill_n(b.three, chunk.width, 0.0f);
+  std::fill_n(b.sums, chunk.channels, 0.0);
+  std::fill_n(b.squares, chunk.channels, 0.0);
+  each_band(
+      chunk,
+      [&](i64 p, i64 q, i64 r, i64 s) {
+        add_moments_of_four(chunk.x, p, q, r, s, chunk.width, b.one, b.two, b.three);
+      },
+      [&](i64 at, i64 n) { add_moments(chunk.x + at, n, b.one, b.two, b.three); }, [](i64, i64) {},
+      [&] {
+        add_rows(b.two, chunk.width, chunk.channels, b.sums);
+        add_rows(b.three, chunk.width, chunk.channels, b.squares);
+      });
+}
+
+// Measure the groups of a chunk: mean and M2 of each; return the number of rows that count.
+template <class X>
+double measure_chunk(const Chunk<X>& chunk, const Shape& shape, const Buffers& b, double* found) {
+  const i64 valid = chunk.valid ? count_valid(chunk.valid, chunk.rows) : chunk.rows;
+  if (valid == 0 || !set_centres(chunk, b.one, b.sums)) return 0;
+  const double n = static_cast<double>(valid), inverse = 1 / n;
+  for (int attempt = 0; attempt < 2; ++attempt) {
+    take_moments(chunk, b);
+    bool poor = false;
+    for (i64 c = 0; c < chunk.channels; ++c) poor |= centre_is_poor(b.sums[c], b.sums[c] * inverse, b.squares[c]);
+    if (!poor || attempt == 1) break;
+    for (i64 c = 0; c < chunk.channels; ++c) b.one[c] += static_cast<float>(b.sums[c] * inverse);
+    repeat_row(b.one, chunk.width, chunk.channels);
+  }
+  for (i64 c = 0; c < chunk.channels; ++c) {
+    const double shift = b.sums[c] * inverse, m2 = b.squares[c] - b.sums[c] * shift;
+    b.sums[c] = b.one[c] + shift;
+    b.squares[c] = m2 < 0 ? 0 : m2;  // this comparison keeps NaN
+  }
+  for (i64 group = 0; group < shape.groups; ++group) {
+    const double *means = b.sums + group * shape.size, *m2s = b.squares + group * shape.size;
+    double shift = 0, m2 = 0;
+    for (i64 c = 1; c < shape.size; ++c) shift += means[c] - means[0];
+    const double mean = means[0] + shift / static_cast<double>(shape.size);
+    for (i64 c = 0; c < shape.size; ++c) m2 += m2s[c] + n * (means[c] - mean) * (means[c] - mean);
+    found[2 * group] = mean;
+    found[2 * group + 1] = m2;
+  }
+  return n;
+}
+
+// Merge the statistics of a chunk's groups, of `n` rows, into those before it, of `count` rows.
+inline void merge_chunk(const Shape& shape, double count, double n, const double* found, double* into) {
+  for (i64 group = 0; group < shape.groups; ++group) {
+    const double size = static_cast<double>(shape.size);
+    Statistics s = {count * size, into[2 * group], into[2 * group + 1]};
+    merge(s, n * size, found[2 * group], found[2 * group + 1]);
+    into[2 * group] = s.mean;
+    into[2 * group + 1] = s.m2;
+  }
+}
+
+// Turn a sample's means and M2, of `count` rows, into mean and 1 / standard deviation.
+template <class X>
+void finish_statistics(const Call& call, i64 sample, double count, double* statistics) {
+  const Shape& shape = call.shape;
+  const i64 channels = shape.channels();
+  const X* x = static_cast<const X*>(call.x) + sample * channels * shape.positions;
+  for (i64 group = 0; group < shape.groups; ++group) {
+    Statistics s = {0, 0, 0};
+    if (count > 0) {
+      s = {count * static_cast<double>(shape.size), statistics[2 * group], statistics[2 * group + 1]};
+      if (is_out_of_range(s.variance())) {
+        s = in_float64(x + group * shape.size, shape.positions, channels, shape.size, call.mask_of(sample), true);
+      }
+    }
+    statistics[2 * group] = s.mean;
+    statistics[2 * group + 1] = keep(call, sample * shape.groups + group, s);
+  }
+}
+
+// Normalizing --------------------------------------------------------------------------------------
+
+// Fill the tables that normalize a sample, given (mean, rstd) of each group.
+inline void set_tables(const Call& call, i64 sample, i64 width, const double* statistics, const Table& t) {
+  const Shape& shape = call.shape;
+  const i64 channels = shape.channels();
+  const float *scale = call.scale_of(sample), *bias = call.bias_of(sample);
+  for (i64 group = 0, c = 0; group < shape.groups; ++group) {
+    for (i64 i = 0; i < shape.size; ++i, ++c) {
+      const Affine a = affine(statistics[2 * group], statistics[2 * group + 1], at(scale, c, 1), at(bias, c, 0));
+      t.centres[c] = a.centre, t.factors[c] = a.factor, t.terms[c] = a.term;
+    }
+  }
+  for (float* table : {t.centres, t.factors, t.terms}) repeat_row(table, width, channels);
+}
+
+// Call `plain` with the offset and length of each band, `invalid` with those of masked-out rows.
+template <class X, class Plain, class Invalid>
+INLINE void each_band_once(const Chunk<X>& chunk, Plain plain, Invalid invalid) {
+  const i64 end = chunk.rows * chunk.channels;
+  for (i64 a = 0; a < end; a += chunk.width) {
+    if (chunk.valid == nullptr || chunk.valid[a / chunk.channels]) {
+      plain(a, std::min(chunk.width, end - a));
+    } else {
+      invalid(a, chunk.width);
+    }
+  }
+}
+
+template <class X, class Y>
+void normalize_chunk(const Call& call, const Chunk<X>& chunk, Y* y, const Table& t) {
+  each_band_once(
+      chunk, [&](i64 a, i64 n) { normalize(chunk.x + a, y + a, n, t, call.activation, call.past_cache()); },
+      [&](i64 a, i64 n) { normalize_masked(chunk.x + a, y + a, n, t, Invalid{}, call.activation); });
+  if (call.past_cache()) end_of_stream();
+}
+
+// What a thread processes, and with what.
+template <class X>
+struct Chunks {
+  const Call& call;
+  const Scratch& scratch;
+
+  i64 offset(i64 sample, i64 number) const {
+    return (sample * call.shape.positions + number * scratch.chunk_rows) * call.shape.channels();
+  }
+  Chunk<X> operator()(i64 sample, i64 number) const {
+    const i64 first = number * scratch.chunk_rows;
+    const std::uint8_t* mask = call.mask_of(sample);
+    return {static_cast<const X*>(call.x) + offset(sample, number), mask ? mask + first : nullptr,
+            std::min(scratch.chunk_rows, call.shape.positions - first), call.shape.channels(), scratch.width};
+  }
+};
+
+inline void given_statistics(const Call& call, i64 sample, double* statistics) {
+  for (i64 group = 0; group < call.shape.groups; ++group) {
+    statistics[2 * group] = call.mean[sample * call.shape.groups + group];
+    statistics[2 * group + 1] = call.rstd[sample * call.shape.groups + group];
+  }
+}
+
+template <class X, class Y>
+void channels_last_forward(const Call& call, Scratch& scratch, int part) {
+  const Shape& shape = call.shape;
+  const Chunks<X> chunks{call, scratch};
+  const i64 width = scratch.width, groups = shape.groups;
+  float* own = scratch.tables(part);
+  double* sums = scratch.channel_sums(part);
+  const Buffers buffers{own, own + width, own + 2 * width, sums, sums + shape.channels()};
+  const Table table{own, own + width, own + 2 * width};
+  Y* y = static_cast<Y*>(call.y);
+  double* statistics = scratch.thread_group_means(part);  // of a chunk, then of a sample
+
+  if (scratch.whole_samples) {
+    double* merged = scratch.thread_merged(part);
+    scratch.round(0).run(scratch.tasks, part, [&](i64 task) {
+      const i64 end = std::min((task + 1) * scratch.grain, shape.samples);
+      for (i64 sample = task * scratch.grain; sample < end; ++sample) {
+        if (call.stages & MEASURE) {
+          double count = 0;
+          std::fill_n(merged, 2 * groups, 0.0);
+          for (i64 number = 0; number < scratch.chunks; ++number) {
+            const double n = measure_chunk(chunks(sample, number), shape, buffers, statistics);
+            if (n > 0) merge_chunk(shape, count, n, statistics, merged);
+            count += n;
+          }
+          finish_statistics<X>(call, sample, count, merged);
+        } else {
+          given_statistics(call, sample, merged);
+        }
+        if (!(call.stages & NORMALIZE)) continue;
+        set_tables(call, sample, width, merged, table);
+        for (i64 number = 0; number < scratch.chunks; ++number) {
+          normalize_chunk(call, chunks(sample, number), y + chunks.offset(sample, number), table);
+        }
+      }
+    }, [] {});
+    return;
+  }
+  for (i64 sample = 0; sample < shape.samples; ++sample) {
+    double* shared = scratch.sample_statistics;
+    scratch.round(2 * sample).run(call.stages & MEASURE ? scratch.chunks : 1, part, [&](i64 number) {
+      if (!(call.stages & MEASURE)) return;
+      scratch.chunk_counts[number] =
+          measure_chunk(chunks(sample, number), shape, buffers, scratch.chunk_moments + number * 2 * groups);
+    }, [&] {
+      if (!(call.stages & MEASURE)) return given_statistics(call, sample, shared);
+      double count = 0;
+      std::fill_n(shared, 2 * groups, 0.0);
+      for (i64 number = 0; number < scratch.chunks; ++number) {
+        const double n = scratch.chunk_counts[number];
+        if (n > 0) merge_chunk(shape, count, n, scratch.chunk_moments + number * 2 * groups, shared);
+        count += n;
+      }
+      finish_statistics<X>(call, sample, count, shared);
+    });
+    if (!(call.stages & NORMALIZE)) continue;
+    bool ready = false;
+    scratch.round(2 * sample + 1).run(scratch.chunks, part, [&](i64 number) {
+      if (!ready) set_tables(call, sample, width, shared, table);
+      ready = true;
+      normalize_chunk(call, chunks(sample, number), y + chunks.offset(sample, number), table);
+    }, [] {});
+  }
+}
+
+// Backward -----------------------------------------------------------------------------------------
+
+template <Activation A, class X, class Y>
+INLINE void add_products(
+    const X* x, const Y* dy, i64 n, const Table& t, float* total, float* weighted) {
+  each(n, [&](i64 i, auto lanes) {
+    const F d = load(x + i, lanes) - t.centre(i, lanes);
+    const F g = activation_vjp<A>(d * t.factor(i, lanes) + t.term(i, lanes), load(dy + i, lanes));
+    store(total + i, load(total + i, lanes) + g, lanes);
+    store(weighted + i, load(weighted + i, lanes) + g * d, lanes);
+  });
+}
+
+template <Activation A, class X, class Y>
+INLINE void add_products_of_four(
+    const X* x, const Y* dy, const i64 (&at)[4], i64 n, const Table& t, float* total, float* weighted) {
+  each(n, [&](i64 i, auto lanes) {
+    const F centre = t.centre(i, lanes), factor = t.factor(i, lanes), term = t.term(i, lanes);
+    F d[4], g[4];
+    for (int k = 0; k < 4; ++k) {
+      d[k] = load(x + at[k] + i, lanes) - centre;
+      g[k] = activation_vjp<A>(d[k] * factor + term, load(dy + at[k] + i, lanes));
+    }
+    store(total + i, load(total + i, lanes) + ((g[0] + g[1]) + (g[2] + g[3])), lanes);
+    const F products = (g[0] * d[0] + g[1] * d[1]) + (g[2] * d[2] + g[3] * d[3]);
+    store(weighted + i, load(weighted + i, lanes) + products, lanes);
+  });
+}
+
+template <Activation A, class X, class Y>
+INLINE void add_products_of_invalid(
+    const X* x, const Y* dy, i64 n, const Table& t, float* total, float* weighted) {
+  each(n, [&](i64 i, auto lanes) {
+    F value;
+    const F d = masked_deviation<X, decltype(lanes), Table, Invalid>(x, i, lanes, t, I{}, &value);
+    const F g = activation_vjp<A>(d * t.factor(i, lanes) + t.term(i, lanes), load(dy + i, lanes));
+    store(total + i, load(total + i, lanes) + g, lanes);
+    store(weighted + i, load(weighted + i, lanes) + g * d, lanes);
+  });
+}
+
+// Sum g = `activation_vjp` of dy, and g * (x - centre), over each channel of a chunk.
+template <class X, class Y>
+void sum_products(const Call& call, const Chunk<X>& chunk, const Y* dy, const Table& t, const Buffers& b) {
+  std::fill_n(b.one, chunk.width, 0.0f);
+  std::fill_n(b.two, chunk.width, 0.0f);
+  std::fill_n(b.sums, chunk.channels, 0.0);
+  std::fill_n(b.squares, chunk.channels, 0.0);
+  with_activation(call.activation, [&](auto a) {
+    each_band(
+        chunk,
+        [&](i64 p, i64 q, i64 r, i64 s) {
+          add_products_of_four<a()>(chunk.x, dy, {p, q, r, s}, chunk.width, t, b.one, b.two);
+        },
+        [&](i64 at, i64 n) { add_products<a()>(chunk.x + at, dy + at, n, t, b.one, b.two); },
+        [&](i64 at, i64 n) { add_products_of_invalid<a()>(chunk.x + at, dy + at, n, t, b.one, b.two); },
+        [&] {
+          add_rows(b.one, chunk.width, chunk.channels, b.sums);
+          add_rows(b.two, chunk.width, chunk.channels, b.squares);
+        });
+  });
+}
+
+// Turn the sums of a sample, of g and g * (x - centre), into those of g and g * xhat, and into the
+// means of scale times them over each group.
+inline void finish_sums(const Call& call, i64 sample, double* total, double* weighted, double* means) {
+  const Shape& shape = call.shape;
+  const float* scale = call.scale_of(sample);
+  for (i64 group = 0; group < shape.groups; ++group) {
+    const i64 k = sample * shape.groups + group;
+    const double mean = call.mean[k], rstd = call.rstd[k], share = call.inv_count[k];
+    const double rest = mean - static_cast<double>(static_cast<float>(mean));
+    double p = 0, q = 0;
+    for (i64 c = group * shape.size; c < (group + 1) * shape.size; ++c) {
+      weighted[c] = (weighted[c] - rest * total[c]) * rstd;
+      p += at(scale, c, 1) * total[c] * share;
+      q += at(scale, c, 1) * weighted[c] * share;
+    }
+    means[2 * group] = p, means[2 * group + 1] = q;
+  }
+}
+
+inline void given_means(const Call& call, i64 sample, double* means) {
+  for (i64 group = 0; group < call.shape.groups; ++group) {
+    means[2 * group] = call.sum_dy[sample * call.shape.groups + group];
+    means[2 * group + 1] = call.sum_dy_xhat[sample * call.shape.groups + group];
+  }
+}
+
+inline void set_gradient_tables(
+    const Call& call, i64 sample, i64 width, const double* means, const ThroughTable& t) {
+  const Shape& shape = call.shape;
+  for (i64 group = 0, c = 0; group < shape.groups; ++group) {
+    const i64 k = sample * shape.groups + group;
+    const Through found = through(call.mean[k], call.rstd[k], means[2 * group], means[2 * group + 1]);
+    for (i64 i = 0; i < shape.size; ++i, ++c) {
+      t.rstds[c] = found.rstd, t.slopes[c] = found.slope, t.offsets[c] = found.offset;
+    }
+  }
+  for (float* table : {t.rstds, t.slopes, t.offsets}) repeat_row(table, width, shape.channels());
+}
+
+template <class X, class Y>
+void write_gradient(
+    const Call& call, const Chunk<X>& chunk, const Y* dy, X* dx, const Table& t, const ThroughTable& through) {
+  each_band_once(
+      chunk,
+      [&](i64 a, i64 n) { input_gradient(chunk.x + a, dy + a, dx + a, n, t, through, call.activation); },
+      [&](i64 a, i64 n) {
+        input_gradient_masked(chunk.x + a, dy + a, dx + a, n, t, through, Invalid{}, call.activation);
+      });
+}
+
+template <class X, class Y>
+void channels_last_backward(const Call& call, Scratch& scratch, int part) {
+  const Shape& shape = call.shape;
+  const Chunks<X> chunks{call, scratch};
+  const i64 width = scratch.width, channels = shape.channels();
+  float* own = scratch.tables(part);
+  double* sums = scratch.channel_sums(part);
+  const Table table{own, own + width, own + 2 * width};
+  // Tables of the sums first, then of the factors.
+  const Buffers buffers{own + 3 * width, own + 4 * width, own + 5 * width, sums, sums + channels};
+  const ThroughTable through{own + 3 * width, own + 4 * width, own + 5 * width};
+  const Y* dy = static_cast<const Y*>(call.dy);
+  X* dx = static_cast<X*>(call.y);
+  double* statistics = scratch.thread_group_means(part);
+  const auto set_normalizing = [&](i64 sample) {
+    given_statistics(call, sample, statistics);
+    set_tables(call, sample, width, statistics, table);
+  };
+  const auto sum = [&](i64 sample, i64 number) {
+    sum_products(call, chunks(sample, number), dy + chunks.offset(sample, number), table, buffers);
+  };
+  const auto write = [&](i64 sample, i64 number) {
+    const i64 at = chunks.offset(sample, number);
+    write_gradient(call, chunks(sample, number), dy + at, dx + at, table, through);
+  };
+
+  if (scratch.whole_samples) {
+    double *total = scratch.thread_totals(part), *weighted = total + channels;
+    double* means = scratch.thread_merged(part);
+    scratch.round(0).run(scratch.spans, part, [&](i64 span) {
+      for (i64 sample = scratch.first_sample(span); sample < scratch.end_sample(span); ++sample) {
+        set_normalizing(sample);
+        if (call.stages & SUM) {
+          std::fill_n(total, 2 * channels, 0.0);
+          for (i64 number = 0; number < scratch.chunks; ++number) {
+            sum(sample, number);
+            for (i64 c = 0; c < 2 * channels; ++c) total[c] += sums[c];
+          }
+          finish_sums(call, sample, total, weighted, means);
+          for (i64 c = 0; c < channels; ++c) scratch.add_sums(call, sample, span, c, total[c], weighted[c]);
+        } else {
+          given_means(call, sample, means);
+        }
+        if (!(call.stages & INPUT_GRADIENT)) continue;
+        set_gradient_tables(call, sample, width, means, through);
+        for (i64 number = 0; number < scratch.chunks; ++number) write(sample, number);
+      }
+    }, [&] { scratch.add_spans(call, channels); });
+    return;
+  }
+  for (i64 sample = 0; sample < shape.samples; ++sample) {
+    bool ready = false;
+    const auto prepare = [&] {
+      if (!ready) set_normalizing(sample);
+      ready = true;
+    };
+    double* means = scratch.group_means;
+    scratch.round(2 * sample).run(call.stages & SUM ? scratch.chunks : 1, part, [&](i64 number) {
+      if (!(call.stages & SUM)) return;
+      prepare();
+      sum(sample, number);
+      float* found = scratch.chunk_sums + number * 2 * channels;
+      for (i64 c = 0; c < 2 * channels; ++c) found[c] = static_cast<float>(sums[c]);
+    }, [&] {
+      if (!(call.stages & SUM)) return given_means(call, sample, means);
+      double *total = scratch.sample_sums, *weighted = total + channels;
+      std::fill_n(total, 2 * channels, 0.0);
+      for (i64 number = 0; number < scratch.chunks; ++number) {
+        for (i64 c = 0; c < 2 * channels; ++c) total[c] += scratch.chunk_sums[number * 2 * channels + c];
+      }
+      finish_sums(call, sample, total, weighted, means);
+      scratch.add_to_batch(call, sample, total, weighted);
+    });
+    if (!(call.stages & INPUT_GRADIENT)) continue;
+    bool gradient_ready = false;
+    scratch.round(2 * sample + 1).run(scratch.chunks, part, [&](i64 number) {
+      prepare();
+      if (!gradient_ready) set_gradient_tables(call, sample, width, means, through);
+      gradient_ready = true;
+      write(sample, number);
+    }, [] {});
+  }
+}
+
+}  // namespace GROUPNORM_ISA
+}  // namespace groupnorm

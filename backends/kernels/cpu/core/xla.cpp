@@ -1,0 +1,1 @@
+namespace groupnorm { void* xla_handler() { return nullptr; } }

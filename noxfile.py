@@ -21,7 +21,7 @@ LOWEST = [
 ]
 MAX_TEST_PROCESSES = 4  # each imports every framework, which takes about 1 GB
 QUIET_SKIPS = ("-r", "fE")  # do not report skips where backends are excluded on purpose
-PURE_BACKENDS = "numpy,array_api_strict"  # installed in seconds, and without compilation
+PURE_BACKENDS = "numpy,array_api_strict"  # installed in seconds
 # The kernels' own tests, and the tests whose PyTorch rows Triton's kernels must pass.
 INTERPRETED = [
     "tests/kernels/test_gpu_interpreted.py",
@@ -123,7 +123,7 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def examples(session: nox.Session) -> None:
     """Run the examples of statistics shared over devices or tiles, or those named in posargs."""
-    install_models(session, *group("demo"), "numba>=0.61")
+    install_models(session, *group("demo"))
     names = ("tiled_image", "spatial_parallel_training", "tiled_vae")
     for script in session.posargs or [f"examples/{name}.py" for name in names]:
         session.run("python", script)
@@ -132,7 +132,6 @@ def examples(session: nox.Session) -> None:
 @nox.session
 def quick(session: nox.Session) -> None:
     """Run the fast tests on NumPy and array-api-strict in a minute, for use while editing."""
-    # Without numba, whose compilations take minutes, only the portable implementation is used.
     install(session, *group("runner"), *group("pure"))
     session.install("-e", ".")
     pytest(session, "--backends", f"{PURE_BACKENDS},toy", "-m", "not slow", *QUIET_SKIPS)
@@ -163,7 +162,7 @@ def tests(session: nox.Session) -> None:
 @nox.session
 def models(session: nox.Session) -> None:
     """Run the tests on models of diffusers, transformers and timm, and with other tools."""
-    install_models(session, *group("runner"), *group("pure"), *group("examples"), "numba>=0.61")
+    install_models(session, *group("runner"), *group("pure"), *group("examples"))
     # One process: it takes two minutes, and the packages take long to import.
     session.run("python", "-m", "pytest", "tests/models", *session.posargs)
 

@@ -1,6 +1,9 @@
 """All checks and tasks of this repository: `nox -l` lists them, `nox -s NAME -- ARGS` runs one."""
 
+import os
+import re
 import shutil
+import sys
 import tarfile
 from pathlib import Path
 
@@ -18,7 +21,7 @@ LOWEST = [
 ]
 MAX_TEST_PROCESSES = 4  # each imports every framework, which takes about 1 GB
 QUIET_SKIPS = ("-r", "fE")  # do not report skips where backends are excluded on purpose
-PURE_BACKENDS = "numpy,array_api_strict"  # installed in seconds, and without compilation
+PURE_BACKENDS = "numpy,array_api_strict"  # installed in seconds
 # The kernels' own tests, and the tests whose PyTorch rows Triton's kernels must pass.
 INTERPRETED = [
     "tests/kernels/test_gpu_interpreted.py",
@@ -36,8 +39,27 @@ ANY_DEVICES = [
     "tests/peers",
     *(f"tests/jax/test_{name}.py" for name in ("cpu_kernels", "internals", "primitives")),
 ]
-PACKAGES = ("groupnorm", "backends")  # removed from the sdist, so that the wheel is tested
-PLUGIN = "pytest_groupnorm.py"  # likewise
+# Removed from copies of the repository, so that what is installed is tested.
+SOURCES = ("groupnorm", "backends", "pytest_groupnorm.py")
+# The libraries of sanitizers, which must be loaded first, their options, and what runs under them.
+SANITIZERS = {
+    "address,undefined": (
+        ("libasan.so", "libubsan.so", "libstdc++.so"),  # the last so that exceptions are seen
+        # Python keeps much until its end, on purpose.
+        {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1"},
+        [
+            "kernels",
+            "portable/test_accuracy.py",
+            "portable/test_layouts.py",
+            "portable/test_masks.py",
+        ],
+    ),
+    "thread": (
+        ("libtsan.so",),
+        {"TSAN_OPTIONS": "ignore_noninstrumented_modules=1:halt_on_error=1"},  # ours alone
+        ["kernels/test_cpu_threads.py"],
+    ),
+}
 
 
 def group(name: str) -> list[str]:
@@ -57,6 +79,14 @@ def pytest(session: nox.Session, *arguments: str, **options) -> None:
     """Run pytest on all cores (up to a limit), unless posargs specify otherwise."""
     parallel = ("-n", "auto", "--maxprocesses", str(MAX_TEST_PROCESSES))
     session.run("python", "-m", "pytest", *parallel, *arguments, *session.posargs, **options)
+
+
+def repository_without_sources(session: nox.Session) -> Path:
+    """Return a copy of the repository whose tests import the installed package."""
+    folder = Path(session.create_tmp()).resolve() / "repository"
+    shutil.rmtree(folder, ignore_errors=True)
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", *SOURCES)
+    return Path(shutil.copytree(".", folder, ignore=ignored))
 
 
 def cuda_plugin(session: nox.Session) -> str:
@@ -93,7 +123,7 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def examples(session: nox.Session) -> None:
     """Run the examples of statistics shared over devices or tiles, or those named in posargs."""
-    install_models(session, *group("demo"), "numba>=0.61")
+    install_models(session, *group("demo"))
     names = ("tiled_image", "spatial_parallel_training", "tiled_vae")
     for script in session.posargs or [f"examples/{name}.py" for name in names]:
         session.run("python", script)
@@ -102,7 +132,6 @@ def examples(session: nox.Session) -> None:
 @nox.session
 def quick(session: nox.Session) -> None:
     """Run the fast tests on NumPy and array-api-strict in a minute, for use while editing."""
-    # Without numba, whose compilations take minutes, only the portable implementation is used.
     install(session, *group("runner"), *group("pure"))
     session.install("-e", ".")
     pytest(session, "--backends", f"{PURE_BACKENDS},toy", "-m", "not slow", *QUIET_SKIPS)
@@ -133,7 +162,7 @@ def tests(session: nox.Session) -> None:
 @nox.session
 def models(session: nox.Session) -> None:
     """Run the tests on models of diffusers, transformers and timm, and with other tools."""
-    install_models(session, *group("runner"), *group("pure"), *group("examples"), "numba>=0.61")
+    install_models(session, *group("runner"), *group("pure"), *group("examples"))
     # One process: it takes two minutes, and the packages take long to import.
     session.run("python", "-m", "pytest", "tests/models", *session.posargs)
 
@@ -158,10 +187,31 @@ def mutants(session: nox.Session) -> None:
 def minimal(session: nox.Session) -> None:
     """Import and test with only NumPy and array-api-compat, in the oldest supported versions."""
     install(session, *LOWEST, *group("runner"))
-    session.install("-e", ".")
-    session.run("python", "tests/programs/check_minimal.py")
-    session.run("python", "-m", "groupnorm", "--json")
-    pytest(session, "--backends", "numpy", *QUIET_SKIPS)
+    # Without the compiled core, which other sessions may have built in the checkout.
+    session.install(".", env={"GROUPNORM_BUILD_CORE": "0"})
+    with session.chdir(repository_without_sources(session)):
+        session.run("python", "tests/programs/check_minimal.py")
+        session.run("python", "-m", "groupnorm", "--json")
+        pytest(session, "--backends", "numpy", *QUIET_SKIPS)
+
+
+@nox.session
+def sanitize(session: nox.Session) -> None:
+    """Run the kernels' tests with gcc's sanitizers: addresses, undefined behaviour, threads."""
+    install(session, *group("runner"), *group("pure"))
+    compiler = os.environ.get("CXX", "g++")
+    for sanitizers, (libraries, options, tests) in SANITIZERS.items():
+        build = {"GROUPNORM_SANITIZE": sanitizers, "GROUPNORM_BUILD_CORE": "1", "CXX": compiler}
+        session.install(".", env=build)
+        files = [
+            session.run(compiler, f"-print-file-name={name}", silent=True, external=True).strip()
+            for name in libraries
+        ]
+        # With Python's own allocator, few errors at the end of an array would be seen.
+        env = {"LD_PRELOAD": " ".join(files), "PYTHONMALLOC": "malloc", **options}
+        chosen = session.posargs or [f"tests/{name}" for name in tests]
+        with session.chdir(repository_without_sources(session)):
+            session.run("python", "-m", "pytest", "--backends", PURE_BACKENDS, *chosen, env=env)
 
 
 @nox.session
@@ -172,11 +222,19 @@ def wheel(session: nox.Session) -> None:
     session.install("build")
     folder = Path(session.create_tmp()).resolve()
     shutil.rmtree(folder)
-    session.run(
-        "python", "-m", "build", "--outdir", str(folder), silent=True
-    )  # the wheel from the sdist
+    # The wheel is built from the sdist, and not without its compiled core.
+    command = ("python", "-m", "build", "--outdir", str(folder))
+    session.run(*command, silent=True, env={"GROUPNORM_BUILD_CORE": "1"})
     [built] = folder.glob("*.whl")
     [sdist] = folder.glob("*.tar.gz")
+    if "-cp311-abi3-" not in built.name:
+        session.error(f"{built.name} is not for the stable ABI of Python 3.11")
+    if sys.platform == "linux":
+        session.install("auditwheel")
+        shown = session.run("auditwheel", "show", str(built), silent=True)
+        session.log(shown)
+        if not re.search(r'platform\s+tag:\s+"(many|musl)linux', shown):
+            session.error("the compiled core needs libraries that not every Linux has, see above")
 
     install(session, *group("runner"), *group("pure"), f"{built}[cli,jax]")
     session.install("--force-reinstall", "--no-deps", str(built))
@@ -184,9 +242,9 @@ def wheel(session: nox.Session) -> None:
     with tarfile.open(sdist) as archive:
         archive.extractall(folder, filter="data")
     outside = folder / sdist.name.removesuffix(".tar.gz")
-    for package in PACKAGES:
-        shutil.rmtree(outside / package)
-    (outside / PLUGIN).unlink()
+    for name in SOURCES:
+        path = outside / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     with session.chdir(outside):
         version = PYPROJECT["project"]["version"]
         session.run("python", "tests/programs/check_wheel.py", version)

@@ -35,9 +35,7 @@ ASK = (
 
 
 def main(only: list[str]) -> int:
-    # Without compiled kernels the CPU kernels run as Python, and NumPy uses the portable code.
-    os.environ["NUMBA_DISABLE_JIT"] = "1"
-    for library in ("numba", "hypothesis", "array_api_compat", "ml_dtypes", "pytest"):
+    for library in ("hypothesis", "array_api_compat", "ml_dtypes", "pytest"):
         importlib.import_module(library)
     gc.freeze()  # children need not look at all of this
     settings = tomllib.loads((HERE / "targets.toml").read_text())
@@ -45,7 +43,7 @@ def main(only: list[str]) -> int:
     failed = False
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, "copy")
-        ignored = shutil.ignore_patterns(".*", "__pycache__")
+        ignored = shutil.ignore_patterns(".*", "__pycache__", "build")
         shutil.copytree(ROOT, copy, symlinks=True, ignore=ignored)
         os.chdir(copy)
         sys.path.insert(0, str(copy))

@@ -8,7 +8,6 @@ HEAVY = (
     "jaxlib",
     "torch",
     "cupy",
-    "numba",
     "triton",
     "flax",
     "dask",

@@ -24,6 +24,10 @@ def main(version: str) -> str | None:
         }
         == {"groupnorm", "pytest_groupnorm.py"},
         "py.typed is there": resources.files("groupnorm").joinpath("py.typed").is_file(),
+        "the compiled core is there": any(Path(f).match("cpu/_core.*") for f in files),
+        "neither its sources nor a report of its build are": not any(
+            f.endswith((".cpp", ".hpp", "build_error.txt")) for f in files
+        ),
         "the license is there": any(file.endswith("licenses/LICENSE") for file in files),
         f"the version is {version}": metadata.version("groupnorm") == version,
         "__version__ agrees": getattr(groupnorm, "__version__", version) == version,

@@ -52,6 +52,9 @@ class Kernels:
         Why there are none; returned for every call. Subclasses override all methods.
     """
 
+    #: Whether they may take parameters that have a row for each sample, (N, C).
+    takes_rows = False
+
     def __init__(self, why_none: str = "") -> None:
         self._why_none = why_none
 

@@ -199,6 +199,10 @@ def compute_local(
 ) -> "Array":
     """Normalize as `compute` does, for an array whose type describes no sharding."""
     if is_per_sample(x, scale, bias, options):
+        if _kernels_take_rows(adapter, options):
+            result = adapter.kernels.forward(x, scale, bias, mask, options)
+            if not isinstance(result, Unsupported):
+                return result
         call = PerSample.of(adapter, x, scale, bias, mask, options)
         calls = call.ordinary(mask)
         if calls is not None:
@@ -228,7 +232,12 @@ def compute_with_pullback(
     adapter: Adapter, x: "Array", scale: "Array", bias: "Array", mask: Any, options: "CallOptions"
 ) -> "tuple[Array, Callable[[Array], Gradients]]":
     """Normalize as `compute` does, and return the pullback as well."""
+    result: Any
     if is_per_sample(x, scale, bias, options) and not adapter.is_sharded(x):
+        if _kernels_take_rows(adapter, options):
+            result = adapter.kernels.vjp(x, scale, bias, mask, options)
+            if not isinstance(result, Unsupported):
+                return result  # type: ignore[no-any-return]
         call = PerSample.of(adapter, x, scale, bias, mask, options)
         calls = call.ordinary(mask)
         if calls is not None:
@@ -244,7 +253,6 @@ def compute_with_pullback(
     wanted = options.implementation
     if wanted == "portable" or adapter.is_sharded(x):
         return adapter.run(group_norm_vjp, x, scale, bias, mask, options)
-    result: Any
     if wanted == "native":
         result = Unsupported("the library's own group normalization comes without a pullback")
     elif options.axis_name is not None:
@@ -256,6 +264,12 @@ def compute_with_pullback(
     if wanted is not None:
         _refuse(result, adapter, x, scale, bias, mask, options)
     return adapter.run(group_norm_vjp, x, scale, bias, mask, options)
+
+
+def _kernels_take_rows(adapter: Adapter, options: "CallOptions") -> bool:
+    """Whether kernels may compute a call whose parameters have a row for each sample."""
+    wanted = options.implementation in (None, "fused") and options.axis_name is None
+    return wanted and adapter.kernels.takes_rows
 
 
 _REPLICAS = Unsupported("statistics of replicas are pooled by the portable implementation")

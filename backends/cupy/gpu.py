@@ -127,7 +127,7 @@ def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: CallO
         bound = bind(
             work, scale, bias, mask,
             lambda given, work: _flat_mask(adapter, given, work),
-            lambda given, neutral, work: _parameter(given),
+            lambda given: _parameter(given),
         )  # fmt: skip
         if isinstance(bound, Unsupported):
             return bound

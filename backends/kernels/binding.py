@@ -16,6 +16,7 @@ class Bound(NamedTuple):
     scale: Any
     bias: Any
     mask: Any  # as `layout.flat_mask` returns it; None without a mask
+    rows: bool  # whether scale and bias have a row for each sample
 
 
 def bind(
@@ -24,7 +25,7 @@ def bind(
     bias: Any,
     mask: Any,
     to_mask: Callable[[Any, Any], Any],
-    to_parameter: Callable[[Any, float, Any], Any],
+    to_parameter: Callable[[Any], Any],
 ) -> Bound | Unsupported:
     """Check a call's arrays against its planned work, and convert them to what kernels read.
 
@@ -37,15 +38,18 @@ def bind(
     to_mask : callable
         Called with a mask and the work; returns `layout.flat_mask` of it, or `Unsupported`.
     to_parameter : callable
-        Called with a parameter or None, its neutral value and the work.
+        Called with a parameter or None.
     """
     if isinstance(work, Unsupported):
         return work
+    rows = False
     shapes = work.parameter_shapes
     if (scale is not None and scale.shape not in shapes) or (
         bias is not None and bias.shape not in shapes
     ):
-        return Unsupported("a parameter does not have the shape of the feature axes")
+        rows, shapes = True, work.row_shapes
+        if not all(a is None or a.shape in shapes for a in (scale, bias)):
+            return Unsupported("a parameter does not have the shape of the feature axes")
     if mask is not None:
         try:
             mask = to_mask(mask, work)
@@ -53,4 +57,4 @@ def bind(
             return Unsupported(str(error))
         if isinstance(mask, Unsupported):
             return mask
-    return Bound(work, to_parameter(scale, 1.0, work), to_parameter(bias, 0.0, work), mask)
+    return Bound(work, to_parameter(scale), to_parameter(bias), mask, rows)

@@ -47,6 +47,14 @@ class MemoryLayout(NamedTuple):
     feature_shape: tuple[int, ...]
 
     @property
+    def row_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of parameters with a row for each sample; none if samples are not the batch."""
+        if self.plan.kept_axes != {0} or (self.order is not None and self.order[0] != 0):
+            return ()
+        samples, channels = self.shape[0], self.grouped.channels
+        return (samples, *self.feature_shape), (samples, channels)
+
+    @property
     def inverse(self) -> tuple[int, ...]:
         """The permutation from memory order back to x's order."""
         order = self.order or ()
@@ -59,11 +67,6 @@ class KernelDtypes(NamedTuple):
     x: str
     result: str
     result_dtype: Any  # the result's, as the library's object
-
-    @property
-    def float16(self) -> bool:
-        """Whether float16 must be converted."""
-        return "float16" in (self.x, self.result)
 
 
 class _Typed(NamedTuple):

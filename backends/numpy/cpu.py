@@ -9,7 +9,7 @@ from groupnorm.adapter import Kernels, Unsupported
 from groupnorm.arguments import CallOptions
 from groupnorm.backends.kernels.binding import bind
 from groupnorm.backends.kernels.cpu import availability
-from groupnorm.backends.kernels.cpu.launch import Arrays, Saved, Work, address, planned
+from groupnorm.backends.kernels.cpu.launch import Arrays, Work, planned
 from groupnorm.backends.kernels.layout import flat_mask, in_memory, restored
 from groupnorm.errors import ArgumentTypeError
 from groupnorm.portable.inputs import HOST_MASKS, check_cotangent, host_mask
@@ -26,31 +26,33 @@ class _Call(NamedTuple):
     scale: Any  # float32, contiguous
     bias: Any
     mask: Any  # as `layout.flat_mask` returns it
+    rows: bool  # whether scale and bias have a row for each sample
 
     @property
     def arrays(self) -> Arrays:
-        """The arrays' addresses, as the kernels receive them."""
-        mask, size = (0, 0) if self.mask is None else (address(self.mask), self.mask.size)
-        return Arrays(address(self.x), address(self.scale), address(self.bias), mask, size)
+        """The arrays as the kernels receive them."""
+        return Arrays(_buffer(self.x), self.scale, self.bias, self.mask)
 
-    def forward(self, *, keep: bool) -> tuple[Any, Saved]:
+    def forward(self, *, keep: bool) -> tuple[Any, Any]:
         """Return y, which has x's memory layout, and the statistics for backward."""
         layout, dtypes = self.work.layout, self.work.dtypes
         y = np.empty(layout.plan.shape, dtypes.result_dtype)
-        saved = self.work.forward(self.arrays, address(y), (self, y), keep=keep)
+        saved = self.work.forward(self.arrays, _buffer(y), rows=self.rows, keep=keep)
         return restored(y, layout), saved
 
 
 class NumpyKernels(Kernels):
     """The CPU kernels, called with NumPy arrays."""
 
+    takes_rows = True
+
     def __init__(self, adapter: Any) -> None:
         super().__init__()
         self._adapter = adapter
 
     def why_unavailable(self, device: str) -> Unsupported | None:
-        """Return why kernels are unavailable: numba is missing, or cannot compile here."""
-        return availability.why_unavailable(float16=False)
+        """Return why kernels are unavailable: the compiled core is missing."""
+        return availability.why_unavailable()
 
     def forward(self, x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -> Any:
         """Return y, or `Unsupported`."""
@@ -63,13 +65,16 @@ class NumpyKernels(Kernels):
         if isinstance(call, Unsupported):
             return call
         # The caller may modify parameters in place before calling the pullback.
-        call = call._replace(scale=call.scale.copy(), bias=call.bias.copy())
+        call = call._replace(
+            scale=None if scale is None else call.scale.copy(),
+            bias=None if bias is None else call.bias.copy(),
+        )
         y, saved = call.forward(keep=True)
         return y, _pullback(self._adapter, call, saved, x, scale, bias)
 
 
 def _pullback(
-    adapter: Any, call: _Call, saved: Saved, x: Any, scale: Any, bias: Any
+    adapter: Any, call: _Call, saved: Any, x: Any, scale: Any, bias: Any
 ) -> Callable[[Any], Gradients]:
     def pullback(dy: Any) -> Gradients:
         if not adapter.is_array(dy):
@@ -82,10 +87,10 @@ def _pullback(
                 dy = dy.astype(np.float32)
         work, layout = call.work, call.work.layout
         dx, dy = np.empty(layout.plan.shape, x.dtype), in_memory(dy, layout, np)
-        dscale, dbias = np.empty((2, work.channels), np.float32)
+        dscale, dbias = np.empty((2, work.gradient_rows(rows=call.rows), work.channels), np.float32)
         work.backward(
-            saved, call.arrays, address(dy), dy.dtype.name, address(dx), address(dscale),
-            address(dbias), (call, dy, dx, dscale, dbias),
+            saved, call.arrays, _buffer(dy), dy.dtype.name, _buffer(dx), dscale, dbias,
+            rows=call.rows,
         )  # fmt: skip
         return Gradients(
             restored(dx, layout), _as_parameter(dscale, scale), _as_parameter(dbias, bias)
@@ -103,6 +108,11 @@ def _as_parameter(gradient: Any, parameter: Any) -> Any:
     return gradient.reshape(parameter.shape)
 
 
+def _buffer(a: Any) -> Any:
+    """Return an array whose buffer can be read: bfloat16 of ml_dtypes has none."""
+    return a.view(np.uint16) if a.dtype.kind == "V" else a
+
+
 def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -> Any:
     if type(x) is not np.ndarray or not x.dtype.isnative:
         return Unsupported(f"x is of type {type(x).__name__}, or not in native byte order")
@@ -116,7 +126,7 @@ def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: CallO
     if isinstance(bound, Unsupported):
         return bound
     x = in_memory(x, bound.work.layout, np)
-    return _Call(bound.work, x, bound.scale, bound.bias, bound.mask)
+    return _Call(bound.work, x, bound.scale, bound.bias, bound.mask, bound.rows)
 
 
 def _flat_mask(mask: Any, work: Work) -> Any:
@@ -125,7 +135,5 @@ def _flat_mask(mask: Any, work: Work) -> Any:
     return flat_mask(host_mask(mask), work.layout)
 
 
-def _flat_parameter(parameter: Any, neutral: float, work: Work) -> Any:
-    if parameter is None:
-        return availability.constant(neutral, work.channels)
-    return np.ascontiguousarray(parameter, np.float32)
+def _flat_parameter(parameter: Any) -> Any:
+    return None if parameter is None else np.ascontiguousarray(parameter, np.float32)

@@ -77,7 +77,7 @@ def traced(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Call
 _SEEN_THROUGH = "forward mode and torch.func's transforms must see the individual operations"
 
 
-# The compiler calls this and keeps the result, so it does not trace the import of numba. It guards
+# The compiler calls this and keeps the result, so it does not trace the import of the core. It guards
 # by itself on what the result depends on besides the arguments: transforms and forward mode.
 @assume_constant
 def _why_unavailable(device: Any, x: Any, scale: Any, bias: Any, dtype: str | None) -> str:
@@ -88,7 +88,7 @@ def _why_unavailable(device: Any, x: Any, scale: Any, bias: Any, dtype: str | No
     found = kernel_dtypes(adapter_named("torch"), x, scale, bias, options)
     if isinstance(found, Unsupported):
         return found.reason
-    why = kernels.engine_for(device).why_unavailable(device, found.float16)
+    why = kernels.engine_for(device).why_unavailable(device)
     return "" if why is None else why.reason
 
 

@@ -37,7 +37,7 @@ class Call(NamedTuple):
         """Return the call with other parameters; all tensors must be plain ones."""
         bound = bind(
             self.work, scale, bias, None, lambda given, work: None,
-            lambda given, neutral, work: _parameter(self.adapter, given, x),
+            lambda given: _parameter(self.adapter, given, x),
         )  # fmt: skip
         if isinstance(bound, Unsupported):
             return bound
@@ -49,7 +49,7 @@ class Call(NamedTuple):
             return None
         return unflat_mask(self.mask.view(torch.bool), self.work.layout)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor, *, keep: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
         """Return y, which has x's memory layout, and the statistics for backward."""
         layout, shape = self.work.layout, self.work.shape
         given, y = in_memory(x, layout), like(x, layout, self.work.dtypes.result_dtype)
@@ -100,7 +100,7 @@ class Call(NamedTuple):
 class GpuEngine:
     """The GPU kernels, called with tensors."""
 
-    def why_unavailable(self, device: torch.device, float16: bool = False) -> Unsupported | None:
+    def why_unavailable(self, device: torch.device) -> Unsupported | None:
         """Return why kernels cannot run on a device; None if they can. The first call probes it."""
         if device.type != "cuda":
             return Unsupported(f"there are no kernels for PyTorch tensors on {device.type}")
@@ -125,7 +125,7 @@ class GpuEngine:
         bound = bind(
             work, scale, bias, mask,
             lambda given, work: _flat_mask(adapter, given, x, work),
-            lambda given, neutral, work: _parameter(adapter, given, x),
+            lambda given: _parameter(adapter, given, x),
         )  # fmt: skip
         if isinstance(bound, Unsupported):
             return bound

@@ -40,12 +40,14 @@ class TorchKernels(Kernels):
         Called instead while torch.compile traces: `custom_op.traced`.
     """
 
+    takes_rows = True
+
     def __init__(self, adapter: Any, traced: Callable[..., Any]) -> None:
         super().__init__()
         self._adapter, self._traced = adapter, traced
 
     def why_unavailable(self, device: str) -> Unsupported | None:
-        """Return why kernels are unavailable: a CPU needs numba, an NVIDIA GPU Triton."""
+        """Return why kernels are unavailable: a CPU needs the compiled core, an NVIDIA GPU Triton."""
         where = torch.device(device)
         return engine_for(where).why_unavailable(where)
 
@@ -187,7 +189,7 @@ def _gradients(
 def _differentiable(call: Any, x: Any, scale: Any, bias: Any) -> Any:
     """Compute a bound call; autograd can differentiate the result."""
     if not requires_grad(x, scale, bias):
-        return call.forward(x)[0]
+        return call.forward(x, keep=False)[0]
     # Autograd saves tensors only.
     kept = _NO_CONSTANTS
     if isinstance(scale, np.ndarray) or isinstance(bias, np.ndarray):

@@ -35,6 +35,11 @@ class Work(NamedTuple):
         """The shapes that parameters may have."""
         return self.layout.feature_shape, (self.shape.channels,)
 
+    @property
+    def row_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of parameters with a row for each sample: these kernels support none."""
+        return ()
+
     def forward(
         self, mask_elements: int, scale: bool, bias: bool, waves: bool
     ) -> gpu.LaunchSequence:

@@ -25,7 +25,7 @@ enum Stages : int {
   BACKWARD = SUM | INPUT_GRADIENT,
 };
 
-constexpr i64 PAST_CACHE = 1 << 25;
+constexpr i64 PAST_CACHE = 3 << 22;
 
 struct Shape {
   i64 samples, groups, size, positions;  // size: channels of a group

@@ -85,21 +85,16 @@ Sums products(
     const X* x, const Y* dy, i64 n, const Same& p, const std::uint8_t* mask, Activation activation) {
   F total[4] = {}, weighted[4] = {};
   with_activation(activation, [&](auto a) {
-    const auto body = [&](i64 i, auto lanes, int k, F d) {
-      const F z = d * p.factor_ + p.term_;
-      const F g = select(below(lanes), activation_vjp<a()>(z, load(dy + i, lanes)), F{});
+    const auto add = [&](i64 i, auto lanes, int k, const Element& e) {
+      const F g = select(below(lanes), activation_vjp<a()>(e.z, load(dy + i, lanes)), F{});
       total[k] += g;
-      weighted[k] += g * d;
+      weighted[k] += g * e.deviation;
     };
     if (mask == nullptr) {
-      each_by_four(n, [&](i64 i, auto lanes, int k) {
-        body(i, lanes, k, select(below(lanes), load(x + i, lanes) - p.centre_, F{}));
-      });
+      each_by_four(n, [&](i64 i, auto lanes, int k) { add(i, lanes, k, element(x + i, lanes, p.factors)); });
     } else {
       each_by_four(n, [&](i64 i, auto lanes, int k) {
-        F value;
-        body(i, lanes, k, masked_deviation<X, decltype(lanes), Same, Bytes>(
-            x, i, lanes, p, is_valid(mask + i, lanes), &value));
+        add(i, lanes, k, masked_element(x + i, lanes, p.factors, is_valid(mask + i, lanes)));
       });
     }
   });
@@ -167,7 +162,7 @@ void normalize_group(
     const i64 c = group * call.shape.size + channel, row = channel * positions;
     const Same p(affine(mean, rstd, at(scale, c, 1), at(bias, c, 0)));
     if (call.mask == nullptr) {
-      normalize(x + row, y + row, positions, p, call.activation, call.past_cache());
+      normalize(x + row, y + row, positions, NO_PERIOD, p, call.activation, call.past_cache());
     } else {
       normalize_masked(x + row, y + row, positions, p, Bytes{call.mask_of(sample)}, call.activation);
     }
@@ -244,12 +239,14 @@ void channels_first_backward(const Call& call, Scratch& scratch, int part) {
       }
       if (!(call.stages & INPUT_GRADIENT)) continue;
       X* dx = static_cast<X*>(call.y) + start;
-      const SameThrough t(through(mean, rstd, p, q));
+      const SameBacks t(through(mean, rstd, p, q));
       for (i64 channel = 0; channel < size; ++channel) {
         const i64 c = group * size + channel, at_row = channel * positions;
         const Same affines(affine(mean, rstd, at(scale, c, 1), at(bias, c, 0)));
         if (mask == nullptr) {
-          input_gradient(x + at_row, dy + at_row, dx + at_row, positions, affines, t, call.activation);
+          input_gradient(
+              x + at_row, dy + at_row, dx + at_row, positions, NO_PERIOD, affines, t, call.activation,
+              call.past_cache());
         } else {
           input_gradient_masked(
               x + at_row, dy + at_row, dx + at_row, positions, affines, t, Bytes{mask}, call.activation);
@@ -262,6 +259,7 @@ void channels_first_backward(const Call& call, Scratch& scratch, int part) {
     for (i64 i = claim * scratch.grain; i < std::min((claim + 1) * scratch.grain, pairs); ++i) {
       task(i / shape.groups, i % shape.groups);
     }
+    if (call.past_cache()) end_of_stream();
   }, [&] { scratch.add_spans(call, channels); });
 }
 

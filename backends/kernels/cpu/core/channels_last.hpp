@@ -85,9 +85,9 @@ inline void add_rows(float* sums, i64 width, i64 channels, double* out) {
   }
 }
 
-// Copy the first row of a band to its other rows.
-inline void repeat_row(float* table, i64 width, i64 channels) {
-  for (i64 i = channels; i < width; ++i) table[i] = table[i - channels];
+// Copy the first row of a table to its other rows.
+inline void repeat_row(float* table, i64 length, i64 channels) {
+  for (i64 i = channels; i < length; ++i) table[i] = table[i - channels];
 }
 
 // Statistics ---------------------------------------------------------------------------------------
@@ -220,7 +220,7 @@ void finish_statistics(const Call& call, i64 sample, double count, double* stati
 // Normalizing --------------------------------------------------------------------------------------
 
 // Fill the tables that normalize a sample, given (mean, rstd) of each group.
-inline void set_tables(const Call& call, i64 sample, i64 width, const double* statistics, const Table& t) {
+inline void set_tables(const Call& call, i64 sample, i64 length, const double* statistics, const Table& t) {
   const Shape& shape = call.shape;
   const i64 channels = shape.channels();
   const float *scale = call.scale_of(sample), *bias = call.bias_of(sample);
@@ -230,27 +230,23 @@ inline void set_tables(const Call& call, i64 sample, i64 width, const double* st
       t.centres[c] = a.centre, t.factors[c] = a.factor, t.terms[c] = a.term;
     }
   }
-  for (float* table : {t.centres, t.factors, t.terms}) repeat_row(table, width, channels);
-}
-
-// Call `plain` with the offset and length of each band, `invalid` with those of masked-out rows.
-template <class X, class Plain, class Invalid>
-INLINE void each_band_once(const Chunk<X>& chunk, Plain plain, Invalid invalid) {
-  const i64 end = chunk.rows * chunk.channels;
-  for (i64 a = 0; a < end; a += chunk.width) {
-    if (chunk.valid == nullptr || chunk.valid[a / chunk.channels]) {
-      plain(a, std::min(chunk.width, end - a));
-    } else {
-      invalid(a, chunk.width);
-    }
-  }
+  for (float* table : {t.centres, t.factors, t.terms}) repeat_row(table, length, channels);
 }
 
 template <class X, class Y>
 void normalize_chunk(const Call& call, const Chunk<X>& chunk, Y* y, const Table& t) {
-  each_band_once(
-      chunk, [&](i64 a, i64 n) { normalize(chunk.x + a, y + a, n, t, call.activation, call.past_cache()); },
-      [&](i64 a, i64 n) { normalize_masked(chunk.x + a, y + a, n, t, Invalid{}, call.activation); });
+  const i64 n = chunk.channels;
+  const auto plain = [&](i64 a, i64 n) {
+    normalize(chunk.x + a, y + a, n, chunk.width, t, call.activation, call.past_cache());
+  };
+  if (chunk.valid == nullptr) plain(0, chunk.rows * n);
+  for (i64 row = 0; row < chunk.rows && chunk.valid != nullptr; ++row) {
+    if (chunk.valid[row]) {
+      plain(row * n, n);
+    } else {
+      normalize_masked(chunk.x + row * n, y + row * n, n, t, Invalid{}, call.activation);
+    }
+  }
   if (call.past_cache()) end_of_stream();
 }
 
@@ -282,11 +278,11 @@ template <class X, class Y>
 void channels_last_forward(const Call& call, Scratch& scratch, int part) {
   const Shape& shape = call.shape;
   const Chunks<X> chunks{call, scratch};
-  const i64 width = scratch.width, groups = shape.groups;
+  const i64 length = scratch.table_length, groups = shape.groups;
   float* own = scratch.tables(part);
   double* sums = scratch.channel_sums(part);
-  const Buffers buffers{own, own + width, own + 2 * width, sums, sums + shape.channels()};
-  const Table table{own, own + width, own + 2 * width};
+  const Buffers buffers{own, own + length, own + 2 * length, sums, sums + shape.channels()};
+  const Table table{own, own + length, own + 2 * length};
   Y* y = static_cast<Y*>(call.y);
   double* statistics = scratch.thread_group_means(part);  // of a chunk, then of a sample
 
@@ -308,7 +304,7 @@ void channels_last_forward(const Call& call, Scratch& scratch, int part) {
           given_statistics(call, sample, merged);
         }
         if (!(call.stages & NORMALIZE)) continue;
-        set_tables(call, sample, width, merged, table);
+        set_tables(call, sample, length, merged, table);
         for (i64 number = 0; number < scratch.chunks; ++number) {
           normalize_chunk(call, chunks(sample, number), y + chunks.offset(sample, number), table);
         }
@@ -336,7 +332,7 @@ void channels_last_forward(const Call& call, Scratch& scratch, int part) {
     if (!(call.stages & NORMALIZE)) continue;
     bool ready = false;
     scratch.round(2 * sample + 1).run(scratch.chunks, part, [&](i64 number) {
-      if (!ready) set_tables(call, sample, width, shared, table);
+      if (!ready) set_tables(call, sample, length, shared, table);
       ready = true;
       normalize_chunk(call, chunks(sample, number), y + chunks.offset(sample, number), table);
     }, [] {});
@@ -345,14 +341,14 @@ void channels_last_forward(const Call& call, Scratch& scratch, int part) {
 
 // Backward -----------------------------------------------------------------------------------------
 
-template <Activation A, class X, class Y>
+template <Activation A, class X, class Y, class Read>
 INLINE void add_products(
-    const X* x, const Y* dy, i64 n, const Table& t, float* total, float* weighted) {
+    const X* x, const Y* dy, i64 n, const Table& t, float* total, float* weighted, Read read) {
   each(n, [&](i64 i, auto lanes) {
-    const F d = load(x + i, lanes) - t.centre(i, lanes);
-    const F g = activation_vjp<A>(d * t.factor(i, lanes) + t.term(i, lanes), load(dy + i, lanes));
+    const Element e = read(x + i, lanes, t.at(i, lanes));
+    const F g = activation_vjp<A>(e.z, load(dy + i, lanes));
     store(total + i, load(total + i, lanes) + g, lanes);
-    store(weighted + i, load(weighted + i, lanes) + g * d, lanes);
+    store(weighted + i, load(weighted + i, lanes) + g * e.deviation, lanes);
   });
 }
 
@@ -360,27 +356,16 @@ template <Activation A, class X, class Y>
 INLINE void add_products_of_four(
     const X* x, const Y* dy, const i64 (&at)[4], i64 n, const Table& t, float* total, float* weighted) {
   each(n, [&](i64 i, auto lanes) {
-    const F centre = t.centre(i, lanes), factor = t.factor(i, lanes), term = t.term(i, lanes);
+    const Factors f = t.at(i, lanes);
     F d[4], g[4];
     for (int k = 0; k < 4; ++k) {
-      d[k] = load(x + at[k] + i, lanes) - centre;
-      g[k] = activation_vjp<A>(d[k] * factor + term, load(dy + at[k] + i, lanes));
+      const Element e = element(x + at[k] + i, lanes, f);
+      d[k] = e.deviation;
+      g[k] = activation_vjp<A>(e.z, load(dy + at[k] + i, lanes));
     }
     store(total + i, load(total + i, lanes) + ((g[0] + g[1]) + (g[2] + g[3])), lanes);
     const F products = (g[0] * d[0] + g[1] * d[1]) + (g[2] * d[2] + g[3] * d[3]);
     store(weighted + i, load(weighted + i, lanes) + products, lanes);
-  });
-}
-
-template <Activation A, class X, class Y>
-INLINE void add_products_of_invalid(
-    const X* x, const Y* dy, i64 n, const Table& t, float* total, float* weighted) {
-  each(n, [&](i64 i, auto lanes) {
-    F value;
-    const F d = masked_deviation<X, decltype(lanes), Table, Invalid>(x, i, lanes, t, I{}, &value);
-    const F g = activation_vjp<A>(d * t.factor(i, lanes) + t.term(i, lanes), load(dy + i, lanes));
-    store(total + i, load(total + i, lanes) + g, lanes);
-    store(weighted + i, load(weighted + i, lanes) + g * d, lanes);
   });
 }
 
@@ -391,14 +376,16 @@ void sum_products(const Call& call, const Chunk<X>& chunk, const Y* dy, const Ta
   std::fill_n(b.two, chunk.width, 0.0f);
   std::fill_n(b.sums, chunk.channels, 0.0);
   std::fill_n(b.squares, chunk.channels, 0.0);
+  const auto plain = [](const X* x, auto lanes, const Factors& f) { return element(x, lanes, f); };
+  const auto invalid = [](const X* x, auto lanes, const Factors& f) { return masked_element(x, lanes, f, I{}); };
   with_activation(call.activation, [&](auto a) {
     each_band(
         chunk,
         [&](i64 p, i64 q, i64 r, i64 s) {
           add_products_of_four<a()>(chunk.x, dy, {p, q, r, s}, chunk.width, t, b.one, b.two);
         },
-        [&](i64 at, i64 n) { add_products<a()>(chunk.x + at, dy + at, n, t, b.one, b.two); },
-        [&](i64 at, i64 n) { add_products_of_invalid<a()>(chunk.x + at, dy + at, n, t, b.one, b.two); },
+        [&](i64 at, i64 n) { add_products<a()>(chunk.x + at, dy + at, n, t, b.one, b.two, plain); },
+        [&](i64 at, i64 n) { add_products<a()>(chunk.x + at, dy + at, n, t, b.one, b.two, invalid); },
         [&] {
           add_rows(b.one, chunk.width, chunk.channels, b.sums);
           add_rows(b.two, chunk.width, chunk.channels, b.squares);
@@ -433,7 +420,7 @@ inline void given_means(const Call& call, i64 sample, double* means) {
 }
 
 inline void set_gradient_tables(
-    const Call& call, i64 sample, i64 width, const double* means, const ThroughTable& t) {
+    const Call& call, i64 sample, i64 length, const double* means, const BacksTable& t) {
   const Shape& shape = call.shape;
   for (i64 group = 0, c = 0; group < shape.groups; ++group) {
     const i64 k = sample * shape.groups + group;
@@ -442,44 +429,52 @@ inline void set_gradient_tables(
       t.rstds[c] = found.rstd, t.slopes[c] = found.slope, t.offsets[c] = found.offset;
     }
   }
-  for (float* table : {t.rstds, t.slopes, t.offsets}) repeat_row(table, width, shape.channels());
+  for (float* table : {t.rstds, t.slopes, t.offsets}) repeat_row(table, length, shape.channels());
 }
 
 template <class X, class Y>
 void write_gradient(
-    const Call& call, const Chunk<X>& chunk, const Y* dy, X* dx, const Table& t, const ThroughTable& through) {
-  each_band_once(
-      chunk,
-      [&](i64 a, i64 n) { input_gradient(chunk.x + a, dy + a, dx + a, n, t, through, call.activation); },
-      [&](i64 a, i64 n) {
-        input_gradient_masked(chunk.x + a, dy + a, dx + a, n, t, through, Invalid{}, call.activation);
-      });
+    const Call& call, const Chunk<X>& chunk, const Y* dy, X* dx, const Table& t, const BacksTable& backs) {
+  const i64 n = chunk.channels;
+  const auto plain = [&](i64 a, i64 n) {
+    input_gradient(
+        chunk.x + a, dy + a, dx + a, n, chunk.width, t, backs, call.activation, call.past_cache());
+  };
+  if (chunk.valid == nullptr) plain(0, chunk.rows * n);
+  for (i64 a = 0; a < chunk.rows * n && chunk.valid != nullptr; a += n) {
+    if (chunk.valid[a / n]) {
+      plain(a, n);
+    } else {
+      input_gradient_masked(chunk.x + a, dy + a, dx + a, n, t, backs, Invalid{}, call.activation);
+    }
+  }
+  if (call.past_cache()) end_of_stream();
 }
 
 template <class X, class Y>
 void channels_last_backward(const Call& call, Scratch& scratch, int part) {
   const Shape& shape = call.shape;
   const Chunks<X> chunks{call, scratch};
-  const i64 width = scratch.width, channels = shape.channels();
+  const i64 length = scratch.table_length, channels = shape.channels();
   float* own = scratch.tables(part);
   double* sums = scratch.channel_sums(part);
-  const Table table{own, own + width, own + 2 * width};
+  const Table table{own, own + length, own + 2 * length};
   // Tables of the sums first, then of the factors.
-  const Buffers buffers{own + 3 * width, own + 4 * width, own + 5 * width, sums, sums + channels};
-  const ThroughTable through{own + 3 * width, own + 4 * width, own + 5 * width};
+  const Buffers buffers{own + 3 * length, own + 4 * length, own + 5 * length, sums, sums + channels};
+  const BacksTable backs{own + 3 * length, own + 4 * length, own + 5 * length};
   const Y* dy = static_cast<const Y*>(call.dy);
   X* dx = static_cast<X*>(call.y);
   double* statistics = scratch.thread_group_means(part);
   const auto set_normalizing = [&](i64 sample) {
     given_statistics(call, sample, statistics);
-    set_tables(call, sample, width, statistics, table);
+    set_tables(call, sample, length, statistics, table);
   };
   const auto sum = [&](i64 sample, i64 number) {
     sum_products(call, chunks(sample, number), dy + chunks.offset(sample, number), table, buffers);
   };
   const auto write = [&](i64 sample, i64 number) {
     const i64 at = chunks.offset(sample, number);
-    write_gradient(call, chunks(sample, number), dy + at, dx + at, table, through);
+    write_gradient(call, chunks(sample, number), dy + at, dx + at, table, backs);
   };
 
   if (scratch.whole_samples) {
@@ -500,7 +495,7 @@ void channels_last_backward(const Call& call, Scratch& scratch, int part) {
           given_means(call, sample, means);
         }
         if (!(call.stages & INPUT_GRADIENT)) continue;
-        set_gradient_tables(call, sample, width, means, through);
+        set_gradient_tables(call, sample, length, means, backs);
         for (i64 number = 0; number < scratch.chunks; ++number) write(sample, number);
       }
     }, [&] { scratch.add_spans(call, channels); });
@@ -533,7 +528,7 @@ void channels_last_backward(const Call& call, Scratch& scratch, int part) {
     bool gradient_ready = false;
     scratch.round(2 * sample + 1).run(scratch.chunks, part, [&](i64 number) {
       prepare();
-      if (!gradient_ready) set_gradient_tables(call, sample, width, means, through);
+      if (!gradient_ready) set_gradient_tables(call, sample, length, means, backs);
       gradient_ready = true;
       write(sample, number);
     }, [] {});

@@ -16,38 +16,43 @@
 namespace groupnorm {
 namespace GROUPNORM_ISA {
 
-struct Same {
-  F centre_, factor_, term_;
-
-  explicit Same(Affine a) : centre_(all(a.centre)), factor_(all(a.factor)), term_(all(a.term)) {}
-  template <class L> INLINE F centre(i64, L) const { return centre_; }
-  template <class L> INLINE F factor(i64, L) const { return factor_; }
-  template <class L> INLINE F term(i64, L) const { return term_; }
+// What normalizes elements, and what the gradient of x needs besides; see `Affine` and `Through`.
+struct Factors {
+  F centre, factor, term;
 };
 
-struct SameThrough {
-  F rstd_, slope_, offset_;
+struct Backs {
+  F rstd, slope, offset;
+};
 
-  explicit SameThrough(Through t) : rstd_(all(t.rstd)), slope_(all(t.slope)), offset_(all(t.offset)) {}
-  template <class L> INLINE F rstd(i64, L) const { return rstd_; }
-  template <class L> INLINE F slope(i64, L) const { return slope_; }
-  template <class L> INLINE F offset(i64, L) const { return offset_; }
+struct Same {
+  Factors factors;
+
+  explicit Same(Affine a) : factors{all(a.centre), all(a.factor), all(a.term)} {}
+  template <class L> INLINE Factors at(i64, L) const { return factors; }
+};
+
+struct SameBacks {
+  Backs backs;
+
+  explicit SameBacks(Through t) : backs{all(t.rstd), all(t.slope), all(t.offset)} {}
+  template <class L> INLINE Backs at(i64, L) const { return backs; }
 };
 
 struct Table {
   float *centres, *factors, *terms;
 
-  template <class L> INLINE F centre(i64 i, L lanes) const { return load(centres + i, lanes); }
-  template <class L> INLINE F factor(i64 i, L lanes) const { return load(factors + i, lanes); }
-  template <class L> INLINE F term(i64 i, L lanes) const { return load(terms + i, lanes); }
+  template <class L> INLINE Factors at(i64 i, L lanes) const {
+    return {load(centres + i, lanes), load(factors + i, lanes), load(terms + i, lanes)};
+  }
 };
 
-struct ThroughTable {
+struct BacksTable {
   float *rstds, *slopes, *offsets;
 
-  template <class L> INLINE F rstd(i64 i, L lanes) const { return load(rstds + i, lanes); }
-  template <class L> INLINE F slope(i64 i, L lanes) const { return load(slopes + i, lanes); }
-  template <class L> INLINE F offset(i64 i, L lanes) const { return load(offsets + i, lanes); }
+  template <class L> INLINE Backs at(i64 i, L lanes) const {
+    return {load(rstds + i, lanes), load(slopes + i, lanes), load(offsets + i, lanes)};
+  }
 };
 
 struct Bytes {
@@ -59,38 +64,79 @@ struct Invalid {
   template <class L> INLINE I valid(i64, L) const { return I{}; }
 };
 
-// The deviation of x from the centre, bounded where x is masked out.
-template <class X, class L, class P, class M>
-INLINE F masked_deviation(const X* x, i64 i, L lanes, const P& p, I valid, F* value) {
-  *value = load(x + i, lanes);
-  const F centre = p.centre(i, lanes);
-  const F limit = min(all(5e33f), 1e38f / max(abs(p.factor(i, lanes)), all(1)));
-  const F d = select(is_finite(*value), *value, F{}) - centre;
-  return select(valid, *value - centre, min(max(d, -limit), limit));
+// x, its deviation from the centre, and activation's argument.
+struct Element {
+  F value, deviation, z;
+};
+
+template <class X, class L>
+INLINE Element element(const X* x, L lanes, const Factors& f) {
+  const F value = load(x, lanes), d = value - f.centre;
+  return {value, d, d * f.factor + f.term};
 }
 
-// Store y = activation((x - centre) * factor + term). If `past_cache`, y is not written to the cache.
-template <class X, class Y, class P>
-INLINE void normalize(const X* x, Y* y, i64 n, const P& p, Activation activation, bool past_cache) {
-  with_activation(activation, [&](auto a) {
-    const auto value = [&](i64 i, auto lanes) {
-      return activated<a()>((load(x + i, lanes) - p.centre(i, lanes)) * p.factor(i, lanes) + p.term(i, lanes));
-    };
-    i64 i = 0;
-    if (past_cache) {
-      constexpr i64 item = sizeof(Y), bytes = LANES * item;
-      const i64 odd = -reinterpret_cast<std::intptr_t>(y) & (bytes - 1);
-      if (odd % item == 0 && odd / item <= n) {
-        const First lanes{static_cast<int>(odd / item)};
-        if (odd > 0) store(y, value(0, lanes), lanes);
-        for (i = odd / item; i + LANES <= n; i += LANES) stream(y + i, value(i, All{}));
+// The same, bounded where x is masked out.
+template <class X, class L>
+INLINE Element masked_element(const X* x, L lanes, const Factors& f, I valid) {
+  const F value = load(x, lanes);
+  const F limit = min(all(5e33f), 1e38f / max(abs(f.factor), all(1)));
+  const F bounded = min(max(select(is_finite(value), value, F{}) - f.centre, -limit), limit);
+  const F d = select(valid, value - f.centre, bounded);
+  return {value, d, d * f.factor + f.term};
+}
+
+// The period of factors that are the same for all elements.
+constexpr i64 NO_PERIOD = i64{1} << 60;
+
+// Lines of memory are written as a whole, from rows of so many elements on.
+constexpr i64 LONG_ROW = 8 * LANES;
+
+// Store `value(i, o, lanes)`, of n elements: o is i modulo the length of tables, `period`, which
+// continue for one more vector. Four periods at a time, so that tables are read once for all four.
+// If `past_cache`, nothing is written to the cache.
+template <class Y, class Read, class Value>
+INLINE void write(Y* y, i64 n, i64 period, bool past_cache, Read read, Value value) {
+  constexpr i64 bytes = LANES * sizeof(Y);
+  const i64 odd = -reinterpret_cast<std::intptr_t>(y) & (bytes - 1);
+  const bool aligned = n >= LONG_ROW && odd % static_cast<i64>(sizeof(Y)) == 0;
+  i64 i = aligned ? odd / static_cast<i64>(sizeof(Y)) : 0, o = i;
+  const bool streams = past_cache && aligned;
+  if (i > 0) {
+    const First lanes{static_cast<int>(i)};
+    store(y, value(0, read(0, lanes), lanes), lanes);
+  }
+  const auto put = [&](i64 i, F a) {
+    if (streams) {
+      stream(y + i, a);
+    } else {
+      store(y + i, a, All{});
+    }
+  };
+  if (period % LANES == 0) {
+    for (; 4 * period <= n - i; i += 4 * period) {
+      for (i64 j = 0; j < period; j += LANES) {
+        const auto tables = read(o + j < period ? o + j : o + j - period, All{});
+        for (int k = 0; k < 4; ++k) put(i + k * period + j, value(i + k * period + j, tables, All{}));
       }
     }
-    for (; i + LANES <= n; i += LANES) store(y + i, value(i, All{}), All{});
-    if (i < n) {
-      const First lanes{static_cast<int>(n - i)};
-      store(y + i, value(i, lanes), lanes);
-    }
+  }
+  for (; i + LANES <= n; i += LANES) {
+    put(i, value(i, read(o, All{}), All{}));
+    o += LANES;
+    o = o < period ? o : o - period;
+  }
+  if (i < n) {
+    const First lanes{static_cast<int>(n - i)};
+    store(y + i, value(i, read(o, lanes), lanes), lanes);
+  }
+}
+
+// Store y = activation((x - centre) * factor + term).
+template <class X, class Y, class P>
+INLINE void normalize(const X* x, Y* y, i64 n, i64 period, const P& p, Activation activation, bool past_cache) {
+  with_activation(activation, [&](auto a) {
+    write(y, n, period, past_cache, [&](i64 o, auto lanes) { return p.at(o, lanes); },
+          [&](i64 i, const Factors& f, auto lanes) { return activated<a()>(element(x + i, lanes, f).z); });
   });
 }
 
@@ -98,9 +144,8 @@ template <class X, class Y, class P, class M>
 INLINE void normalize_masked(const X* x, Y* y, i64 n, const P& p, const M& mask, Activation activation) {
   with_activation(activation, [&](auto a) {
     each(n, [&](i64 i, auto lanes) {
-      F value;
-      const F d = masked_deviation<X, decltype(lanes), P, M>(x, i, lanes, p, mask.valid(i, lanes), &value);
-      store(y + i, activated<a()>(d * p.factor(i, lanes) + p.term(i, lanes)), lanes);
+      const Element e = masked_element(x + i, lanes, p.at(i, lanes), mask.valid(i, lanes));
+      store(y + i, activated<a()>(e.z), lanes);
     });
   });
 }
@@ -108,14 +153,19 @@ INLINE void normalize_masked(const X* x, Y* y, i64 n, const P& p, const M& mask,
 // Store g * factor - ((x - centre) * rstd * slope + offset), with g = `activation_vjp` of dy.
 template <class X, class Y, class P, class T>
 INLINE void input_gradient(
-    const X* x, const Y* dy, X* dx, i64 n, const P& p, const T& t, Activation activation) {
+    const X* x, const Y* dy, X* dx, i64 n, i64 period, const P& p, const T& t, Activation activation,
+    bool past_cache) {
+  struct Both {
+    Factors f;
+    Backs b;
+  };
   with_activation(activation, [&](auto a) {
-    each(n, [&](i64 i, auto lanes) {
-      const F d = load(x + i, lanes) - p.centre(i, lanes), factor = p.factor(i, lanes);
-      const F g = activation_vjp<a()>(d * factor + p.term(i, lanes), load(dy + i, lanes));
-      const F back = d * t.rstd(i, lanes) * t.slope(i, lanes) + t.offset(i, lanes);
-      store(dx + i, g * factor - back, lanes);
-    });
+    write(dx, n, period, past_cache, [&](i64 o, auto lanes) { return Both{p.at(o, lanes), t.at(o, lanes)}; },
+          [&](i64 i, const Both& both, auto lanes) {
+            const Element e = element(x + i, lanes, both.f);
+            const F g = activation_vjp<a()>(e.z, load(dy + i, lanes));
+            return g * both.f.factor - (e.deviation * both.b.rstd * both.b.slope + both.b.offset);
+          });
   });
 }
 
@@ -126,13 +176,13 @@ INLINE void input_gradient_masked(
     const X* x, const Y* dy, X* dx, i64 n, const P& p, const T& t, const M& mask, Activation activation) {
   with_activation(activation, [&](auto a) {
     each(n, [&](i64 i, auto lanes) {
-      F value;
       const I valid = mask.valid(i, lanes);
-      const F d = masked_deviation<X, decltype(lanes), P, M>(x, i, lanes, p, valid, &value);
-      const F factor = p.factor(i, lanes);
-      const F g = activation_vjp<a()>(d * factor + p.term(i, lanes), load(dy + i, lanes));
-      const F back = select(valid, d * t.rstd(i, lanes) * t.slope(i, lanes) + t.offset(i, lanes), F{});
-      store(dx + i, select(valid | is_finite(value), g * factor - back, F{}), lanes);
+      const Factors f = p.at(i, lanes);
+      const Backs b = t.at(i, lanes);
+      const Element e = masked_element(x + i, lanes, f, valid);
+      const F g = activation_vjp<a()>(e.z, load(dy + i, lanes));
+      const F back = select(valid, e.deviation * b.rstd * b.slope + b.offset, F{});
+      store(dx + i, select(valid | is_finite(e.value), g * f.factor - back, F{}), lanes);
     });
   });
 }

@@ -18,11 +18,9 @@ struct Row {
     centre_ = all(a.centre), rstd_ = all(a.factor), shift_ = all(a.term);
   }
   template <class L> INLINE F scale(i64 i, L lanes) const { return scale_ ? load(scale_ + i, lanes) : all(1); }
-  template <class L> INLINE F centre(i64, L) const { return centre_; }
-  template <class L> INLINE F factor(i64 i, L lanes) const { return bounded(rstd_ * scale(i, lanes), 3e38f); }
-  template <class L> INLINE F term(i64 i, L lanes) const {
-    const F shift = shift_ * scale(i, lanes);
-    return bias_ ? load(bias_ + i, lanes) + shift : shift;
+  template <class L> INLINE Factors at(i64 i, L lanes) const {
+    const F s = scale(i, lanes), shift = shift_ * s;
+    return {centre_, bounded(rstd_ * s, 3e38f), bias_ ? load(bias_ + i, lanes) + shift : shift};
   }
 };
 
@@ -60,7 +58,7 @@ void one_position_forward(const Call& call, Scratch& scratch, int part) {
       Y* y = static_cast<Y*>(call.y) + sample * channels + c;
       const Row row(mean, rstd, scale ? scale + c : nullptr, bias ? bias + c : nullptr);
       if (valid) {
-        normalize(x, y, size, row, call.activation, call.past_cache());
+        normalize(x, y, size, NO_PERIOD, row, call.activation, call.past_cache());
       } else {
         normalize_masked(x, y, size, row, Invalid{}, call.activation);
       }
@@ -80,15 +78,13 @@ Sums row_products(
   F total = {}, products = {};
   with_activation(activation, [&](auto a) {
     each(n, [&](i64 i, auto lanes) {
-      F value;
-      const F d = valid ? load(x + i, lanes) - row.centre_
-                        : masked_deviation<X, decltype(lanes), Row, Invalid>(x, i, lanes, row, I{}, &value);
-      const F z = d * row.factor(i, lanes) + row.term(i, lanes);
-      const F found = activation_vjp<a()>(z, load(dy + i, lanes)), scaled = found * row.scale(i, lanes);
+      const Factors f = row.at(i, lanes);
+      const Element e = valid ? element(x + i, lanes, f) : masked_element(x + i, lanes, f, I{});
+      const F found = activation_vjp<a()>(e.z, load(dy + i, lanes)), scaled = found * row.scale(i, lanes);
       store(g + i, found, lanes);
-      store(weighted + i, found * d, lanes);
+      store(weighted + i, found * e.deviation, lanes);
       total += select(below(lanes), scaled, F{});
-      products += select(below(lanes), scaled * d, F{});
+      products += select(below(lanes), scaled * e.deviation, F{});
     });
   });
   return {sum(total), sum(products)};
@@ -127,9 +123,9 @@ void one_position_backward(const Call& call, Scratch& scratch, int part) {
       }
       if (!(call.stages & INPUT_GRADIENT)) continue;
       X* dx = static_cast<X*>(call.y) + start;
-      const SameThrough t(through(mean, rstd, p, q));
+      const SameBacks t(through(mean, rstd, p, q));
       if (valid) {
-        input_gradient(x, dy, dx, size, row, t, call.activation);
+        input_gradient(x, dy, dx, size, NO_PERIOD, row, t, call.activation, call.past_cache());
       } else {
         input_gradient_masked(x, dy, dx, size, row, t, Invalid{}, call.activation);
       }
@@ -139,6 +135,7 @@ void one_position_backward(const Call& call, Scratch& scratch, int part) {
     for (i64 sample = scratch.first_sample(span); sample < scratch.end_sample(span); ++sample) {
       one_sample(sample, span);
     }
+    if (call.past_cache()) end_of_stream();
   }, [&] { scratch.add_spans(call, channels); });
 }
 

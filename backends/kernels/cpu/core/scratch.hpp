@@ -27,6 +27,7 @@ constexpr i64 SPAN_POSITIONS = 512, MIN_SPANS = 16;
 constexpr i64 SMALL_SAMPLE = 1 << 18, FEW_SAMPLES = 8, SMALL_SAMPLE_OF_FEW = 1 << 15;
 // A band is several rows: long enough for a loop, short enough for tables of its length to stay in
 // the fastest cache. A chunk, several bands, is measured by one thread.
+constexpr i64 LONGEST_VECTOR = 16;
 constexpr i64 BAND = 512, CHUNK = 65536, MIN_CHUNK_ROWS = 256;
 
 inline i64 quotient_up(i64 a, i64 b) { return (a + b - 1) / b; }
@@ -39,6 +40,7 @@ class Scratch {
   // Channels last:
   bool whole_samples = false;
   i64 band_rows = 0, width = 0;        // of a band, in rows and in elements
+  i64 table_length = 0;                // the width, and a vector more
   i64 chunk_rows = 0, chunks = 0;      // of a sample
   float* chunk_sums = nullptr;         // (chunks, 2, channels)
   double* chunk_moments = nullptr;     // (chunks, groups, 2)
@@ -153,8 +155,9 @@ class Scratch {
     }
     const i64 channels = shape.channels(), positions = shape.positions;
     // With a mask, rows are processed one by one.
-    band_rows = call.mask ? 1 : std::max<i64>(1, std::min(BAND / channels, positions / 16));
+    band_rows = call.mask ? 1 : std::max(quotient_up(LONGEST_VECTOR, channels), std::min(BAND / channels, positions / 16));
     width = band_rows * channels;
+    table_length = quotient_up(width, LONGEST_VECTOR) * LONGEST_VECTOR + LONGEST_VECTOR;
     const i64 least = MIN_CHUNK_ROWS * 4 / item_bytes(call.x_dtype);
     const i64 rows = std::max(least, CHUNK / channels) / band_rows * band_rows;
     chunk_rows = std::min(std::max(rows, band_rows), quotient_up(positions, band_rows) * band_rows);
@@ -188,7 +191,7 @@ class Scratch {
     span_sums_ = take<double>(base, by_spans && call.stages == BACKWARD ? spans * 2 * channels : 0);
     if (by_groups(shape)) return;
     // Whole lines for each thread, so that no two write to the same.
-    tables_each_ = quotient_up((backward ? 6 : 3) * width, 16) * 16;
+    tables_each_ = (backward ? 6 : 3) * table_length;
     tables_ = take<float>(base, parts_ * tables_each_);
     channel_sums_each_ = quotient_up((backward ? 4 : 2) * channels, 8) * 8;
     channel_sums_ = take<double>(base, parts_ * channel_sums_each_);

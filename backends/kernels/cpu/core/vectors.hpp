@@ -38,14 +38,21 @@ INLINE F max(F a, F b) { return a > b ? a : b; }
 INLINE F abs(F a) { return from_bits(bits_of(a) & 0x7fffffffu); }
 INLINE I is_finite(F a) { return a - a == F{}; }
 
-// In a fixed order, whatever the instruction set.
+// The sum of all lanes, always in the same order.
 INLINE float sum(F a) {
-  float lanes[LANES];
-  std::memcpy(lanes, &a, sizeof a);
-  for (int half = LANES / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  }
-  return lanes[0];
+  typedef float Four __attribute__((vector_size(16)));
+#if GROUPNORM_LANES == 16
+  typedef float Eight __attribute__((vector_size(32)));
+  const Eight eight = __builtin_shufflevector(a, a, 0, 1, 2, 3, 4, 5, 6, 7) +
+      __builtin_shufflevector(a, a, 8, 9, 10, 11, 12, 13, 14, 15);
+  Four four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+#elif GROUPNORM_LANES == 8
+  Four four = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
+#else
+  Four four = a;
+#endif
+  four += __builtin_shufflevector(four, four, 2, 3, 0, 1);
+  return four[0] + four[1];
 }
 
 // Memory -------------------------------------------------------------------------------------------

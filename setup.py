@@ -41,7 +41,7 @@ LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")
 # Files choose their instruction sets themselves, so the flags are the same for all of them.
 FLAGS = [
   "-std=c++17", "-O3", "-g0", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math",
-  "-fvisibility=hidden", "-pthread",
+  "-fvisibility=hidden", "-pthread", "-Wno-maybe-uninitialized",  # of gcc's own headers, wrongly
 ]  # fmt: skip
 LINK_FLAGS = ["-pthread"]
 if os.name == "nt":

@@ -1,6 +1,7 @@
 """NumPy: the adapter of arrays on the host."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import array_api_compat.numpy as xp
@@ -16,6 +17,9 @@ from groupnorm.errors import ArgumentValueError
 __all__ = ["NumpyAdapter", "numpy_adapter"]
 
 _T = TypeVar("_T")
+
+_PARTIAL_SUMS = 8
+_SHORT_ROW = 256
 
 
 class NumpyAdapter(NumpyDtypes, Adapter):
@@ -71,11 +75,12 @@ class NumpyAdapter(NumpyDtypes, Adapter):
         kept = (*shape[:axis], 1, *shape[axis + 1 :])
         if not x.size:  # empty: do not depend on how einsum handles it
             return np.zeros(kept, x.dtype)
-        if len(factors) == 2 and axis == len(shape) - 1 and x.dtype.char in "fd":
-            return np.vecdot(*factors).reshape(kept)
-        axes = list(range(len(shape)))
-        operands = [o for factor in factors for o in (factor, axes)]
-        return np.einsum(*operands, axes[:axis] + axes[axis + 1 :]).reshape(kept)
+        if axis < len(shape) - 1:
+            return _in_partial_sums(factors, axis).reshape(kept)
+        if len(factors) == 2 and x.dtype.char in "fd":
+            with np.errstate(over="ignore"):  # as einsum does
+                return np.vecdot(*factors).reshape(kept)
+        return _einsum(factors, axis).reshape(kept)
 
     def replicas(self, axis_name: Any) -> Replicas:
         """Return the ranks of one or several mpi4py communicators."""
@@ -95,6 +100,35 @@ class NumpyAdapter(NumpyDtypes, Adapter):
         from groupnorm.backends.numpy.cpu import NumpyKernels
 
         return NumpyKernels(self)
+
+
+def _in_partial_sums(factors: Sequence[Any], axis: int) -> Any:
+    """Sum the product of the factors along an axis, which is removed, in several partial sums.
+
+    A running float32 sum of fewer terms is more accurate: of equal terms all roundings may have the
+    same sign. Partial sums of short rows lie side by side, so that loops run along longer ones.
+    """
+    shape = factors[0].shape
+    before, length, after = shape[:axis], shape[axis] // _PARTIAL_SUMS, shape[axis + 1 :]
+    if length < 2:
+        return _einsum(factors, axis)
+    at, whole = (slice(None),) * axis, length * _PARTIAL_SUMS
+    if math.prod(after) <= _SHORT_ROW:
+        split, summed = (*before, length, _PARTIAL_SUMS, *after), axis
+    else:
+        split, summed = (*before, _PARTIAL_SUMS, length, *after), axis + 1
+    head = [f[(*at, slice(whole))].reshape(split) for f in factors]
+    result = _einsum([_einsum(head, summed)], axis)
+    if whole < shape[axis]:
+        result += _einsum([f[(*at, slice(whole, None))] for f in factors], axis)
+    return result
+
+
+def _einsum(factors: Sequence[Any], axis: int) -> Any:
+    """Sum the product of the factors along an axis, which is removed."""
+    axes = list(range(factors[0].ndim))
+    operands = [o for factor in factors for o in (factor, axes)]
+    return np.einsum(*operands, axes[:axis] + axes[axis + 1 :])
 
 
 numpy_adapter = NumpyAdapter(xp)

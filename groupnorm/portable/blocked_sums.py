@@ -17,7 +17,7 @@ BLOCK = 256
 
 def total(x: "Array", axes: "Shape", plan: "Plan", adapter: "Adapter") -> "Array":
     """Sum over `axes`, kept with length 1, in blocks of fixed size."""
-    for axis in reversed(axes):
+    for axis in reversed(_summed(axes, x.shape, plan)):
         x = _sum((x,), axis, plan, adapter)
     return x
 
@@ -26,9 +26,15 @@ def total_of_products(
     a: "Array", b: "Array", axes: "Shape", plan: "Plan", adapter: "Adapter"
 ) -> "Array":
     """Sum a * b over `axes`, kept with length 1, in blocks of fixed size."""
+    axes = _summed(axes, a.shape, plan)
     if not axes:
         return a * b
     return total(_sum((a, b), axes[-1], plan, adapter), axes[:-1], plan, adapter)
+
+
+def _summed(axes: "Shape", shape: "Shape", plan: "Plan") -> "Shape":
+    """Leave out axes of length 1, along which every row is a sum of one term."""
+    return tuple(a for a in axes if not plan.static or shape[a] != 1)
 
 
 def _sum(factors: "tuple[Array, ...]", axis: int, plan: "Plan", adapter: "Adapter") -> "Array":

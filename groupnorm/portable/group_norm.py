@@ -127,6 +127,8 @@ def group_norm_vjp(
     # Resolved now: the name may no longer be bound when the pullback runs.
     replicas = replicas or _replicas(adapter, inputs, options)
     z, deviations, coefficients = _forward(adapter, inputs, options, replicas, keep_deviations=True)
+    if deviations.values is inputs.x:  # the caller may change it in place
+        deviations = deviations._replace(values=xp.astype(inputs.x, inputs.x.dtype, copy=True))
     activation = options.activation
     y = from_work(activate(z, activation, adapter), plan, inputs.result_dtype, xp)
 
@@ -264,7 +266,7 @@ def _forward(
         inputs.bias,
         inputs.plan,
         adapter,
-        keep_deviations=keep_deviations or adapter.has_autograd,
+        keep_deviations=keep_deviations or adapter.has_autograd or deviations.values is inputs.x,
     )
     return y, deviations, coefficients
 

@@ -16,6 +16,10 @@ Channels are merged into groups, and groups over replicas, by the formula of Cha
 relative to a reference near the mean of means. A mean therefore stays a pair, (reference, small
 correction), and is applied as a pair: rounding it to one float would lose accuracy again.
 
+Where values can be read (in NumPy), no pivot is subtracted from data whose means are near 0, which
+saves a pass: the statistics themselves tell. Otherwise each group has one pivot, the mean of the
+sample or of all, and what follows is only needed for constants, huge and tiny data and masks.
+
 `use_fast_variance` only determines the pivot: the mean of a strided sample (the data is read once),
 or the full mean (two passes). With a mask it is always the latter, because a sample may contain no
 valid element at all; also without an epsilon, when a constant sample would give no scale, and under
@@ -61,6 +65,9 @@ __all__ = [
 # Deviations whose unit is within this factor of 1 need no scaling: neither their squares nor those
 # of outliers, a million times as large, leave the range of float32.
 ORDINARY = 2.0**20
+# With a mean square of at most this multiple of the variance, in every group, a pivot of 0 is as
+# accurate as any other, that is, with a mean of at most half a standard deviation.
+NEAR = 1.25
 
 
 class Deviations(NamedTuple):
@@ -105,6 +112,10 @@ def measure(
         The deviations that were summed. With a mask, call `saturate` before using them.
     """
     xp = adapter.xp
+    if adapter.reads_values and mask is None and not plan.empty:
+        found = _measure_directly(x, plan, adapter)
+        if found is not None:
+            return found
     counts: Array | float = adapter.count_of(plan.inner_count, x)
     enough: Array | float
     if counts is plan.inner_count:
@@ -123,7 +134,7 @@ def measure(
     if plan.sample is not None:
         spread = at_least_rounding(spread, magnitude(highest, adapter), epsilon, adapter)
     group_unit = unit_of(spread, epsilon, adapter)
-    scaled = not (adapter.reads_values and _is_ordinary(group_unit, xp))
+    scaled = not (adapter.reads_values and _is_ordinary(group_unit, ORDINARY, xp))
     if not scaled:
         group_unit = xp.ones_like(group_unit)
     # Expanded to the pivot's shape: an operand broadcast within its rows costs NumPy tenfold.
@@ -160,9 +171,63 @@ def measure(
     return GroupStatistics(count, reference, m2, mean, group_unit), centred
 
 
-def _is_ordinary(unit: "Array", xp: Any) -> bool:
-    """Whether the deviations of no group need scaling."""
-    return bool(xp.all((unit >= 1 / ORDINARY) & (unit <= ORDINARY)))
+def _measure_directly(
+    x: "Array", plan: "Plan", adapter: "Adapter"
+) -> tuple[GroupStatistics, Deviations] | None:
+    """Measure in few operations, for libraries whose values can be read; None if inaccurate.
+
+    Each group has one pivot. It is 0 if that serves: then x itself is the deviations.
+    """
+    xp = adapter.xp
+    sample = x if plan.sample is None else x[plan.sample]
+    if product(sample.shape) > product(x.shape) / 8:  # gathering it takes longer than reading x
+        sample = x
+    elif sample is not x:
+        sample = xp.asarray(sample, copy=True)
+    moments = _moments(sample, plan, adapter)
+    if moments is None:
+        return None
+    # One value per channel: loops run along whole rows.
+    ones = xp.ones(plan.parameter_shape, dtype=moments.variance.dtype)
+    pivot = xp.zeros_like(moments.mean) if moments.near else moments.mean
+    unit = xp.ones_like(moments.variance)
+    centred = Deviations(x, pivot * ones, unit * ones, scaled=False)
+    if not moments.near:
+        centred = _centre(x, centred.pivot, centred.unit, plan, adapter, scaled=False)
+    if centred.values is not sample:
+        moments = _moments(centred.values, plan, adapter)
+        if moments is None or not moments.near:
+            return None
+    count = float(plan.group_count)
+    return GroupStatistics(count, pivot, moments.variance * count, moments.mean, unit), centred
+
+
+class _Moments(NamedTuple):
+    mean: "Array"
+    variance: "Array"
+    near: bool  # whether a pivot of 0 is near enough to the mean of every group
+
+
+def _moments(values: "Array", plan: "Plan", adapter: "Adapter") -> _Moments | None:
+    """Return each group's mean and variance; None if a square may have left the dtype's range."""
+    xp = adapter.xp
+    sums, squares = total(values, plan.inner, plan, adapter), _total_abs2(values, plan, adapter)
+    if plan.two_stages:
+        sums, squares = (
+            total(xp.reshape(a, plan.grouped(a.shape)), (plan.members,), plan, adapter)
+            for a in (sums, squares)
+        )
+    count = float(product(values.shape) // product(sums.shape))
+    mean, mean_square = sums / count, squares / count
+    if not _is_ordinary(mean_square, ORDINARY**2, xp):
+        return None
+    variance = mean_square - abs2(mean, adapter)
+    return _Moments(mean, variance, bool(xp.all(NEAR * variance >= mean_square)))
+
+
+def _is_ordinary(values: "Array", limit: float, xp: Any) -> bool:
+    """Whether all values are within a factor of 1: no deviation then needs scaling."""
+    return bool(xp.all((values >= 1 / limit) & (values <= limit)))
 
 
 def _centre(

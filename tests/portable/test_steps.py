@@ -341,14 +341,70 @@ def test_measuring_with_a_mask(shape, groups, axes, size, adapter):
 
 @pytest.mark.parametrize(("step", "scaled"), [(2.0**20, False), (2.0**20 + 1, True)])
 def test_ordinary_spreads_need_no_scale(step, scaled):
-    x = np.zeros((1, 40, 4), F)
+    x, mask = np.zeros((1, 40, 4), F), np.ones((1, 1, 1), bool)
     x[:, ::2] = step
-    got, deviations = check_measure(x, numpy_adapter)
+    got, deviations = check_measure(x, numpy_adapter, mask)
     assert deviations.scaled == scaled
     assert (got.unit == (1 / F(step) if scaled else 1)).all()
     x[:, ::2] = 2.0**-20 if not scaled else 2.0**-20 * 0.99
-    _, deviations = check_measure(x, numpy_adapter, epsilon=1e-20)
+    _, deviations = check_measure(x, numpy_adapter, mask, epsilon=1e-20)
     assert deviations.scaled == scaled
+
+
+@pytest.mark.parametrize("positions", [6, 40, 600])
+@pytest.mark.parametrize("mean", [0.0, -0.5, 0.5, 0.502, 30.0])
+def test_a_mean_near_0_is_not_subtracted(mean, positions):
+    """Means are near up to half a standard deviation; here only that of the last group matters."""
+    x = np.ones((2, positions, 4), F)
+    x[:, ::2] = -1
+    x[-1, :, 2:] += F(mean)
+    _, deviations = check_measure(x, numpy_adapter)
+    near = abs(mean) <= 0.5
+    assert np.shares_memory(deviations.values, x) == near
+    assert bool(deviations.pivot.any()) != near
+    assert not deviations.scaled
+
+
+@pytest.mark.parametrize("size", [2.0**20, 2.0**-20, 2.0**20.5, 2.0**-20.5, math.inf, math.nan])
+def test_squares_out_of_range_are_scaled(size):
+    """Where the mean square might overflow or vanish, deviations have a scale."""
+    x = np.ones((1, 40, 4), F)
+    x[:, ::2] = -1
+    x[..., 2:] *= F(size)
+    with np.errstate(invalid="ignore", over="ignore"):
+        plan = plan_of(x.shape)
+        _, deviations = steps.measure(x, None, plan, numpy_adapter, 1e-20)
+    direct = size in (2.0**20, 2.0**-20)
+    assert (deviations.values is x) == direct
+
+
+@pytest.mark.parametrize("offset", [0.0, 50.0], ids=["near", "far"])
+def test_a_sample_that_misleads_is_noticed(offset):
+    """Half a deviation from all means, the sample's mean is no pivot, however near it seems."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(offset, size=(1, 129 * 16, 2)).astype(F)
+    plan = plan_of(x.shape, 1, sampled=True)
+    x[:, :: plan.sample[1].step] += 1.0
+    x -= 1.0
+    got, deviations = check_measure(x, numpy_adapter, sampled=True, groups=1)
+    assert deviations.values is not x
+    assert got.mean.item() != 0
+
+
+@pytest.mark.parametrize("row", [2, 300], ids=["short rows", "long rows"])
+@pytest.mark.parametrize("length", [9, 16, 255, 509])
+@pytest.mark.parametrize("count", [1, 2], ids=["sum", "sum of products"])
+def test_sums_of_equal_terms(count, length, row):
+    """All roundings of a running sum may have the same sign: sum fewer terms at a time."""
+    x = np.full((2, length, row), 0.1, F)
+    exact = length * float(F(0.1)) ** count
+    got = numpy_adapter.sum_of_product((x,) * count, 1)
+    assert got.shape == (2, 1, row)
+    np.testing.assert_allclose(got, exact, rtol=1e-6)
+    x[:, -1] = 7.0
+    got = numpy_adapter.sum_of_product((x,) * count, 1)
+    exact += 7.0**count - float(F(0.1)) ** count
+    np.testing.assert_allclose(got, exact, rtol=1e-6)
 
 
 def test_a_constant_sample_of_huge_data():

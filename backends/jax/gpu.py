@@ -193,5 +193,5 @@ for _primitive, _function in ((normalize_p, normalize), (pull_back_p, pull_back)
         _primitive,
         "cuda",
         mlir.lower_fun(_function, multiple_results=True),
-        lambda _: why_unavailable(),
+        lambda: why_unavailable(),
     )

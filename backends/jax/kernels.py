@@ -1,6 +1,6 @@
 """JAX on one device: which calls the primitives compute, and their jitted entries.
 
-On a CPU the kernels need numba and XLA's foreign function interface; on a GPU Triton. Every
+On a CPU the kernels are the compiled core's, called by XLA; on a GPU Triton's. Every
 transformation of JAX applies to both. On a CPU without kernels, and for other dtypes, the same
 primitives are lowered to the portable implementation: their pullback takes less time and memory
 than the one JAX derives from it.
@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from groupnorm.adapter import Kernels, Unsupported
 from groupnorm.arguments import CallOptions
@@ -28,8 +27,6 @@ from groupnorm.typing import Gradients
 
 __all__ = ["JaxKernels"]
 
-_FLOAT16 = np.dtype(np.float16)
-
 
 class JaxKernels(Kernels):
     """The kernels, as jitted primitives."""
@@ -41,7 +38,7 @@ class JaxKernels(Kernels):
     def why_unavailable(self, device: str) -> Unsupported | None:
         """Return why there are none on JAX's default devices, whichever device is named."""
         why = _why_no_primitives()
-        return _why_no_kernels(float16=False) if why is None else why
+        return _why_no_kernels() if why is None else why
 
     def forward(self, x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -> Any:
         """Return y, or `Unsupported`."""
@@ -84,9 +81,9 @@ def _why_no_primitives() -> Unsupported | None:
     return None
 
 
-def _why_no_kernels(float16: bool) -> Unsupported | None:
+def _why_no_kernels() -> Unsupported | None:
     """Return why there are no kernels on JAX's default device, or None."""
-    return gpu.why_unavailable() if jax.default_backend() == "gpu" else cpu.why_unavailable(float16)
+    return (gpu if jax.default_backend() == "gpu" else cpu).why_unavailable()
 
 
 def _bind(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -> Any:
@@ -123,7 +120,7 @@ def _bind(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: CallO
     dtypes = (x.dtype, checked.work_dtype, checked.result_dtype)
     no_kernels = why_not_compiled(*dtypes, options.activation)
     if no_kernels is None:
-        no_kernels = _why_no_kernels(_FLOAT16 in dtypes)
+        no_kernels = _why_no_kernels()
     if no_kernels and (options.implementation == "fused" or jax.default_backend() == "gpu"):
         return no_kernels
     # As work arrays have it: channels on one axis. Slices have no hash.

@@ -344,7 +344,7 @@ for _primitive, _lower in _portable_lowerings.items():
 
 
 def register_lowering(
-    primitive: Any, platform: str, lower: Any, why_unavailable: Callable[[bool], Any]
+    primitive: Any, platform: str, lower: Any, why_unavailable: Callable[[], Any]
 ) -> None:
     """Lower `normalize_p` or `pull_back_p` to kernels, on a platform.
 
@@ -355,7 +355,7 @@ def register_lowering(
     lower : callable
         The rule that calls kernels, of the context, the operands and the parameters.
     why_unavailable : callable
-        Returns why there are no kernels, or None; receives whether they must read float16.
+        Returns why there are no kernels, or None.
     """
     at = 1 if primitive is pull_back_p else 0  # where x is among the operands
 
@@ -367,7 +367,7 @@ def register_lowering(
         dtypes = (x.dtype, scale.dtype, known[1][0].dtype)
         portable = (
             why_not_compiled(*dtypes, parameters["spec"].options.activation) is not None
-            or why_unavailable(np.dtype(np.float16) in dtypes) is not None
+            or why_unavailable() is not None
         )
         chosen = _portable_lowerings[primitive] if portable else lower
         return chosen(context, *operands, **parameters)

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import operator
 import os
+import pickle
+import re
 import subprocess
 import sys
 import threading
+import types
 
 import numpy as np
 import pytest
 
+import groupnorm
 from groupnorm import group_norm, group_norm_vjp
 from groupnorm.adapter import Unsupported
 from groupnorm.errors import ArgumentValueError
 from tests.rows import GRADIENT, assert_gradient
+from tests.xla_frames import HANDLER, Struct
 
 pytestmark = pytest.mark.needs("jax")
-pytest.importorskip("numba", reason="kernels need numba")
+pytest.importorskip("groupnorm.backends.kernels.cpu._core", reason="the core is not compiled here")
 
-TARGET = "groupnorm_cpu_kernel"
+TARGET = "groupnorm_cpu_1"
 # Shape, feature axis; sizes from one thread's to those that threads share in either way.
 SHAPES = {
     "first": ((3, 8, 50), 1),
@@ -177,23 +181,6 @@ def test_exported_programs_call_no_kernel(jax, rng):
     assert_gradient(np.asarray(exported.call(x)), np.asarray(gradient(x)), rtol=GRADIENT)
 
 
-def test_a_kernel_that_is_not_loaded_is_an_error(jax, rng):
-    """As after a compiled program was loaded by a process that never traced it."""
-    xla = importlib.import_module("groupnorm.backends.kernels.cpu.compiled.xla_handler")
-    x, _, scale, bias, keywords = draw("first", rng)
-    program = jax.jit(lambda x: group_norm(x, scale, bias, **keywords)).lower(x).compile()
-    want = np.asarray(program(x))
-    table = xla.table()
-    kept = list(table)
-    table[1:] = [0] * (len(kept) - 1)
-    try:
-        with pytest.raises(Exception, match="its kernels are not loaded here"):
-            program(x).block_until_ready()
-    finally:
-        table[:] = kept
-    np.testing.assert_array_equal(program(x), want)
-
-
 CACHED = """
 import sys
 import jax
@@ -222,6 +209,65 @@ def test_programs_kept_on_disk(jax, tmp_path):
         assert done.returncode == 0, done.stderr
         told.append(done.stdout.split()[-1])
     assert told == ["miss", "hit"]
+
+
+STORED = """
+import pickle
+import sys
+import jax
+import numpy as np
+from jax.experimental import serialize_executable as stored
+from groupnorm.backends.jax import cpu
+assert cpu.why_unavailable() is None
+x = np.random.default_rng(0).normal(size=(2, 8, 50)).astype(np.float32)
+with open(sys.argv[1], "rb") as file:
+    program, want = pickle.load(file)
+np.testing.assert_array_equal(stored.deserialize_and_load(*program)(x), want)
+"""
+
+
+def test_a_compiled_program_in_a_process_that_never_traced_it(jax, tmp_path):
+    """There is nothing to compile or load but the handler."""
+    stored = importlib.import_module("jax.experimental.serialize_executable")
+    x = np.random.default_rng(0).normal(size=(2, 8, 50)).astype(np.float32)
+    call = jax.jit(lambda x: group_norm(x, num_groups=4, feature_axis=1))
+    program = stored.serialize(call.lower(x).compile())
+    (tmp_path / "program").write_bytes(pickle.dumps((program, np.asarray(call(x)))))
+    done = subprocess.run(
+        [sys.executable, "-c", STORED, str(tmp_path / "program")], capture_output=True, text=True,
+        timeout=240, check=False, env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_the_number_of_threads_is_that_of_the_compilation(jax, number, rng):
+    before = groupnorm.get_num_threads()
+    x, _, scale, bias, keywords = draw("last, large", rng)
+
+    def call(x):
+        return group_norm(x, scale, bias, **keywords)
+
+    want = np.asarray(jax.jit(call)(x))
+    groupnorm.set_num_threads(number)
+    try:
+        lowered = jax.jit(lambda x: call(x)).lower(x)
+    finally:
+        groupnorm.set_num_threads(before)
+    (numbers,) = re.findall(r"numbers = dense<\[(.*?)\]>", lowered.as_text())
+    assert int(numbers.split(",")[-1]) == number
+    np.testing.assert_array_equal(lowered.compile()(x), want)
+
+
+@pytest.mark.parametrize("name", ["first, large", "last"])
+def test_donated_memory(jax, name, rng):
+    """The result may lie where x was, which the kernel has read by then: XLA copies it if not."""
+    x, _, scale, bias, keywords = draw(name, rng)
+    want = group_norm(jax.numpy.asarray(x), scale, bias, **keywords)
+    call = jax.jit(lambda x: group_norm(x, scale, bias, **keywords), donate_argnums=0)
+    given = jax.numpy.array(x)
+    np.testing.assert_array_equal(call(given), want)
+    assert given.is_deleted()
 
 
 @pytest.mark.parametrize("checked", [True, False])
@@ -291,19 +337,22 @@ def test_many_threads_at_once(jax, rng):
 class Declaring:
     """A handler that answers XLA's question for its version, and is never called otherwise."""
 
-    def __init__(self, structs, version):
+    def __init__(self, jax, version):
         def handle(address):
-            frame = structs.CallFrame.from_address(address)
-            extension = structs.MetadataExtension.from_address(frame.extension_start)
-            answer = structs.Metadata.from_address(extension.metadata).api_version
-            answer.major_version, answer.minor_version = version
+            extension = Struct("CallFrame", at=address)["extension_start"]
+            metadata = Struct("Metadata", at=Struct("Metadata_Extension", at=extension)["metadata"])
+            answer = Struct("Api_Version", at=metadata.address + metadata.fields["api_version"][0])
+            answer["major_version"], answer["minor_version"] = version
             return 0
 
         self.kept = HANDLER(handle)
-        self.address = ctypes.cast(self.kept, ctypes.c_void_p).value
+        self.capsule = jax.ffi.pycapsule(ctypes.cast(self.kept, ctypes.c_void_p).value)
+
+    def core(self):
+        """Stand in for `availability.core`."""
+        return types.SimpleNamespace(xla_handler=lambda: self.capsule)
 
 
-HANDLER = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)
 KEPT = []  # XLA keeps their addresses
 
 
@@ -311,19 +360,19 @@ KEPT = []  # XLA keeps their addresses
 def declare(jax, monkeypatch):
     """Have another handler registered, under a name of its own, that declares this version."""
     kernels = importlib.import_module("groupnorm.backends.jax.cpu")
-    structs = importlib.import_module("groupnorm.backends.kernels.cpu.xla_structs")
-    xla = importlib.import_module("groupnorm.backends.kernels.cpu.compiled.xla_handler")
+    availability = importlib.import_module("groupnorm.backends.kernels.cpu.availability")
 
     def declare(*version):
-        KEPT.append(Declaring(structs, version))
-        monkeypatch.setattr(xla, "handler", lambda: (KEPT[-1],))
+        KEPT.append(Declaring(jax, version))
+        assert availability.why_unavailable() is None  # before there is no core but that handler
+        monkeypatch.setattr(availability, "core", KEPT[-1].core)
         monkeypatch.setattr(kernels, "_TARGET", f"{TARGET}_{len(KEPT)}")
-        kernels._interface.cache_clear()
+        kernels._why_refused.cache_clear()
         return kernels
 
     yield declare
     monkeypatch.undo()
-    importlib.import_module("groupnorm.backends.jax.cpu")._interface.cache_clear()
+    kernels._why_refused.cache_clear()
 
 
 @pytest.mark.parametrize("version", [(0, 0), (0, 99), (1, 0)], ids=["old", "new", "other"])
@@ -332,9 +381,9 @@ def test_a_version_that_xla_refuses_is_a_reason(jax, declare, version, rng, capl
     want = group_norm(x, scale, bias, **keywords)
     kernels = declare(*version)
     for _ in range(2):
-        why = kernels.why_unavailable(float16=False)
+        why = kernels.why_unavailable()
         assert isinstance(why, Unsupported)
-        assert kernels._interface() == why
+        assert kernels._why_refused() == why
     assert "version 0.3 of its foreign function interface" in why.reason  # which the real one has
     assert f"API version ({version[0]}.{version[1]})" in why.reason  # as XLA has it
     told = [record for record in caplog.records if record.name == "groupnorm"]
@@ -352,7 +401,7 @@ def test_a_version_that_xla_refuses_is_a_reason(jax, declare, version, rng, capl
 @pytest.mark.parametrize("version", [(0, 3)])
 def test_a_version_that_xla_supports(declare, version):
     kernels = declare(*version)
-    assert kernels._interface() is None
+    assert kernels._why_refused() is None
 
 
 REFUSED = """
@@ -360,13 +409,12 @@ import logging
 import sys
 import jax
 from groupnorm.backends.jax import cpu as jax_kernels
-from groupnorm.backends.kernels.cpu import xla_structs
-from groupnorm.backends.kernels.cpu.compiled import xla_handler
+from groupnorm.backends.kernels.cpu import availability
 from tests.jax.test_cpu_kernels import Declaring
-handler = Declaring(xla_structs, (0, 99))
-xla_handler.handler = lambda: (handler,)
+handler = Declaring(jax, (0, 99))
+availability.core = handler.core
 logging.basicConfig(stream=sys.stdout, format="%(name)s: %(message)s")
-print(jax_kernels._interface().reason)
+print(jax_kernels._why_refused().reason)
 print(jax.numpy.ones(2).sum())
 print(jax.devices())
 """
@@ -395,92 +443,4 @@ def test_a_refusal_where_jax_has_no_cpu(jax, declare, monkeypatch):
 
     kernels = declare(0, 3)
     monkeypatch.setattr(jax, "devices", devices)
-    assert "Unknown backend cpu" in kernels._interface().reason
-
-
-# The handler by itself, with frames that XLA does not make today.
-
-
-class Frame:
-    """A frame without arguments, results or attributes, and the interface that errors go to."""
-
-    def __init__(self):
-        self.structs = s = importlib.import_module("groupnorm.backends.kernels.cpu.xla_structs")
-        self.errors = []
-        self.create = HANDLER(self.created)
-        self.api = s.Api(
-            struct_size=s.end(s.Api.XLA_FFI_ThreadPool_Schedule),
-            api_version=s.ApiVersion(struct_size=s.end(s.ApiVersion.minor_version)),
-            XLA_FFI_Error_Create=ctypes.cast(self.create, ctypes.c_void_p),
-        )
-        self.call = s.CallFrame(
-            struct_size=s.end(s.CallFrame.attrs),
-            api=ctypes.addressof(self.api),
-            args=s.Args(struct_size=s.end(s.Args.args)),
-            rets=s.Rets(struct_size=s.end(s.Rets.rets)),
-            attrs=s.Attrs(struct_size=s.end(s.Attrs.attrs)),
-        )
-
-    def created(self, address):
-        given = self.structs.ErrorCreateArgs.from_address(address)
-        assert given.struct_size == self.structs.end(self.structs.ErrorCreateArgs.errc)
-        self.errors.append((given.errc, ctypes.string_at(given.message).decode()))
-        return 4711
-
-    def handle(self):
-        xla = importlib.import_module("groupnorm.backends.kernels.cpu.compiled.xla_handler")
-        return HANDLER(xla.handler()[0].address)(ctypes.addressof(self.call))
-
-
-GROWN = ["call.args", "call.rets", "api.api_version"]  # others follow them
-CUT = ["call", "call.attrs", "api", *GROWN]
-
-
-@pytest.mark.parametrize(
-    ("where", "change"), [(w, -1) for w in CUT] + [(w, 8) for w in GROWN],
-)  # fmt: skip
-def test_a_frame_of_other_structs_is_refused_not_read(jax, where, change):
-    frame = Frame()
-    struct = operator.attrgetter(where)(frame)
-    struct.struct_size += change
-    assert frame.handle() == 4711
-    ((code, message),) = frame.errors
-    assert code == 9
-    assert "does not have the version that the handler was written for" in message
-
-
-@pytest.mark.parametrize("others", [0, 1, 2])
-def test_the_version_that_is_declared(jax, others):
-    """Behind extensions of other kinds, or first."""
-    frame = Frame()
-    s = frame.structs
-    metadata = s.Metadata(struct_size=s.end(s.Metadata.api_version))
-    base = s.ExtensionBase(type=s.XLA_FFI_Extension_Metadata)
-    chain = [s.MetadataExtension(extension_base=base, metadata=ctypes.addressof(metadata))]
-    chain += [s.ExtensionBase(type=7, next=ctypes.addressof(chain[-1])) for _ in range(others)]
-    for i in range(1, others):
-        chain[i + 1].next = ctypes.addressof(chain[i])
-    frame.call.extension_start = ctypes.addressof(chain[-1])
-    assert frame.handle() == 0
-    found = metadata.api_version.major_version, metadata.api_version.minor_version
-    assert found == s.API
-    assert not frame.errors
-
-
-def test_a_call_with_an_unknown_extension_is_a_call(jax):
-    frame = Frame()
-    extension = frame.structs.ExtensionBase(type=7)
-    frame.call.extension_start = ctypes.addressof(extension)
-    frame.call.struct_size -= 1
-    assert frame.handle() == 4711
-
-
-def test_metadata_without_room_for_a_version(jax):
-    frame = Frame()
-    s = frame.structs
-    metadata = s.Metadata(struct_size=s.end(s.Metadata.api_version) - 1)
-    base = s.ExtensionBase(type=s.XLA_FFI_Extension_Metadata)
-    extension = s.MetadataExtension(extension_base=base, metadata=ctypes.addressof(metadata))
-    frame.call.extension_start = ctypes.addressof(extension)
-    assert frame.handle() == 0
-    assert metadata.api_version.minor_version == 0
+    assert "Unknown backend cpu" in kernels._why_refused().reason

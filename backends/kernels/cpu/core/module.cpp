@@ -9,9 +9,9 @@
 #include <new>
 
 #include "run.hpp"
+#include "xla_ffi.hpp"
 
 namespace groupnorm {
-void* xla_handler();
 namespace {
 
 struct Plan {
@@ -281,11 +281,37 @@ PyObject* use_openmp(PyObject*, PyObject* address) {
   Py_RETURN_NONE;
 }
 
+// xla_handler(): what JAX registers.
 PyObject* handler(PyObject*, PyObject*) { return PyCapsule_New(xla_handler(), "xla._CUSTOM_CALL_TARGET", nullptr); }
+
+bool set(PyObject* dict, PyObject* key, PyObject* value) {
+  const bool done = key != nullptr && value != nullptr && PyDict_SetItem(dict, key, value) == 0;
+  Py_XDECREF(key);
+  Py_XDECREF(value);
+  return done;
+}
+
+// xla_interface(): what the handler takes it to be, for tests: {constant: value}, with
+// {(struct, field): (offset, size)}.
+PyObject* interface_(PyObject*, PyObject*) {
+  PyObject* found = PyDict_New();
+#define GROUPNORM_CONSTANT(name, value) &&set(found, Py_BuildValue("s", #name), Py_BuildValue("i", value))
+#define GROUPNORM_NOTHING(name)
+#define GROUPNORM_FIELD(of, type, name, at) \
+  &&set(found, Py_BuildValue("(ss)", #of, #name), Py_BuildValue("(ii)", at, static_cast<int>(sizeof(of::name))))
+  const bool done = found != nullptr GROUPNORM_XLA_CONSTANTS(GROUPNORM_CONSTANT)
+      GROUPNORM_XLA_STRUCTS(GROUPNORM_NOTHING, GROUPNORM_FIELD, );
+#undef GROUPNORM_CONSTANT
+#undef GROUPNORM_NOTHING
+#undef GROUPNORM_FIELD
+  if (!done) Py_CLEAR(found);
+  return found;
+}
 
 PyMethodDef methods[] = {
     {"use_openmp", use_openmp, METH_O, nullptr},
     {"xla_handler", handler, METH_NOARGS, nullptr},
+    {"xla_interface", interface_, METH_NOARGS, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -36,7 +36,7 @@ from _cpu_summary import KEYS, summarize, summary_row
 from _report import machine, print_table, settle_allocator, usable_cpus, versions, write_json
 
 PACKAGES = (
-    *("groupnorm", "numpy", "torch", "jax", "jaxlib", "numba", "ml_dtypes"),
+    *("groupnorm", "numpy", "torch", "jax", "jaxlib", "ml_dtypes"),
     *("flax", "equinox", "brainstate", "keras"),
 )
 PROBES = ("keras", "overhead", "memory")

@@ -33,8 +33,6 @@ fi
 export OUT WORK ROOT PYTHONPATH="$ROOT:$site:$WORK${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 # JAX would take three quarters of the memory at once, from whoever comes next.
 export XLA_PYTHON_CLIENT_PREALLOCATE=false JAX_TRACEBACK_FILTERING=off TF_CPP_MIN_LOG_LEVEL=2
-# Numba's kernels for CPUs are not the subject, and compiling them takes half a minute: hidden where it matters.
-mkdir -p "$WORK/nonumba"; echo 'raise ImportError("left out of this run")' >"$WORK/nonumba/numba.py"
 
 step() { # NAME SECONDS COMMAND...: run it for so long at most, and go on whatever happens
   local name=$1 most=$2 left=$((LIMIT - SECONDS)) begun=$SECONDS status
@@ -585,7 +583,7 @@ for name in $STEPS; do
         nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.limit --format=csv,noheader
         '"$PY"' - <<PYTHON
 import importlib.metadata as m, os, platform, shutil, sysconfig
-names = "numpy torch triton jax jaxlib jax-cuda13-plugin jax-triton cupy-cuda13x array-api-compat ml_dtypes numba flax pytest pytest-xdist hypothesis"
+names = "numpy torch triton jax jaxlib jax-cuda13-plugin jax-triton cupy-cuda13x array-api-compat ml_dtypes flax pytest pytest-xdist hypothesis"
 for n in names.split():
     try: print(n, m.version(n), end=", ")
     except Exception: print(n, "IS MISSING", end=", ")
@@ -605,8 +603,7 @@ PYTHON
     bench)
       most=$((LIMIT - SECONDS - 45)); [ $most -gt 120 ] && most=120
       if [ $most -ge 45 ]; then
-        PYTHONPATH="$WORK/nonumba:$PYTHONPATH" step "benchmark torch" $((most + 40)) \
-          $PY benchmarks/gpu.py --quick --only torch --seconds $most --into "$OUT/bench"
+        step "benchmark torch" $((most + 40)) $PY benchmarks/gpu.py --quick --only torch --seconds $most --into "$OUT/bench"
       else
         echo "benchmark: no time was left" | tee -a "$OUT/steps.txt"
       fi ;;

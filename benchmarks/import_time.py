@@ -18,7 +18,7 @@ from pathlib import Path
 from _report import print_table, summary, usable_cpus, versions, write_json
 
 BOUND = 1.3
-HEAVY = ("jax", "jaxlib", "torch", "cupy", "numba", "flax", "triton", "rich", "scipy")
+HEAVY = ("jax", "jaxlib", "torch", "cupy", "flax", "triton", "rich", "scipy")
 STATEMENTS = {
     "import numpy, array_api_compat": "import numpy, array_api_compat",
     "import groupnorm": "import groupnorm",

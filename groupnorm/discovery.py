@@ -45,7 +45,7 @@ class BackendInfo(NamedTuple):
 def available_backends() -> tuple[BackendInfo, ...]:
     """Return for every backend whether it is installed, its devices and its implementations.
 
-    This imports the installed libraries, including numba for the kernels. It compiles nothing.
+    This imports the installed libraries. It compiles nothing.
 
     Returns
     -------
@@ -58,7 +58,7 @@ def available_backends() -> tuple[BackendInfo, ...]:
     >>> numpy = available_backends()[0]
     >>> numpy.devices
     ('cpu',)
-    >>> "portable" in numpy.implementations["cpu"]  # and "fused", if numba is installed
+    >>> "portable" in numpy.implementations["cpu"]  # and "fused"
     True
     """
     return tuple(backend_info(name) for name in backend_names())

@@ -15,14 +15,14 @@ __all__ = ["get_num_threads", "set_num_threads"]
 # The root of the file system, which tests replace.
 ROOT = Path("/")
 # Variables that limit the threads of other numerical libraries, and so of this one.
-LIMITS = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")
+LIMITS = ("OMP_NUM_THREADS",)
 VARIABLE = "GROUPNORM_NUM_THREADS"
 
 _log = logging.getLogger("groupnorm")
 _set: int | None = None
 
 
-def set_num_threads(num_threads: int) -> None:
+def set_num_threads(num_threads: int | None) -> None:
     """Set the number of threads that the CPU kernels use in NumPy and JAX.
 
     The result does not depend on it, to the bit. In PyTorch the kernels run in PyTorch's own
@@ -31,8 +31,8 @@ def set_num_threads(num_threads: int) -> None:
 
     Parameters
     ----------
-    num_threads : int
-        At least 1; 1 computes in the calling thread alone.
+    num_threads : int or None
+        At least 1; 1 computes in the calling thread alone. None: as if it had not been set.
 
     Raises
     ------
@@ -46,14 +46,13 @@ def set_num_threads(num_threads: int) -> None:
     Examples
     --------
     >>> import groupnorm
-    >>> before = groupnorm.get_num_threads()
     >>> groupnorm.set_num_threads(1)
     >>> groupnorm.get_num_threads()
     1
-    >>> groupnorm.set_num_threads(before)
+    >>> groupnorm.set_num_threads(None)
     """
     global _set
-    _set = positive("num_threads", num_threads)
+    _set = None if num_threads is None else positive("num_threads", num_threads)
 
 
 def get_num_threads() -> int:
@@ -61,8 +60,8 @@ def get_num_threads() -> int:
 
     It is, if given, the number of `set_num_threads`, or else that of the environment variable
     ``GROUPNORM_NUM_THREADS``. Otherwise it is the number of CPUs available to this process: no more
-    than its affinity, a container's limit on CPU time (cgroups), ``OMP_NUM_THREADS``,
-    ``NUMBA_NUM_THREADS`` and, if threadpoolctl has been imported, its limits permit.
+    than its affinity, a container's limit on CPU time (cgroups), ``OMP_NUM_THREADS`` and, if
+    threadpoolctl has been imported, its limits permit.
 
     Returns
     -------

@@ -1,5 +1,5 @@
 """Compiled kernels: planning and launching them, for every library.
 
 ``layout.py`` defines which calls are supported; ``cpu/`` and ``gpu/`` plan and launch; the code
-that numba and Triton compile is in their ``compiled/``.
+is in ``cpu/core/`` (C++) and ``gpu/compiled/`` (Triton).
 """

@@ -1,1 +1,1 @@
-"""Kernels for CPUs: planned by shape, launched in threads; compiled by numba."""
+"""Kernels for CPUs: planned by shape, launched in threads; in C++."""

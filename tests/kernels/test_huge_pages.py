@@ -14,8 +14,9 @@ import pytest
 
 from groupnorm import group_norm
 from tests import ROOT
+from tests.kernels.core import needs_core
 
-pytest.importorskip("numba", reason="only the kernels request large pages, and they need numba")
+needs_core()  # only the kernels request large pages
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="the system call exists only on Linux"
 )
@@ -94,14 +95,33 @@ def test_numpys_environment_variable_in_jax():
     assert flagged == ["True", "False"]
 
 
-def test_numpys_environment_variable(monkeypatch):
-    pages = importlib.import_module("groupnorm.backends.kernels.cpu.huge_pages")
-    pages._system_call.cache_clear()
-    monkeypatch.setenv("NUMPY_MADVISE_HUGEPAGE", "0")
-    assert pages._system_call() is None
-    monkeypatch.delenv("NUMPY_MADVISE_HUGEPAGE")
-    pages._system_call.cache_clear()
-    assert pages._system_call() is not None
-    x = np.zeros(1 << 21, np.float32)
-    pages.want_large_pages(x.ctypes.data, x.nbytes)
-    assert not x.any()
+DIRECT = """
+import mmap
+import numpy as np
+from tests.kernels.core import needs_core
+from tests.kernels.test_huge_pages import flags
+core = needs_core()
+for rows in (1 << 12, 1 << 15):  # 1 MiB, 8 MiB
+    memory = mmap.mmap(-1, 256 * rows, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    x = np.ones(64 * rows, np.float32)
+    core.Plan(1, 8, 8, rows, False, 0, 0, 0, 1e-6, False, False).forward(
+        x, None, None, None, memory, False, 2
+    )
+    assert not np.frombuffer(memory, np.float32).any()
+    print("hg" in flags(np.frombuffer(memory, np.uint8).ctypes.data + 128 * rows))
+"""
+
+
+@pytest.mark.parametrize(("value", "want"), [("1", True), ("0", False), (None, True)])
+def test_numpys_environment_variable(value, want):
+    """The core asks for large pages if a result is large, unless NumPy's variable forbids it."""
+    if not can_tell():
+        pytest.skip("this system has no large pages")
+    environment = {k: v for k, v in os.environ.items() if k != "NUMPY_MADVISE_HUGEPAGE"}
+    given = {} if value is None else {"NUMPY_MADVISE_HUGEPAGE": value}
+    done = subprocess.run(
+        [sys.executable, "-c", DIRECT], capture_output=True, text=True, timeout=240, check=False,
+        env=environment | given, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["False", str(want)]

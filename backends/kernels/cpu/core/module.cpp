@@ -6,6 +6,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <algorithm>
 #include <new>
 
 #include "run.hpp"
@@ -30,20 +31,27 @@ class Array {
     if (held_) PyBuffer_Release(&view_);
   }
 
-  // Return whether the object is usable; if not, a Python error is set.
-  bool read(PyObject* object, const char* name, i64 bytes) { return get(object, name, bytes, PyBUF_SIMPLE); }
-  bool write(PyObject* object, const char* name, i64 bytes) { return get(object, name, bytes, PyBUF_WRITABLE); }
+  // Return whether the object is usable, or not `needed`; if not, a Python error is set.
+  bool read(PyObject* object, const char* name, i64 bytes, bool needed = true) {
+    return get(object, name, bytes, PyBUF_SIMPLE, needed);
+  }
+  bool write(PyObject* object, const char* name, i64 bytes, bool needed = true) {
+    return get(object, name, bytes, PyBUF_WRITABLE, needed);
+  }
 
   template <class T>
   T* as() const { return static_cast<T*>(data_); }
   i64 bytes() const { return held_ ? view_.len : 0; }
 
  private:
-  bool get(PyObject* object, const char* name, i64 bytes, int flags) {
-    if (object == Py_None) return true;
-    if (PyLong_Check(object)) {
-      data_ = PyLong_AsVoidPtr(object);
-      return data_ != nullptr || PyErr_Occurred() == nullptr;
+  bool get(PyObject* object, const char* name, i64 bytes, int flags, bool needed) {
+    const bool is_address = PyLong_Check(object) && !PyBool_Check(object);
+    if (is_address) data_ = PyLong_AsVoidPtr(object);
+    if (is_address || object == Py_None) {
+      if (data_ == nullptr && needed && PyErr_Occurred() == nullptr) {
+        PyErr_Format(PyExc_ValueError, "%s is missing", name);
+      }
+      return PyErr_Occurred() == nullptr;
     }
     if (PyObject_GetBuffer(object, &view_, flags) < 0) return false;
     held_ = true;
@@ -93,8 +101,8 @@ struct Inputs {
     const Shape& shape = call.shape;
     const i64 parameter = 4 * shape.channels() * (plan->parameters_of_samples ? shape.samples : 1);
     if (!x.read(given[0], "x", shape.elements() * item_bytes(call.x_dtype)) ||
-        !scale.read(given[1], "scale", parameter) || !bias.read(given[2], "bias", parameter) ||
-        !mask.read(given[3], "mask", shape.positions)) {
+        !scale.read(given[1], "scale", parameter, false) || !bias.read(given[2], "bias", parameter, false) ||
+        !mask.read(given[3], "mask", shape.positions, false)) {
       return false;
     }
     call.x = x.as<void>();
@@ -116,10 +124,12 @@ bool set_statistics(Call& call, void* memory) {
 
 i64 statistics_bytes(const Call& call) { return 3 * 8 * call.shape.samples * call.shape.groups; }
 
+constexpr long MAX_THREADS = 1024;
+
 bool set_threads(Call& call, PyObject* threads) {
   const long count = PyLong_AsLong(threads);
   if (count == -1 && PyErr_Occurred()) return false;
-  call.threads = static_cast<int>(count);
+  call.threads = static_cast<int>(std::min(std::max(count, 1L), MAX_THREADS));
   return true;
 }
 
@@ -199,10 +209,12 @@ PyObject* stage(PyObject* self, PyObject* const* given, Py_ssize_t count) {
   const i64 sums_each = stages == SUM ? samples * call.shape.channels() : samples * call.shape.groups;
   if (!call.forward()) call.y_dtype = call.x_dtype;
   const auto access = stages == MEASURE ? &Array::write : &Array::read;
-  if (!(statistics.*access)(given[5], "statistics", statistics_bytes(call)) ||
-      !y.write(given[6], "y", elements * item_bytes(call.y_dtype)) ||
-      !dy.read(given[7], "dy", elements * item_bytes(call.x_dtype)) ||
-      !(stages == SUM ? sums.write(given[8], "sums", 16 * sums_each) : sums.read(given[8], "sums", 16 * sums_each))) {
+  const bool writes = stages == NORMALIZE || stages == INPUT_GRADIENT;
+  if (!(statistics.*access)(given[5], "statistics", statistics_bytes(call), true) ||
+      !y.write(given[6], "y", elements * item_bytes(call.y_dtype), writes) ||
+      !dy.read(given[7], "dy", elements * item_bytes(call.x_dtype), !call.forward()) ||
+      !(stages == SUM ? sums.write(given[8], "sums", 16 * sums_each)
+                      : sums.read(given[8], "sums", 16 * sums_each, stages == INPUT_GRADIENT))) {
     return nullptr;
   }
   set_statistics(call, statistics.as<void>());
@@ -220,10 +232,17 @@ PyObject* scratch(PyObject* self, PyObject* const* given, Py_ssize_t count) {
   call.stages = given[0] == Py_True ? BACKWARD : FORWARD;
   static const std::uint8_t masked = 1;
   if (given[1] == Py_True) call.mask = &masked;
-  return PyLong_FromSize_t(scratch_bytes(call));
+  try {
+    return PyLong_FromSize_t(scratch_bytes(call));
+  } catch (const std::bad_alloc&) {
+    return PyErr_NoMemory();
+  }
 }
 
-PyObject* make(PyTypeObject* type, PyObject* arguments, PyObject*) {
+// So that no number of bytes overflows.
+constexpr double MAX_ELEMENTS = 0x1p45;
+
+PyObject* make(PyTypeObject* type, PyObject* arguments, PyObject* keywords) {
   long long samples, groups, size, positions;
   int channels_first, x, y, activation, by_openmp, of_samples;
   double epsilon;
@@ -231,9 +250,15 @@ PyObject* make(PyTypeObject* type, PyObject* arguments, PyObject*) {
                         &activation, &epsilon, &by_openmp, &of_samples)) {
     return nullptr;
   }
-  if (samples < 1 || groups < 1 || size < 1 || positions < 1 || x < 0 || x >= DTYPES || y < 0 || y >= DTYPES ||
+  if (keywords != nullptr) {
+    PyErr_SetString(PyExc_TypeError, "Plan takes no keyword arguments");
+    return nullptr;
+  }
+  const double elements = static_cast<double>(samples) * static_cast<double>(groups) *
+      static_cast<double>(size) * static_cast<double>(positions);
+  if (samples < 1 || groups < 1 || size < 1 || positions < 1 || elements > MAX_ELEMENTS || x < 0 || x >= DTYPES || y < 0 || y >= DTYPES ||
       activation < 0 || activation > 3) {
-    PyErr_SetString(PyExc_ValueError, "a plan has positive sizes, known dtypes and a known activation");
+    PyErr_SetString(PyExc_ValueError, "a plan has positive sizes, at most 2**45 elements, known dtypes and a known activation");
     return nullptr;
   }
   const auto allocate = reinterpret_cast<allocfunc>(PyType_GetSlot(type, Py_tp_alloc));

@@ -83,7 +83,7 @@ def _why_no_primitives() -> Unsupported | None:
 
 def _why_no_kernels() -> Unsupported | None:
     """Return why there are no kernels on JAX's default device, or None."""
-    return (gpu if jax.default_backend() == "gpu" else cpu).why_unavailable()
+    return gpu.why_unavailable() if jax.default_backend() == "gpu" else cpu.why_unavailable()
 
 
 def _bind(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: CallOptions) -> Any:

@@ -28,7 +28,10 @@ pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="what is interpreted is not compiled"
 )
 pytest.importorskip("triton", reason="the kernels for GPUs need triton")
-pytest.importorskip("numba", reason="without kernels for CPUs calls there are not of the kernels")
+pytest.importorskip(
+    "groupnorm.backends.kernels.cpu._core",
+    reason="without kernels for CPUs calls there are not of the kernels",
+)
 
 PTX, JAX_TRITON = "__gpu$xla.gpu.ptx", "triton_kernel_call"
 KEYWORDS = {"num_groups": 8, "activation": "silu", "implementation": "fused"}

@@ -247,7 +247,6 @@ void normalize_chunk(const Call& call, const Chunk<X>& chunk, Y* y, const Table&
       normalize_masked(chunk.x + row * n, y + row * n, n, t, Invalid{}, call.activation);
     }
   }
-  if (call.past_cache()) end_of_stream();
 }
 
 // What a thread processes, and with what.
@@ -284,59 +283,34 @@ void channels_last_forward(const Call& call, Scratch& scratch, int part) {
   const Buffers buffers{own, own + length, own + 2 * length, sums, sums + shape.channels()};
   const Table table{own, own + length, own + 2 * length};
   Y* y = static_cast<Y*>(call.y);
-  double* statistics = scratch.thread_group_means(part);  // of a chunk, then of a sample
+  double *moments = scratch.chunk_moments(part), *counts = scratch.chunk_counts(part);
+  double* statistics = call.stages & MEASURE ? scratch.sample_pairs(part) : scratch.thread_pairs(part);
 
-  if (scratch.whole_samples) {
-    double* merged = scratch.thread_merged(part);
-    scratch.round(0).run(scratch.tasks, part, [&](i64 task) {
-      const i64 end = std::min((task + 1) * scratch.grain, shape.samples);
-      for (i64 sample = task * scratch.grain; sample < end; ++sample) {
-        if (call.stages & MEASURE) {
-          double count = 0;
-          std::fill_n(merged, 2 * groups, 0.0);
-          for (i64 number = 0; number < scratch.chunks; ++number) {
-            const double n = measure_chunk(chunks(sample, number), shape, buffers, statistics);
-            if (n > 0) merge_chunk(shape, count, n, statistics, merged);
-            count += n;
-          }
-          finish_statistics<X>(call, sample, count, merged);
-        } else {
-          given_statistics(call, sample, merged);
-        }
-        if (!(call.stages & NORMALIZE)) continue;
-        set_tables(call, sample, length, merged, table);
+  scratch.each_sample(call, part, [&](i64 sample, i64) {
+    if (call.stages & MEASURE) {
+      scratch.each_chunk(2 * sample, part, [&](i64 number) {
+        counts[number] = measure_chunk(chunks(sample, number), shape, buffers, moments + number * 2 * groups);
+      }, [&] {
+        double count = 0;
+        std::fill_n(statistics, 2 * groups, 0.0);
         for (i64 number = 0; number < scratch.chunks; ++number) {
-          normalize_chunk(call, chunks(sample, number), y + chunks.offset(sample, number), table);
+          if (counts[number] == 0) continue;
+          merge_chunk(shape, count, counts[number], moments + number * 2 * groups, statistics);
+          count += counts[number];
         }
-      }
-    }, [] {});
-    return;
-  }
-  for (i64 sample = 0; sample < shape.samples; ++sample) {
-    double* shared = scratch.sample_statistics;
-    scratch.round(2 * sample).run(call.stages & MEASURE ? scratch.chunks : 1, part, [&](i64 number) {
-      if (!(call.stages & MEASURE)) return;
-      scratch.chunk_counts[number] =
-          measure_chunk(chunks(sample, number), shape, buffers, scratch.chunk_moments + number * 2 * groups);
-    }, [&] {
-      if (!(call.stages & MEASURE)) return given_statistics(call, sample, shared);
-      double count = 0;
-      std::fill_n(shared, 2 * groups, 0.0);
-      for (i64 number = 0; number < scratch.chunks; ++number) {
-        const double n = scratch.chunk_counts[number];
-        if (n > 0) merge_chunk(shape, count, n, scratch.chunk_moments + number * 2 * groups, shared);
-        count += n;
-      }
-      finish_statistics<X>(call, sample, count, shared);
-    });
-    if (!(call.stages & NORMALIZE)) continue;
+        finish_statistics<X>(call, sample, count, statistics);
+      });
+    } else {
+      given_statistics(call, sample, statistics);
+    }
+    if (!(call.stages & NORMALIZE)) return;
     bool ready = false;
-    scratch.round(2 * sample + 1).run(scratch.chunks, part, [&](i64 number) {
-      if (!ready) set_tables(call, sample, length, shared, table);
+    scratch.each_chunk(2 * sample + 1, part, [&](i64 number) {
+      if (!ready) set_tables(call, sample, length, statistics, table);
       ready = true;
       normalize_chunk(call, chunks(sample, number), y + chunks.offset(sample, number), table);
     }, [] {});
-  }
+  }, [] {});
 }
 
 // Backward -----------------------------------------------------------------------------------------
@@ -448,7 +422,6 @@ void write_gradient(
       input_gradient_masked(chunk.x + a, dy + a, dx + a, n, t, backs, Invalid{}, call.activation);
     }
   }
-  if (call.past_cache()) end_of_stream();
 }
 
 template <class X, class Y>
@@ -464,75 +437,44 @@ void channels_last_backward(const Call& call, Scratch& scratch, int part) {
   const BacksTable backs{own + 3 * length, own + 4 * length, own + 5 * length};
   const Y* dy = static_cast<const Y*>(call.dy);
   X* dx = static_cast<X*>(call.y);
-  double* statistics = scratch.thread_group_means(part);
-  const auto set_normalizing = [&](i64 sample) {
-    given_statistics(call, sample, statistics);
-    set_tables(call, sample, length, statistics, table);
-  };
-  const auto sum = [&](i64 sample, i64 number) {
-    sum_products(call, chunks(sample, number), dy + chunks.offset(sample, number), table, buffers);
-  };
-  const auto write = [&](i64 sample, i64 number) {
-    const i64 at = chunks.offset(sample, number);
-    write_gradient(call, chunks(sample, number), dy + at, dx + at, table, backs);
-  };
+  float* chunk_sums = scratch.chunk_sums(part);
+  double *total = scratch.sample_sums(part), *weighted = total + channels;
+  double* means = call.stages & SUM ? scratch.sample_pairs(part) : scratch.thread_pairs(part);
 
-  if (scratch.whole_samples) {
-    double *total = scratch.thread_totals(part), *weighted = total + channels;
-    double* means = scratch.thread_merged(part);
-    scratch.round(0).run(scratch.spans, part, [&](i64 span) {
-      for (i64 sample = scratch.first_sample(span); sample < scratch.end_sample(span); ++sample) {
-        set_normalizing(sample);
-        if (call.stages & SUM) {
-          std::fill_n(total, 2 * channels, 0.0);
-          for (i64 number = 0; number < scratch.chunks; ++number) {
-            sum(sample, number);
-            for (i64 c = 0; c < 2 * channels; ++c) total[c] += sums[c];
-          }
-          finish_sums(call, sample, total, weighted, means);
-          for (i64 c = 0; c < channels; ++c) scratch.add_sums(call, sample, span, c, total[c], weighted[c]);
-        } else {
-          given_means(call, sample, means);
-        }
-        if (!(call.stages & INPUT_GRADIENT)) continue;
-        set_gradient_tables(call, sample, length, means, backs);
-        for (i64 number = 0; number < scratch.chunks; ++number) write(sample, number);
-      }
-    }, [&] { scratch.add_spans(call, channels); });
-    return;
-  }
-  for (i64 sample = 0; sample < shape.samples; ++sample) {
-    bool ready = false;
-    const auto prepare = [&] {
-      if (!ready) set_normalizing(sample);
-      ready = true;
+  scratch.each_sample(call, part, [&](i64 sample, i64 span) {
+    bool has_table = false, has_backs = false;
+    const auto set_table = [&] {
+      if (has_table) return;
+      double* statistics = scratch.thread_statistics(part);
+      given_statistics(call, sample, statistics);
+      set_tables(call, sample, length, statistics, table);
+      has_table = true;
     };
-    double* means = scratch.group_means;
-    scratch.round(2 * sample).run(call.stages & SUM ? scratch.chunks : 1, part, [&](i64 number) {
-      if (!(call.stages & SUM)) return;
-      prepare();
-      sum(sample, number);
-      float* found = scratch.chunk_sums + number * 2 * channels;
-      for (i64 c = 0; c < 2 * channels; ++c) found[c] = static_cast<float>(sums[c]);
-    }, [&] {
-      if (!(call.stages & SUM)) return given_means(call, sample, means);
-      double *total = scratch.sample_sums, *weighted = total + channels;
-      std::fill_n(total, 2 * channels, 0.0);
-      for (i64 number = 0; number < scratch.chunks; ++number) {
-        for (i64 c = 0; c < 2 * channels; ++c) total[c] += scratch.chunk_sums[number * 2 * channels + c];
-      }
-      finish_sums(call, sample, total, weighted, means);
-      scratch.add_to_batch(call, sample, total, weighted);
-    });
-    if (!(call.stages & INPUT_GRADIENT)) continue;
-    bool gradient_ready = false;
-    scratch.round(2 * sample + 1).run(scratch.chunks, part, [&](i64 number) {
-      prepare();
-      if (!gradient_ready) set_gradient_tables(call, sample, length, means, backs);
-      gradient_ready = true;
-      write(sample, number);
+    if (call.stages & SUM) {
+      scratch.each_chunk(2 * sample, part, [&](i64 number) {
+        set_table();
+        sum_products(call, chunks(sample, number), dy + chunks.offset(sample, number), table, buffers);
+        std::copy_n(sums, 2 * channels, chunk_sums + number * 2 * channels);
+      }, [&] {
+        std::fill_n(total, 2 * channels, 0.0);
+        for (i64 number = 0; number < scratch.chunks; ++number) {
+          for (i64 c = 0; c < 2 * channels; ++c) total[c] += chunk_sums[number * 2 * channels + c];
+        }
+        finish_sums(call, sample, total, weighted, means);
+        for (i64 c = 0; c < channels; ++c) scratch.add_sums(call, sample, span, c, total[c], weighted[c]);
+      });
+    } else {
+      given_means(call, sample, means);
+    }
+    if (!(call.stages & INPUT_GRADIENT)) return;
+    scratch.each_chunk(2 * sample + 1, part, [&](i64 number) {
+      set_table();
+      if (!has_backs) set_gradient_tables(call, sample, length, means, backs);
+      has_backs = true;
+      const i64 at = chunks.offset(sample, number);
+      write_gradient(call, chunks(sample, number), dy + at, dx + at, table, backs);
     }, [] {});
-  }
+  }, [&] { scratch.add_spans(call, channels); });
 }
 
 }  // namespace GROUPNORM_ISA

@@ -10,16 +10,26 @@ namespace GROUPNORM_ISA {
 
 template <class X, class Y>
 void forward(const Call& call, Scratch& scratch, int part) {
-  if (call.shape.positions == 1) return one_position_forward<X, Y>(call, scratch, part);
-  if (call.shape.channels_first) return channels_first_forward<X, Y>(call, scratch, part);
-  channels_last_forward<X, Y>(call, scratch, part);
+  if (call.shape.positions == 1) {
+    one_position_forward<X, Y>(call, scratch, part);
+  } else if (call.shape.channels_first) {
+    channels_first_forward<X, Y>(call, scratch, part);
+  } else {
+    channels_last_forward<X, Y>(call, scratch, part);
+  }
+  end_of_stream();
 }
 
 template <class X, class Y>
 void backward(const Call& call, Scratch& scratch, int part) {
-  if (call.shape.positions == 1) return one_position_backward<X, Y>(call, scratch, part);
-  if (call.shape.channels_first) return channels_first_backward<X, Y>(call, scratch, part);
-  channels_last_backward<X, Y>(call, scratch, part);
+  if (call.shape.positions == 1) {
+    one_position_backward<X, Y>(call, scratch, part);
+  } else if (call.shape.channels_first) {
+    channels_first_backward<X, Y>(call, scratch, part);
+  } else {
+    channels_last_backward<X, Y>(call, scratch, part);
+  }
+  end_of_stream();
 }
 
 }  // namespace GROUPNORM_ISA

@@ -105,14 +105,14 @@ INLINE void write(Y* y, i64 n, i64 period, bool past_cache, Read read, Value val
     const First lanes{static_cast<int>(i)};
     store(y, value(0, read(0, lanes), lanes), lanes);
   }
-  const auto put = [&](i64 i, F a) {
+  const auto put = [=](i64 i, F a) {
     if (streams) {
       stream(y + i, a);
     } else {
       store(y + i, a, All{});
     }
   };
-  if (period % LANES == 0) {
+  if (!streams && period % LANES == 0) {
     for (; 4 * period <= n - i; i += 4 * period) {
       for (i64 j = 0; j < period; j += LANES) {
         const auto tables = read(o + j < period ? o + j : o + j - period, All{});
@@ -135,8 +135,8 @@ INLINE void write(Y* y, i64 n, i64 period, bool past_cache, Read read, Value val
 template <class X, class Y, class P>
 INLINE void normalize(const X* x, Y* y, i64 n, i64 period, const P& p, Activation activation, bool past_cache) {
   with_activation(activation, [&](auto a) {
-    write(y, n, period, past_cache, [&](i64 o, auto lanes) { return p.at(o, lanes); },
-          [&](i64 i, const Factors& f, auto lanes) { return activated<a()>(element(x + i, lanes, f).z); });
+    write(y, n, period, past_cache, [p](i64 o, auto lanes) { return p.at(o, lanes); },
+          [=](i64 i, const Factors& f, auto lanes) { return activated<a()>(element(x + i, lanes, f).z); });
   });
 }
 
@@ -160,8 +160,8 @@ INLINE void input_gradient(
     Backs b;
   };
   with_activation(activation, [&](auto a) {
-    write(dx, n, period, past_cache, [&](i64 o, auto lanes) { return Both{p.at(o, lanes), t.at(o, lanes)}; },
-          [&](i64 i, const Both& both, auto lanes) {
+    write(dx, n, period, past_cache, [p, t](i64 o, auto lanes) { return Both{p.at(o, lanes), t.at(o, lanes)}; },
+          [=](i64 i, const Both& both, auto lanes) {
             const Element e = element(x + i, lanes, both.f);
             const F g = activation_vjp<a()>(e.z, load(dy + i, lanes));
             return g * both.f.factor - (e.deviation * both.b.rstd * both.b.slope + both.b.offset);

@@ -64,11 +64,7 @@ void one_position_forward(const Call& call, Scratch& scratch, int part) {
       }
     }
   };
-  scratch.round(0).run(scratch.tasks, part, [&](i64 task) {
-    const i64 end = std::min((task + 1) * scratch.grain, shape.samples);
-    for (i64 sample = task * scratch.grain; sample < end; ++sample) one_sample(sample);
-    if (call.past_cache()) end_of_stream();
-  }, [] {});
+  scratch.each_sample(call, part, [&](i64 sample, i64) { one_sample(sample); }, [] {});
 }
 
 // Store g = `activation_vjp` of dy and g * (x - centre); return the sums of scale times them.
@@ -131,12 +127,7 @@ void one_position_backward(const Call& call, Scratch& scratch, int part) {
       }
     }
   };
-  scratch.round(0).run(scratch.spans, part, [&](i64 span) {
-    for (i64 sample = scratch.first_sample(span); sample < scratch.end_sample(span); ++sample) {
-      one_sample(sample, span);
-    }
-    if (call.past_cache()) end_of_stream();
-  }, [&] { scratch.add_spans(call, channels); });
+  scratch.each_sample(call, part, one_sample, [&] { scratch.add_spans(call, channels); });
 }
 
 }  // namespace GROUPNORM_ISA

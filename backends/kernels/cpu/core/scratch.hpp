@@ -34,24 +34,15 @@ inline i64 quotient_up(i64 a, i64 b) { return (a + b - 1) / b; }
 
 class Scratch {
  public:
-  i64 tasks = 0;           // of a round in which threads process whole samples or groups
-  i64 grain = 1;           // groups, or samples, of such a task
-  i64 spans = 0;           // of all batches
+  i64 tasks = 0;  // of a round in which threads process whole samples or groups
+  i64 grain = 1;  // groups, or samples, of such a task
+  i64 spans = 0;  // of all batches
   // Channels last:
-  bool whole_samples = false;
-  i64 band_rows = 0, width = 0;        // of a band, in rows and in elements
-  i64 table_length = 0;                // the width, and a vector more
-  i64 chunk_rows = 0, chunks = 0;      // of a sample
-  float* chunk_sums = nullptr;         // (chunks, 2, channels)
-  double* chunk_moments = nullptr;     // (chunks, groups, 2)
-  double* chunk_counts = nullptr;      // (chunks)
-  double* sample_statistics = nullptr; // (groups, 2): mean, rstd
-  double* group_means = nullptr;       // (groups, 2)
-  double* sample_sums = nullptr;       // (2, channels)
+  i64 width = 0;         // of a band, in elements
+  i64 table_length = 0;  // the width, and a vector more
+  i64 chunk_rows = 0, chunks = 0;  // of a sample
 
   explicit Scratch(const Call& call) : parts_(call.threads) {
-    const Shape& shape = call.shape;
-    batch_samples_ = shape.samples / call.batches;
     divide(call);
     place(call, nullptr);
     memory_.reset(static_cast<std::byte*>(::operator new(size_, std::align_val_t(LINE))));
@@ -63,13 +54,49 @@ class Scratch {
 
   Round round(i64 number) const { return {first_counter_ + number * Round::counters_of(parts_), parts_}; }
 
-  // The tables of one thread: floats, (tables, width), and doubles, (2, channels).
-  float* tables(int part) const { return tables_ + part * tables_each_; }
-  double* channel_sums(int part) const { return channel_sums_ + part * channel_sums_each_; }
-  // Pairs of each group: (2, groups).
-  double* thread_group_means(int part) const { return thread_means_ + part * thread_means_each_; }
-  double* thread_merged(int part) const { return thread_group_means(part) + 2 * groups_; }
-  double* thread_totals(int part) const { return channel_sums(part) + 2 * channels_; }
+  // Run `one_sample`, with the numbers of a sample and of its span, for all samples: each in one
+  // thread, or one after the other in all threads. `last` runs when all are done.
+  template <class Sample, class Last>
+  void each_sample(const Call& call, int part, Sample one_sample, Last last) const {
+    const i64 samples = call.shape.samples;
+    if (!whole_samples_) {
+      for (i64 sample = 0; sample < samples; ++sample) one_sample(sample, sample / batch_samples_);
+      round(2 * samples).run(1, part, [](i64) {}, last);
+    } else if (call.forward()) {
+      round(0).run(tasks, part, [&](i64 task) {
+        const i64 end = std::min((task + 1) * grain, samples);
+        for (i64 sample = task * grain; sample < end; ++sample) one_sample(sample, 0);
+      }, last);
+    } else {
+      round(0).run(spans, part, [&](i64 span) {
+        for (i64 sample = first_sample(span); sample < end_sample(span); ++sample) one_sample(sample, span);
+      }, last);
+    }
+  }
+
+  // Run `chunk` for all chunks of a sample, and then `last`, in the threads that process the sample.
+  template <class Chunk, class Last>
+  void each_chunk(i64 number, int part, Chunk chunk, Last last) const {
+    if (!whole_samples_) return round(number).run(chunks, part, chunk, last);
+    for (i64 i = 0; i < chunks; ++i) chunk(i);
+    last();
+  }
+
+  // The buffers of one thread: tables, floats; sums of each channel, (2, channels); pairs of numbers
+  // of each group, (groups, 2), twice.
+  float* tables(int part) const { return tables_.of(part); }
+  double* channel_sums(int part) const { return channel_sums_.of(part); }
+  double* thread_pairs(int part) const { return thread_pairs_.of(part); }
+  double* thread_statistics(int part) const { return thread_pairs_.of(part) + 2 * groups_; }
+
+  // The buffers of the threads that process a sample: of its chunks, moments, (chunks, groups, 2),
+  // counts, (chunks), and sums, (chunks, 2, channels); of the sample, pairs of each group, (groups,
+  // 2), and sums, (2, channels).
+  double* chunk_moments(int part) const { return chunk_moments_.of(team(part)); }
+  double* chunk_counts(int part) const { return chunk_counts_.of(team(part)); }
+  float* chunk_sums(int part) const { return chunk_sums_.of(team(part)); }
+  double* sample_pairs(int part) const { return sample_pairs_.of(team(part)); }
+  double* sample_sums(int part) const { return sample_sums_.of(team(part)); }
 
   // Spans: samples whose gradients of scale and bias are added up first; no span has two batches.
   i64 first_sample(i64 span) const {
@@ -95,26 +122,6 @@ class Scratch {
     sums[channels] = weighted + (first ? 0 : sums[channels]);
   }
 
-  // The same where threads process one sample after the other: without spans.
-  void add_to_batch(const Call& call, i64 sample, const double* total, const double* weighted) {
-    const i64 channels = call.shape.channels(), in_batch = sample % batch_samples_;
-    if (!(call.stages & INPUT_GRADIENT)) {
-      std::copy_n(total, channels, call.sum_dy + sample * channels);
-      std::copy_n(weighted, channels, call.sum_dy_xhat + sample * channels);
-      return;
-    }
-    double* batch = sample_sums + 2 * channels;
-    const i64 at = sample / batch_samples_ * channels;
-    for (i64 c = 0; c < channels; ++c) {
-      batch[c] = total[c] + (in_batch == 0 ? 0 : batch[c]);
-      batch[channels + c] = weighted[c] + (in_batch == 0 ? 0 : batch[channels + c]);
-      if (in_batch == batch_samples_ - 1) {
-        call.dbias[at + c] = static_cast<float>(batch[c]);
-        call.dscale[at + c] = static_cast<float>(batch[channels + c]);
-      }
-    }
-  }
-
   // Add the spans of each batch, into the gradients.
   void add_spans(const Call& call, i64 channels) const {
     if ((call.stages & BACKWARD) != BACKWARD) return;
@@ -133,44 +140,49 @@ class Scratch {
   }
 
  private:
+  // As many buffers of the same length as threads or teams use them.
+  template <class T>
+  struct Buffers {
+    T* first = nullptr;
+    i64 each = 0;
+
+    T* of(int number) const { return first + number * each; }
+  };
+
   i64 batches() const { return batches_; }
+  int team(int part) const { return whole_samples_ ? part : 0; }
 
   // Whether threads share groups, not samples or rows.
   static bool by_groups(const Shape& shape) { return shape.channels_first && shape.positions > 1; }
 
   void divide(const Call& call) {
     const Shape& shape = call.shape;
-    batches_ = call.batches, channels_ = shape.channels(), groups_ = shape.groups;
-    const i64 in_batch = std::max<i64>(
-        std::min(batch_samples_, MIN_SPANS), batch_samples_ * shape.positions / SPAN_POSITIONS);
-    span_samples_ = quotient_up(batch_samples_, std::min(in_batch, batch_samples_));
-    spans = batches_ * quotient_up(batch_samples_, span_samples_);
-    rounds_ = 1;
+    const i64 channels = shape.channels(), positions = shape.positions, elements = channels * positions;
     const bool backward = !call.forward();
+    batches_ = call.batches, channels_ = channels, groups_ = shape.groups;
+    batch_samples_ = shape.samples / batches_;
+    whole_samples_ = positions == 1 || by_groups(shape) ||
+        elements <= (shape.samples >= FEW_SAMPLES ? SMALL_SAMPLE : SMALL_SAMPLE_OF_FEW);
+    i64 in_batch = std::max(MIN_SPANS, batch_samples_ * positions / SPAN_POSITIONS);
+    in_batch = whole_samples_ ? std::min(in_batch, batch_samples_) : 1;
+    span_samples_ = quotient_up(batch_samples_, in_batch);
+    spans = batches_ * quotient_up(batch_samples_, span_samples_);
     if (by_groups(shape)) {
-      const i64 samples = backward ? span_samples_ : 1;
-      grain = std::max<i64>(1, GRAIN / (shape.stretch() * samples));
+      grain = std::max<i64>(1, GRAIN / (shape.stretch() * (backward ? span_samples_ : 1)));
       tasks = quotient_up((backward ? spans : shape.samples) * shape.groups, grain);
       return;
     }
-    const i64 channels = shape.channels(), positions = shape.positions;
+    grain = std::max<i64>(1, GRAIN / elements);
+    tasks = quotient_up(shape.samples, grain);
     // With a mask, rows are processed one by one.
-    band_rows = call.mask ? 1 : std::max(quotient_up(LONGEST_VECTOR, channels), std::min(BAND / channels, positions / 16));
+    const i64 band_rows =
+        call.mask ? 1 : std::max(quotient_up(LONGEST_VECTOR, channels), std::min(BAND / channels, positions / 16));
     width = band_rows * channels;
     table_length = quotient_up(width, LONGEST_VECTOR) * LONGEST_VECTOR + LONGEST_VECTOR;
     const i64 least = MIN_CHUNK_ROWS * 4 / item_bytes(call.x_dtype);
     const i64 rows = std::max(least, CHUNK / channels) / band_rows * band_rows;
     chunk_rows = std::min(std::max(rows, band_rows), quotient_up(positions, band_rows) * band_rows);
     chunks = quotient_up(positions, chunk_rows);
-    const i64 elements = channels * positions;
-    whole_samples = positions == 1 ||
-        elements <= (shape.samples >= FEW_SAMPLES ? SMALL_SAMPLE : SMALL_SAMPLE_OF_FEW);
-    if (whole_samples) {
-      grain = backward ? 1 : std::max<i64>(1, GRAIN / elements);
-      tasks = backward ? spans : quotient_up(shape.samples, grain);
-    } else {
-      rounds_ = 2 * shape.samples;
-    }
   }
 
   template <class T>
@@ -180,33 +192,30 @@ class Scratch {
     return found;
   }
 
+  // Whole lines for each thread, so that no two write to the same.
+  template <class T>
+  void take(std::byte* base, Buffers<T>& buffers, i64 number, i64 length) {
+    buffers.each = quotient_up(length, LINE / static_cast<i64>(sizeof(T))) * (LINE / static_cast<i64>(sizeof(T)));
+    buffers.first = take<T>(base, number * buffers.each);
+  }
+
   void place(const Call& call, std::byte* base) {
-    const Shape& shape = call.shape;
-    const i64 channels = shape.channels(), groups = shape.groups;
     const bool backward = !call.forward();
     size_ = 0;
-    counters_ = rounds_ * Round::counters_of(parts_);
+    counters_ = (whole_samples_ ? 1 : 2 * call.shape.samples + 1) * Round::counters_of(parts_);
     first_counter_ = take<Counter>(base, counters_);
-    const bool by_spans = backward && (by_groups(shape) || whole_samples);
-    span_sums_ = take<double>(base, by_spans && call.stages == BACKWARD ? spans * 2 * channels : 0);
-    if (by_groups(shape)) return;
-    // Whole lines for each thread, so that no two write to the same.
-    tables_each_ = (backward ? 6 : 3) * table_length;
-    tables_ = take<float>(base, parts_ * tables_each_);
-    channel_sums_each_ = quotient_up((backward ? 4 : 2) * channels, 8) * 8;
-    channel_sums_ = take<double>(base, parts_ * channel_sums_each_);
-    thread_means_each_ = quotient_up(4 * groups, 8) * 8;
-    thread_means_ = take<double>(base, parts_ * thread_means_each_);
-    if (whole_samples) return;
-    sample_statistics = take<double>(base, 2 * groups);
-    if (backward) {
-      chunk_sums = take<float>(base, chunks * 2 * channels);
-      group_means = take<double>(base, 2 * groups);
-      sample_sums = take<double>(base, 4 * channels);
-    } else {
-      chunk_moments = take<double>(base, chunks * groups * 2);
-      chunk_counts = take<double>(base, chunks);
-    }
+    span_sums_ = take<double>(base, call.stages == BACKWARD ? spans * 2 * channels_ : 0);
+    if (by_groups(call.shape)) return;
+    take(base, tables_, parts_, (backward ? 6 : 3) * table_length);
+    if (call.shape.positions == 1) return;
+    take(base, channel_sums_, parts_, 2 * channels_);
+    take(base, thread_pairs_, parts_, 4 * groups_);
+    const int teams = whole_samples_ ? parts_ : 1;
+    take(base, sample_pairs_, teams, 2 * groups_);
+    take(base, sample_sums_, teams, backward ? 2 * channels_ : 0);
+    take(base, chunk_sums_, teams, backward ? chunks * 2 * channels_ : 0);
+    take(base, chunk_moments_, teams, backward ? 0 : chunks * 2 * groups_);
+    take(base, chunk_counts_, teams, backward ? 0 : chunks);
   }
 
   struct Delete {
@@ -214,13 +223,14 @@ class Scratch {
   };
 
   int parts_;
-  i64 channels_ = 0, groups_ = 0, batches_ = 1, batch_samples_ = 0, span_samples_ = 1, rounds_ = 1, counters_ = 0;
+  bool whole_samples_ = false;
+  i64 channels_ = 0, groups_ = 0, batches_ = 1, batch_samples_ = 0, span_samples_ = 1, counters_ = 0;
   std::size_t size_ = 0;
   std::unique_ptr<std::byte, Delete> memory_;
   Counter* first_counter_ = nullptr;
-  double *span_sums_ = nullptr, *channel_sums_ = nullptr, *thread_means_ = nullptr;
-  float* tables_ = nullptr;
-  i64 tables_each_ = 0, channel_sums_each_ = 0, thread_means_each_ = 0;
+  double* span_sums_ = nullptr;
+  Buffers<float> tables_, chunk_sums_;
+  Buffers<double> channel_sums_, thread_pairs_, sample_pairs_, sample_sums_, chunk_moments_, chunk_counts_;
 };
 
 }  // namespace groupnorm

@@ -150,8 +150,8 @@ def reason(compiler, error: Exception, output: str) -> str:
     first = next((i for i, line in enumerate(lines) if ERROR.search(line)), None)
     name = command[0] if command else "the build"
     if first is None:  # the exception has the whole command
-        status = re.search(r"exit (?:status|code) -?\d+", str(error))
-        return f"{name} failed: {status[0] if status else error}"
+        status = re.search(r"exit (?:status|code) (-?\d+)", str(error))
+        return f"{name} failed: {f'exit status {status[1]}' if status else error}"
     lines = lines[first : first + REPORTED_LINES]
     return "\n".join([f"{name} failed: {lines[0]}", *lines[1:]])
 

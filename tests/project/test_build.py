@@ -228,13 +228,14 @@ def test_without_a_compiler_the_installation_computes_portably(checkout):
     assert not checkout.files("_core.*")
     program = (
         "import numpy as np, groupnorm\n"
-        "from groupnorm.backends.kernels.cpu.build_report import why_not_built\n"
         "x = np.arange(64, dtype=np.float32).reshape(2, 4, 8)\n"
         "y = groupnorm.group_norm(x, num_groups=2)\n"
         "portable = groupnorm.group_norm(x, num_groups=2, implementation='portable')\n"
-        "assert np.abs(y - portable).max() < 1e-6\n"
+        "assert np.array_equal(y, portable)\n"
+        "info = groupnorm.available_backends()[0]\n"
+        "assert info.implementations['cpu'] == ('portable',)\n"
         "print(groupnorm.__file__)\n"
-        "print(why_not_built())"
+        "print(info.why_not_fused['cpu'])"
     )
     elsewhere = {"PYTHONPATH": str(checkout.installed), "PYTHONSAFEPATH": "1"}
     result = checkout.run("-c", program, **elsewhere)
@@ -242,6 +243,9 @@ def test_without_a_compiler_the_installation_computes_portably(checkout):
     file, why = result.stdout.splitlines()
     assert Path(file).is_relative_to(checkout.installed)
     assert f"could not be built during the installation: {no} failed: exit status 1" in why
+    assert "install a C++17 compiler" in why
+    command = checkout.run("-m", "groupnorm", "info", **elsewhere)
+    assert why in command.stdout
 
 
 @needs_sources

@@ -12,8 +12,9 @@ import pytest
 
 import groupnorm
 from groupnorm import __main__ as command
+from groupnorm.backends.kernels.cpu.build_report import why_not_built
 from groupnorm.discovery import BackendInfo
-from tests.api.test_imports import python, without
+from tests.api.test_imports import CORE, python, without
 
 
 @pytest.mark.every_library
@@ -25,16 +26,15 @@ def test_table():
     assert "checking numpy:cpu" in done.stderr
 
 
-def test_it_names_the_extra_if_numba_is_missing():
-    program = without("numba", "jax", "torch", "cupy", "rich") + (
+def test_it_says_why_the_core_is_missing():
+    program = without(CORE, "jax", "torch", "cupy", "rich") + (
         "import sys, groupnorm.__main__ as m\nsys.exit(m.main([]))"
     )
     lines = python("-W", "error", "-c", program).stdout.splitlines()
     assert lines[1].split() == ["backend", "version", "devices", "implementation", "status"]
     assert lines[3].split() == ["numpy", np.__version__, "cpu", "portable", "agrees"]
     assert lines[4].split() == ["jax", "-", "-", "-", "not", "installed"]
-    [line] = [line for line in lines if "groupnorm[cpu]" in line]
-    assert line.startswith("numpy on cpu: not fused, ")
+    assert f"numpy on cpu: not fused, {why_not_built()}" in " ".join(lines)
 
 
 def test_devices_are_listed_separately_if_implementations_differ(capsys, monkeypatch):

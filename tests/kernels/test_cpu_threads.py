@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import subprocess
 import sys
-import threading
-import time
-import weakref
+import types
 
 import numpy as np
 import pytest
 
 import groupnorm
 from groupnorm import num_threads
-from groupnorm.backends.kernels.cpu import threads
+from groupnorm.backends.kernels.cpu import launch
+from groupnorm.backends.kernels.cpu.availability import why_unavailable
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
 
 
@@ -69,11 +67,35 @@ def test_set_num_threads_comes_first(unset):
     unset.setenv("GROUPNORM_NUM_THREADS", "5")
     groupnorm.set_num_threads(np.int64(7))
     assert groupnorm.get_num_threads() == 7
-    groupnorm.set_num_threads(1)
-    assert threads.helpers_for(1 << 30) == 0
-    groupnorm.set_num_threads(3)
-    assert threads.helpers_for(1 << 30) == 2
-    assert threads.helpers_for(1000) == 0
+
+
+def test_the_core_is_told_the_number(unset):
+    """A small call has one thread in any case."""
+    told = []
+
+    class Plan:
+        def __init__(self, *_):
+            pass
+
+        def forward(self, *arguments):
+            told.append(arguments[-1])
+
+        def backward(self, *arguments):
+            told.append(arguments[-1])
+
+    unset.setattr(launch, "core", lambda: types.SimpleNamespace(Plan=Plan))
+    unset.setattr(launch, "why_unavailable", lambda: None)
+    launch.planned.cache_clear()
+    try:
+        for shape in ((8, 100, 64), (2, 8)):
+            x = np.ones(shape, np.float32)
+            for number in (1, 3):
+                groupnorm.set_num_threads(number)
+                _, pullback = groupnorm.group_norm_vjp(x, num_groups=2)
+                pullback(x)
+    finally:
+        launch.planned.cache_clear()
+    assert told == [1, 1, 3, 3, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("value", [0, -1])
@@ -132,74 +154,6 @@ def test_limits_of_containers(files, want, tmp_path, monkeypatch):
     assert num_threads._quota() == want
 
 
-# Helpers ------------------------------------------------------------------------------------------
-
-
-def test_a_late_helper_keeps_no_arrays(monkeypatch):
-    """The job is done, so that the arrays are freed though no helper has looked at it yet."""
-    monkeypatch.setattr(threads._Pool, "_grow", lambda *_: None)
-    pool = threads._Pool()
-    pool._threads = [None]  # a helper that never comes
-    monkeypatch.setattr(threads, "_pool", pool)
-    owner = np.zeros(3)
-    alive = weakref.ref(owner)
-    threads.run_together(1, lambda _: None, 0, owner)
-    del owner
-    assert pool._jobs.qsize() == 1
-    assert alive() is None
-
-
-def test_an_interrupted_caller_leaves_the_arrays_to_the_helper(monkeypatch):
-    """The interrupt comes between waking the helper and running in this thread."""
-    pool = threads._Pool()
-    monkeypatch.setattr(threads, "_pool", pool)
-    started, seen = threading.Event(), []
-
-    def run(_):
-        if threading.current_thread() is threading.main_thread():
-            started.wait(60)
-            raise KeyboardInterrupt
-        started.set()
-        while len(seen) < 1:  # the caller is gone by then
-            time.sleep(0.001)
-        seen.append(alive() is not None)
-
-    owner = np.zeros(3)
-    alive = weakref.ref(owner)
-    with pytest.raises(KeyboardInterrupt):
-        threads.run_together(1, run, 0, owner)
-    del owner
-    assert alive() is not None
-    seen.append(None)
-    pool.close()
-    assert seen[1] is True
-    assert alive() is None
-
-
-def test_no_more_threads_can_be_started(monkeypatch):
-    def start(_):
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(threading.Thread, "start", start)
-    monkeypatch.setattr(threads, "_pool", threads._Pool())
-    calls = []
-    threads.run_together(3, calls.append, 5, None)
-    assert calls == [5]
-
-
-def test_the_pool_grows_with_the_number_of_threads(monkeypatch):
-    pool = threads._Pool()
-    monkeypatch.setattr(threads, "_pool", pool)
-    for helpers, want in ((1, 1), (3, 3), (2, 3)):
-        threads.run_together(helpers, lambda _: None, 0, None)
-        assert len(pool._threads) == want
-    helpers = pool._threads
-    pool.close()
-    assert not any(thread.is_alive() for thread in helpers)
-    threads.run_together(2, lambda _: None, 0, None)  # while the process exits
-    assert not pool._threads
-
-
 # Programs -----------------------------------------------------------------------------------------
 
 
@@ -213,11 +167,13 @@ def run(arguments, **environment):
 
 
 needs_kernels = pytest.mark.skipif(
-    importlib.util.find_spec("numba") is None, reason="the kernels need numba"
+    why_unavailable() is not None, reason="the compiled core is not installed"
 )
 needs_signals = pytest.mark.skipif(
     not hasattr(signal, "setitimer"), reason="this system has no interval timers"
 )
+needs_forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
 @needs_kernels
@@ -230,54 +186,168 @@ def test_interrupted_calls(checks):
     assert "interrupted" in run(["-m", "tests.programs.interrupted_calls"], **checks)
 
 
-EXIT = """
-import os, signal, sys
+INTERRUPT = """
+import signal
 import numpy as np
-import groupnorm
-from groupnorm.backends.kernels.cpu import threads
-groupnorm.set_num_threads(3)
-x = np.ones((8, 64, 64, 64), np.float32)
-groupnorm.group_norm(x)
-put = threads._Pool.start
-def start(self, job, helpers):
-    put(self, job, helpers)
-    sys.exit(0)  # helpers have begun, and this thread ends the process
-threads._Pool.start = start
-groupnorm.group_norm(x)
+from tests.kernels.core import Call
+call = Call((16, 8, 1, 65536), first=True)
+want = call.forward(1).copy()
+x, scale, bias, mask = call.inputs
+y = call.empty("float32")
+
+class Interrupted(Exception):
+    pass
+
+def interrupt(*_):
+    raise Interrupted
+
+signal.signal(signal.SIGALRM, interrupt)
+found = 0
+for turn in range(10):
+    y[...] = 7
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.001)
+        call.plan.forward(x, scale, bias, mask, y, False, 3)
+        while True:
+            pass
+    except Interrupted:
+        # The call was complete when the handler ran, if it had begun.
+        assert np.array_equal(y, want) or (y == 7).all()
+        found += np.array_equal(y, want)
+assert found
 """
 
 
 @needs_kernels
-def test_exit_while_helpers_run():
+@needs_signals
+def test_a_signal_is_handled_when_the_call_is_complete():
+    run(["-c", INTERRUPT])
+
+
+EXIT = """
+import sys, threading, time
+import numpy as np
+import groupnorm
+groupnorm.set_num_threads(3)
+x = np.ones((64, 32, 64, 64), np.float32)
+class Slow:
+    def __del__(self):
+        time.sleep(0.3)  # while it is destroyed with its module, calls of daemon threads end
+slow = Slow()
+running = threading.Semaphore(0)
+def busy():
+    while True:
+        running.release()
+        groupnorm.group_norm(x.copy(), feature_axis=1, activation="gelu")
+for _ in range(3):
+    threading.Thread(target=busy, daemon=True).start()
+for _ in range(4):
+    running.acquire()
+{end}
+"""
+
+
+@needs_kernels
+@pytest.mark.parametrize("end", ["pass", "sys.exit(0)", "import os; os._exit(0)"])
+def test_exit_while_daemon_threads_compute(end):
     for _ in range(3):
-        run(["-c", EXIT])
+        assert run(["-X", "faulthandler", "-c", EXIT.format(end=end)]) == ""
 
 
 FORK = """
-import os, threading
+import os, sys, threading
 import numpy as np
 import groupnorm
-groupnorm.set_num_threads(2)
+groupnorm.set_num_threads(3)
 x = np.random.default_rng(0).normal(size=(8, 64, 64, 16)).astype(np.float32)
-want = groupnorm.group_norm(x, num_groups=4)
+want = groupnorm.group_norm(x, num_groups=4, implementation="fused")
 stop = threading.Event()
 def busy():
     while not stop.is_set():
         groupnorm.group_norm(x, num_groups=4)
-worker = threading.Thread(target=busy)
-worker.start()
-for _ in range(20):
+workers = [threading.Thread(target=busy) for _ in range({workers})]
+for worker in workers:
+    worker.start()
+for turn in range(20):
     child = os.fork()
     if child == 0:
         ok = all(np.array_equal(groupnorm.group_norm(x, num_groups=4), want) for _ in range(3))
-        os._exit(not ok)
+        if turn % 4 == 0:  # its own child
+            grandchild = os.fork()
+            if grandchild == 0:
+                os._exit(not np.array_equal(groupnorm.group_norm(x, num_groups=4), want))
+            ok = ok and os.waitpid(grandchild, 0)[1] == 0
+        if {workers}:
+            os._exit(not ok)
+        sys.exit(not ok)  # with all that an interpreter does at its end
     assert os.waitpid(child, 0)[1] == 0
+    assert np.array_equal(groupnorm.group_norm(x, num_groups=4), want)
 stop.set()
-worker.join()
+for worker in workers:
+    worker.join()
 """
 
 
 @needs_kernels
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
-def test_forks_while_another_thread_computes():
-    run(["-W", "ignore::DeprecationWarning", "-c", FORK])
+@needs_forks
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_forks_while_other_threads_compute(workers):
+    """The child has none of their threads, computes the same bits, and ends."""
+    program = FORK.format(workers=workers)
+    run(["-W", "ignore::DeprecationWarning", "-c", program])
+
+
+POOL = """
+import os
+import numpy as np
+from tests.kernels.core import Call
+call = Call((4, 1, 1, 500_000))
+def started():
+    return len(os.listdir("/proc/self/task"))
+before = started()
+found = []
+for threads in (1, 2, 5, 3, 5):
+    call.forward(threads)
+    found.append(started() - before)
+assert found == [0, 1, 4, 4, 4], found
+small = Call((4, 1, 1, 5_000))
+for _ in range(3):
+    small.forward(100)
+assert started() - before == 4
+"""
+
+
+@needs_kernels
+@needs_linux
+def test_threads_start_when_a_call_needs_them_and_stay():
+    run(["-c", POOL])
+
+
+NO_THREADS = """
+import os, resource
+import numpy as np
+from tests.kernels.core import Call
+call = Call((4, 1, 1, 500_000))
+want = call.forward(1)
+inputs, y = call.inputs, call.empty("float32")
+def started():
+    return len(os.listdir("/proc/self/task"))
+before = started()
+with open("/proc/self/statm") as file:
+    used = int(file.read().split()[0]) * resource.getpagesize()
+# Less than the stack of a thread.
+resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 20), resource.RLIM_INFINITY))
+call.plan.forward(*inputs, y, False, 3)
+assert started() == before
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+assert np.array_equal(call.shaped(y, "float32"), want)
+call.plan.forward(*inputs, y, False, 3)
+assert started() == before + 2
+assert np.array_equal(call.shaped(y, "float32"), want)
+"""
+
+
+@needs_kernels
+@needs_linux
+def test_no_more_threads_can_be_started():
+    run(["-c", NO_THREADS], OPENBLAS_NUM_THREADS="1")

@@ -33,6 +33,13 @@ def main() -> str | None:
         if f"groupnorm[{wanted}]" not in message:
             return f"the message does not name the extra groupnorm[{wanted}] to install"
 
+    numpy = groupnorm.available_backends()[0]
+    if numpy.implementations != {"cpu": ("portable",)}:
+        return f"NumPy has {numpy.implementations}, though the compiled core was left out"
+    print(f"NumPy: {numpy.why_not_fused['cpu']}")
+    if "GROUPNORM_BUILD_CORE=0" not in numpy.why_not_fused["cpu"]:
+        return "the reason does not say that the compiled core was left out"
+
     installed = [backend.name for backend in groupnorm.available_backends() if backend.installed]
     return (
         None if installed == ["numpy"] else f"installed backends are {installed}, not numpy alone"

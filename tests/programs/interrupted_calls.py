@@ -2,11 +2,11 @@
 
 Usage: python -m tests.programs.interrupted_calls [calls]
 
-The default number of calls is that of the variable GROUPNORM_INTERRUPTED_CALLS, or 3000. A timer's
-signal handler raises, as Ctrl-C and time limits do; some of the calls are interrupted after helper
-threads were woken and before the kernel runs in this thread. All of their arrays are then dropped,
-and memory of the same sizes is allocated and filled at once: a helper that still writes to its
-result writes there. Run it under MALLOC_PERTURB_ and PYTHONMALLOC=debug as well.
+The default number of calls is that of the variable GROUPNORM_INTERRUPTED_CALLS, or 1500. A timer's
+signal handler raises, as Ctrl-C and time limits do, before the kernel runs in this thread or after
+it. All of the arrays of an interrupted call are then dropped, and memory of the same sizes is
+allocated and filled at once: a thread of the core that still wrote to its result would write there.
+Run it under MALLOC_PERTURB_ and PYTHONMALLOC=debug as well.
 """
 
 import os
@@ -84,5 +84,5 @@ def main(calls):
 
 
 if __name__ == "__main__":
-    variable = os.environ.get("GROUPNORM_INTERRUPTED_CALLS", "3000")
+    variable = os.environ.get("GROUPNORM_INTERRUPTED_CALLS", "1500")
     main(int(sys.argv[1] if len(sys.argv) > 1 else variable))

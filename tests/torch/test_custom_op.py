@@ -18,10 +18,11 @@ from groupnorm.backends.kernels.cpu import availability
 from groupnorm.backends.torch import custom_op as torch_op
 from groupnorm.errors import ArgumentValueError
 from groupnorm.testing import oracle
+from tests.kernels.core import needs_core
 from tests.rows import CONTRACT, GRADIENT, assert_close, assert_gradient
 from tests.torch.test_layer import CHANNELS, GROUPS, native
 
-pytest.importorskip("numba", reason="the kernels need numba, which is not installed here")
+needs_core()
 
 # torch's own inductor and forward-mode formulas still use torch.jit.script, and warn about it.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
@@ -247,10 +248,8 @@ def test_errors_are_those_of_eager_calls(rng):
             torch.compile(lambda x, k=keywords: group_norm(x, **k), backend="eager")(x)
 
 
-def test_without_numba_programs_are_portable(rng, monkeypatch):
-    monkeypatch.setattr(
-        availability, "why_unavailable", lambda float16: torch_op.Unsupported("none")
-    )
+def test_without_the_core_programs_are_portable(rng, monkeypatch):
+    monkeypatch.setattr(availability, "why_unavailable", lambda: torch_op.Unsupported("none"))
     function, graphs = compiled(native(rng))
     function(tensor(rng, 2, CHANNELS, 5))
     assert graphs.operators == 0

@@ -48,7 +48,7 @@ class MemoryLayout(NamedTuple):
 
     @property
     def row_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """The shapes of parameters with a row for each sample; none if samples are not the batch."""
+        """The shapes of parameters with a row for each sample; none if these are no batch."""
         if self.plan.kept_axes != {0} or (self.order is not None and self.order[0] != 0):
             return ()
         samples, channels = self.shape[0], self.grouped.channels

@@ -17,6 +17,7 @@ from groupnorm.portable.inputs import HOST_MASKS, host_mask
 
 __all__ = ["Call", "CpuEngine"]
 
+
 class Call(NamedTuple):
     """A call bound to a kernel."""
 

@@ -77,8 +77,8 @@ def traced(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Call
 _SEEN_THROUGH = "forward mode and torch.func's transforms must see the individual operations"
 
 
-# The compiler calls this and keeps the result, so it does not trace the import of the core. It guards
-# by itself on what the result depends on besides the arguments: transforms and forward mode.
+# The compiler calls this and keeps the result, so it traces no import of the core. It guards by
+# itself on what the result depends on besides the arguments: transforms and forward mode.
 @assume_constant
 def _why_unavailable(device: Any, x: Any, scale: Any, bias: Any, dtype: str | None) -> str:
     """Return why kernels cannot compute tensors of these dtypes now; "" if they can."""

@@ -47,7 +47,7 @@ class TorchKernels(Kernels):
         self._adapter, self._traced = adapter, traced
 
     def why_unavailable(self, device: str) -> Unsupported | None:
-        """Return why kernels are unavailable: a CPU needs the compiled core, an NVIDIA GPU Triton."""
+        """Return why there are none: a CPU needs the compiled core, an NVIDIA GPU Triton."""
         where = torch.device(device)
         return engine_for(where).why_unavailable(where)
 

@@ -1,8 +1,8 @@
 // The Python module: plans, which are called with buffers or with addresses.
 //
-// Written against the stable ABI of Python 3.11, so that one binary serves all later versions.
+// Written against the stable ABI of Python 3.11, which setup.py asks for, so that one binary serves all
+// later versions.
 
-#define Py_LIMITED_API 0x030B0000
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 

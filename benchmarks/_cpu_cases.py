@@ -19,8 +19,9 @@ SHAPES = {
     "speech": (4, 512, 8000),
     "video": (1, 128, 8, 64, 64),
     "tiny": (2, 32, 4, 4),  # for the call overhead only
+    "many groups": (100_000, 8),  # one position
 }
-MEASURED = tuple(name for name in SHAPES if name != "tiny")
+MEASURED = tuple(name for name in SHAPES if name not in ("tiny", "many groups"))
 QUICK = ("ResNet", "small")
 FIRST, LAST = LAYOUTS = ("channels-first", "channels-last")
 FORWARD, BOTH, MASKED, SILU = TASKS = (
@@ -116,7 +117,7 @@ def plan(quick: bool) -> list[Case]:
     """All rows, those of one table together.
 
     Forward and forward+backward in float32 on every shape in both layouts; the rest on a few:
-    1 and C groups forward on ResNet; masked forward on ResNet, UNet and speech; silu and 16-bit on
+    1 and C groups forward on ResNet; many small groups in PyTorch; masked forward on ResNet, UNet and speech; silu and 16-bit on
     ResNet and UNet.
     """
     cases = [case for framework in FRAMEWORKS for case in cases_of(framework, quick)]
@@ -132,6 +133,9 @@ def cases_of(framework: str, quick: bool) -> Iterator[Case]:
     if not quick:
         for groups, layout in itertools.product((1, SHAPES["ResNet"][1]), LAYOUTS):
             yield Case(framework, FORWARD, "ResNet", layout, groups=groups)
+    if framework == TORCH:
+        for task in (FORWARD, BOTH):
+            yield Case(framework, task, "many groups", FIRST, groups=2)
     layouts = (LAST,) if quick else LAYOUTS
     for task, shapes in {MASKED: ("ResNet", "UNet", "speech"), SILU: ("ResNet", "UNet")}.items():
         for shape, layout in itertools.product(shapes[:1] if quick else shapes, layouts):

@@ -23,6 +23,7 @@ from groupnorm.backends.kernels.grouped_shape import GroupedShape
 from groupnorm.backends.kernels.layout import ROLES
 from groupnorm.plan import Plan
 from groupnorm.portable.inputs import check, check_cotangent, from_work, to_work
+from groupnorm.portable.per_sample import has_rows, is_per_sample
 from groupnorm.typing import Gradients
 
 __all__ = ["JaxKernels"]
@@ -30,6 +31,8 @@ __all__ = ["JaxKernels"]
 
 class JaxKernels(Kernels):
     """The kernels, as jitted primitives."""
+
+    takes_rows = True
 
     def __init__(self, adapter: Any) -> None:
         super().__init__()
@@ -103,6 +106,9 @@ def _bind(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: CallO
                 f"x or a parameter is of {a.dtype}: the kernels support the real floating dtypes "
                 "float32, float16 and bfloat16"
             )
+    rows = [a is None or has_rows(a, plan) for a in (scale, bias)]
+    if is_per_sample(x, scale, bias, options) and not (all(rows) and plan.kept_axes == {0}):
+        return Unsupported("parameters do not have a row for each of the samples")
     if not all(a is None or is_plain(a) for a in (x, scale, bias, mask)):
         return Unsupported("a shard_map checks over which of its axes values vary")
     roles = plan.roles
@@ -121,8 +127,11 @@ def _bind(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: CallO
     no_kernels = why_not_compiled(*dtypes, options.activation)
     if no_kernels is None:
         no_kernels = _why_no_kernels()
-    if no_kernels and (options.implementation == "fused" or jax.default_backend() == "gpu"):
+    on_gpu = jax.default_backend() == "gpu"
+    if no_kernels and (options.implementation == "fused" or on_gpu):
         return no_kernels
+    if is_per_sample(x, scale, bias, options) and (no_kernels or on_gpu):
+        return Unsupported("the kernels here take no parameters with a row for each sample")
     # As work arrays have it: channels on one axis. Slices have no hash.
     plan = plan._replace(two_stages=True, sample=None)
     return _spec(adapter, plan, *dtypes, options), (x, scale, bias, mask)
@@ -177,11 +186,12 @@ def _pulled_back(spec: Spec, x: Any, scale: Any, bias: Any, mask: Any, saved: An
 
 
 def _work_arrays(spec: Spec, x: Any, scale: Any, bias: Any, mask: Any) -> tuple[Any, Any, Any, Any]:
-    channels, dtype = spec.shape.channels, spec.work_dtype
+    dtype = spec.work_dtype
+    shape: tuple[int, ...] = (spec.shape.channels,)
+    if any(p is not None and p.size != spec.shape.channels for p in (scale, bias)):
+        shape = (spec.shape.samples, spec.shape.channels)
     scale, bias = (
-        jnp.full(channels, neutral, dtype)
-        if value is None
-        else value.reshape(channels).astype(dtype)
+        jnp.full(shape, neutral, dtype) if value is None else value.reshape(shape).astype(dtype)
         for value, neutral in ((scale, 1.0), (bias, 0.0))
     )
     if mask is not None:

@@ -32,6 +32,7 @@ from groupnorm.backends.kernels.grouped_shape import GroupedShape
 from groupnorm.backends.kernels.layout import why_no_variant
 from groupnorm.plan import Plan
 from groupnorm.portable.group_norm import group_norm, group_norm_vjp
+from groupnorm.portable.per_sample import PerSample
 
 __all__ = [
     "Spec",
@@ -90,8 +91,12 @@ def _mask_of(spec: Spec, mask: Any) -> Any:
 
 
 def _portable(x: Any, scale: Any, bias: Any, *mask: Any, spec: Spec) -> Any:
+    given = spec.adapter, x, scale, bias, _mask_of(spec, mask), spec.options
     with own_rules():
-        return group_norm(spec.adapter, x, scale, bias, _mask_of(spec, mask), spec.options)
+        if scale.ndim == 1:
+            return group_norm(*given)
+        call = PerSample.of(*given)
+        return call.apply(group_norm(*given[:2], None, None, given[4], call.without_parameters))
 
 
 def _portable_normalize(*arrays: Any, spec: Spec) -> Any:
@@ -113,13 +118,19 @@ def _portable_pull_back(
     dy: Any, x: Any, scale: Any, bias: Any, *rest: Any, spec: Spec, batches: int
 ) -> Any:
     def pull(dy: Any, x: Any, *mask: Any) -> Any:
+        given = spec.adapter, x, scale, bias, _mask_of(spec, mask), spec.options
         with own_rules():
-            _, pullback = group_norm_vjp(
-                spec.adapter, x, scale, bias, _mask_of(spec, mask), spec.options
-            )
-            return tuple(pullback(dy))
+            if scale.ndim == 1:
+                _, pullback = group_norm_vjp(*given)
+                return tuple(pullback(dy))
+            call = PerSample.of(*given)
+            y, pullback = group_norm_vjp(*given[:2], None, None, given[4], call.without_parameters)
+            return tuple(call.pullback(y, pullback)(dy))
 
     mask = rest[:-1]
+    if scale.ndim == 2:
+        dx, *of_rows = pull(dy, x, *mask)
+        return dx, *(g.reshape(batches, -1, g.shape[-1]).sum(1) for g in of_rows)
     if batches == 1:  # XLA takes up to five times as long for derivatives of a vmap over one
         dx, dscale, dbias = pull(dy, x, *mask)
         return dx, dscale[None], dbias[None]
@@ -143,8 +154,8 @@ def normalize(spec: Spec, x: Any, scale: Any, bias: Any, mask: Any) -> Any:
     Parameters
     ----------
     x : array of shape `Spec.work_shape`
-    scale, bias : arrays of shape (channels,)
-        In the dtype of the statistics.
+    scale, bias : arrays of shape (channels,) or (samples, channels)
+        In the dtype of the statistics; both of the same shape.
     mask : boolean array of shape (samples or 1, positions), or None
     """
     masks = () if mask is None else (mask,)
@@ -160,8 +171,9 @@ def pull_back(spec: Spec, dy: Any, x: Any, scale: Any, bias: Any, mask: Any, sav
 def _pull_back(dy: Any, x: Any, scale: Any, *rest: Any, spec: Spec) -> Any:
     if dy.dtype != x.dtype:  # kernels are compiled for this dtype, and for full precision
         dy = dy.astype(scale.dtype)
-    dx, dscale, dbias = pull_back_p.bind(dy, x, scale, *rest, spec=spec, batches=1)
-    return dx, dscale[0], dbias[0]
+    batches = 1 if scale.ndim == 1 else scale.shape[0]
+    dx, *gradients = pull_back_p.bind(dy, x, scale, *rest, spec=spec, batches=batches)
+    return dx, *(g.reshape(scale.shape) for g in gradients)
 
 
 def saved_shape(spec: Spec) -> tuple[int, int, int]:
@@ -275,9 +287,8 @@ def _size(arguments: Any, dims: Any) -> int:
     return int(next(sizes))
 
 
-def _folded(spec: Spec, arguments: Any, dims: Any) -> tuple[Any, list[Any]]:
+def _folded(spec: Spec, size: int, arguments: Any, dims: Any) -> tuple[Any, list[Any]]:
     """Turn a batch into samples: of x or dy, and of the masks after them."""
-    size = _size(arguments, dims)
     folded = []
     for a, dim in zip(arguments, dims, strict=True):
         is_mask = a.ndim == 2 + (dim is not None)
@@ -291,6 +302,20 @@ def _folded(spec: Spec, arguments: Any, dims: Any) -> tuple[Any, list[Any]]:
     return spec.with_samples(size * spec.shape.samples), folded
 
 
+def _rows(spec: Spec, size: int, parameters: Any, dims: Any) -> list[Any]:
+    """Return scale and bias for all samples of a batch; with rows if they vary."""
+    if parameters[0].ndim == 1 and all(d is None for d in dims):
+        return list(parameters)
+    samples, channels = spec.shape.samples, spec.shape.channels
+    fronts = (_front(a, d, size) for a, d in zip(parameters, dims, strict=True))
+    return [
+        jnp.broadcast_to(a.reshape(size, -1, channels), (size, samples, channels)).reshape(
+            -1, channels
+        )
+        for a in fronts
+    ]
+
+
 def _one_by_one(primitive: Any, arguments: Any, dims: Any, parameters: Any) -> Any:
     size = _size(arguments, dims)
     fronts = [_front(a, d, size) for a, d in zip(arguments, dims, strict=True)]
@@ -298,12 +323,18 @@ def _one_by_one(primitive: Any, arguments: Any, dims: Any, parameters: Any) -> A
     return out, [0] * len(out)
 
 
+def _varies(dims: Any) -> bool:
+    """Whether parameters vary over a batch where kernels take no rows of them."""
+    return jax.default_backend() != "cpu" and any(d is not None for d in dims)
+
+
 def _normalize_batched(arguments: Any, dims: Any, *, spec: Spec) -> Any:
-    if any(d is not None for d in dims[1:3]):
+    if _varies(dims[1:3]):
         return _one_by_one(normalize_p, arguments, dims, {"spec": spec})
-    wide, (x, *mask) = _folded(spec, (arguments[0], *arguments[3:]), (dims[0], *dims[3:]))
-    y, saved = normalize_p.bind(x, *arguments[1:3], *mask, spec=wide)
-    size = wide.shape.samples // spec.shape.samples
+    size = _size(arguments, dims)
+    parameters = _rows(spec, size, arguments[1:3], dims[1:3])
+    wide, (x, *mask) = _folded(spec, size, (arguments[0], *arguments[3:]), (dims[0], *dims[3:]))
+    y, saved = normalize_p.bind(x, *parameters, *mask, spec=wide)
     y = y.reshape(size, spec.shape.samples, *y.shape[1:])
     return (y, saved.reshape(3, size, -1, 2)), (0, 1)
 
@@ -313,12 +344,13 @@ def _tangent_batched(arguments: Any, dims: Any, *, spec: Spec) -> Any:
 
 
 def _pull_back_batched(arguments: Any, dims: Any, *, spec: Spec, batches: int) -> Any:
-    if any(d is not None for d in dims[2:4]):
+    if _varies(dims[2:4]):
         parameters = {"spec": spec, "batches": batches}
         return _one_by_one(pull_back_p, arguments, dims, parameters)
     size = _size(arguments, dims)
-    dy, x, scale, bias, *mask, saved = arguments
-    wide, (dy, x, *mask) = _folded(spec, (dy, x, *mask), (*dims[:2], *dims[4:-1]))
+    dy, x, _, _, *mask, saved = arguments
+    scale, bias = _rows(spec, size, arguments[2:4], dims[2:4])
+    wide, (dy, x, *mask) = _folded(spec, size, (dy, x, *mask), (*dims[:2], *dims[4:-1]))
     saved = _front(saved, dims[-1], size).swapaxes(0, 1).reshape(3, -1, 2)
     dx, dscale, dbias = pull_back_p.bind(
         dy, x, scale, bias, *mask, saved, spec=wide, batches=size * batches

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from groupnorm.adapter import Adapter
     from groupnorm.plan import Plan
 
-__all__ = ["OrdinaryCalls", "PerSample", "is_per_sample", "scale_and_shift"]
+__all__ = ["OrdinaryCalls", "PerSample", "has_rows", "is_per_sample", "scale_and_shift"]
 
 
 # Separate calls for at most so many samples, of at least so many elements: one more pass over all
@@ -105,7 +105,7 @@ class PerSample(NamedTuple):
         plan, options, xp = self.checked.plan, self.options, self.adapter.xp
         x, scale, bias = self.x, self.checked.scale, self.checked.bias
         features = sorted(plan.feature_axes)
-        rows = all(p is None or _is_of_samples(p, plan) for p in (scale, bias))
+        rows = all(p is None or has_rows(p, plan) for p in (scale, bias))
         if not rows or options.axis_name is not None or (plan.static and 0 in plan.shape):
             return None
         if plan.static and plan.shape[0] == 1:
@@ -249,7 +249,7 @@ class PerSample(NamedTuple):
         """Return a gradient for a parameter that may be the same for all samples."""
         plan = self.checked.plan
         flat = self.adapter.xp.reshape(of_samples, (plan.shape[0], plan.channels))
-        if not _is_of_samples(parameter, plan):
+        if not has_rows(parameter, plan):
             flat = self.adapter.xp.sum(flat, axis=0)
         return parameter_gradient(self.adapter, flat, parameter)
 
@@ -277,7 +277,7 @@ def _flat(parameter: Array, xp: Any) -> Array:
     return None if parameter is None else xp.reshape(parameter, (-1,))
 
 
-def _is_of_samples(parameter: Array, plan: "Plan") -> bool:
+def has_rows(parameter: Array, plan: "Plan") -> bool:
     """Whether a checked parameter has a row for each sample."""
     shape = tuple(parameter.shape)
     return len(shape) > 1 and not same_shape(shape, plan.feature_shape)
@@ -288,7 +288,7 @@ def _along(parameter: Array, checked: CheckedInputs, xp: Any, *, copy: bool = Fa
     if parameter is None:
         return None
     plan = checked.plan
-    varies = plan.feature_axes | ({0} if _is_of_samples(parameter, plan) else set())
+    varies = plan.feature_axes | ({0} if has_rows(parameter, plan) else set())
     shape = (n if a in varies else 1 for a, n in enumerate(plan.shape))
     parameter = xp.astype(parameter, checked.parameter_dtype, copy=copy)
     return xp.reshape(parameter, tuple(shape))

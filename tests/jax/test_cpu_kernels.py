@@ -131,6 +131,67 @@ def test_a_mapped_x_is_one_call(jax, rng):
     )
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("name", ["first", "last", "no positions", "last, large"])
+def test_parameters_of_each_sample(jax, name, masked, rng):
+    """One call, with the values and gradients of separate calls; and derivatives of these."""
+    x, dy, _, _, keywords = draw(name, rng, masked=masked and name != "no positions")
+    mask = keywords.pop("mask", None)
+    axis = keywords["feature_axis"]
+    scale, bias = rng.normal(size=(2, x.shape[0], x.shape[axis])).astype(np.float32)
+
+    def gradients(x, scale, bias, mask, implementation="fused"):
+        def loss(*given):
+            y = group_norm(*given, mask=mask, implementation=implementation, **keywords)
+            return (y * dy[: x.shape[0]]).sum(), y
+
+        found, y = jax.grad(loss, (0, 1, 2), has_aux=True)(x, scale, bias)
+        return y, *found
+
+    text = jax.jit(gradients).lower(x, scale, bias, mask).as_text()
+    assert text.count(f"@{TARGET}") == 2
+    found = gradients(x, scale, bias, mask)
+    assert [a.shape for a in found] == [x.shape, x.shape, scale.shape, bias.shape]
+    for i in range(x.shape[0]):
+        y, pullback = group_norm_vjp(
+            jax.numpy.asarray(x[i : i + 1]), scale[i], bias[i],
+            mask=None if mask is None else mask[i : i + 1], **keywords,
+        )  # fmt: skip
+        want = pullback(jax.numpy.asarray(dy[i : i + 1]))
+        for got, one in zip(found, (y, *want), strict=True):
+            one = np.asarray(one)
+            assert_gradient(np.asarray(got[i]), one.reshape(got[i].shape), rtol=GRADIENT)
+    if name not in ("first", "last"):  # groups of two elements: gradients of x cancel
+        return
+
+    def twice(implementation):
+        def loss(*given):
+            _, dx, dscale, _ = gradients(*given, mask, implementation)
+            return (dx**2).sum() + (dscale**2).sum()
+
+        return jax.grad(loss, (0, 1, 2))(x, scale, bias)
+
+    for got, want in zip(twice("fused"), twice("portable"), strict=True):
+        assert_gradient(np.asarray(got), np.asarray(want), rtol=GRADIENT)
+
+
+def test_mapped_parameters_are_one_call(jax, rng):
+    x, _, scale, bias, keywords = draw("last", rng)
+    mapped = jax.vmap(lambda *given: group_norm(*given, **keywords), (None, 0, None))
+    text = jax.jit(mapped).lower(x, batch(scale), bias).as_text()
+    assert text.count(f"@{TARGET}") == 1
+    assert "while" not in text
+
+
+@pytest.mark.parametrize("name", ["one row", "a row for one parameter alone"])
+def test_rows_that_kernels_do_not_take(jax, name, rng):
+    x, _, scale, bias, keywords = draw("last", rng)
+    scales = scale[None] if name == "one row" else np.stack([scale] * 3)
+    x = jax.numpy.asarray(x[:1] if name == "one row" else x)
+    got = group_norm(x, scales, bias, **keywords)
+    np.testing.assert_allclose(got, group_norm(x, scale, bias, **keywords), rtol=1e-5, atol=1e-6)
+
+
 def test_gradient_of_a_map(jax, rng):
     x, dy, scale, bias, keywords = draw("first", rng, masked=True)
     x, dy = map(jax.numpy.asarray, (batch(x), batch(dy)))

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 
 from tests import ROOT
-from tests.kernels.core import INPUT_GRADIENT, MEASURE, NORMALIZE, SUM, needs_core
+from tests.kernels.core import (
+    INPUT_GRADIENT,
+    MEASURE,
+    NORMALIZE,
+    SUM,
+    needs_core,
+    without_sanitizers,
+)
 
 core = needs_core()
 
@@ -268,6 +275,7 @@ call()
 """
 
 
+@without_sanitizers("asan", "tsan")
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space, and reads /proc")
 def test_a_lack_of_memory_raises():
     done = subprocess.run(

@@ -16,6 +16,7 @@ from groupnorm import num_threads
 from groupnorm.backends.kernels.cpu import launch
 from groupnorm.backends.kernels.cpu.availability import why_unavailable
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
+from tests.kernels.core import without_sanitizers
 
 
 @pytest.fixture
@@ -296,6 +297,7 @@ for worker in workers:
 
 @needs_kernels
 @needs_forks
+@without_sanitizers("tsan")
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_forks_while_other_threads_compute(workers):
     """The child has none of their threads, computes the same bits, and ends."""
@@ -355,5 +357,6 @@ assert np.array_equal(call.shaped(y, "float32"), want)
 
 @needs_kernels
 @needs_linux
+@without_sanitizers("asan", "tsan")
 def test_no_more_threads_can_be_started():
     run(["-c", NO_THREADS], OPENBLAS_NUM_THREADS="1")

@@ -86,7 +86,7 @@ def _pullback(
             with np.errstate(under="ignore"):
                 dy = dy.astype(np.float32)
         work, layout = call.work, call.work.layout
-        dx, dy = np.empty(layout.plan.shape, x.dtype), in_memory(dy, layout, np)
+        dx, dy = np.empty(layout.plan.shape, x.dtype), _aligned(in_memory(dy, layout, np))
         dscale, dbias = np.empty((2, work.gradient_rows(rows=call.rows), work.channels), np.float32)
         work.backward(
             saved, call.arrays, _buffer(dy), dy.dtype.name, _buffer(dx), dscale, dbias,
@@ -125,7 +125,7 @@ def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: CallO
     bound = bind(work, scale, bias, mask, _flat_mask, _flat_parameter)
     if isinstance(bound, Unsupported):
         return bound
-    x = in_memory(x, bound.work.layout, np)
+    x = _aligned(in_memory(x, bound.work.layout, np))
     return _Call(bound.work, x, bound.scale, bound.bias, bound.mask, bound.rows)
 
 
@@ -136,4 +136,9 @@ def _flat_mask(mask: Any, work: Work) -> Any:
 
 
 def _flat_parameter(parameter: Any) -> Any:
-    return None if parameter is None else np.ascontiguousarray(parameter, np.float32)
+    return None if parameter is None else _aligned(np.ascontiguousarray(parameter, np.float32))
+
+
+def _aligned(a: Any) -> Any:
+    """Return an array that kernels can read: at an address that is a multiple of an element."""
+    return a if a.flags.aligned else a.copy()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,13 @@ from tests.rows import CONTRACT, host_dtype
 # Half a unit in the last place, relative, and of the subnormal values.
 ROUNDING = {"float32": (0.0, 0.0), "float16": (2.0**-11, 2.0**-25), "bfloat16": (2.0**-8, 0.0)}
 MEASURE, NORMALIZE, SUM, INPUT_GRADIENT = 1, 2, 4, 8  # as in call.hpp
+
+
+def without_sanitizers(*names: str) -> Any:
+    """Mark a test that cannot run under these sanitizers, which `nox -s sanitize` preloads."""
+    found = [name for name in names if f"lib{name}" in os.environ.get("LD_PRELOAD", "")]
+    reason = f"{', '.join(found)}: allocates memory of its own, or permits no threads after a fork"
+    return pytest.mark.skipif(bool(found), reason=reason)
 
 
 def needs_core() -> Any:

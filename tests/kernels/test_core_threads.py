@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from groupnorm.backends.kernels.variants import DTYPES
-from tests.kernels.core import NORMALIZE, Call, needs_core
+from tests.kernels.core import INPUT_GRADIENT, NORMALIZE, Call, check, needs_core
 from tests.rows import host_dtype
 
 core = needs_core()
@@ -90,57 +90,71 @@ LARGE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("y", DTYPES)
+@pytest.mark.parametrize("stage", [NORMALIZE, INPUT_GRADIENT], ids=["y", "dx"])
+@pytest.mark.parametrize("result", DTYPES)
 @pytest.mark.parametrize(("sizes", "first"), LARGE, ids=str)
-def test_results_past_the_cache(sizes, first, y):
+def test_results_past_the_cache(sizes, first, result, stage):
     """They are streamed to memory, at any address: equal to those of small calls, to the bit."""
     samples, groups, size, positions = sizes
-    channels = groups * size
-    shape = (samples, channels, positions) if first else (samples, positions, channels)
-    assert np.prod(shape) * 2 >= PAST_CACHE
+    channels, elements = groups * size, samples * groups * size * positions
+    assert elements * 2 >= PAST_CACHE
     rng = np.random.default_rng(0)
-    x = np.resize(rng.normal(size=1_000_003).astype(np.float32), shape)
+    x_dtype = result if stage == INPUT_GRADIENT else DTYPES[(DTYPES.index(result) + first) % 3]
+    x, dy = (np.resize(drawn(rng, x_dtype), elements) for _ in range(2))
     scale, bias = rng.normal(size=(2, channels)).astype(np.float32)
-    x_dtype = DTYPES[(DTYPES.index(y) + first) % 3]
-    if x_dtype != "float32":
-        x = np.resize(x.reshape(-1)[:1_000_003].astype(host_dtype(x_dtype)).view(np.uint16), shape)
-    dtypes = DTYPES.index(x_dtype), DTYPES.index(y)
-    item = 4 if y == "float32" else 2
-    plan = core.Plan(*sizes, first, *dtypes, 2, 1e-6, False, False)
-    bytes_ = x.size * item
-    for offset in (3 * item, 1):
-        memory = np.full(bytes_ + 128, 0xAB, np.uint8)
-        begin = -memory.ctypes.data % 64 + offset
-        result = memory[begin : begin + bytes_]
-        saved = plan.forward(x, scale, bias, None, result, True, 2)
-        statistics = np.frombuffer(saved).reshape(3, samples, groups)
-        for part, want in small_calls(sizes, first, dtypes, x, scale, bias, statistics):
-            got = result[part.start * item : part.stop * item]
-            assert np.array_equal(got, want), (offset, part)
-        assert (memory[:begin] == 0xAB).all()
-        assert (memory[begin + bytes_ :] == 0xAB).all()
+    plans = x_dtype, result, stage
+    statistics = np.concatenate(
+        [rng.normal(size=(1, samples, groups)), rng.uniform(0.5, 2, (2, samples, groups))]
+    )
+    means = rng.normal(size=(2, samples, groups))
+    item = 4 if result == "float32" else 2
+    begin = 64 + 3 * item
+    memory = np.full(elements * item + 192, 0xAB, np.uint8)
+    begin += -memory.ctypes.data % 64
+    y = memory[begin : begin + elements * item]
+    one_stage(plans, sizes, first, x, scale, bias, statistics, y, dy, means, threads=2)
+    # A channel of a sample, or rows of it.
+    width, step = (1, 500_001) if first else (channels, max(1, 500_001 // channels))
+    for sample, channel in np.ndindex(samples, channels if first else 1):
+        own = slice(channel, channel + 1) if first else slice(None)
+        group = slice(channel // size, channel // size + 1) if first else slice(None)
+        start = (sample * channels + channel) * positions
+        for at in range(0, positions, step):
+            count = min(step, positions - at)
+            part = slice(start + at * width, start + (at + count) * width)
+            want = np.empty((part.stop - part.start) * item, np.uint8)
+            one_stage(
+                plans, (1, 1, 1, count) if first else (1, groups, size, count), first, x[part],
+                scale[own], bias[own], statistics[:, sample, group], want, dy[part],
+                means[:, sample, group],
+            )  # fmt: skip
+            assert np.array_equal(y[part.start * item : part.stop * item], want), part
+    assert (memory[:begin] == 0xAB).all()
+    assert (memory[begin + len(y) :] == 0xAB).all()
 
 
-def small_calls(sizes, first, dtypes, x, scale, bias, statistics):
-    """Yield the ranges of elements that small calls normalize, and their results, as bytes."""
-    samples, groups, size, positions = sizes
-    channels, x = groups * size, x.reshape(-1)
-    item = 2 if dtypes[1] else 4
-    step = 500_001 if first else max(1, 500_001 // channels)
-    for sample in range(samples):
-        for channel in range(channels if first else 1):
-            own = slice(channel, channel + 1) if first else slice(None)
-            group = slice(channel // size, channel // size + 1) if first else slice(None)
-            begin = (sample * channels + channel) * positions
-            for at in range(0, positions, step):
-                count = min(step, positions - at)
-                shape = (1, 1, 1, count) if first else (1, groups, size, count)
-                plan = core.Plan(*shape, first, *dtypes, 2, 1e-6, False, False)
-                width = 1 if first else channels
-                part = slice(begin + at * width, begin + (at + count) * width)
-                y = np.empty((part.stop - part.start) * item, np.uint8)
-                plan.stage(
-                    NORMALIZE, x[part], scale[own], bias[own], None,
-                    np.ascontiguousarray(statistics[:, sample, group]), y, None, None, 1,
-                )  # fmt: skip
-                yield part, y
+def drawn(rng, dtype):
+    a = rng.normal(size=1_000_003).astype(host_dtype(dtype))
+    return a.view(np.uint16) if a.dtype.kind == "V" else a
+
+
+def one_stage(plans, sizes, first, x, scale, bias, statistics, y, dy, means, threads=1):
+    x_dtype, result, stage = plans
+    dtypes = DTYPES.index(x_dtype), DTYPES.index(result)
+    statistics, means = map(np.ascontiguousarray, (statistics, means))
+    core.Plan(*sizes, first, *dtypes, 2, 1e-6, False, False).stage(
+        stage, x, scale, bias, None, statistics, y, dy, means, threads
+    )
+
+
+def test_a_whole_call_past_the_cache():
+    """Statistics first, and the result while x is in the cache."""
+    for first in (True, False):
+        call = Call((3, 2, 3, 500_009), first=first)
+        y = call.forward(3)
+        assert y.nbytes >= PAST_CACHE
+        x = call.x.reshape(3, 2, -1).astype(np.float64)
+        deviation = x - x.mean(2, keepdims=True)
+        xhat = deviation / np.sqrt((deviation**2).mean(2, keepdims=True) + call.epsilon)
+        scale, bias = call.parameters()
+        check(y, xhat.reshape(y.shape) * scale + bias, "float32")

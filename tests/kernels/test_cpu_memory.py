@@ -13,7 +13,7 @@ import pytest
 from groupnorm import group_norm, group_norm_vjp, num_threads
 from groupnorm.backends.kernels.cpu import launch
 from tests import ROOT
-from tests.kernels.core import needs_core
+from tests.kernels.core import needs_core, without_sanitizers
 
 core = needs_core()
 
@@ -122,6 +122,7 @@ print(resident() - before)
 """
 
 
+@without_sanitizers("asan", "tsan")
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_many_calls_keep_no_memory():
     done = subprocess.run(

@@ -91,6 +91,8 @@ class BuildCore(build_ext):
         """Compile sources in parallel, as setuptools only does with extensions."""
         if self.compiler.compiler_type == "msvc":
             self.compiler.initialize(self.plat_name)
+            # Vectors are those of GCC and clang, which Microsoft's compiler does not have.
+            self.compiler.cc = shutil.which("clang-cl") or "clang-cl"
         compile_some = self.compiler.compile
 
         def compile_all(sources, *, output_dir, depends, **options):

@@ -12,7 +12,8 @@ _COMPILERS = {
     "linux": "g++ and Python's headers (Debian, Ubuntu: apt install g++ python3-dev; Fedora: dnf "
     "install gcc-c++ python3-devel)",
     "darwin": "clang (xcode-select --install)",
-    "win32": "Microsoft C++ Build Tools (winget install Microsoft.VisualStudio.2022.BuildTools)",
+    "win32": "clang-cl and Microsoft C++ Build Tools (winget install LLVM.LLVM, and "
+    "Microsoft.VisualStudio.2022.BuildTools)",
 }
 
 

@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "check":
         rows = [row for info in found for row in rows_of_backend(info)]
         report = check_backends(
-            rows, lambda row: _say(f"checking {row.name}; the first call may compile kernels")
+            rows, lambda row: _say(f"checking {row.name}; on a GPU the first call compiles kernels")
         )
     if options.json:
         print(json.dumps(_as_dict(found, report), indent=2))

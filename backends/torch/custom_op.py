@@ -30,6 +30,7 @@ from groupnorm.dispatch import adapter_named
 from groupnorm.plan import make_plan_uncached, product
 from groupnorm.portable.group_norm import group_norm
 from groupnorm.portable.inputs import check, dtypes_of
+from groupnorm.portable.per_sample import has_rows, is_per_sample
 
 __all__ = ["SETTINGS", "options_of", "settings_of", "traced"]
 
@@ -61,6 +62,14 @@ def traced(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Call
     if why or in_forward_mode():
         return Unsupported(why or _SEEN_THROUGH)
     plan = check(adapter, x, scale, bias, mask, options).plan
+    if is_per_sample(x, scale, bias, options) and not (
+        x.is_cpu
+        and plan.kept_axes == {0}
+        and all(p is None or has_rows(p, plan) for p in (scale, bias))
+    ):
+        return Unsupported(
+            "the kernels for this call have no parameters with a row for each sample"
+        )
     if plan.permutation is not None or plan.roles not in ROLES:
         return Unsupported(f"the order of the axes is {plan.roles}, not one of {', '.join(ROLES)}")
     if mask is not None:

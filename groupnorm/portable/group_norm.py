@@ -67,6 +67,9 @@ def group_norm(
     ArgumentTypeError, ArgumentValueError, AxisNameError
         If the arrays are inconsistent with each other or with the options.
     """
+    if is_per_sample(x, scale, bias, options):
+        call = PerSample.of(adapter, x, scale, bias, mask, options)
+        return call.apply(group_norm(adapter, x, None, None, mask, call.without_parameters))
     inputs = prepare(adapter, x, scale, bias, mask, options)
     replicas = _replicas(adapter, inputs, options)
     y, _, _ = _forward(adapter, inputs, options, replicas, keep_deviations=False)
@@ -122,6 +125,12 @@ def group_norm_vjp(
     """
     xp = adapter.xp
     _check_local(adapter, x)
+    if is_per_sample(x, scale, bias, options):
+        call = PerSample.of(adapter, x, scale, bias, mask, options)
+        normalized, pull = group_norm_vjp(
+            adapter, x, None, None, mask, call.without_parameters, replicas
+        )  # fmt: skip
+        return call.apply(normalized), call.pullback(normalized, pull)
     inputs = prepare(adapter, x, scale, bias, mask, options, keep=True)
     plan = inputs.plan
     # Resolved now: the name may no longer be bound when the pullback runs.

@@ -133,7 +133,7 @@ def test_numbers_of_arguments(method):
 
 
 @pytest.mark.parametrize("method", CALLS)
-@pytest.mark.parametrize("wrong", ["2", None, 1.5, 2**80])
+@pytest.mark.parametrize("wrong", ["2", None, 1.5])
 def test_numbers_of_threads(method, wrong):
     with pytest.raises((TypeError, OverflowError)):
         call(method, {"threads": wrong})
@@ -195,14 +195,14 @@ def test_wrong_numbers_of_plan_arguments():
 
 
 @pytest.mark.parametrize("wrong", [(), (True,), (True, False, 1, 1), (True, False, "1"),
-                                   (True, False, None), (True, False, 2**80)])  # fmt: skip
+                                   (True, False, None)])  # fmt: skip
 def test_scratch_bytes(wrong):
     plan = core.Plan(*PLAN)
     with pytest.raises((TypeError, OverflowError)):
         plan.scratch_bytes(*wrong)
 
 
-@pytest.mark.parametrize("threads", [0, -1, -(2**31), 2**31 - 1, 2**40])
+@pytest.mark.parametrize("threads", [0, -1, -(2**31), 2**31 - 1, 2**40, 2**80])
 def test_scratch_bytes_of_any_number_of_threads(threads):
     """One is the least; large numbers are bounded."""
     plan = core.Plan(*PLAN)

@@ -37,11 +37,12 @@ SHAPES = {
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("dtype", [0, 1], ids=["float32", "float16"])
 @pytest.mark.parametrize("first", [True, False], ids=["first", "last"])
+@pytest.mark.parametrize("rows", [False, True], ids=["one row", "a row for each sample"])
 @pytest.mark.parametrize("name", SHAPES)
-def test_scratch_is_a_small_fraction(name, first, dtype, backward, masked, threads):
+def test_scratch_is_a_small_fraction(name, rows, first, dtype, backward, masked, threads):
     """At most 2 % of x, 256 bytes per channel, and 64 KiB and 64 bytes per channel per thread."""
     sizes = samples, groups, size, positions = SHAPES[name]
-    plan = core.Plan(*sizes, first, dtype, dtype, 0, 1e-6, False, False)
+    plan = core.Plan(*sizes, first, dtype, dtype, 0, 1e-6, False, rows)
     nbytes = samples * groups * size * positions * (2 if dtype else 4)
     limit = 0.02 * nbytes + 256 * groups * size + (65536 + 64 * groups * size) * threads
     assert plan.scratch_bytes(backward, masked, threads) <= limit

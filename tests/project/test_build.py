@@ -318,5 +318,5 @@ def test_a_damaged_report_is_no_error(report, text):
 
 def test_a_missing_report_means_a_checkout_that_was_not_installed(report):
     why = build_report.why_not_built()
-    assert "never installed" in why
+    assert "hides an installed package" in why
     assert "pip install -e ." in why

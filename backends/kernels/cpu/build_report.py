@@ -23,8 +23,8 @@ def why_not_built() -> str:
         first, *rest = _REPORT.read_text("utf-8", errors="replace").splitlines() or [""]
     except FileNotFoundError:
         return (
-            "the compiled core for CPUs is missing, as in a checkout that was never installed; "
-            "install it with pip install -e ."
+            "the compiled core for CPUs is missing, as in a checkout, which hides an installed "
+            "package from Python in its folder; install the checkout with pip install -e ."
         )
     if "GROUPNORM_BUILD_CORE" in first:
         return (

@@ -18,12 +18,12 @@ class Threads(NamedTuple):
     """The threads that run kernels."""
 
     number: Callable[[], int]  # how many a call may use
-    by_openmp: bool  # whether they are those that `use_openmp` of the core was told of
+    by_openmp: bool  # whether they are PyTorch's, by the core's `use_openmp`
 
 
 OWN = Threads(get_num_threads, by_openmp=False)
 
-# Smaller calls use one thread in any case.
+# Smaller calls use one thread in any case (twice `WORTH_A_SPINNING_THREAD` of core/run.cpp).
 WORTH_THREADS = 1 << 15
 
 

@@ -24,11 +24,15 @@ struct Plan {
 // Calls of fewer elements keep Python's lock: releasing it takes longer.
 constexpr i64 WORTH_UNLOCKING = 1 << 13;
 
+// Whether this thread has released Python's lock.
+thread_local bool is_unlocked = false;
+
 // An argument: an object with a buffer, an address, or None.
 class Array {
  public:
+  // A thread that Python ends while it waits for the lock, as the process does, leaves its buffers.
   ~Array() {
-    if (held_) PyBuffer_Release(&view_);
+    if (held_ && !is_unlocked) PyBuffer_Release(&view_);
   }
 
   // Return whether the object is usable, or not `needed`; if not, a Python error is set.
@@ -85,9 +89,11 @@ bool run_unlocked(const Call& call, bool by_openmp) {
   if (call.shape.elements() < WORTH_UNLOCKING) {
     attempt();
   } else {
+    is_unlocked = true;
     Py_BEGIN_ALLOW_THREADS
     attempt();
     Py_END_ALLOW_THREADS
+    is_unlocked = false;
   }
   if (!enough_memory) PyErr_NoMemory();
   return enough_memory;
@@ -109,6 +115,10 @@ struct Inputs {
     call.scale = scale.as<float>(), call.bias = bias.as<float>();
     call.parameter_stride = plan->parameters_of_samples ? shape.channels() : 0;
     call.mask = mask.as<std::uint8_t>();
+    if (call.mask != nullptr && mask.bytes() == 0) {
+      PyErr_SetString(PyExc_TypeError, "mask must be an object with a buffer");
+      return false;
+    }
     call.mask_stride = mask.bytes() >= shape.samples * shape.positions && shape.samples > 1 ? shape.positions : 0;
     return true;
   }
@@ -127,9 +137,10 @@ i64 statistics_bytes(const Call& call) { return 3 * 8 * call.shape.samples * cal
 constexpr long MAX_THREADS = 1024;
 
 bool set_threads(Call& call, PyObject* threads) {
-  const long count = PyLong_AsLong(threads);
+  int overflow;
+  const long count = PyLong_AsLongAndOverflow(threads, &overflow);
   if (count == -1 && PyErr_Occurred()) return false;
-  call.threads = static_cast<int>(std::min(std::max(count, 1L), MAX_THREADS));
+  call.threads = static_cast<int>(overflow > 0 ? MAX_THREADS : std::min(std::max(count, 1L), MAX_THREADS));
   return true;
 }
 
@@ -227,7 +238,9 @@ PyObject* stage(PyObject* self, PyObject* const* given, Py_ssize_t count) {
 
 // scratch_bytes(backward, masked, threads)
 PyObject* scratch(PyObject* self, PyObject* const* given, Py_ssize_t count) {
-  Call call = reinterpret_cast<Plan*>(self)->call;
+  const Plan* plan = reinterpret_cast<Plan*>(self);
+  Call call = plan->call;
+  if (plan->parameters_of_samples) call.batches = call.shape.samples;
   if (!has_count(count, 3, "scratch_bytes") || !set_threads(call, given[2])) return nullptr;
   call.stages = given[0] == Py_True ? BACKWARD : FORWARD;
   static const std::uint8_t masked = 1;
@@ -348,7 +361,13 @@ int fill(PyObject* module) {
   return failed < 0 ? -1 : PyModule_AddStringConstant(module, "instructions", instructions());
 }
 
-PyModuleDef_Slot slots[] = {{Py_mod_exec, reinterpret_cast<void*>(fill)}, {0, nullptr}};
+PyModuleDef_Slot slots[] = {
+    {Py_mod_exec, reinterpret_cast<void*>(fill)},
+#if defined(Py_GIL_DISABLED)
+    {Py_mod_gil, Py_MOD_GIL_NOT_USED},
+#endif
+    {0, nullptr},
+};
 
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_core", "The kernels for CPUs.", 0, methods, slots, nullptr, nullptr, nullptr};
 

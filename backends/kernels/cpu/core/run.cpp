@@ -12,7 +12,7 @@
 
 namespace groupnorm {
 
-GompParallel openmp = nullptr;
+std::atomic<GompParallel> openmp{nullptr};
 
 namespace {
 
@@ -24,14 +24,14 @@ struct Chosen {
 // The best that the processor has; the variable, for tests and measurements, may ask for less.
 Chosen choose() {
 #if defined(__x86_64__)
-  const char* wanted = std::getenv("GROUPNORM_INSTRUCTIONS");
-  const auto permits = [=](const char* name) { return wanted == nullptr || std::strcmp(wanted, name) == 0; };
+  const char* variable = std::getenv("GROUPNORM_INSTRUCTIONS");
+  const auto wants = [=](const char* name) { return variable != nullptr && std::strcmp(variable, name) == 0; };
   // Every processor with AVX2 has F16C, which clang cannot ask for.
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512 && permits("avx512")) return {&kernels_avx512, "avx512"};
-  if (avx2 && (permits("avx2") || permits("avx512"))) return {&kernels_avx2, "avx2"};
+  if (avx512 && !wants("avx2") && !wants("baseline")) return {&kernels_avx512, "avx512"};
+  if (avx2 && !wants("baseline")) return {&kernels_avx2, "avx2"};
 #endif
   return {&kernels_baseline, "baseline"};
 }
@@ -42,11 +42,11 @@ const Chosen& chosen() {
 }
 
 // Elements for each thread. Idle threads of OpenMP spin for a while, so that they start at once.
-constexpr i64 WORTH_A_THREAD = 1 << 16, WORTH_A_SPINNING_THREAD = 1 << 14;
+constexpr i64 WORTH_A_THREAD = 1 << 16, WORTH_A_SPINNING_THREAD = 1 << 14, MOST_THREADS = 1024;
 
 int threads_for(const Call& call, bool by_openmp) {
   const i64 worth = by_openmp ? WORTH_A_SPINNING_THREAD : WORTH_A_THREAD;
-  return static_cast<int>(std::max<i64>(1, std::min<i64>(call.threads, call.shape.elements() / worth)));
+  return static_cast<int>(std::max<i64>(1, std::min({i64{call.threads}, MOST_THREADS, call.shape.elements() / worth})));
 }
 
 // First-touch page faults of freshly mapped memory cost more than the kernels themselves. NumPy
@@ -75,7 +75,8 @@ void run(const Call& given, bool by_openmp) {
     Scratch scratch;
   };
   Call call = given;
-  call.threads = threads_for(given, by_openmp && openmp != nullptr);
+  const GompParallel parallel = by_openmp ? openmp.load() : nullptr;
+  call.threads = threads_for(given, parallel != nullptr);
   const int x = static_cast<int>(call.x_dtype), y = static_cast<int>(call.y_dtype);
   const Kernels& kernels = *chosen().kernels;
   Shared shared{call, call.forward() ? kernels.forward[x][y] : kernels.backward[x][y], Scratch(call)};
@@ -86,8 +87,8 @@ void run(const Call& given, bool by_openmp) {
     auto* shared = static_cast<Shared*>(what);
     shared->kernel(shared->call, shared->scratch, part);
   };
-  if (by_openmp && openmp != nullptr) {
-    share_by_openmp(openmp, work, &shared, call.threads);
+  if (parallel != nullptr) {
+    share_by_openmp(parallel, work, &shared, call.threads);
   } else {
     share(work, &shared, call.threads);
   }

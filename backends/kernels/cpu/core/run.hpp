@@ -20,6 +20,6 @@ std::size_t scratch_bytes(const Call& call);
 const char* instructions();
 
 // The GOMP_parallel of an OpenMP that another library has loaded, or null.
-extern GompParallel openmp;
+extern std::atomic<GompParallel> openmp;
 
 }  // namespace groupnorm

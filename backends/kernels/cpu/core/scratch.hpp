@@ -116,6 +116,11 @@ class Scratch {
       call.sum_dy_xhat[sample * channels + channel] = weighted;
       return;
     }
+    if (batch_samples_ == 1) {
+      call.dbias[sample * channels + channel] = static_cast<float>(total);
+      call.dscale[sample * channels + channel] = static_cast<float>(weighted);
+      return;
+    }
     double* sums = span_sums_ + span * 2 * channels + channel;
     const bool first = sample == first_sample(span);
     sums[0] = total + (first ? 0 : sums[0]);
@@ -124,7 +129,7 @@ class Scratch {
 
   // Add the spans of each batch, into the gradients.
   void add_spans(const Call& call, i64 channels) const {
-    if ((call.stages & BACKWARD) != BACKWARD) return;
+    if (call.stages != BACKWARD || batch_samples_ == 1) return;
     const i64 each = spans / batches();
     for (i64 batch = 0; batch < batches(); ++batch) {
       for (i64 c = 0; c < channels; ++c) {
@@ -163,7 +168,7 @@ class Scratch {
     batch_samples_ = shape.samples / batches_;
     whole_samples_ = positions == 1 || by_groups(shape) ||
         elements <= (shape.samples >= FEW_SAMPLES ? SMALL_SAMPLE : SMALL_SAMPLE_OF_FEW);
-    i64 in_batch = std::max(MIN_SPANS, batch_samples_ * positions / SPAN_POSITIONS);
+    i64 in_batch = std::max(quotient_up(MIN_SPANS, batches_), batch_samples_ * positions / SPAN_POSITIONS);
     in_batch = whole_samples_ ? std::min(in_batch, batch_samples_) : 1;
     span_samples_ = quotient_up(batch_samples_, in_batch);
     spans = batches_ * quotient_up(batch_samples_, span_samples_);
@@ -204,7 +209,7 @@ class Scratch {
     size_ = 0;
     counters_ = (whole_samples_ ? 1 : 2 * call.shape.samples + 1) * Round::counters_of(parts_);
     first_counter_ = take<Counter>(base, counters_);
-    span_sums_ = take<double>(base, call.stages == BACKWARD ? spans * 2 * channels_ : 0);
+    span_sums_ = take<double>(base, call.stages == BACKWARD && batch_samples_ > 1 ? spans * 2 * channels_ : 0);
     if (by_groups(call.shape)) return;
     take(base, tables_, parts_, (backward ? 6 : 3) * table_length);
     if (call.shape.positions == 1) return;

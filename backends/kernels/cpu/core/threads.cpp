@@ -13,6 +13,7 @@
 #if !defined(_WIN32)
 #include <pthread.h>
 #include <sched.h>
+#include <signal.h>
 #include <unistd.h>
 #endif
 
@@ -35,6 +36,22 @@ struct Job {
   int next_part = 1;             // the number of the next one that does
   std::atomic<int> working{0};   // how many have joined and not left
   Job* next = nullptr;           // in the queue
+};
+
+// Threads that start while this exists receive no signals: these are for the threads of Python.
+class WithoutSignals {
+#if !defined(_WIN32)
+ public:
+  WithoutSignals() {
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before_);
+  }
+  ~WithoutSignals() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+
+ private:
+  sigset_t before_;
+#endif
 };
 
 class Pool {
@@ -72,6 +89,8 @@ class Pool {
 
  private:
   void grow(int size) {
+    if (threads_ >= size) return;
+    const WithoutSignals these;
     while (threads_ < size) {
       try {
         std::thread([this] { serve(); }).detach();

@@ -41,18 +41,15 @@ INLINE I is_finite(F a) { return a - a == F{}; }
 // The sum of all lanes, always in the same order.
 INLINE float sum(F a) {
   typedef float Four __attribute__((vector_size(16)));
+  Four fours[LANES / 4];
+  std::memcpy(fours, &a, sizeof a);
 #if GROUPNORM_LANES == 16
-  typedef float Eight __attribute__((vector_size(32)));
-  const Eight eight = __builtin_shufflevector(a, a, 0, 1, 2, 3, 4, 5, 6, 7) +
-      __builtin_shufflevector(a, a, 8, 9, 10, 11, 12, 13, 14, 15);
-  Four four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
-#elif GROUPNORM_LANES == 8
-  Four four = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
-#else
-  Four four = a;
+  fours[0] += fours[2], fours[1] += fours[3];
 #endif
-  four += __builtin_shufflevector(four, four, 2, 3, 0, 1);
-  return four[0] + four[1];
+#if GROUPNORM_LANES >= 8
+  fours[0] += fours[1];
+#endif
+  return (fours[0][0] + fours[0][2]) + (fours[0][1] + fours[0][3]);
 }
 
 // Memory -------------------------------------------------------------------------------------------

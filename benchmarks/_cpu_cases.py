@@ -117,8 +117,8 @@ def plan(quick: bool) -> list[Case]:
     """All rows, those of one table together.
 
     Forward and forward+backward in float32 on every shape in both layouts; the rest on a few:
-    1 and C groups forward on ResNet; many small groups in PyTorch; masked forward on ResNet, UNet and speech; silu and 16-bit on
-    ResNet and UNet.
+    1 and C groups forward on ResNet; many small groups in PyTorch; masked forward on ResNet, UNet
+    and speech; silu and 16-bit on ResNet and UNet.
     """
     cases = [case for framework in FRAMEWORKS for case in cases_of(framework, quick)]
     place = {name: number for number, name in enumerate((*FRAMEWORKS, *TASKS))}

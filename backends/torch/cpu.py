@@ -12,7 +12,7 @@ from groupnorm.backends.kernels.cpu import availability
 from groupnorm.backends.kernels.cpu.launch import Arrays, Work, planned
 from groupnorm.backends.kernels.layout import MemoryLayout, flat_mask, unflat_mask
 from groupnorm.backends.torch.memory import cotangent, in_memory, is_plain, is_plain_mask, like
-from groupnorm.backends.torch.openmp import torch_threads
+from groupnorm.backends.torch.openmp import TORCH_THREADS
 from groupnorm.portable.inputs import HOST_MASKS, host_mask
 
 __all__ = ["Call", "CpuEngine"]
@@ -115,12 +115,9 @@ class CpuEngine:
         for parameter in (scale, bias):
             if isinstance(parameter, torch.Tensor) and not parameter.is_cpu:
                 return Unsupported("a parameter is on a different device than x")
-        why = availability.why_unavailable()
-        if why is not None:
-            return why
         work = planned(
             adapter, x.shape, x.stride(), x.dtype, None if scale is None else scale.dtype,
-            None if bias is None else bias.dtype, options, torch_threads(),
+            None if bias is None else bias.dtype, options, TORCH_THREADS,
         )  # fmt: skip
         bound = bind(work, scale, bias, mask, _flat_mask, _flat_parameter)
         if isinstance(bound, Unsupported):

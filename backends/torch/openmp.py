@@ -7,24 +7,14 @@ API for this, but its threads are those of GNU OpenMP, which has one.
 import ctypes
 import os
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 
 import torch
 
-from groupnorm.backends.kernels.cpu.availability import core
-from groupnorm.backends.kernels.cpu.launch import Threads
+from groupnorm.backends.kernels.cpu.availability import core, why_unavailable
+from groupnorm.backends.kernels.cpu.launch import OWN, Threads
 
-__all__ = ["torch_threads"]
-
-
-@lru_cache(maxsize=1)
-def torch_threads() -> Threads:
-    """Return PyTorch's threads, or as many of ours where they are not those of GNU OpenMP."""
-    parallel = _parallel()
-    if parallel is not None:
-        core().use_openmp(parallel)
-    return Threads(torch.get_num_threads, by_openmp=parallel is not None)
+__all__ = ["TORCH_THREADS"]
 
 
 def _parallel() -> int | None:
@@ -43,3 +33,17 @@ def _parallel() -> int | None:
 def _names() -> Iterator[str]:
     yield from map(str, (Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
     yield "libgomp.so.1"
+
+
+def _torch_threads() -> Threads:
+    if why_unavailable() is not None:
+        return OWN
+    parallel = _parallel()
+    if parallel is not None:
+        core().use_openmp(parallel)
+    return Threads(torch.get_num_threads, by_openmp=parallel is not None)
+
+
+#: PyTorch's threads, or as many of ours where these are not of GNU OpenMP. Found on import of this
+#: module, because torch.compile may trace the calls that use them.
+TORCH_THREADS = _torch_threads()

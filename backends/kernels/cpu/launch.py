@@ -11,7 +11,7 @@ from groupnorm.backends.kernels.layout import KernelDtypes, MemoryLayout, kernel
 from groupnorm.backends.kernels.variants import ACTIVATIONS, DTYPES
 from groupnorm.num_threads import get_num_threads
 
-__all__ = ["Arrays", "Threads", "Work", "planned"]
+__all__ = ["OWN", "Arrays", "Threads", "Work", "planned"]
 
 
 class Threads(NamedTuple):
@@ -93,7 +93,7 @@ class Work:
 
         dy has x's dtype or float32; `saved` is what `forward` returned for the same arrays.
         """
-        batches = self.layout.grouped.samples if rows else 1
+        batches = self.gradient_rows(rows=rows)
         self._plans[rows].backward(
             *arrays, saved, dy, DTYPES.index(dy_dtype), dx, dscale, dbias, batches, self._threads()
         )

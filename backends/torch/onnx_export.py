@@ -19,6 +19,7 @@ from groupnorm.errors import BackendImportError
 from groupnorm.onnx.graph import DTYPES, Dtypes, Graph, Normalized, layout_of, normalize
 from groupnorm.portable.group_norm import group_norm
 from groupnorm.portable.inputs import check
+from groupnorm.portable.per_sample import is_per_sample
 
 __all__ = ["exported", "translations"]
 
@@ -40,6 +41,8 @@ def exported(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Ca
     """Return y, computed by the operator, or `Unsupported`; the exporter traces this function."""
     if mask is not None:
         return Unsupported("the operator takes no mask")
+    if is_per_sample(x, scale, bias, options):
+        return Unsupported("the operator's parameters are the same for all samples")
     if any(_name(a.dtype) not in DTYPES for a in (x, scale, bias) if a is not None):
         return Unsupported("the nodes are for real floating dtypes")
     plan = check(adapter, x, scale, bias, None, options).plan

@@ -38,6 +38,8 @@ References
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from groupnorm.plan import product
 from groupnorm.portable.blocked_sums import total, total_of_products
 from groupnorm.portable.complex_parts import abs2, join, magnitude, split
@@ -113,7 +115,8 @@ def measure(
     """
     xp = adapter.xp
     if adapter.reads_values and mask is None and not plan.empty:
-        found = _measure_directly(x, plan, adapter)
+        with np.errstate(over="ignore", invalid="ignore"):  # then it is measured below
+            found = _measure_directly(x, plan, adapter)
         if found is not None:
             return found
     counts: Array | float = adapter.count_of(plan.inner_count, x)

@@ -91,6 +91,8 @@ constexpr i64 NO_PERIOD = i64{1} << 60;
 // Lines of memory are written as a whole, from rows of so many elements on.
 constexpr i64 LONG_ROW = 8 * LANES;
 
+// Loops take copies of factors: a store could otherwise change them, for all that a compiler knows.
+
 // Store `value(i, o, lanes)`, of n elements: o is i modulo the length of tables, `period`, which
 // continue for one more vector. Four periods at a time, so that tables are read once for all four.
 // If `past_cache`, nothing is written to the cache.
@@ -143,7 +145,7 @@ INLINE void normalize(const X* x, Y* y, i64 n, i64 period, const P& p, Activatio
 template <class X, class Y, class P, class M>
 INLINE void normalize_masked(const X* x, Y* y, i64 n, const P& p, const M& mask, Activation activation) {
   with_activation(activation, [&](auto a) {
-    each(n, [&](i64 i, auto lanes) {
+    each(n, [=](i64 i, auto lanes) {
       const Element e = masked_element(x + i, lanes, p.at(i, lanes), mask.valid(i, lanes));
       store(y + i, activated<a()>(e.z), lanes);
     });
@@ -175,7 +177,7 @@ template <class X, class Y, class P, class T, class M>
 INLINE void input_gradient_masked(
     const X* x, const Y* dy, X* dx, i64 n, const P& p, const T& t, const M& mask, Activation activation) {
   with_activation(activation, [&](auto a) {
-    each(n, [&](i64 i, auto lanes) {
+    each(n, [=](i64 i, auto lanes) {
       const I valid = mask.valid(i, lanes);
       const Factors f = p.at(i, lanes);
       const Backs b = t.at(i, lanes);

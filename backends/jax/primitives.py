@@ -32,7 +32,6 @@ from groupnorm.backends.kernels.grouped_shape import GroupedShape
 from groupnorm.backends.kernels.layout import why_no_variant
 from groupnorm.plan import Plan
 from groupnorm.portable.group_norm import group_norm, group_norm_vjp
-from groupnorm.portable.per_sample import PerSample
 
 __all__ = [
     "Spec",
@@ -93,10 +92,7 @@ def _mask_of(spec: Spec, mask: Any) -> Any:
 def _portable(x: Any, scale: Any, bias: Any, *mask: Any, spec: Spec) -> Any:
     given = spec.adapter, x, scale, bias, _mask_of(spec, mask), spec.options
     with own_rules():
-        if scale.ndim == 1:
-            return group_norm(*given)
-        call = PerSample.of(*given)
-        return call.apply(group_norm(*given[:2], None, None, given[4], call.without_parameters))
+        return group_norm(*given)
 
 
 def _portable_normalize(*arrays: Any, spec: Spec) -> Any:
@@ -120,12 +116,7 @@ def _portable_pull_back(
     def pull(dy: Any, x: Any, *mask: Any) -> Any:
         given = spec.adapter, x, scale, bias, _mask_of(spec, mask), spec.options
         with own_rules():
-            if scale.ndim == 1:
-                _, pullback = group_norm_vjp(*given)
-                return tuple(pullback(dy))
-            call = PerSample.of(*given)
-            y, pullback = group_norm_vjp(*given[:2], None, None, given[4], call.without_parameters)
-            return tuple(call.pullback(y, pullback)(dy))
+            return tuple(group_norm_vjp(*given)[1](dy))
 
     mask = rest[:-1]
     if scale.ndim == 2:

@@ -124,23 +124,20 @@ struct Inputs {
   }
 };
 
-bool set_statistics(Call& call, void* memory) {
+void set_statistics(Call& call, void* memory) {
   const i64 groups = call.shape.samples * call.shape.groups;
   call.mean = static_cast<double*>(memory);
   call.rstd = call.mean + groups;
   call.inv_count = call.rstd + groups;
-  return true;
 }
 
 i64 statistics_bytes(const Call& call) { return 3 * 8 * call.shape.samples * call.shape.groups; }
-
-constexpr long MAX_THREADS = 1024;
 
 bool set_threads(Call& call, PyObject* threads) {
   int overflow;
   const long count = PyLong_AsLongAndOverflow(threads, &overflow);
   if (count == -1 && PyErr_Occurred()) return false;
-  call.threads = static_cast<int>(overflow > 0 ? MAX_THREADS : std::min(std::max(count, 1L), MAX_THREADS));
+  call.threads = static_cast<int>(overflow > 0 ? MOST_THREADS : std::min<i64>(std::max(count, 1L), MOST_THREADS));
   return true;
 }
 

@@ -42,7 +42,7 @@ const Chosen& chosen() {
 }
 
 // Elements for each thread. Idle threads of OpenMP spin for a while, so that they start at once.
-constexpr i64 WORTH_A_THREAD = 1 << 16, WORTH_A_SPINNING_THREAD = 1 << 14, MOST_THREADS = 1024;
+constexpr i64 WORTH_A_THREAD = 1 << 16, WORTH_A_SPINNING_THREAD = 1 << 14;
 
 int threads_for(const Call& call, bool by_openmp) {
   const i64 worth = by_openmp ? WORTH_A_SPINNING_THREAD : WORTH_A_THREAD;

@@ -9,6 +9,9 @@
 
 namespace groupnorm {
 
+// However many a call may use.
+constexpr i64 MOST_THREADS = 1024;
+
 // Run a call; returns when nothing uses its memory any more. Throws std::bad_alloc without having
 // written anything. `threads` of the call is how many it may use; small calls use fewer.
 void run(const Call& call, bool by_openmp);

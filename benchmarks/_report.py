@@ -143,6 +143,8 @@ def in_turns(
 
     Every contender gets the same time: up to `rounds` turns, at least `fewest`. If a slow one gets
     fewer, its turns are spread evenly between the others', so that all see the same machine load.
+    A turn begins with a call that is not timed: it and not the next finds the memory and the caches
+    that another contender has left, whose temporary arrays went back to the system, for example.
     A call shorter than `shortest` seconds is repeated until a turn lasts that long, and their mean
     is one figure: the overhead of clock and loop must be negligible.
     """
@@ -150,7 +152,7 @@ def in_turns(
     repeats = {name: max(1, math.ceil(shortest / cost)) for name, cost in costs.items()}
     share = seconds / max(1, len(contenders))
     turns = {
-        name: min(rounds, max(fewest, int(share / (cost * repeats[name]))))
+        name: min(rounds, max(fewest, int(share / (cost * (repeats[name] + 1)))))
         for name, cost in costs.items()
     }
     most = max(turns.values(), default=0)
@@ -161,6 +163,7 @@ def in_turns(
         for turn in range(most):
             for name in contenders if turn % 2 else reversed(contenders):
                 if (turn + 1) * turns[name] // most > turn * turns[name] // most:
+                    contenders[name]()
                     times[name].append(1e3 * mean_time(contenders[name], repeats[name]))
     finally:
         gc.enable()

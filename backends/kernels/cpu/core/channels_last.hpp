@@ -288,7 +288,7 @@ void channels_last_forward(const Call& call, Scratch& scratch, int part) {
 
   scratch.each_sample(call, part, [&](i64 sample, i64) {
     if (call.stages & MEASURE) {
-      scratch.each_chunk(2 * sample, part, [&](i64 number) {
+      scratch.each_chunk(sample, part, [&](i64 number) {
         counts[number] = measure_chunk(chunks(sample, number), shape, buffers, moments + number * 2 * groups);
       }, [&] {
         double count = 0;
@@ -305,11 +305,11 @@ void channels_last_forward(const Call& call, Scratch& scratch, int part) {
     }
     if (!(call.stages & NORMALIZE)) return;
     bool ready = false;
-    scratch.each_chunk(2 * sample + 1, part, [&](i64 number) {
+    scratch.each_chunk_again(sample, part, [&](i64 number) {
       if (!ready) set_tables(call, sample, length, statistics, table);
       ready = true;
       normalize_chunk(call, chunks(sample, number), y + chunks.offset(sample, number), table);
-    }, [] {});
+    });
   }, [] {});
 }
 
@@ -451,7 +451,7 @@ void channels_last_backward(const Call& call, Scratch& scratch, int part) {
       has_table = true;
     };
     if (call.stages & SUM) {
-      scratch.each_chunk(2 * sample, part, [&](i64 number) {
+      scratch.each_chunk(sample, part, [&](i64 number) {
         set_table();
         sum_products(call, chunks(sample, number), dy + chunks.offset(sample, number), table, buffers);
         std::copy_n(sums, 2 * channels, chunk_sums + number * 2 * channels);
@@ -467,13 +467,13 @@ void channels_last_backward(const Call& call, Scratch& scratch, int part) {
       given_means(call, sample, means);
     }
     if (!(call.stages & INPUT_GRADIENT)) return;
-    scratch.each_chunk(2 * sample + 1, part, [&](i64 number) {
+    scratch.each_chunk_again(sample, part, [&](i64 number) {
       set_table();
       if (!has_backs) set_gradient_tables(call, sample, length, means, backs);
       has_backs = true;
       const i64 at = chunks.offset(sample, number);
       write_gradient(call, chunks(sample, number), dy + at, dx + at, table, backs);
-    }, [] {});
+    });
   }, [&] { scratch.add_spans(call, channels); });
 }
 

@@ -76,10 +76,17 @@ class Scratch {
 
   // Run `chunk` for all chunks of a sample, and then `last`, in the threads that process the sample.
   template <class Chunk, class Last>
-  void each_chunk(i64 number, int part, Chunk chunk, Last last) const {
-    if (!whole_samples_) return round(number).run(chunks, part, chunk, last);
+  void each_chunk(i64 sample, int part, Chunk chunk, Last last) const {
+    if (!whole_samples_) return round(2 * sample).run(chunks, part, chunk, last);
     for (i64 i = 0; i < chunks; ++i) chunk(i);
     last();
+  }
+
+  // The same, a second time: from the last chunk, which is still in a cache.
+  template <class Chunk>
+  void each_chunk_again(i64 sample, int part, Chunk chunk) const {
+    if (!whole_samples_) return round(2 * sample + 1).run(chunks, part, chunk, [] {}, true);
+    for (i64 i = chunks - 1; i >= 0; --i) chunk(i);
   }
 
   // The buffers of one thread: tables, floats; sums of each channel, (2, channels); pairs of numbers

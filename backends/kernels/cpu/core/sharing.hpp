@@ -45,15 +45,15 @@ struct Round {
 
   static int counters_of(int parts) { return parts + 1; }
 
-  // Claim a task; return -1 if none is left.
-  i64 claim(i64 tasks, int own_part) const {
+  // Claim a task; return -1 if none is left. Parts are processed from their last task if `backwards`.
+  i64 claim(i64 tasks, int own_part, bool backwards) const {
     for (int turn = 0; turn < parts; ++turn) {
       const int part = (own_part + turn) % parts;
       const i64 first = tasks * part / parts, last = tasks * (part + 1) / parts;
       std::atomic<i64>& next = counters[part].value;
       if (next.load(std::memory_order_relaxed) < last - first) {
-        const i64 task = first + next.fetch_add(1, std::memory_order_relaxed);
-        if (task < last) return task;
+        const i64 claimed = next.fetch_add(1, std::memory_order_relaxed);
+        if (claimed < last - first) return backwards ? last - 1 - claimed : first + claimed;
       }
     }
     return -1;
@@ -77,8 +77,8 @@ struct Round {
   // Run all tasks, each by one thread; the one that finishes the last runs `last` too. Returns when
   // all is done.
   template <class Task, class Last>
-  void run(i64 tasks, int own_part, Task task, Last last) const {
-    for (i64 i; (i = claim(tasks, own_part)) >= 0;) {
+  void run(i64 tasks, int own_part, Task task, Last last, bool backwards = false) const {
+    for (i64 i; (i = claim(tasks, own_part, backwards)) >= 0;) {
       task(i);
       if (finish() == tasks) {
         last();

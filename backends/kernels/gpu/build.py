@@ -5,6 +5,7 @@ architecture, so later runs of a program compile nothing.
 """
 
 import importlib
+import logging
 import os
 import re
 from functools import lru_cache
@@ -12,9 +13,10 @@ from typing import Any, NamedTuple
 
 from groupnorm.adapter import Unsupported
 from groupnorm.backends.kernels.gpu.program import Launch
-from groupnorm.backends.kernels.loading import why_not_loaded
 
 __all__ = ["ALIGNMENT", "COMPILED", "POINTERS", "Built", "build", "kernel_of", "why_unavailable"]
+
+_log = logging.getLogger("groupnorm")
 
 _KERNELS = "groupnorm.backends.kernels.gpu.compiled"
 # The dtypes that kernels read and write, and Triton's names of pointers to them.
@@ -53,13 +55,23 @@ class Signature(NamedTuple):
 @lru_cache(maxsize=1)
 def why_unavailable() -> Unsupported | None:
     """Return why GPU kernels are unavailable here; None if they are available. Imports Triton."""
-    return why_not_loaded(
-        lambda: importlib.import_module(f"{_KERNELS}.forward"),
-        "the kernels for GPUs need triton, which cannot be imported ({error}); "
-        'install it with pip install "groupnorm[gpu]", on Linux',
-        "Triton does not work here: {error}",
-        " on GPUs",
-    )
+    try:
+        importlib.import_module(f"{_KERNELS}.forward")
+    except ImportError as error:
+        why = (
+            f"the kernels for GPUs need triton, which cannot be imported ({error}); "
+            'install it with pip install "groupnorm[gpu]", on Linux'
+        )
+        if isinstance(error, ModuleNotFoundError):  # a choice, of which nobody has to be warned
+            return Unsupported(why)
+    except Exception as error:
+        # Importing a compiler loads libraries and reads the environment, which may raise anything;
+        # a private name of it may be missing, or the source files that the cache is keyed by.
+        why = f"Triton does not work here: {type(error).__name__}: {error}"
+    else:
+        return None
+    _log.warning("groupnorm uses its portable implementation on GPUs: %s", why)
+    return Unsupported(why)
 
 
 @lru_cache(maxsize=64)

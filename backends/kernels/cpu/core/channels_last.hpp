@@ -1,9 +1,10 @@
 // Channels last: each channel is measured separately, one chunk of rows at a time.
 //
 // The channels of a chunk are merged into groups, and the chunks of a sample, in float64 by the
-// formula of Chan, Golub and LeVeque; then all rows are normalized. A chunk is read once for its
-// statistics: its channels are measured about the means of its first rows. Only if one of these
-// turns out to be far from the chunk's own mean (`centre_is_poor`) is the chunk measured again.
+// formula of Chan, Golub and LeVeque; then all rows are normalized, from the last chunk, which is
+// still in a cache. A chunk is read once for its statistics: its channels are measured about the
+// means of its first rows. Only if one of these turns out to be far from the chunk's own mean
+// (`centre_is_poor`) is the chunk measured again.
 //
 // Rows of few channels are short, so loops run over a *band* of several rows at once, together with
 // tables that repeat each per-channel value for every row. Sums take four bands at once, so that
@@ -233,20 +234,27 @@ inline void set_tables(const Call& call, i64 sample, i64 length, const double* s
   for (float* table : {t.centres, t.factors, t.terms}) repeat_row(table, length, channels);
 }
 
-template <class X, class Y>
-void normalize_chunk(const Call& call, const Chunk<X>& chunk, Y* y, const Table& t) {
-  const i64 n = chunk.channels;
-  const auto plain = [&](i64 a, i64 n) {
-    normalize(chunk.x + a, y + a, n, chunk.width, t, call.activation, call.past_cache());
-  };
-  if (chunk.valid == nullptr) plain(0, chunk.rows * n);
-  for (i64 row = 0; row < chunk.rows && chunk.valid != nullptr; ++row) {
+// Call `valid` with the offset and length of all elements of a chunk or, with a mask, of each row that
+// counts, and `invalid` with those of the others.
+template <class X, class Valid, class Invalid>
+INLINE void each_row(const Chunk<X>& chunk, Valid valid, Invalid invalid) {
+  if (chunk.valid == nullptr) return valid(0, chunk.rows * chunk.channels);
+  for (i64 row = 0; row < chunk.rows; ++row) {
     if (chunk.valid[row]) {
-      plain(row * n, n);
+      valid(row * chunk.channels, chunk.channels);
     } else {
-      normalize_masked(chunk.x + row * n, y + row * n, n, t, Invalid{}, call.activation);
+      invalid(row * chunk.channels, chunk.channels);
     }
   }
+}
+
+template <class X, class Y>
+void normalize_chunk(const Call& call, const Chunk<X>& chunk, Y* y, const Table& t) {
+  each_row(chunk, [&](i64 a, i64 n) {
+    normalize(chunk.x + a, y + a, n, chunk.width, t, call.activation, call.past_cache());
+  }, [&](i64 a, i64 n) {
+    normalize_masked(chunk.x + a, y + a, n, t, Invalid{}, call.activation);
+  });
 }
 
 // What a thread processes, and with what.
@@ -409,19 +417,12 @@ inline void set_gradient_tables(
 template <class X, class Y>
 void write_gradient(
     const Call& call, const Chunk<X>& chunk, const Y* dy, X* dx, const Table& t, const BacksTable& backs) {
-  const i64 n = chunk.channels;
-  const auto plain = [&](i64 a, i64 n) {
+  each_row(chunk, [&](i64 a, i64 n) {
     input_gradient(
         chunk.x + a, dy + a, dx + a, n, chunk.width, t, backs, call.activation, call.past_cache());
-  };
-  if (chunk.valid == nullptr) plain(0, chunk.rows * n);
-  for (i64 a = 0; a < chunk.rows * n && chunk.valid != nullptr; a += n) {
-    if (chunk.valid[a / n]) {
-      plain(a, n);
-    } else {
-      input_gradient_masked(chunk.x + a, dy + a, dx + a, n, t, backs, Invalid{}, call.activation);
-    }
-  }
+  }, [&](i64 a, i64 n) {
+    input_gradient_masked(chunk.x + a, dy + a, dx + a, n, t, backs, Invalid{}, call.activation);
+  });
 }
 
 template <class X, class Y>

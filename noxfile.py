@@ -209,11 +209,11 @@ def sanitize(session: nox.Session) -> None:
         ]
         # With Python's own allocator, few errors at the end of an array would be seen.
         env = {"LD_PRELOAD": " ".join(files), "PYTHONMALLOC": "malloc", **options}
-        chosen = session.posargs or [f"tests/{name}" for name in tests]
+        chosen = [] if session.posargs else [f"tests/{name}" for name in tests]
         with session.chdir(repository_without_sources(session)):
             # Without the core, its tests would be skipped.
             session.run("python", "-c", "import groupnorm.backends.kernels.cpu._core", env=env)
-            session.run("python", "-m", "pytest", "--backends", PURE_BACKENDS, *chosen, env=env)
+            pytest(session, "--backends", PURE_BACKENDS, *chosen, env=env)
 
 
 @nox.session

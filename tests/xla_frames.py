@@ -89,7 +89,8 @@ def declared_version(handler, *others):
     for other in others:
         other["next"] = chain[-1]
         chain.append(other.address)
-    assert handler(Struct("CallFrame", extension_start=chain[-1]).address) == 0
+    frame = Struct("CallFrame", extension_start=chain[-1])
+    assert handler(frame.address) == 0
     at = metadata.address + metadata.fields["api_version"][0]
     version = Struct("Api_Version", at=at)
     return version["major_version"], version["minor_version"]

@@ -23,7 +23,11 @@ MEASURE, NORMALIZE, SUM, INPUT_GRADIENT = 1, 2, 4, 8  # as in call.hpp
 def without_sanitizers(*names: str) -> Any:
     """Mark a test that cannot run under these sanitizers, which `nox -s sanitize` preloads."""
     found = [name for name in names if f"lib{name}" in os.environ.get("LD_PRELOAD", "")]
-    reason = f"{', '.join(found)}: allocates memory of its own, or permits no threads after a fork"
+    # Its own memory must not run out, its locks may be held when a process forks, and it takes a
+    # thread that Python ends within a call, by pthread_exit, for a fault.
+    reason = (
+        f"{', '.join(found)}: has memory of its own, and permits no forks and no end of a thread"
+    )
     return pytest.mark.skipif(bool(found), reason=reason)
 
 

@@ -255,6 +255,7 @@ for _ in range(4):
 
 
 @needs_kernels
+@without_sanitizers("asan")
 @pytest.mark.parametrize("end", ["pass", "sys.exit(0)", "import os; os._exit(0)"])
 def test_exit_while_daemon_threads_compute(end):
     for _ in range(3):
@@ -297,7 +298,7 @@ for worker in workers:
 
 @needs_kernels
 @needs_forks
-@without_sanitizers("tsan")
+@without_sanitizers("asan", "tsan")
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_forks_while_other_threads_compute(workers):
     """The child has none of their threads, computes the same bits, and ends."""

@@ -143,8 +143,8 @@ def in_turns(
 
     Every contender gets the same time: up to `rounds` turns, at least `fewest`. If a slow one gets
     fewer, its turns are spread evenly between the others', so that all see the same machine load.
-    A turn begins with a call that is not timed: it and not the next finds the memory and the caches
-    that another contender has left, whose temporary arrays went back to the system, for example.
+    A turn begins with a call that is not timed, because another contender may have replaced the
+    caches and returned memory to the system: figures are those of a repeated call.
     A call shorter than `shortest` seconds is repeated until a turn lasts that long, and their mean
     is one figure: the overhead of clock and loop must be negligible.
     """

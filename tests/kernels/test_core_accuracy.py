@@ -26,7 +26,7 @@ SIZES = [
     (1, 1, 1, 1), (2, 2, 1, 3), (3, 5, 2, 1), (20, 3, 17, 1), (33, 2, 40, 1), (2, 1, 5000, 1),
     (3, 5, 2, 5), (2, 3, 2, 9), (2, 2, 2, 24), (1, 1, 2, 35), (9, 2, 3, 70), (2, 2, 1, 64),
     (2, 1, 3, 2049), (1, 2, 2, 4100), (1, 1, 1, 66000), (1, 3, 100, 300), (1, 2, 600, 33),
-    (40, 2, 2, 100), (600, 1, 2, 3),
+    (40, 2, 2, 100), (600, 1, 2, 3), (8, 2, 16, 2500),
 ]  # fmt: skip
 OPTIONS = [
     {}, {"offset": 1e5}, {"masked": "one", "rows": True}, {"offset": 1e5, "masked": "each"},
@@ -117,10 +117,13 @@ def test_poor_centres(block, steps, masked, first):
 
 
 @each_layout
-@pytest.mark.parametrize("front", [1, 8, 63, 64, 300])
+@pytest.mark.parametrize(
+    ("positions", "front"),
+    [*((3000, n) for n in (1, 8, 63, 64, 300)), (129, 1), (128, 1), (128, 100), (10, 1), (10, 6)],
+)
 @pytest.mark.parametrize("value", [20.0, 1e4, -1e7])
-def test_outliers_in_front_are_no_centre(value, front, first):
-    call = Call((1, 2, 2, 3000), first=first)
+def test_outliers_in_front_are_no_centre(value, positions, front, first):
+    call = Call((1, 2, 2, positions), first=first)
     call.x[:, :, :front] = value
     check(call.forward(), call.want_y(), "float32")
 

@@ -82,7 +82,8 @@ class Scratch {
     last();
   }
 
-  // The same, a second time: from the last chunk, which is still in a cache.
+  // Run `chunk` for all of them from the last, of each thread's part: it is still in a cache if
+  // `each_chunk` ran before.
   template <class Chunk>
   void each_chunk_again(i64 sample, int part, Chunk chunk) const {
     if (!whole_samples_) return round(2 * sample + 1).run(chunks, part, chunk, [] {}, true);

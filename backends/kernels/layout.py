@@ -8,7 +8,7 @@ For other calls the portable implementation is used, and the reason is reported.
 from itertools import groupby
 from typing import Any, NamedTuple
 
-import array_api_compat.numpy as numpy_namespace
+import numpy as np
 
 from groupnorm.adapter import Unsupported
 from groupnorm.arguments import CallOptions
@@ -205,7 +205,7 @@ def layout_of(
     )
 
 
-def flat_mask(mask: Any, layout: MemoryLayout, xp: Any = numpy_namespace) -> Any:
+def flat_mask(mask: Any, layout: MemoryLayout, xp: Any = np) -> Any:
     """Convert a boolean mask, an array of `xp`, to bytes: (1 or samples) * positions.
 
     Return `Unsupported` if it varies along the feature axes, or does not broadcast.

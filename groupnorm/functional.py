@@ -79,8 +79,8 @@ def group_norm(
         Applied before the result is rounded to its dtype. ``"gelu"`` is the exact one.
     implementation : {"portable", "fused", "native"}, optional
         Default is the fastest available for each call: ``"fused"`` compiled kernels of the same
-        accuracy, on CPUs for NumPy, PyTorch and JAX (extra ``cpu``), on NVIDIA GPUs for PyTorch,
-        CuPy and JAX (extra ``gpu``); otherwise the portable implementation. ``"native"`` is the
+        accuracy, on CPUs for NumPy, PyTorch and JAX, on NVIDIA GPUs for PyTorch, CuPy and JAX
+        (extra ``gpu``); otherwise the portable implementation. ``"native"`` is the
         library's own group normalization, with its accuracy (PyTorch only). An explicitly requested
         implementation that cannot compute the call raises; programs exported with `jax.export`
         always consist of portable operations. `groupnorm.available_backends` lists what is

@@ -60,6 +60,10 @@ class NumpyAdapter(NumpyDtypes, Adapter):
         """Return the value; NumPy is eager."""
         return bool(x)
 
+    def default_float(self) -> Any:
+        """Return float64, NumPy's only default; NumPy 2.0 has no function that says so."""
+        return np.dtype(np.float64)
+
     def real_dtype(self, dtype: Any) -> Any:
         """Return the dtype of the real and imaginary parts, longdouble included."""
         return np.zeros((), dtype).real.dtype

@@ -12,13 +12,14 @@ only if a process fails::
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-from _report import print_table, summary, usable_cpus, versions, write_json
+from _report import print_table, processes_in_turns, summary, usable_cpus, versions, write_json
 
 LAYOUTS = {"channels-first": ((8, 64, 28, 28), 1), "channels-last": ((8, 28, 28, 64), -1)}
 
@@ -98,18 +99,13 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     options = parser.parse_args()
 
-    kinds = [
-        (name, layout, before, timed)
+    processes = {
+        f"{name}, {layout}": functools.partial(first_call, before, timed, layout)
         for name, (library, before, timed) in CONTENDERS.items()
         if importlib.util.find_spec(library)
         for layout in LAYOUTS
-    ]
-    times: dict[str, list[float]] = {f"{name}, {layout}": [] for name, layout, *_ in kinds}
-    for turn in range(-1, options.rounds):  # the first turn writes the .pyc files
-        for name, layout, before, timed in kinds if turn % 2 else reversed(kinds):
-            milliseconds = first_call(before, timed, layout)
-            if turn >= 0:
-                times[f"{name}, {layout}"].append(milliseconds)
+    }
+    times = processes_in_turns(processes, options.rounds)
     figures = {name: summary(values) for name, values in times.items()}
     found = versions("groupnorm", "numpy", "torch", "jax")
     print(", ".join(f"{name} {version}" for name, version in found.items()))

@@ -10,12 +10,13 @@ interpreter's startup does not dilute the ratio. The exit status is 1 if the rat
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-from _report import print_table, summary, usable_cpus, versions, write_json
+from _report import print_table, processes_in_turns, summary, usable_cpus, versions, write_json
 
 BOUND = 1.3
 HEAVY = ("jax", "jaxlib", "torch", "cupy", "flax", "triton", "rich", "scipy")
@@ -43,16 +44,16 @@ def import_once(statement: str) -> tuple[float, list[str]]:
 
 def measure(pairs: int) -> tuple[dict[str, list[float]], list[str]]:
     """Times of each statement over `pairs` turns, and the heavy modules of the library."""
-    names = list(STATEMENTS)
-    times: dict[str, list[float]] = {name: [] for name in names}
     loaded: set[str] = set()
-    for turn in range(-1, pairs):  # the first turn writes the .pyc files and is not counted
-        for name in names if turn % 2 else reversed(names):
-            milliseconds, heavy = import_once(STATEMENTS[name])
-            if turn >= 0:
-                times[name].append(milliseconds)
-            if name == "import groupnorm":
-                loaded.update(heavy)
+
+    def measure_import(name: str) -> float:
+        milliseconds, heavy = import_once(STATEMENTS[name])
+        if name == "import groupnorm":
+            loaded.update(heavy)
+        return milliseconds
+
+    processes = {name: functools.partial(measure_import, name) for name in STATEMENTS}
+    times = processes_in_turns(processes, pairs)
     return times, sorted(loaded)
 
 

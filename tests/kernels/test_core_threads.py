@@ -16,7 +16,7 @@ core = needs_core()
 each_layout = pytest.mark.parametrize("first", [True, False], ids=["first", "last"])
 
 # Enough elements for seven threads: whole samples for each thread, samples that threads share, one
-# position.
+# position, whole samples of several chunks.
 SIZES = [(80, 4, 3, 500), (3, 2, 4, 20001), (4000, 5, 24, 1), (9, 2, 16, 2500)]
 MASKS = (None, "one", "each")
 ACTIVATIONS = (None, "relu", "silu", "gelu")
@@ -35,7 +35,9 @@ def variants(x, y, first):
     drawn = [(call.mask, call.scale, call.bias) for call in calls]
     shift = DTYPES.index(x) + 2 * DTYPES.index(y) + first
     for turn, (mask, activation) in enumerate(itertools.product(MASKS, ACTIVATIONS)):
-        number, kind = (turn + shift) % len(SIZES), PARAMETERS[(turn // 3 + shift) % 3]
+        # Another size for each activation, and for each mask of an activation.
+        number = (turn + turn // len(ACTIVATIONS) + shift) % len(SIZES)
+        kind = PARAMETERS[(turn // 3 + shift) % 3]
         call, (masks, scale, bias) = calls[number], drawn[number]
         call.mask = {None: None, "one": masks[:1], "each": masks}[mask]
         call.rows, call.activation = kind == "rows", activation

@@ -56,9 +56,6 @@ def interpreted_engine():
         def why_unavailable(self, device, float16=False):
             return None
 
-        def captures(self):
-            return True
-
     return Interpreted()
 
 

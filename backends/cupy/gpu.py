@@ -26,6 +26,7 @@ class _Call(NamedTuple):
 
     work: Work
     arrays: dict[str, Any]  # x, in memory order, scale, bias and mask, or None
+    rows: bool  # whether scale and bias have a row for each sample
 
     def forward(self) -> tuple[Any, Any]:
         """Return y, which has x's memory layout, and the statistics."""
@@ -40,7 +41,8 @@ class _Call(NamedTuple):
         """Return dx, and the gradients of scale and bias, flat in float32."""
         layout, x = self.work.layout, self.arrays["x"]
         dx = cupy.empty(layout.plan.shape, x.dtype)
-        dscale, dbias = (cupy.empty(self.work.shape.channels, np.float32) for _ in range(2))
+        size = self.work.gradient_rows(rows=self.rows) * self.work.shape.channels
+        dscale, dbias = (cupy.empty(size, np.float32) for _ in range(2))
         results = {"dx": dx, "dscale": dscale, "dbias": dbias}
         given = {"dy": in_memory(dy, layout, cupy), "statistics": statistics}
         run(self.work.backward(*self._there), {**self.arrays, **given, **results})
@@ -50,7 +52,7 @@ class _Call(NamedTuple):
     def _there(self) -> tuple[int, bool, bool, bool]:
         mask = self.arrays["mask"]
         scale, bias = (self.arrays[name] is not None for name in ("scale", "bias"))
-        return 0 if mask is None else mask.size, scale, bias, captures()
+        return 0 if mask is None else mask.size, scale, bias, self.rows
 
 
 class CupyKernels(Kernels):
@@ -135,7 +137,7 @@ def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: CallO
             "x": in_memory(x, bound.work.layout, cupy), "scale": bound.scale, "bias": bound.bias,
             "mask": bound.mask,
         }  # fmt: skip
-    return _Call(bound.work, arrays)
+    return _Call(bound.work, arrays, bound.rows)
 
 
 def _parameter(parameter: Any) -> Any:

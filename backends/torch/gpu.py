@@ -31,7 +31,7 @@ class Call(NamedTuple):
     mask: torch.Tensor | None  # as `layout.flat_mask` returns it
     scale: torch.Tensor | None  # contiguous, of any dtype that kernels read
     bias: torch.Tensor | None
-    engine: "GpuEngine"
+    rows: bool  # whether scale and bias have a row for each sample
 
     def with_parameters(self, x: torch.Tensor, scale: Any, bias: Any) -> "Call | Unsupported":
         """Return the call with other parameters; all tensors must be plain ones."""
@@ -41,7 +41,7 @@ class Call(NamedTuple):
         )  # fmt: skip
         if isinstance(bound, Unsupported):
             return bound
-        return self._replace(scale=bound.scale, bias=bound.bias)
+        return self._replace(scale=bound.scale, bias=bound.bias, rows=bound.rows)
 
     def broadcastable_mask(self) -> Any:
         """Return the mask as it was at the call, broadcastable to x; None without a mask."""
@@ -63,7 +63,8 @@ class Call(NamedTuple):
         """Return dx, and the gradients of scale and bias, flat in float32."""
         layout = self.work.layout
         dy, dx = cotangent(dy, x, layout), like(x, layout, x.dtype)
-        dscale = x.new_empty(self.work.shape.channels, dtype=torch.float32)
+        size = self.work.gradient_rows(rows=self.rows) * self.work.shape.channels
+        dscale = x.new_empty(size, dtype=torch.float32)
         dbias = torch.empty_like(dscale)
         arrays = self._arrays(
             in_memory(x, layout), dy=dy, dx=dx, statistics=statistics, dscale=dscale, dbias=dbias
@@ -89,7 +90,7 @@ class Call(NamedTuple):
     @property
     def _there(self) -> tuple[int, bool, bool, bool]:
         mask = 0 if self.mask is None else self.mask.numel()
-        return mask, self.scale is not None, self.bias is not None, self.engine.captures()
+        return mask, self.scale is not None, self.bias is not None, self.rows
 
     def _arrays(self, x: torch.Tensor, **others: torch.Tensor) -> dict[str, Any]:
         return {
@@ -105,10 +106,6 @@ class GpuEngine:
         if device.type != "cuda":
             return Unsupported(f"there are no kernels for PyTorch tensors on {device.type}")
         return _probe.why_unavailable(device.index or 0)
-
-    def captures(self) -> bool:
-        """Whether launches are recorded in a CUDA graph."""
-        return torch.cuda.is_current_stream_capturing()
 
     def bind(
         self, adapter: Any, x: torch.Tensor, scale: Any, bias: Any, mask: Any, options: CallOptions
@@ -129,7 +126,7 @@ class GpuEngine:
         )  # fmt: skip
         if isinstance(bound, Unsupported):
             return bound
-        return Call(adapter, options, bound.work, bound.mask, bound.scale, bound.bias, self)
+        return Call(adapter, options, bound.work, bound.mask, bound.scale, bound.bias, bound.rows)
 
     def nothing_saved(self, x: torch.Tensor, groups: int) -> torch.Tensor:
         """Return a tensor of the size of `Call.packed` that stands for no saved statistics.

@@ -34,29 +34,31 @@ def interpreted(request):
         pytest.skip("Triton interprets with --interpret only, which nox -s tests passes")
 
 
-# What makes small arrays take the ways of large ones. Each clears what was planned before.
+# What makes small arrays take the ways of large ones.
 PLANS = {
-    "whole": {},
-    "tiles": {
-        "WHOLE_FORWARD": (0, 0),
-        "WHOLE_BACKWARD": (0, 0),
-        "CHUNK_FORWARD": 256,
-        "CHUNK_BACKWARD": 128,
-    },
-    "merged": {"FEW_PARTS": 1, "MERGED_AT_ONCE": 2},
+    "small": {"SMALL": 1 << 30, "SMALL_FIRST": 1 << 30},
+    "group": {"SMALL": 0, "SMALL_FIRST": 0, "SLAB_WARPS": 1},
+    "slabs": {"SMALL": 0, "SMALL_FIRST": 0, "CACHED_BYTES": 0, "SLAB_WARPS": 1, "UNROLL": 2},
 }
-PLANS["merged"] |= PLANS["tiles"]
 MORE = {
-    "waves": {**PLANS["merged"], "LARGE": 0, "WAVE": 12_000},
-    "rows": {**PLANS["tiles"], "MANY_ROWS": 2, "ROWS_OF_A_BLOCK": 3, "ROWS_AT_ONCE": 2},
-}
+    "chunks": {**PLANS["slabs"], "MEASURING": 10**6, "APPLYING": 10**6, "MERGED_AT_ONCE": 16},
+    "rows": {
+        **PLANS["slabs"], "MEASURING": 10**6, "MANY_ROWS": 2, "ROWS_OF_A_BLOCK": 3,
+        "ROWS_AT_ONCE": 2,
+    },
+}  # fmt: skip
 
 
 @pytest.fixture(params=PLANS)
 def plan(request, monkeypatch):
     for name, value in {**PLANS, **MORE}[request.param].items():
-        monkeypatch.setattr(gpu, name, value)
-    caches = gpu.forward, gpu.backward, gpu_tiles.tile_whole_groups, gpu_tiles.tile_parts
+        for module in (gpu, gpu_tiles):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
+    caches = (
+        gpu.forward, gpu.backward, gpu_tiles.tiles_of_small_groups, gpu_tiles.slabs_of,
+        gpu_tiles.slabs_of_whole_groups,
+    )  # fmt: skip
     for cached in caches:
         cached.cache_clear()
     yield request.param
@@ -161,7 +163,7 @@ def test_activations(plan, activation, rng):
 
 
 @pytest.mark.needs("torch")
-@pytest.mark.parametrize("plan", ["whole", "merged"], indirect=True)
+@pytest.mark.parametrize("plan", ["small", "slabs"], indirect=True)
 @pytest.mark.parametrize("parameter", DTYPES)
 @pytest.mark.parametrize("result", DTYPES)
 @pytest.mark.parametrize("given", DTYPES)
@@ -285,7 +287,6 @@ def cupy_on_the_host(monkeypatch):
     module = importlib.import_module("groupnorm.backends.cupy.gpu")
     monkeypatch.setattr(module, "cupy", HostArrays)
     monkeypatch.setattr(module, "why_unavailable", lambda device: None)
-    monkeypatch.setattr(module, "captures", lambda: True)
     monkeypatch.setattr(module, "launch", interpreter.run)
     return module
 

@@ -37,28 +37,33 @@ class Work(NamedTuple):
 
     @property
     def row_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """The shapes of parameters with a row for each sample: these kernels support none."""
-        return ()
+        """The shapes that parameters with a row for each sample may have."""
+        return self.layout.row_shapes
 
     def forward(
-        self, mask_elements: int, scale: bool, bias: bool, waves: bool
+        self, mask_elements: int, scale: bool, bias: bool, rows: bool
     ) -> gpu.LaunchSequence:
         """Return the launches that compute y and the statistics; without a mask, its size is 0."""
-        return gpu.forward(self.shape, self._options(mask_elements, scale, bias, waves))
+        return gpu.forward(self.shape, self._options(mask_elements, scale, bias, rows))
 
     def backward(
-        self, mask_elements: int, scale: bool, bias: bool, waves: bool
+        self, mask_elements: int, scale: bool, bias: bool, rows: bool
     ) -> gpu.LaunchSequence:
         """Return the launches that compute dx, dscale and dbias."""
-        return gpu.backward(self.shape, self._options(mask_elements, scale, bias, waves))
+        batches = self.gradient_rows(rows=rows)
+        return gpu.backward(self.shape, self._options(mask_elements, scale, bias, rows), batches)
+
+    def gradient_rows(self, *, rows: bool) -> int:
+        """Return the number of rows, of all channels, of the gradients of scale and bias."""
+        return self.shape.samples if rows else 1
 
     def _options(
-        self, mask_elements: int, scale: bool, bias: bool, waves: bool
+        self, mask_elements: int, scale: bool, bias: bool, rows: bool
     ) -> gpu.KernelOptions:
         mask = None
         if mask_elements:
             mask = "one" if mask_elements == self.shape.positions else "each"
-        return gpu.KernelOptions(self.epsilon, self.activation, mask, scale, bias, waves)
+        return gpu.KernelOptions(self.epsilon, self.activation, mask, scale, bias, rows)
 
 
 @lru_cache(maxsize=4096)

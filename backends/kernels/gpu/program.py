@@ -1,28 +1,30 @@
 """The launches of GPU kernels that compute a call, planned once per shape.
 
-Plan A: groups that fit the registers are read once, by one kernel. Plan B: larger groups are
-measured by tiles, merged, and read again. Plan C: large arrays take plan B in waves that stay in
-the cache; only in a CUDA graph, since outside of one launching a wave takes longer than computing
-it. The division of groups depends on the shape alone, and there are no atomics: the same call gives
-the same bits.
+Small groups are read once, into registers, by one kernel. Larger groups are read twice. Where
+channels come first, a group is contiguous, and one program reads it twice, the second time from the
+cache, if there are many such groups, or they are short. All others are measured in slabs, merged,
+and read again.
 
-Each library runs the launches: PyTorch by Triton's launcher, CuPy as cubins, JAX as PTX.
+The division depends on the shape alone, and there are no atomics: the same call gives the same
+bits. Each library runs the launches: PyTorch and CuPy by the driver's functions, JAX as PTX.
 """
 
 import math
 from collections.abc import Iterator
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from groupnorm.backends.kernels.gpu.tiling import (
-    CHUNK_BACKWARD,
-    CHUNK_FORWARD,
-    WHOLE_BACKWARD,
-    WHOLE_FORWARD,
+    SAMPLED,
+    SMALL,
+    SMALL_FIRST,
+    UNROLL,
+    Slabs,
     Tiles,
     power_of_two,
-    tile_parts,
-    tile_whole_groups,
+    slabs_of,
+    slabs_of_whole_groups,
+    tiles_of_small_groups,
     warps_for,
 )
 from groupnorm.backends.kernels.grouped_shape import GroupedShape
@@ -31,12 +33,12 @@ from groupnorm.backends.kernels.variants import ACTIVATIONS
 __all__ = ["KernelOptions", "Launch", "LaunchSequence", "backward", "forward", "statistics_shape"]
 
 MASKS = {None: 0, "one": 1, "each": 2}
-# The most parts of a group that every tile merges itself; more are merged by a separate kernel.
-FEW_PARTS = 128
+# About how many programs measure, and how many apply: more, as they have nothing to add up. Several
+# for each multiprocessor of a large GPU, of which there are up to 160.
+MEASURING, APPLYING = 640, 2560
 MERGED_AT_ONCE = 1024
-# Arrays above `LARGE` bytes are computed in waves of at most `WAVE` bytes, which fit the L2 cache:
-# 40 MB and more on the GPUs that are supported.
-LARGE, WAVE = 30_000_000, 24_000_000
+# Below this, squares that underflow count.
+TINY_EPSILON = 1e-30
 ROWS_AT_ONCE, CHANNELS_AT_ONCE = 32, 32
 MANY_ROWS, ROWS_OF_A_BLOCK = 512, 128
 SUMS = ("products", "gradients")
@@ -50,7 +52,7 @@ class KernelOptions(NamedTuple):
     mask: str | None  # "one" for all samples, "each" for one per sample, or None
     scale: bool
     bias: bool
-    waves: bool = False  # if launches are cheap; results do not depend on it
+    rows: bool = False  # whether scale and bias have a row for each sample
 
 
 class Launch(NamedTuple):
@@ -82,27 +84,38 @@ def statistics_shape(shape: GroupedShape) -> tuple[int, int, int]:
 def forward(shape: GroupedShape, options: KernelOptions) -> LaunchSequence:
     """Return the launches that compute y and the statistics."""
     arrays = ("x", "scale", "bias", "mask")
+    groups, size = _groups(shape), _size(shape)
     epsilon, unit = ("EPSILON", options.epsilon), ("LARGEST_UNIT", _largest_unit(options.epsilon))
-    mask, *rest = _flags(options)
-    tiles = tile_whole_groups(shape, _limit(WHOLE_FORWARD, shape, options))
+    tiny = ("TINY", int(options.epsilon < TINY_EPSILON))
+    mask, *parameters = _flags(options)
+    tiles = tiles_of_small_groups(shape, _limit(shape, options, 1))
     if tiles is not None:
-        launch = partial(_launch, "forward", shape, tiles, _all(shape, tiles))
-        constants = (epsilon, unit, mask, *rest)
-        only = launch("whole", (*arrays, "y", "statistics"), 2, (_groups(shape),), constants)
-        return LaunchSequence((only,), ())
-    tiles = tile_parts(shape, CHUNK_FORWARD)
-    count = tiles.parts * tiles.chunks(shape)
-    few = count <= FEW_PARTS
-    merged = ("MERGE_P2", power_of_two(count) if few else 0)
-    used = (*arrays, "parts", "y", "statistics") if few else (*arrays, "statistics", "y", "")
-    launches = []
-    for wave in _waves(shape, tiles, shape.item_bytes, options.waves):
-        launch = partial(_launch, "forward", shape, tiles, wave)
-        launches.append(launch("measure", ("x", "mask", "parts"), 1, (), (unit, mask)))
-        if not few:
-            launches.append(_merge("forward", wave, count, shape, "statistics", (epsilon,)))
-        launches.append(launch("apply", used, 2, (_groups(shape),), (epsilon, merged, mask, *rest)))
-    return LaunchSequence(tuple(launches), (("parts", shape.samples * shape.groups * count * 5),))
+        constants = (epsilon, unit, *size, *_tile(shape, tiles), mask, *parameters)
+        return _alone(
+            "small", "normalize", shape.samples * tiles.blocks(shape), (*arrays, "y", "statistics"),
+            2, (_steps(shape), groups), constants, warps_for(tiles.elements()),
+        )  # fmt: skip
+    whole = slabs_of_whole_groups(shape, 1)
+    if whole is not None:
+        constants = (epsilon, unit, tiny, *size, *_walk(shape, whole), mask, *parameters)
+        return _alone(
+            "forward", "group", groups[1], (*arrays, "y", "statistics"), 2,
+            (_steps(shape), groups), constants, whole.warps,
+        )  # fmt: skip
+    measured, applied = slabs_of(shape, MEASURING, UNROLL, SAMPLED), slabs_of(shape, APPLYING, 4)
+    chunks = measured.chunks(shape)
+    launches = (
+        _by_slabs(
+            "forward", "measure", shape, measured, ("x", "mask", "parts"), 1, (),
+            (unit, tiny, size[0], *_walk(shape, measured), *_order(shape, measured), mask),
+        ),
+        _merge("forward", shape, chunks, ("parts", "statistics"), (epsilon, unit)),
+        _by_slabs(
+            "forward", "apply", shape, applied, (*arrays, "statistics", "y"), 1, (groups,),
+            (*size, *_tiled(shape, applied), *_order(shape, applied), mask, *parameters),
+        ),
+    )  # fmt: skip
+    return LaunchSequence(launches, (("parts", shape.samples * chunks * 5 * shape.channels),))
 
 
 @lru_cache(maxsize=4096)
@@ -112,108 +125,81 @@ def backward(shape: GroupedShape, options: KernelOptions, batches: int = 1) -> L
     The samples are divided into `batches`, with separate dscale and dbias.
     """
     arrays = ("dy", "x", "scale", "bias", "mask", "statistics")
-    flags = _flags(options)
+    groups, size, flags = _groups(shape), _size(shape), _flags(options)
     shared: dict[str, int] = {}
-    tiles = tile_whole_groups(shape, _limit(WHOLE_BACKWARD, shape, options))
+    tiles = tiles_of_small_groups(shape, _limit(shape, options, 2))
+    whole = slabs_of_whole_groups(shape, 2)
+    rows = shape.samples
     if tiles is not None:
-        launch = partial(_launch, "backward", shape, tiles, _all(shape, tiles))
-        launches = [launch("whole", (*arrays, "dx", *SUMS), 3, (_groups(shape),), flags)]
+        launches = _alone(
+            "small", "pull_back", shape.samples * tiles.blocks(shape), (*arrays, "dx", *SUMS), 3,
+            (_steps(shape), groups), (*size, *_tile(shape, tiles), *flags),
+            warps_for(2 * tiles.elements()),  # a thread holds two arrays
+        ).launches  # fmt: skip
+    elif whole is not None:
+        launches = _alone(
+            "backward", "group", groups[1], (*arrays, "dx", *SUMS), 3, (_steps(shape), groups),
+            (*size, *_walk(shape, whole), *flags), whole.warps,
+        ).launches  # fmt: skip
     else:
-        tiles = tile_parts(shape, CHUNK_BACKWARD)
-        count = tiles.parts * tiles.chunks(shape)
-        few = count <= FEW_PARTS
-        shared["parts"] = shape.samples * shape.groups * count * 2
-        if not few:
-            shared["merged"] = shape.samples * shape.groups * 2
-        merged = ("MERGE_P2", power_of_two(count) if few else 1)
-        used = (*arrays, "parts" if few else "merged", "dx")
-        scalars = (_groups(shape), ("tiles", count if few else 1))
-        launches = []
-        for wave in _waves(shape, tiles, 2 * shape.item_bytes, options.waves):
-            launch = partial(_launch, "backward", shape, tiles, wave)
-            launches.append(
-                launch("measure", (*arrays, "parts", *SUMS), 3, (_groups(shape),), flags)
-            )
-            if not few:
-                launches.append(_merge("backward", wave, count, shape, "merged", ()))
-            launches.append(launch("apply", used, 1, scalars, (merged, *flags)))
-    rows = shape.samples * tiles.chunks(shape)
-    shared |= dict.fromkeys(SUMS, rows * shape.channels)
-    launches += _sum_rows(shape.channels, rows, batches, shared)
-    return LaunchSequence(tuple(launches), tuple(shared.items()))
-
-
-def _limit(limits: tuple[int, int], shape: GroupedShape, options: KernelOptions) -> int:
-    """Return the most elements of a group that a tile can keep in registers."""
-    halvings = (options.mask is not None) + (options.activation == "gelu")
-    return limits[0 if shape.item_bytes == 2 else 1] >> halvings
-
-
-class _Wave(NamedTuple):
-    """Tiles that are computed together, and their groups."""
-
-    begin: int
-    tiles: int
-    first_group: int
-    groups: int
-
-
-def _all(shape: GroupedShape, tiles: Tiles) -> _Wave:
-    count = shape.samples * tiles.blocks(shape) * tiles.chunks(shape)
-    return _Wave(0, count, 0, shape.samples * shape.groups)
-
-
-def _waves(shape: GroupedShape, tiles: Tiles, item: int, wanted: bool) -> Iterator[_Wave]:
-    """Split tiles into waves of whole groups, or of whole samples if tiles span groups."""
-    everything = _all(shape, tiles)
-    total = shape.samples * shape.channels * shape.positions * item
-    by_group = shape.channels_first and tiles.groups(shape) == 1
-    units = shape.samples * shape.groups if by_group else shape.samples
-    if not wanted or total <= LARGE or total > units * WAVE:
-        yield everything
-        return
-    waves = -(-units // (WAVE * units // total))
-    many = -(-units // waves)  # units of a wave
-    tiles_of_a_unit, groups_of_a_unit = everything.tiles // units, everything.groups // units
-    for begin in range(0, units, many):
-        count = min(many, units - begin)
-        yield _Wave(
-            begin * tiles_of_a_unit, count * tiles_of_a_unit, begin * groups_of_a_unit,
-            count * groups_of_a_unit,
+        measured = slabs_of(shape, MEASURING, UNROLL, SAMPLED)
+        applied = slabs_of(shape, APPLYING, 2)
+        shared["merged"] = shape.samples * shape.groups * 2
+        chunks = measured.chunks(shape)
+        rows *= chunks
+        _, scale, _, by_row, _ = flags
+        launches = (
+            _by_slabs(
+                "backward", "measure", shape, measured, (*arrays, *SUMS), 2, (groups,),
+                (*size, *_walk(shape, measured), *_order(shape, measured), *flags),
+            ),
+            _merge("backward", shape, chunks, ("scale", *SUMS, "statistics", "merged"), (scale, by_row)),
+            _by_slabs(
+                "backward", "apply", shape, applied, (*arrays, "merged", "dx"), 1, (groups,),
+                (*size, *_tiled(shape, applied), *_order(shape, applied), *flags),
+            ),
         )  # fmt: skip
+    shared |= dict.fromkeys(SUMS, rows * shape.channels)
+    sums = tuple(_sum_rows(shape.channels, rows, batches, shared))
+    return LaunchSequence((*launches, *sums), tuple(shared.items()))
 
 
-def _launch(
-    module: str, shape: GroupedShape, tiles: Tiles, wave: _Wave, kernel: str, arrays: Any,
-    written: int, scalars: Any, constants: Any,
+def _limit(shape: GroupedShape, options: KernelOptions, arrays: int) -> int:
+    """Return the most elements of a small group, of which `arrays` are in registers."""
+    if shape.channels_first:
+        return SMALL_FIRST
+    halvings = (options.mask is not None) + (options.activation == "gelu")
+    return (SMALL // arrays) >> halvings
+
+
+def _alone(
+    module: str, kernel: str, programs: int, arrays: Any, written: int, scalars: Any,
+    constants: Any, warps: int,
+) -> LaunchSequence:  # fmt: skip
+    only = Launch(module, kernel, (programs,), arrays, written, scalars, constants, warps)
+    return LaunchSequence((only,), ())
+
+
+def _by_slabs(
+    module: str, kernel: str, shape: GroupedShape, slabs: Slabs, arrays: Any, written: int,
+    scalars: Any, constants: Any,
 ) -> Launch:  # fmt: skip
-    divisor = min(shape.positions & -shape.positions, 16)
-    padded = power_of_two(tiles.width)
+    chunks = slabs.chunks(shape)
     return Launch(
-        module, kernel, (wave.tiles,), arrays, written,
-        (("steps", shape.positions // divisor), *scalars, ("begin_at", wave.begin)),
-        (
-            *constants, ("CHANNELS", shape.channels), ("GROUP_SIZE", shape.group_size),
-            ("TILE_CHANNELS", tiles.width), ("TILE_CHANNELS_P2", padded),
-            ("TILE_POSITIONS", tiles.length), ("DIVISOR", divisor), ("PARTS", tiles.parts),
-            ("BLOCKS", tiles.blocks(shape)), ("GROUPS_P2", power_of_two(tiles.groups(shape))),
-            ("CHANNELS_FIRST", int(shape.channels_first)), ("FULL", int(tiles.full(shape))),
-        ),
-        # In the backward pass a thread holds two arrays.
-        warps_for(tiles.elements() * (2 if "dy" in arrays else 1)),
+        module, kernel, (shape.samples * slabs.blocks(shape) * chunks,), arrays, written,
+        (_steps(shape), ("chunk", slabs.chunk), ("chunks", chunks), *scalars), constants,
+        slabs.warps,
     )  # fmt: skip
 
 
 def _merge(
-    module: str, wave: _Wave, count: int, shape: GroupedShape, result: str, constants: Any
+    module: str, shape: GroupedShape, chunks: int, arrays: Any, constants: Any
 ) -> Launch:  # fmt: skip
-    at_once = min(power_of_two(count), MERGED_AT_ONCE)
-    scalars: tuple[tuple[str, int], ...] = (("tiles", count), ("begin_at", wave.first_group))
-    if constants:
-        scalars = (*scalars, _groups(shape))
+    at_once = min(power_of_two(chunks * shape.group_size), MERGED_AT_ONCE)
+    groups = _groups(shape)
     return Launch(
-        module, "merge", (wave.groups,), ("parts", result), 1, scalars,
-        (*constants, ("MERGE_P2", at_once)), warps_for(8 * at_once),
+        module, "merge", (groups[1],), arrays, 1, (("chunks", chunks), groups),
+        (*constants, *_size(shape), ("AT_ONCE", at_once)), warps_for(8 * at_once),
     )  # fmt: skip
 
 
@@ -238,14 +224,58 @@ def _rows_launch(channels: int, rows: int, block: int, arrays: tuple[str, ...]) 
     )  # fmt: skip
 
 
+# Arguments ----------------------------------------------------------------------------------------
+
+
+def _divisor(shape: GroupedShape) -> int:
+    return min(shape.positions & -shape.positions, 16)
+
+
+def _steps(shape: GroupedShape) -> tuple[str, int]:
+    return "steps", shape.positions // _divisor(shape)
+
+
 def _groups(shape: GroupedShape) -> tuple[str, int]:
     return "groups", shape.samples * shape.groups
+
+
+def _size(shape: GroupedShape) -> tuple[tuple[str, int], ...]:
+    return ("CHANNELS", shape.channels), ("GROUP_SIZE", shape.group_size)
+
+
+def _tile(shape: GroupedShape, tiles: Tiles) -> tuple[tuple[str, int], ...]:
+    return (
+        ("TILE_CHANNELS", tiles.width), ("TILE_CHANNELS_P2", power_of_two(tiles.width)),
+        ("TILE_POSITIONS", tiles.length), ("DIVISOR", _divisor(shape)),
+        ("BLOCKS", tiles.blocks(shape)), ("GROUPS_P2", power_of_two(tiles.groups(shape))),
+        ("CHANNELS_FIRST", int(shape.channels_first)), ("FULL", int(tiles.full(shape))),
+    )  # fmt: skip
+
+
+def _walk(shape: GroupedShape, slabs: Slabs) -> tuple[tuple[str, int], ...]:
+    """Return the constants of a walk over slabs, with several tiles in a round."""
+    return (
+        ("TILE_CHANNELS", slabs.width), ("TILE_POSITIONS", slabs.length), ("UNROLL", slabs.unroll),
+        ("DIVISOR", _divisor(shape)), ("EVEN", int(slabs.even(shape))),
+    )  # fmt: skip
+
+
+def _tiled(shape: GroupedShape, slabs: Slabs) -> tuple[tuple[str, int], ...]:
+    """Return the constants of a walk over slabs, with one tile in a round."""
+    return (
+        ("TILE_CHANNELS", slabs.width), ("TILE_POSITIONS", slabs.at_once),
+        ("DIVISOR", _divisor(shape)), ("EVEN", int(slabs.even(shape))),
+    )  # fmt: skip
+
+
+def _order(shape: GroupedShape, slabs: Slabs) -> tuple[tuple[str, int], ...]:
+    return ("BLOCKS", slabs.blocks(shape)), ("CHANNELS_FIRST", int(shape.channels_first))
 
 
 def _flags(options: KernelOptions) -> tuple[tuple[str, int], ...]:
     return (
         ("MASK", MASKS[options.mask]), ("SCALE", int(options.scale)), ("BIAS", int(options.bias)),
-        ("ACTIVATION", ACTIVATIONS[options.activation]),
+        ("ROWS", int(options.rows)), ("ACTIVATION", ACTIVATIONS[options.activation]),
     )  # fmt: skip
 
 

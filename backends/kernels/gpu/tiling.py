@@ -1,4 +1,4 @@
-"""Dividing an array into the tiles of GPU kernels, by its shape alone.
+"""Dividing an array into tiles and slabs of GPU kernels, by its shape alone.
 
 It does not depend on the device: the same call gives the same bits on every GPU.
 """
@@ -11,47 +11,52 @@ from groupnorm.backends.kernels.grouped_shape import GroupedShape
 
 __all__ = [
     "MAX_OFFSET",
+    "Slabs",
     "Tiles",
     "power_of_two",
-    "tile_parts",
-    "tile_whole_groups",
+    "slabs_of",
+    "slabs_of_whole_groups",
+    "tiles_of_small_groups",
     "warps_for",
 ]
 
-# The largest tile, in elements of 2 and of 4 bytes, that still fits the registers when it holds
-# whole groups and is read once. A mask halves it, and so does gelu. Chunks are tiles of parts of
-# groups.
-WHOLE_FORWARD, WHOLE_BACKWARD = (32768, 16384), (16384, 16384)
-CHUNK_FORWARD, CHUNK_BACKWARD = 8192, 8192
-# A tile takes several whole groups, up to `SMALL` elements, if at least `ENOUGH` tiles remain.
-SMALL, ENOUGH = 4096, 512
+# The most elements of a tile of small groups, padding included: with them in registers, two blocks
+# still fit a multiprocessor. One that holds two arrays has half as many.
+SMALL = 8192
+# Where channels come first, larger groups than this are read twice: the loops are cheaper.
+SMALL_FIRST = 2048
+# A tile takes several whole groups, up to `BUNDLE` elements, if at least `ENOUGH` tiles remain.
+BUNDLE, ENOUGH = 4096, 512
 # Shorter rows (in bytes) waste memory bandwidth.
 ROW_BYTES = 64
 SECTOR_BYTES = 32
-WIDEST = 256
 # The most elements of the table that maps channels to groups.
 TABLE = 4096
 ELEMENTS_OF_A_THREAD = 32
+LOAD_BYTES = 16  # of a thread at once
 # Offsets within a tile are 32-bit integers.
 MAX_OFFSET = 2**31 - 1
 
+# Slabs: lanes where channels come last, and positions of a tile where they come first.
+WIDTHS, LENGTH = (64, 32), 128
+SLAB_WARPS = 4
+UNROLL = 4  # tiles that are read before anything is computed from them
+# A pivot is the mean of at least this part of what it serves; see ``compiled/forward.py``.
+SAMPLED = 16
+# Groups that one program reads twice, the second time from the cache: their bytes, and how many of
+# them make up for groups of more than `LONE` elements, for which more programs are better.
+CACHED_BYTES, MANY_GROUPS, LONE = 1 << 17, 256, 1 << 14
+
 
 class Tiles(NamedTuple):
-    """The size of tiles; see ``compiled/tiles.py``."""
+    """Tiles of small groups; see ``compiled/tiles.py``."""
 
     width: int  # TILE_CHANNELS
     length: int  # TILE_POSITIONS
-    parts: int  # PARTS
 
     def blocks(self, shape: GroupedShape) -> int:
         """The number of tiles that cover all channels."""
-        if self.parts > 1:
-            return shape.groups * self.parts
         return -(-shape.channels // self.width)
-
-    def chunks(self, shape: GroupedShape) -> int:
-        """The number of tiles that cover all positions."""
-        return -(-shape.positions // self.length)
 
     def elements(self) -> int:
         """The number of elements of a tile, padding to powers of two included."""
@@ -59,16 +64,42 @@ class Tiles(NamedTuple):
 
     def full(self, shape: GroupedShape) -> bool:
         """Whether no tile has padding."""
-        channels = shape.group_size if self.parts > 1 else shape.channels
         return (
             self.width == power_of_two(self.width)
-            and channels % self.width == 0
-            and shape.positions % self.length == 0
+            and shape.channels % self.width == 0
+            and shape.positions == self.length
         )
 
     def groups(self, shape: GroupedShape) -> int:
         """The number of groups in a tile."""
-        return 1 if self.parts > 1 else max(self.width // shape.group_size, 1)
+        return self.width // shape.group_size
+
+
+class Slabs(NamedTuple):
+    """Slabs, which programs walk over tile by tile; see ``compiled/loops.py``."""
+
+    width: int  # TILE_CHANNELS
+    length: int  # TILE_POSITIONS
+    unroll: int  # UNROLL
+    chunk: int  # the positions of a slab, a multiple of a round's, or all positions
+    warps: int
+
+    @property
+    def at_once(self) -> int:
+        """The positions of a round."""
+        return self.length * self.unroll
+
+    def blocks(self, shape: GroupedShape) -> int:
+        """The number of slabs that cover all channels."""
+        return -(-shape.channels // self.width)
+
+    def chunks(self, shape: GroupedShape) -> int:
+        """The number of slabs that cover all positions."""
+        return -(-shape.positions // self.chunk)
+
+    def even(self, shape: GroupedShape) -> bool:
+        """Whether all slabs consist of whole rounds."""
+        return gcd(self.chunk, shape.positions) % self.at_once == 0
 
 
 def power_of_two(number: int) -> int:
@@ -81,42 +112,26 @@ def warps_for(elements: int) -> int:
     return min(max(elements // (32 * ELEMENTS_OF_A_THREAD), 1), 16)
 
 
+# Small groups -------------------------------------------------------------------------------------
+
+
 @lru_cache(maxsize=4096)
-def tile_whole_groups(shape: GroupedShape, limit: int) -> Tiles | None:
+def tiles_of_small_groups(shape: GroupedShape, limit: int) -> Tiles | None:
     """Divide into whole groups; return None if a group has more than `limit` elements."""
     length = power_of_two(shape.positions)
     too_far = not shape.channels_first and length * shape.channels > MAX_OFFSET
     if power_of_two(shape.group_size) * length > limit or too_far:
         return None
-    found = Tiles(shape.group_size, length, 1)
+    found = Tiles(shape.group_size, length)
     for width in _widths(shape, length, limit):
-        tiles = Tiles(width, length, 1)
+        tiles = Tiles(width, length)
         many = shape.samples * tiles.blocks(shape) >= ENOUGH
-        if not (_wasteful(shape, found.width) or (many and tiles.elements() <= SMALL)):
+        if not (_wasteful(shape, found.width) or (many and tiles.elements() <= BUNDLE)):
             break
         found = tiles
     # Rows shorter than a sector would fetch every sector several times, for different tiles.
     narrow = not shape.channels_first and found.width < shape.channels
     return None if narrow and found.width * shape.item_bytes < SECTOR_BYTES else found
-
-
-@lru_cache(maxsize=4096)
-def tile_parts(shape: GroupedShape, limit: int) -> Tiles:
-    """Divide groups into tiles of at most `limit` elements."""
-    if shape.channels_first:
-        length = min(power_of_two(shape.positions), limit)
-        width = min(limit // length, shape.group_size)
-    else:
-        width = min(shape.group_size, WIDEST)
-        if shape.group_size > WIDEST:  # prefer parts of equal width
-            width = next((w for w in (256, 192, 128, 96) if shape.group_size % w == 0), WIDEST)
-        for wider in _widths(shape, 1, WIDEST):
-            if width >= shape.group_size and _wasteful(shape, width):
-                width = wider
-        length = min(power_of_two(shape.positions), max(limit // power_of_two(width), 1))
-        while length * shape.channels > MAX_OFFSET:
-            length //= 2
-    return Tiles(width, length, -(-shape.group_size // width) if width < shape.group_size else 1)
 
 
 def _widths(shape: GroupedShape, length: int, limit: int) -> list[int]:
@@ -140,3 +155,64 @@ def _wasteful(shape: GroupedShape, width: int) -> bool:
     if shape.channels_first or width == shape.channels:
         return False
     return width * shape.item_bytes < ROW_BYTES or (width % 8 > 0 and shape.channels % 8 == 0)
+
+
+# Slabs --------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=4096)
+def slabs_of_whole_groups(shape: GroupedShape, arrays: int) -> Slabs | None:
+    """Divide into groups, one program each, if they stay in the cache; else return None.
+
+    Parameters
+    ----------
+    arrays : int
+        How many arrays of x's shape are read.
+    """
+    size = shape.group_size * shape.positions
+    few = shape.samples * shape.groups < MANY_GROUPS and size > LONE
+    if not shape.channels_first or few or size * shape.item_bytes * arrays > CACHED_BYTES:
+        return None
+    warps = 2 if size <= 4096 else 4 if size <= 16384 else 8
+    at_once = 32 * warps * LOAD_BYTES // shape.item_bytes
+    dividing = shape.group_size & -shape.group_size  # so that all lanes have a channel
+    length = min(power_of_two(shape.positions), max(at_once // min(dividing, 8), 1))
+    width = min(dividing, max(at_once // length, 1))
+    unroll = min(UNROLL, power_of_two(-(-shape.positions // length)))
+    sampled = width * min(length * unroll, shape.positions)
+    if SAMPLED * sampled < size:
+        return None
+    return Slabs(width, length, unroll, shape.positions, warps)
+
+
+@lru_cache(maxsize=4096)
+def slabs_of(shape: GroupedShape, programs: int, unroll: int, longest: int = MAX_OFFSET) -> Slabs:
+    """Divide into about `programs` slabs, none of which has more than `longest` rounds."""
+    at_once = 32 * SLAB_WARPS * LOAD_BYTES // shape.item_bytes
+    if shape.channels_first:
+        length = min(power_of_two(shape.positions), LENGTH)
+        width = min(power_of_two(shape.channels), at_once // length)
+        length = min(power_of_two(shape.positions), at_once // width)
+    else:
+        width = _lanes(shape.channels)
+        length = min(power_of_two(shape.positions), at_once // width)
+    unroll = min(unroll, power_of_two(-(-shape.positions // length)))
+    size = length * unroll
+    if not shape.channels_first:
+        longest = min(longest, max(MAX_OFFSET // (shape.channels * size), 1))
+    rounds = -(-shape.positions // size)
+    slabs = shape.samples * -(-shape.channels // width)
+    chunks = min(max(programs // slabs, -(-rounds // longest), 1), rounds)
+    # Of similar numbers, one that divides the rounds leaves no slab with fewer.
+    for number in sorted(range(chunks, min(2 * chunks, rounds) + 1)):
+        if rounds % number == 0:
+            chunks = number
+            break
+    return Slabs(width, length, unroll, -(-rounds // chunks) * size, SLAB_WARPS)
+
+
+def _lanes(channels: int) -> int:
+    """Return the width that leaves the fewest lanes without a channel, preferably a wide one."""
+    if channels <= WIDTHS[-1]:
+        return power_of_two(channels)
+    return min(WIDTHS, key=lambda width: -(-channels // width) * width)

@@ -1,4 +1,4 @@
-"""The backward pass in Triton: whole groups in one tile each, or sums by tiles, then apply.
+"""The backward pass of groups that are read twice, in Triton: `group`, or three kernels.
 
 Let ``g`` be the gradient before the activation, and ``S1 = sum(g)`` and ``S2 = sum(g xhat)`` the
 sums over the positions of a channel. Summed over samples, S1 and S2 are the gradients of bias and
@@ -6,271 +6,274 @@ scale. With ``p`` and ``q`` the sums of ``scale S1`` and ``scale S2`` over a gro
 count, and ``m`` the mask, ``dx = rstd (scale g - m (p + xhat q))``.
 
 S2 and S1 are written as ``products`` and ``gradients``, (rows, channels), with a row for each chunk
-of each sample. Parts are ``(samples * groups, tiles of a group, 2)``.
+of each sample; `sum_rows` adds them up. ``merged`` is ``(samples * groups, 2)``: p and q.
 """
 
 import triton
 import triton.language as tl
 
-from groupnorm.backends.kernels.gpu.compiled.elements import (
-    activation_vjp,
-    clamp_masked,
-    clamp_normalized,
-    finite,
+from groupnorm.backends.kernels.gpu.compiled.elements import gradient_of_x, pulled_back
+from groupnorm.backends.kernels.gpu.compiled.loops import (
+    begin_of,
+    exists_in,
+    lanes_of,
+    mask_at,
+    offsets_in,
+    slab_of,
+    valid_in,
 )
+from groupnorm.backends.kernels.gpu.compiled.small import channel_values
 from groupnorm.backends.kernels.gpu.compiled.tiles import (
     UNSPECIALIZED,
-    chunks_of,
     group_of,
-    leads,
-    over_group,
     over_positions,
-    parameter_of,
     spread,
-    spread_groups,
-    tile_of,
 )
 
-__all__ = ["apply", "measure", "merge", "sum_rows", "whole"]
+__all__ = ["apply", "group", "measure", "merge", "sum_rows"]
 
 
 @triton.jit
-def _load_tile(
-    dy, x, scale, bias, statistics, groups, begin, offsets, exists, counted, first, sample,
-    channel_exists, CHANNELS: tl.constexpr, GROUP_SIZE: tl.constexpr,
-    TILE_CHANNELS_P2: tl.constexpr, CHANNELS_FIRST: tl.constexpr, MASK: tl.constexpr,
-    SCALE: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+def _pulled(
+    dy, x, mask, begin, rows, lanes, offsets, high, rstd, shift, factor, offset,
+    STRIDE: tl.constexpr, TILE_POSITIONS: tl.constexpr, LAST: tl.constexpr,
+    CHANNELS_FIRST: tl.constexpr, MASK: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """Return xhat, the gradient before the activation, and per-channel values."""
-    given = tl.load(x + begin + offsets, mask=exists, other=0.0).to(tl.float32)
-    gradient = tl.load(dy + begin + offsets, mask=exists, other=0.0).to(tl.float32)
-    constant = tl.zeros_like(exists)  # masked-out, non-finite elements, replaced by 0
+    """Return what `pulled_back` returns for a tile, its offsets, and what exists and counts."""
+    exists = exists_in(begin, rows, lanes, TILE_POSITIONS, LAST, CHANNELS_FIRST)
+    where = tl.cast(begin, tl.int64) * STRIDE + offsets
+    given = tl.load(x + where, mask=exists, other=0.0).to(tl.float32)
+    gradient = tl.load(dy + where, mask=exists, other=0.0).to(tl.float32)
+    counted = exists
     if MASK != 0:
-        constant = (counted == 0) & (finite(given) == 0)
-        given = tl.where(counted, given, clamp_masked(given))
-    group = sample.to(tl.int64) * (CHANNELS // GROUP_SIZE) + group_of(
-        first, GROUP_SIZE, TILE_CHANNELS_P2
-    )
-    where = statistics + group * 2
-    high = tl.load(where, mask=channel_exists, other=0.0)
-    low = tl.load(where + 1, mask=channel_exists, other=0.0)
-    where += tl.cast(groups, tl.int64) * 2
-    rstd = tl.load(where, mask=channel_exists, other=0.0)
-    inv_count = tl.load(where + 1, mask=channel_exists, other=0.0)
-    xhat = ((given - spread(high, CHANNELS_FIRST)) - spread(low, CHANNELS_FIRST)) * spread(
-        rstd, CHANNELS_FIRST
-    )
-    xhat = tl.where(exists, xhat, 0.0)  # padding could overflow, and 0 * inf be summed
-    factor = tl.zeros([TILE_CHANNELS_P2], tl.float32) + 1.0
-    if SCALE:
-        factor = parameter_of(scale, first, channel_exists, TILE_CHANNELS_P2)
-    if MASK != 0:  # so could what is masked out, or its product with the scale
-        largest = spread(tl.maximum(tl.abs(factor), 1.0), CHANNELS_FIRST)
-        xhat = tl.where(counted, xhat, clamp_normalized(xhat, largest))
-    if ACTIVATION != 0:
-        z = xhat * spread(factor, CHANNELS_FIRST)
-        if BIAS:
-            z += spread(parameter_of(bias, first, channel_exists, TILE_CHANNELS_P2), CHANNELS_FIRST)
-        gradient = activation_vjp(z, gradient, ACTIVATION)
-    return xhat, gradient, constant, factor, rstd, inv_count
+        valid = valid_in(mask, begin, rows, TILE_POSITIONS, LAST)
+        counted = exists & spread(valid, not CHANNELS_FIRST)
+    xhat, gradient, constant = pulled_back(
+        given, gradient, exists, counted, spread(high, CHANNELS_FIRST),
+        spread(rstd, CHANNELS_FIRST), spread(shift, CHANNELS_FIRST),
+        spread(factor, CHANNELS_FIRST), spread(offset, CHANNELS_FIRST), LAST, MASK, ACTIVATION,
+    )  # fmt: skip
+    return xhat, gradient, constant, where, exists, counted
+
+
+@triton.jit
+def _sums(
+    dy, x, mask, rows, lanes, offsets, high, rstd, shift, factor, offset, STRIDE: tl.constexpr,
+    TILE_POSITIONS: tl.constexpr, UNROLL: tl.constexpr, EVEN: tl.constexpr,
+    CHANNELS_FIRST: tl.constexpr, MASK: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """Return S2 and S1 of a slab, per channel."""
+    products = tl.zeros(offsets.shape, tl.float32)
+    gradients = tl.zeros(offsets.shape, tl.float32)
+    ROUND: tl.constexpr = TILE_POSITIONS * UNROLL
+    whole = rows
+    if not EVEN:
+        whole = rows // ROUND * ROUND
+    for begin in range(0, whole, ROUND):
+        for tile in tl.static_range(UNROLL):
+            xhat, gradient, _, _, _, _ = _pulled(
+                dy, x, mask, begin + tile * TILE_POSITIONS, rows, lanes, offsets, high, rstd,
+                shift, factor, offset, STRIDE, TILE_POSITIONS, False, CHANNELS_FIRST, MASK,
+                ACTIVATION,
+            )  # fmt: skip
+            products += gradient * xhat
+            gradients += gradient
+    if not EVEN:
+        for begin in range(whole, rows, TILE_POSITIONS):
+            xhat, gradient, _, _, _, _ = _pulled(
+                dy, x, mask, begin, rows, lanes, offsets, high, rstd, shift, factor, offset,
+                STRIDE, TILE_POSITIONS, True, CHANNELS_FIRST, MASK, ACTIVATION,
+            )  # fmt: skip
+            products += gradient * xhat
+            gradients += gradient
+    return over_positions(products, CHANNELS_FIRST), over_positions(gradients, CHANNELS_FIRST)
+
+
+@triton.jit
+def _written(
+    dy, x, dx, mask, begin, rows, lanes, offsets, high, rstd, shift, factor, offset, mean,
+    mean_product, STRIDE: tl.constexpr, TILE_POSITIONS: tl.constexpr, LAST: tl.constexpr,
+    CHANNELS_FIRST: tl.constexpr, MASK: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    xhat, gradient, constant, where, exists, counted = _pulled(
+        dy, x, mask, begin, rows, lanes, offsets, high, rstd, shift, factor, offset, STRIDE,
+        TILE_POSITIONS, LAST, CHANNELS_FIRST, MASK, ACTIVATION,
+    )  # fmt: skip
+    found = gradient_of_x(
+        xhat, gradient, constant, counted, spread(factor, CHANNELS_FIRST),
+        spread(rstd, CHANNELS_FIRST), spread(mean, CHANNELS_FIRST),
+        spread(mean_product, CHANNELS_FIRST), MASK,
+    )  # fmt: skip
+    tl.store(dx + where, found.to(dx.dtype.element_ty), mask=exists)
 
 
 @triton.jit
 def _write(
-    dx, xhat, gradient, constant, counted, factor, rstd, mean, mean_product, begin, offsets,
-    exists, CHANNELS_FIRST: tl.constexpr, MASK: tl.constexpr,
+    dy, x, dx, mask, rows, lanes, offsets, high, rstd, shift, factor, offset, mean, mean_product,
+    STRIDE: tl.constexpr, TILE_POSITIONS: tl.constexpr, EVEN: tl.constexpr,
+    CHANNELS_FIRST: tl.constexpr, MASK: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    through = spread(mean, CHANNELS_FIRST) + xhat * spread(mean_product, CHANNELS_FIRST)
-    if MASK != 0:
-        through = tl.where(counted, through, 0.0)
-    found = (gradient * spread(factor, CHANNELS_FIRST) - through) * spread(rstd, CHANNELS_FIRST)
-    if MASK != 0:
-        found = tl.where(constant, 0.0, found)
-    tl.store(dx + begin + offsets, found.to(dx.dtype.element_ty), mask=exists)
-
-
-@triton.jit
-def _keep_sums(
-    products, gradients, of_products, of_gradients, row, first, channel_exists,
-    CHANNELS: tl.constexpr, TILE_CHANNELS_P2: tl.constexpr,
-):  # fmt: skip
-    where = row.to(tl.int64) * CHANNELS + first + tl.arange(0, TILE_CHANNELS_P2)
-    tl.store(products + where, of_products, mask=channel_exists)
-    tl.store(gradients + where, of_gradients, mask=channel_exists)
-
-
-@triton.jit(do_not_specialize=UNSPECIALIZED)
-def whole(
-    dy, x, scale, bias, mask, statistics, dx, products, gradients, steps, groups, begin_at,
-    CHANNELS: tl.constexpr, GROUP_SIZE: tl.constexpr, TILE_CHANNELS: tl.constexpr,
-    TILE_CHANNELS_P2: tl.constexpr, TILE_POSITIONS: tl.constexpr, DIVISOR: tl.constexpr,
-    PARTS: tl.constexpr, BLOCKS: tl.constexpr, FULL: tl.constexpr, GROUPS_P2: tl.constexpr,
-    CHANNELS_FIRST: tl.constexpr, MASK: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-):  # fmt: skip
-    """Compute dx of groups that fit a tile."""
-    pid = tl.program_id(0) + begin_at
-    sample, first, _, _, begin, offsets, exists, channel_exists, counted = tile_of(
-        pid,
-        mask,
-        steps,
-        CHANNELS,
-        GROUP_SIZE,
-        TILE_CHANNELS,
-        TILE_CHANNELS_P2,
-        TILE_POSITIONS,
-        DIVISOR,
-        PARTS,
-        BLOCKS,
-        CHANNELS_FIRST,
-        FULL,
-        MASK,
-    )
-    xhat, gradient, constant, factor, rstd, inv_count = _load_tile(
-        dy, x, scale, bias, statistics, groups, begin, offsets, exists, counted, first, sample,
-        channel_exists, CHANNELS, GROUP_SIZE, TILE_CHANNELS_P2, CHANNELS_FIRST, MASK, SCALE, BIAS,
-        ACTIVATION,
-    )  # fmt: skip
-    of_gradients = over_positions(gradient, CHANNELS_FIRST)
-    of_products = over_positions(gradient * xhat, CHANNELS_FIRST)
-    mean = over_group(of_gradients * factor, GROUP_SIZE, TILE_CHANNELS_P2, GROUPS_P2) * inv_count
-    mean_product = (
-        over_group(of_products * factor, GROUP_SIZE, TILE_CHANNELS_P2, GROUPS_P2) * inv_count
-    )
-    _write(
-        dx, xhat, gradient, constant, counted, factor, rstd, mean, mean_product, begin, offsets,
-        exists, CHANNELS_FIRST, MASK,
-    )  # fmt: skip
-    _keep_sums(
-        products, gradients, of_products, of_gradients, sample, first, channel_exists, CHANNELS,
-        TILE_CHANNELS_P2
-    )  # fmt: skip
+    """Compute dx of a slab."""
+    whole = rows
+    if not EVEN:
+        whole = rows // TILE_POSITIONS * TILE_POSITIONS
+    for begin in range(0, whole, TILE_POSITIONS):
+        _written(
+            dy, x, dx, mask, begin, rows, lanes, offsets, high, rstd, shift, factor, offset, mean,
+            mean_product, STRIDE, TILE_POSITIONS, False, CHANNELS_FIRST, MASK, ACTIVATION,
+        )  # fmt: skip
+    if not EVEN:
+        if whole < rows:
+            _written(
+                dy, x, dx, mask, whole, rows, lanes, offsets, high, rstd, shift, factor, offset,
+                mean, mean_product, STRIDE, TILE_POSITIONS, True, CHANNELS_FIRST, MASK, ACTIVATION,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def measure(
-    dy, x, scale, bias, mask, statistics, parts, products, gradients, steps, groups, begin_at,
+    dy, x, scale, bias, mask, statistics, products, gradients, steps, chunk, chunks, groups,
     CHANNELS: tl.constexpr, GROUP_SIZE: tl.constexpr, TILE_CHANNELS: tl.constexpr,
-    TILE_CHANNELS_P2: tl.constexpr, TILE_POSITIONS: tl.constexpr, DIVISOR: tl.constexpr,
-    PARTS: tl.constexpr, BLOCKS: tl.constexpr, FULL: tl.constexpr, GROUPS_P2: tl.constexpr,
-    CHANNELS_FIRST: tl.constexpr, MASK: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
+    TILE_POSITIONS: tl.constexpr, UNROLL: tl.constexpr, DIVISOR: tl.constexpr,
+    BLOCKS: tl.constexpr, EVEN: tl.constexpr, CHANNELS_FIRST: tl.constexpr, MASK: tl.constexpr,
+    SCALE: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """Sum the part of each group that is in a tile."""
-    pid = tl.program_id(0) + begin_at
-    sample, first, part, chunk, begin, offsets, exists, channel_exists, counted = tile_of(
-        pid,
-        mask,
-        steps,
-        CHANNELS,
-        GROUP_SIZE,
-        TILE_CHANNELS,
-        TILE_CHANNELS_P2,
-        TILE_POSITIONS,
-        DIVISOR,
-        PARTS,
-        BLOCKS,
-        CHANNELS_FIRST,
-        FULL,
-        MASK,
+    """Sum over the positions of a slab."""
+    sample, first, number, start, rows = slab_of(
+        tl.program_id(0), steps, chunk, chunks, TILE_CHANNELS, DIVISOR, BLOCKS, CHANNELS_FIRST
     )
-    xhat, gradient, _, factor, _, _ = _load_tile(
-        dy, x, scale, bias, statistics, groups, begin, offsets, exists, counted, first, sample,
-        channel_exists, CHANNELS, GROUP_SIZE, TILE_CHANNELS_P2, CHANNELS_FIRST, MASK, SCALE, BIAS,
-        ACTIVATION,
+    lanes = lanes_of(first, CHANNELS, TILE_CHANNELS)
+    high, rstd, shift, _, factor, offset = channel_values(
+        statistics, scale, bias, groups, sample, first, lanes, CHANNELS, GROUP_SIZE,
+        TILE_CHANNELS, SCALE, BIAS, ROWS,
     )  # fmt: skip
-    of_gradients = over_positions(gradient, CHANNELS_FIRST)
-    of_products = over_positions(gradient * xhat, CHANNELS_FIRST)
-    chunks = chunks_of(steps, DIVISOR, TILE_POSITIONS)
-    row = sample.to(tl.int64) * chunks + chunk
-    _keep_sums(
-        products, gradients, of_products, of_gradients, row, first, channel_exists, CHANNELS,
-        TILE_CHANNELS_P2
+    begin = begin_of(sample, first, start, steps, CHANNELS, DIVISOR, CHANNELS_FIRST)
+    of_products, of_gradients = _sums(
+        dy + begin, x + begin, mask_at(mask, sample, start, steps, DIVISOR, MASK), rows, lanes,
+        offsets_in(steps, CHANNELS, TILE_CHANNELS, TILE_POSITIONS, DIVISOR, CHANNELS_FIRST), high,
+        rstd, shift, factor, offset, 1 if CHANNELS_FIRST else CHANNELS, TILE_POSITIONS, UNROLL,
+        EVEN, CHANNELS_FIRST, MASK, ACTIVATION,
     )  # fmt: skip
-    group = sample.to(tl.int64) * (CHANNELS // GROUP_SIZE) + group_of(
-        first, GROUP_SIZE, TILE_CHANNELS_P2
-    )
-    where = parts + (group * (PARTS * chunks) + part * chunks + chunk) * 2
-    write = leads(GROUP_SIZE, TILE_CHANNELS_P2, PARTS) & channel_exists
-    tl.store(
-        where,
-        over_group(of_gradients * factor, GROUP_SIZE, TILE_CHANNELS_P2, GROUPS_P2),
-        mask=write,
-    )
-    tl.store(
-        where + 1,
-        over_group(of_products * factor, GROUP_SIZE, TILE_CHANNELS_P2, GROUPS_P2),
-        mask=write,
-    )
-
-
-@triton.jit
-def _merged(parts, group, exists, begin, tiles, MERGE_P2: tl.constexpr):
-    """Sum up to MERGE_P2 parts of groups, (GROUPS_P2,)."""
-    number = begin + tl.arange(0, MERGE_P2)
-    there = (number < tiles)[:, None] & exists[None, :]
-    where = parts + (group[None, :] * tiles + number[:, None]) * 2
-    of_gradients = tl.sum(tl.load(where, mask=there, other=0.0), 0)
-    return of_gradients, tl.sum(tl.load(where + 1, mask=there, other=0.0), 0)
+    row = sample.to(tl.int64) * chunks + number
+    where = row * CHANNELS + first + tl.arange(0, TILE_CHANNELS)
+    tl.store(products + where, of_products, mask=lanes)
+    tl.store(gradients + where, of_gradients, mask=lanes)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def merge(parts, merged, tiles, begin_at, MERGE_P2: tl.constexpr):
-    """Sum all parts of a group, if there are many."""
-    group = (tl.program_id(0) + begin_at).to(tl.int64) + tl.arange(0, 1)
-    exists = group >= 0
-    of_gradients = tl.zeros([1], tl.float64)
-    of_products = tl.zeros([1], tl.float64)
-    for begin in range(0, tiles, MERGE_P2):
-        more, more_products = _merged(parts, group, exists, begin, tiles, MERGE_P2)
-        of_gradients += more.to(tl.float64)
-        of_products += more_products.to(tl.float64)
-    tl.store(merged + group * 2, of_gradients.to(tl.float32))
-    tl.store(merged + group * 2 + 1, of_products.to(tl.float32))
+def merge(
+    scale, products, gradients, statistics, merged, chunks, groups, CHANNELS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """Compute p and q of a group."""
+    group = tl.program_id(0).to(tl.int64)
+    sample = group // (CHANNELS // GROUP_SIZE)
+    channel = group % (CHANNELS // GROUP_SIZE) * GROUP_SIZE
+    begin_row = sample * chunks * CHANNELS + channel
+    count = chunks * GROUP_SIZE
+    mean = tl.zeros([AT_ONCE], tl.float32)
+    mean_product = tl.zeros([AT_ONCE], tl.float32)
+    if ROWS:
+        channel += sample * CHANNELS
+    for begin in range(0, count, AT_ONCE):
+        number = begin + tl.arange(0, AT_ONCE)
+        there = number < count
+        lane = number % GROUP_SIZE
+        where = begin_row + (number // GROUP_SIZE).to(tl.int64) * CHANNELS + lane
+        of_gradients = tl.load(gradients + where, mask=there, other=0.0)
+        of_products = tl.load(products + where, mask=there, other=0.0)
+        if SCALE:
+            factor = tl.load(scale + channel + lane, mask=there, other=0.0).to(tl.float32)
+            of_gradients *= factor
+            of_products *= factor
+        mean += of_gradients
+        mean_product += of_products
+    inv_count = tl.load(statistics + (tl.cast(groups, tl.int64) + group) * 2 + 1)
+    tl.store(merged + group * 2, tl.sum(mean, 0) * inv_count)
+    tl.store(merged + group * 2 + 1, tl.sum(mean_product, 0) * inv_count)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def apply(
-    dy, x, scale, bias, mask, statistics, parts, dx, steps, groups, tiles, begin_at,
-    MERGE_P2: tl.constexpr, CHANNELS: tl.constexpr, GROUP_SIZE: tl.constexpr,
-    TILE_CHANNELS: tl.constexpr, TILE_CHANNELS_P2: tl.constexpr, TILE_POSITIONS: tl.constexpr,
-    DIVISOR: tl.constexpr, PARTS: tl.constexpr, BLOCKS: tl.constexpr, FULL: tl.constexpr,
-    GROUPS_P2: tl.constexpr, CHANNELS_FIRST: tl.constexpr, MASK: tl.constexpr, SCALE: tl.constexpr,
-    BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    dy, x, scale, bias, mask, statistics, merged, dx, steps, chunk, chunks, groups,
+    CHANNELS: tl.constexpr, GROUP_SIZE: tl.constexpr, TILE_CHANNELS: tl.constexpr,
+    TILE_POSITIONS: tl.constexpr, DIVISOR: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr,
+    CHANNELS_FIRST: tl.constexpr, MASK: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
+    ROWS: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """Compute dx from at most MERGE_P2 parts of each group."""
-    # In reverse order: the tiles measured last may still be in the cache.
-    pid = tl.num_programs(0) - 1 - tl.program_id(0) + begin_at
-    sample, first, _, _, begin, offsets, exists, channel_exists, counted = tile_of(
-        pid,
-        mask,
-        steps,
-        CHANNELS,
-        GROUP_SIZE,
-        TILE_CHANNELS,
-        TILE_CHANNELS_P2,
-        TILE_POSITIONS,
-        DIVISOR,
-        PARTS,
-        BLOCKS,
-        CHANNELS_FIRST,
-        FULL,
-        MASK,
+    """Compute dx of a slab."""
+    # In reverse order: the slabs measured last may still be in the cache.
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)
+    sample, first, _, start, rows = slab_of(
+        pid, steps, chunk, chunks, TILE_CHANNELS, DIVISOR, BLOCKS, CHANNELS_FIRST
     )
-    xhat, gradient, constant, factor, rstd, inv_count = _load_tile(
-        dy, x, scale, bias, statistics, groups, begin, offsets, exists, counted, first, sample,
-        channel_exists, CHANNELS, GROUP_SIZE, TILE_CHANNELS_P2, CHANNELS_FIRST, MASK, SCALE, BIAS,
-        ACTIVATION,
+    lanes = lanes_of(first, CHANNELS, TILE_CHANNELS)
+    high, rstd, shift, _, factor, offset = channel_values(
+        statistics, scale, bias, groups, sample, first, lanes, CHANNELS, GROUP_SIZE,
+        TILE_CHANNELS, SCALE, BIAS, ROWS,
     )  # fmt: skip
-    number = first // GROUP_SIZE + tl.arange(0, GROUPS_P2)
-    group = sample.to(tl.int64) * (CHANNELS // GROUP_SIZE) + number
-    mean, mean_product = _merged(parts, group, number < CHANNELS // GROUP_SIZE, 0, tiles, MERGE_P2)
+    group = sample.to(tl.int64) * (CHANNELS // GROUP_SIZE) + group_of(
+        first, GROUP_SIZE, TILE_CHANNELS
+    )
+    mean = tl.load(merged + group * 2, mask=lanes, other=0.0)
+    mean_product = tl.load(merged + group * 2 + 1, mask=lanes, other=0.0)
+    begin = begin_of(sample, first, start, steps, CHANNELS, DIVISOR, CHANNELS_FIRST)
     _write(
-        dx, xhat, gradient, constant, counted, factor, rstd,
-        spread_groups(mean, GROUP_SIZE, TILE_CHANNELS_P2, GROUPS_P2) * inv_count,
-        spread_groups(mean_product, GROUP_SIZE, TILE_CHANNELS_P2, GROUPS_P2) * inv_count, begin,
-        offsets, exists, CHANNELS_FIRST, MASK,
+        dy + begin, x + begin, dx + begin, mask_at(mask, sample, start, steps, DIVISOR, MASK),
+        rows, lanes,
+        offsets_in(steps, CHANNELS, TILE_CHANNELS, TILE_POSITIONS, DIVISOR, CHANNELS_FIRST), high,
+        rstd, shift, factor, offset, mean, mean_product, 1 if CHANNELS_FIRST else CHANNELS,
+        TILE_POSITIONS, EVEN, CHANNELS_FIRST, MASK, ACTIVATION,
     )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def group(
+    dy, x, scale, bias, mask, statistics, dx, products, gradients, steps, groups,
+    CHANNELS: tl.constexpr, GROUP_SIZE: tl.constexpr, TILE_CHANNELS: tl.constexpr,
+    TILE_POSITIONS: tl.constexpr, UNROLL: tl.constexpr, DIVISOR: tl.constexpr, EVEN: tl.constexpr,
+    MASK: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """Compute dx of a group, whose channels come before positions, TILE_CHANNELS after another."""
+    pid = tl.program_id(0)
+    sample = pid // (CHANNELS // GROUP_SIZE)
+    first = pid % (CHANNELS // GROUP_SIZE) * GROUP_SIZE
+    rows = steps * DIVISOR
+    lanes = tl.full([TILE_CHANNELS], 1, tl.int1)
+    begin = begin_of(sample, first, 0, steps, CHANNELS, DIVISOR, True)
+    mask = mask_at(mask, sample, tl.cast(0, tl.int64), steps, DIVISOR, MASK)
+    offsets = offsets_in(steps, CHANNELS, TILE_CHANNELS, TILE_POSITIONS, DIVISOR, True)
+    mean = tl.zeros([TILE_CHANNELS], tl.float32)
+    mean_product = tl.zeros([TILE_CHANNELS], tl.float32)
+    for channel in range(0, GROUP_SIZE, TILE_CHANNELS):
+        high, rstd, shift, _, factor, offset = channel_values(
+            statistics, scale, bias, groups, sample, first + channel, lanes, CHANNELS, GROUP_SIZE,
+            TILE_CHANNELS, SCALE, BIAS, ROWS,
+        )  # fmt: skip
+        at = begin + tl.cast(channel, tl.int64) * rows
+        of_products, of_gradients = _sums(
+            dy + at, x + at, mask, rows, lanes, offsets, high, rstd, shift, factor, offset, 1,
+            TILE_POSITIONS, UNROLL, EVEN, True, MASK, ACTIVATION,
+        )  # fmt: skip
+        where = sample.to(tl.int64) * CHANNELS + first + channel + tl.arange(0, TILE_CHANNELS)
+        tl.store(products + where, of_products)
+        tl.store(gradients + where, of_gradients)
+        mean += of_gradients * factor
+        mean_product += of_products * factor
+    inv_count = tl.load(statistics + (tl.cast(groups, tl.int64) + pid) * 2 + 1)
+    total = tl.zeros_like(mean) + tl.sum(mean, 0) * inv_count
+    total_product = tl.zeros_like(mean) + tl.sum(mean_product, 0) * inv_count
+    for channel in range(0, GROUP_SIZE, TILE_CHANNELS):
+        high, rstd, shift, _, factor, offset = channel_values(
+            statistics, scale, bias, groups, sample, first + channel, lanes, CHANNELS, GROUP_SIZE,
+            TILE_CHANNELS, SCALE, BIAS, ROWS,
+        )  # fmt: skip
+        at = begin + tl.cast(channel, tl.int64) * rows
+        _write(
+            dy + at, x + at, dx + at, mask, rows, lanes, offsets, high, rstd, shift, factor,
+            offset, total, total_product, 1, TILE_POSITIONS, EVEN, True, MASK, ACTIVATION,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)

@@ -1,4 +1,12 @@
-"""Elements and activations in Triton; all values are float32."""
+"""Elements and activations in Triton; all values are float32.
+
+Exponentials and reciprocals are the GPU's own instructions. Their errors are at most 2**-22 and
+2**-23 (PTX ISA, ``ex2.approx`` and ``rcp.approx``), as those of what Triton makes of ``tl.exp``
+and of divisions, which take several instructions more for subnormal numbers. In activations a
+subnormal number is as good as 0.
+"""
+
+import os
 
 import triton
 import triton.language as tl
@@ -14,13 +22,21 @@ __all__ = [
     "clamp_masked",
     "clamp_normalized",
     "finite",
+    "gradient_of_x",
+    "normalized",
+    "pulled_back",
+    "unit_for",
 ]
+
+# The interpreter knows no instructions of GPUs.
+_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 # The numbers in `variants.ACTIVATIONS`; 0 is no activation.
 RELU = tl.constexpr(1)
 SILU = tl.constexpr(2)
 GELU = tl.constexpr(3)
 
+_LOG2_E = tl.constexpr(1.4426950408889634)
 (_P0, _P1, _P2, _P3, _P4, _P5, _P6, _P7, _P8, _P9, _P10, _P11) = map(tl.constexpr, ERFC_POWERS)
 
 
@@ -45,14 +61,37 @@ def clamp_normalized(value, factor=1.0):
 
 
 @triton.jit
-def _sigmoid(z):
-    return 1.0 / (1.0 + tl.exp(-tl.maximum(z, -87.0)))
+def _exp2(t):
+    if _INTERPRETED:
+        power = tl.exp2(t)
+    else:
+        power = tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [t], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return power
 
 
 @triton.jit
-def _normal_cdf(z, bell):
-    """The standard normal CDF; `bell` is exp(-z**2 / 2)."""
-    t = 2.0 / (2.0 + tl.abs(z) * 0.70710678118654752)
+def _reciprocal(value):
+    if _INTERPRETED:
+        found = 1.0 / value
+    else:
+        found = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [value], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return found
+
+
+@triton.jit
+def _sigmoid(z):
+    # The exponent stays below 128, so that -inf * sigmoid(-inf) is not NaN.
+    return _reciprocal(1.0 + _exp2(tl.minimum(z * -_LOG2_E, 126.0)))
+
+
+@triton.jit
+def _normal_cdf(z, near):
+    """The standard normal CDF; `near` is z clamped to where exp(-z**2 / 2) is not 0."""
+    t = 2.0 * _reciprocal(2.0 + tl.abs(z) * 0.70710678118654752)
     u = 2.0 * t - 1.0
     p = u * _P11 + _P10
     p = p * u + _P9
@@ -65,14 +104,13 @@ def _normal_cdf(z, bell):
     p = p * u + _P2
     p = p * u + _P1
     p = p * u + _P0
-    tail = 0.5 * t * tl.exp(p) * bell
+    tail = 0.5 * t * _exp2((p - 0.5 * near * near) * _LOG2_E)
     return tl.where(z > 0, 1.0 - tail, tail)
 
 
 @triton.jit
-def _bell(z):
-    near = tl.minimum(tl.maximum(z, -40.0), 40.0)  # beyond 40 the bell is 0; avoids inf * 0
-    return near, tl.exp(-0.5 * near * near)
+def _nearby(z):
+    return tl.minimum(tl.maximum(z, -40.0), 40.0)  # beyond 40 the bell is 0; avoids inf * 0
 
 
 @triton.jit
@@ -83,8 +121,7 @@ def activated(z, ACTIVATION: tl.constexpr):
     if ACTIVATION == SILU:
         z = z * _sigmoid(z)
     if ACTIVATION == GELU:
-        _, bell = _bell(z)
-        z = z * _normal_cdf(z, bell)
+        z = z * _normal_cdf(z, _nearby(z))
     return z
 
 
@@ -97,6 +134,70 @@ def activation_vjp(z, dy, ACTIVATION: tl.constexpr):
         s = _sigmoid(z)
         dy = dy * (s * (1.0 + z * (1.0 - s)))
     if ACTIVATION == GELU:
-        near, bell = _bell(z)
-        dy = dy * (_normal_cdf(z, bell) + near * bell * 0.39894228040143268)
+        near = _nearby(z)
+        bell = 0.39894228040143268 * _exp2(near * near * (-0.5 * _LOG2_E))
+        dy = dy * (_normal_cdf(z, near) + near * bell)
     return dy
+
+
+@triton.jit
+def unit_for(reach, LARGEST_UNIT: tl.constexpr):
+    """Return the power of two, at most LARGEST_UNIT, that scales deviations to about 1.
+
+    Without it, squares could overflow or underflow.
+    """
+    exponent = reach.to(tl.int32, bitcast=True) & 0x7F800000
+    exponent = tl.minimum(tl.maximum(exponent, 1 << 23), 253 << 23)
+    return tl.minimum(((254 << 23) - exponent).to(tl.float32, bitcast=True), LARGEST_UNIT)
+
+
+@triton.jit
+def normalized(
+    value, counted, high, factor, shift, MASK: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """Return ``activation((value - high) * factor + shift)``."""
+    if MASK != 0:
+        value = tl.where(counted, value, clamp_masked(value))
+    z = (value - high) * factor + shift
+    if MASK != 0:  # an activation of inf may be NaN
+        z = tl.where(counted, z, clamp_normalized(z))
+    return activated(z, ACTIVATION)
+
+
+@triton.jit
+def pulled_back(
+    given, gradient, exists, counted, high, rstd, shift, factor, bias, PADDED: tl.constexpr,
+    MASK: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """Return xhat, ``(given - high) * rstd + shift``, and the gradient before the activation.
+
+    And which elements are constant: masked out and not finite, so replaced by 0. PADDED is whether
+    there may be elements that do not exist.
+    """
+    constant = tl.zeros_like(exists)
+    if MASK != 0:
+        constant = (counted == 0) & (finite(given) == 0)
+        given = tl.where(counted, given, clamp_masked(given))
+    xhat = (given - high) * rstd + shift
+    if PADDED:
+        xhat = tl.where(exists, xhat, 0.0)  # padding could overflow, and 0 * inf be summed
+    if MASK != 0:  # so could what is masked out, or its product with the scale
+        largest = tl.maximum(tl.abs(factor), 1.0)
+        xhat = tl.where(counted, xhat, clamp_normalized(xhat, largest))
+    if ACTIVATION != 0:
+        gradient = activation_vjp(xhat * factor + bias, gradient, ACTIVATION)
+    return xhat, gradient, constant
+
+
+@triton.jit
+def gradient_of_x(
+    xhat, gradient, constant, counted, factor, rstd, mean, mean_product, MASK: tl.constexpr,
+):  # fmt: skip
+    """Return dx from the means over a group, of the gradient times scale, and times xhat too."""
+    through = mean + xhat * mean_product
+    if MASK != 0:
+        through = tl.where(counted, through, 0.0)
+    found = (gradient * factor - through) * rstd
+    if MASK != 0:
+        found = tl.where(constant, 0.0, found)
+    return found

@@ -1,353 +1,463 @@
-"""The normalization in Triton: whole groups in one tile each, or statistics by tiles, then apply.
+"""The normalization of groups that are read twice, in Triton: `group`, or three kernels.
 
-A tile's statistics are measured relative to one of its elements, with a scale per group, and
-corrected for the rounding error of the mean. Tiles are merged in float64, in an order that depends
-on the shape alone. A group's mean is kept as a pair (high, low), which is subtracted in this order.
+`group` measures one group after another and normalizes it while it is in the cache. Otherwise,
+`measure` measures slabs channel by channel, `merge` merges them to groups, and `apply` normalizes.
 
-Statistics are ``(2, samples * groups, 2)``: the mean's two parts; 1 / sqrt(var + epsilon) and
-1 / count. Parts are ``(samples * groups, tiles of a group, 5)``.
+Sums are of deviations from a pivot: the mean of the first elements that a program reads, at least
+1/16 of all. Whatever the others are, the squared distance of such a pivot from their mean is at
+most 15 times their variance, so that at most four bits are lost. Where squares are outside of
+float32's range, or a mask leaves too few of the first elements, the program reads its elements
+twice more: it takes the mean, and then deviations from it in a unit of their own.
+
+A group's mean is kept as a pair (high, low), which is subtracted in this order. Statistics are
+``(2, samples * groups, 2)``: the mean's two parts; 1 / sqrt(var + epsilon) and 1 / count. Parts are
+``(samples, chunks, 5, channels)``: pivot, mean relative to it, sum of squared deviations from the
+mean, the unit of these, and count.
 """
 
 import triton
 import triton.language as tl
 
-from groupnorm.backends.kernels.gpu.compiled.elements import (
-    activated,
-    clamp_masked,
-    clamp_normalized,
+from groupnorm.backends.kernels.gpu.compiled.elements import normalized, unit_for
+from groupnorm.backends.kernels.gpu.compiled.loops import (
+    begin_of,
+    exists_in,
+    lanes_of,
+    mask_at,
+    offsets_in,
+    slab_of,
+    valid_in,
 )
+from groupnorm.backends.kernels.gpu.compiled.small import SHRINK, channel_values, keep_statistics
 from groupnorm.backends.kernels.gpu.compiled.tiles import (
     UNSPECIALIZED,
-    chunks_of,
-    group_of,
-    leads,
+    over_positions,
     parameter_of,
     spread,
-    spread_groups,
-    summed,
-    tile_of,
-    top_of_group,
 )
 
-__all__ = ["apply", "measure", "merge", "whole"]
+__all__ = ["apply", "group", "measure", "merge"]
 
-# Sums of deviations multiplied by this do not overflow. Deviations that underflow are corrected by
-# the second sum, of deviations from the mean.
-SHRINK = tl.constexpr(2.0**-24)
+# A pivot's squared distance from the mean, relative to the variance; more is not by sampling.
+FAR = tl.constexpr(32.0)
 
 
 @triton.jit
-def _measured(
-    value, counted, elements, x, begin, first, steps, CHANNELS: tl.constexpr,
-    GROUP_SIZE: tl.constexpr, TILE_CHANNELS_P2: tl.constexpr, DIVISOR: tl.constexpr,
-    PARTS: tl.constexpr, GROUPS_P2: tl.constexpr, MASK: tl.constexpr, CHANNELS_FIRST: tl.constexpr,
-    LARGEST_UNIT: tl.constexpr,
+def _deviations(
+    x, mask, begin, rows, lanes, offsets, pivot, STRIDE: tl.constexpr,
+    TILE_POSITIONS: tl.constexpr, LAST: tl.constexpr, CHANNELS_FIRST: tl.constexpr,
+    MASK: tl.constexpr,
 ):  # fmt: skip
-    """Return per lane: count, max(count, 1), mean, its error, sum of squares; the unit of both."""
-    if MASK == 0:
-        count = tl.zeros([TILE_CHANNELS_P2], tl.float32) + elements
-        # The first element of the group, or of the tile if it is a part of a group.
-        if PARTS == 1:
-            lane = tl.arange(0, TILE_CHANNELS_P2)
-            there = tl.minimum(lane // GROUP_SIZE * GROUP_SIZE, CHANNELS - 1 - first)
-            if CHANNELS_FIRST:
-                there = there * (tl.cast(steps, tl.int64) * DIVISOR)
-        else:
-            there = tl.zeros([TILE_CHANNELS_P2], tl.int32)
-        pivot = tl.load(x + begin + there).to(tl.float32)
-    else:
-        count = summed(
-            tl.where(counted, 1.0, 0.0), GROUP_SIZE, TILE_CHANNELS_P2, GROUPS_P2, CHANNELS_FIRST
-        )
-        low: tl.constexpr = float("-inf")
-        pivot = top_of_group(
-            tl.where(counted, value, low),
-            low,
-            GROUP_SIZE,
-            TILE_CHANNELS_P2,
-            GROUPS_P2,
-            CHANNELS_FIRST,
-        )
-        pivot = tl.where(count > 0, pivot, 0.0)
-    enough = tl.maximum(count, 1.0)
-    deviation = tl.where(counted, value - spread(pivot, CHANNELS_FIRST), 0.0)
-    reach = top_of_group(
-        tl.abs(deviation), 0.0, GROUP_SIZE, TILE_CHANNELS_P2, GROUPS_P2, CHANNELS_FIRST
-    )
-    mean = (
-        pivot
-        + summed(deviation * SHRINK, GROUP_SIZE, TILE_CHANNELS_P2, GROUPS_P2, CHANNELS_FIRST)
-        / enough
-        / SHRINK
-    )
-    # Squares must neither overflow nor underflow: a power of two scales deviations to about 1.
-    exponent = reach.to(tl.int32, bitcast=True) & 0x7F800000
-    exponent = tl.minimum(tl.maximum(exponent, 1 << 23), 253 << 23)
-    unit = tl.minimum(((254 << 23) - exponent).to(tl.float32, bitcast=True), LARGEST_UNIT)
-    deviation = (value - spread(mean, CHANNELS_FIRST)) * spread(unit, CHANNELS_FIRST)
-    valid = tl.where(counted, deviation, 0.0)
-    missed = summed(valid, GROUP_SIZE, TILE_CHANNELS_P2, GROUPS_P2, CHANNELS_FIRST) / enough
-    squares = (
-        summed(valid * valid, GROUP_SIZE, TILE_CHANNELS_P2, GROUPS_P2, CHANNELS_FIRST)
-        - count * missed * missed
-    )
-    squares = tl.where(squares < 0, 0.0, squares)  # keeps NaN
-    return count, enough, mean, missed, squares, unit
+    """Return a tile's deviations from a pivot, 0 for what is not counted, and what is counted.
 
-
-@triton.jit
-def _read(x, begin, offsets, exists, counted, MASK: tl.constexpr):
-    value = tl.load(x + begin + offsets, mask=exists, other=0.0).to(tl.float32)
+    The last as elements, and as a number for each position.
+    """
+    counted = exists_in(begin, rows, lanes, TILE_POSITIONS, LAST, CHANNELS_FIRST)
+    # int64, as the product may exceed 2**31
+    where = x + tl.cast(begin, tl.int64) * STRIDE + offsets
+    value = tl.load(where, mask=counted, other=0.0).to(tl.float32)
+    number = tl.zeros([TILE_POSITIONS], tl.float32)
     if MASK != 0:
-        value = tl.where(counted, value, clamp_masked(value))
-    return value
+        valid = valid_in(mask, begin, rows, TILE_POSITIONS, LAST)
+        counted = counted & spread(valid, not CHANNELS_FIRST)
+        number = tl.where(valid, 1.0, 0.0)
+    deviation = value - spread(pivot, CHANNELS_FIRST)
+    if LAST or MASK != 0:
+        deviation = tl.where(counted, deviation, 0.0)
+    return deviation, counted, number
 
 
 @triton.jit
-def _write(
-    y, deviation, factor, bias, begin, offsets, exists, counted, first, channel_exists,
-    TILE_CHANNELS_P2: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
-    CHANNELS_FIRST: tl.constexpr, MASK: tl.constexpr,
+def _added(
+    x, mask, rows, lanes, offsets, pivot, unit, sums, squares, number, STRIDE: tl.constexpr,
+    TILE_POSITIONS: tl.constexpr, UNROLL: tl.constexpr, EVEN: tl.constexpr,
+    CHANNELS_FIRST: tl.constexpr, MASK: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """Write activation(deviation * factor + bias)."""
-    z = deviation * spread(factor, CHANNELS_FIRST)
-    if BIAS:
-        z += spread(parameter_of(bias, first, channel_exists, TILE_CHANNELS_P2), CHANNELS_FIRST)
-    if MASK != 0:  # an activation of inf may be NaN
-        z = tl.where(counted, z, clamp_normalized(z))
-    tl.store(y + begin + offsets, activated(z, ACTIVATION).to(y.dtype.element_ty), mask=exists)
+    """Add deviations and their squares to the sums by thread, and counts by position to `number`.
+
+    SCALED is whether they are multiplied by `unit`.
+    """
+    ROUND: tl.constexpr = TILE_POSITIONS * UNROLL
+    whole = rows
+    if not EVEN:
+        whole = rows // ROUND * ROUND
+    for begin in range(0, whole, ROUND):
+        for tile in tl.static_range(UNROLL):
+            deviation, _, more = _deviations(
+                x, mask, begin + tile * TILE_POSITIONS, rows, lanes, offsets, pivot, STRIDE,
+                TILE_POSITIONS, False, CHANNELS_FIRST, MASK,
+            )  # fmt: skip
+            if SCALED:
+                deviation *= spread(unit, CHANNELS_FIRST)
+            sums += deviation
+            squares += deviation * deviation
+            number += more
+    if not EVEN:
+        for begin in range(whole, rows, TILE_POSITIONS):
+            deviation, _, more = _deviations(
+                x, mask, begin, rows, lanes, offsets, pivot, STRIDE, TILE_POSITIONS, True,
+                CHANNELS_FIRST, MASK,
+            )  # fmt: skip
+            if SCALED:
+                deviation *= spread(unit, CHANNELS_FIRST)
+            sums += deviation
+            squares += deviation * deviation
+            number += more
+    return sums, squares, number
 
 
 @triton.jit
-def _keep(statistics, group, groups, mean, missed, rstd, inv_count, write):
-    """Write the statistics of groups."""
-    where = statistics + group * 2
-    tl.store(where, mean, mask=write)
-    tl.store(where + 1, missed, mask=write)
-    where += tl.cast(groups, tl.int64) * 2
-    tl.store(where, rstd, mask=write)
-    tl.store(where + 1, inv_count, mask=write)
-
-
-@triton.jit(do_not_specialize=UNSPECIALIZED)
-def whole(
-    x, scale, bias, mask, y, statistics, steps, groups, begin_at, EPSILON: tl.constexpr,
-    LARGEST_UNIT: tl.constexpr, CHANNELS: tl.constexpr, GROUP_SIZE: tl.constexpr,
-    TILE_CHANNELS: tl.constexpr, TILE_CHANNELS_P2: tl.constexpr, TILE_POSITIONS: tl.constexpr,
-    DIVISOR: tl.constexpr, PARTS: tl.constexpr, BLOCKS: tl.constexpr, FULL: tl.constexpr,
-    GROUPS_P2: tl.constexpr, CHANNELS_FIRST: tl.constexpr, MASK: tl.constexpr, SCALE: tl.constexpr,
-    BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+def _sampled(
+    x, mask, rows, lanes, offsets, STRIDE: tl.constexpr, TILE_POSITIONS: tl.constexpr,
+    UNROLL: tl.constexpr, CHANNELS_FIRST: tl.constexpr, MASK: tl.constexpr,
+    TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """Normalize groups that fit a tile."""
-    pid = tl.program_id(0) + begin_at
-    sample, first, _, _, begin, offsets, exists, channel_exists, counted = tile_of(
-        pid,
-        mask,
-        steps,
-        CHANNELS,
-        GROUP_SIZE,
-        TILE_CHANNELS,
-        TILE_CHANNELS_P2,
-        TILE_POSITIONS,
-        DIVISOR,
-        PARTS,
-        BLOCKS,
-        CHANNELS_FIRST,
-        FULL,
-        MASK,
+    """Return an element, and the mean of the first round's elements, of each channel.
+
+    TOGETHER is whether they are of all channels.
+    """
+    zero = tl.zeros_like(lanes).to(tl.float32)
+    value, counted, _ = _deviations(
+        x, mask, 0, rows, lanes, offsets, zero, STRIDE, TILE_POSITIONS, True, CHANNELS_FIRST, MASK
     )
-    value = _read(x, begin, offsets, exists, counted, MASK)
-    elements = (tl.cast(steps, tl.int64) * (GROUP_SIZE * DIVISOR)).to(tl.float32)
-    count, enough, mean, missed, squares, unit = _measured(
-        value, counted, elements, x, begin, first, steps, CHANNELS, GROUP_SIZE, TILE_CHANNELS_P2,
-        DIVISOR, PARTS, GROUPS_P2, MASK, CHANNELS_FIRST, LARGEST_UNIT,
-    )  # fmt: skip
-    variance = squares / enough + EPSILON * unit * unit
+    low: tl.constexpr = float("-inf")
+    base = tl.max(tl.where(counted, value, low), 1 if CHANNELS_FIRST else 0)
+    if TOGETHER:
+        base = tl.zeros_like(base) + tl.max(base, 0)
+    base = tl.where(base > low, base, 0.0)  # 0 too where nothing is counted, or all is NaN
+    sums = tl.zeros_like(value)
+    number = tl.zeros([TILE_POSITIONS], tl.float32)
+    for tile in tl.static_range(UNROLL):
+        deviation, _, more = _deviations(
+            x, mask, tile * TILE_POSITIONS, rows, lanes, offsets, base, STRIDE, TILE_POSITIONS,
+            True, CHANNELS_FIRST, MASK,
+        )  # fmt: skip
+        sums += deviation
+        number += more
+    total = over_positions(sums, CHANNELS_FIRST)
+    if MASK != 0:
+        count = tl.maximum(tl.sum(number, 0), 1.0)
+    else:
+        count = tl.minimum(rows, TILE_POSITIONS * UNROLL).to(tl.float32)
+    if TOGETHER:
+        total = tl.zeros_like(base) + tl.sum(total, 0)
+        count *= base.shape[0]
+    return base, base + total / count
+
+
+@triton.jit
+def _reached(
+    x, mask, rows, lanes, offsets, base, sums, reach, STRIDE: tl.constexpr,
+    TILE_POSITIONS: tl.constexpr, CHANNELS_FIRST: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """Add deviations times SHRINK to the sums by thread, and take the largest into `reach`."""
+    for begin in range(0, rows, TILE_POSITIONS):
+        deviation, _, _ = _deviations(
+            x, mask, begin, rows, lanes, offsets, base, STRIDE, TILE_POSITIONS, True,
+            CHANNELS_FIRST, MASK,
+        )  # fmt: skip
+        sums += deviation * SHRINK
+        reach = tl.maximum(reach, tl.abs(deviation))
+    return sums, reach
+
+
+@triton.jit
+def _lost(squares, remaining, lanes, TINY: tl.constexpr):
+    """Whether the squares of any channel are out of range, or cancelled; NaN included.
+
+    TINY is whether squares that underflow count: beside a larger epsilon they do not.
+    """
+    lost = ((squares <= remaining * FAR) & (squares < 1e36)) == 0
+    if TINY:
+        lost = lost | (squares < 1e-26)
+    return tl.max((lost & lanes).to(tl.int32), 0) > 0
+
+
+@triton.jit
+def _pair(high, low):
+    """Return a sum as its rounded value and the rest."""
+    total = high + low
+    back = total - high
+    return total, (high - (total - back)) + (low - back)
+
+
+@triton.jit
+def _rstd(squares, count, unit, EPSILON: tl.constexpr):
+    """Return 1 / sqrt(var + epsilon); 1 / sqrt(1 + epsilon) of nothing."""
+    variance = squares / tl.maximum(count, 1.0) + EPSILON * unit * unit
     variance = tl.where(variance == 0, 1.0, variance)  # any finite value
-    rstd = unit / tl.sqrt_rn(variance)
-    missed /= unit
-    if MASK != 0:  # empty groups have mean 0 and variance 1
-        rstd = tl.where(count > 0, rstd, 1.0 / (1.0 + EPSILON) ** 0.5)
-    factor = rstd
-    if SCALE:
-        factor *= parameter_of(scale, first, channel_exists, TILE_CHANNELS_P2)
-    _write(
-        y, (value - spread(mean, CHANNELS_FIRST)) - spread(missed, CHANNELS_FIRST), factor, bias,
-        begin, offsets, exists, counted, first, channel_exists, TILE_CHANNELS_P2, BIAS, ACTIVATION,
-        CHANNELS_FIRST, MASK,
-    )  # fmt: skip
-    group = sample.to(tl.int64) * (CHANNELS // GROUP_SIZE) + group_of(
-        first, GROUP_SIZE, TILE_CHANNELS_P2
-    )
-    inv_count = tl.where(count > 0, 1.0 / enough, 0.0)
-    write = leads(GROUP_SIZE, TILE_CHANNELS_P2, PARTS) & channel_exists
-    _keep(statistics, group, groups, mean, missed, rstd, inv_count, write)
+    return tl.where(count > 0, unit / tl.sqrt_rn(variance), 1.0 / (1.0 + EPSILON) ** 0.5)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def measure(
-    x, mask, parts, steps, begin_at, LARGEST_UNIT: tl.constexpr, CHANNELS: tl.constexpr,
-    GROUP_SIZE: tl.constexpr, TILE_CHANNELS: tl.constexpr, TILE_CHANNELS_P2: tl.constexpr,
-    TILE_POSITIONS: tl.constexpr, DIVISOR: tl.constexpr, PARTS: tl.constexpr, BLOCKS: tl.constexpr,
-    FULL: tl.constexpr, GROUPS_P2: tl.constexpr, CHANNELS_FIRST: tl.constexpr, MASK: tl.constexpr,
+    x, mask, parts, steps, chunk, chunks, LARGEST_UNIT: tl.constexpr, TINY: tl.constexpr,
+    CHANNELS: tl.constexpr, TILE_CHANNELS: tl.constexpr, TILE_POSITIONS: tl.constexpr,
+    UNROLL: tl.constexpr, DIVISOR: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr,
+    CHANNELS_FIRST: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """Measure the part of each group that is in a tile."""
-    pid = tl.program_id(0) + begin_at
-    sample, first, part, chunk, begin, offsets, exists, channel_exists, counted = tile_of(
-        pid,
-        mask,
-        steps,
-        CHANNELS,
-        GROUP_SIZE,
-        TILE_CHANNELS,
-        TILE_CHANNELS_P2,
-        TILE_POSITIONS,
-        DIVISOR,
-        PARTS,
-        BLOCKS,
-        CHANNELS_FIRST,
-        FULL,
-        MASK,
+    """Measure each channel of a slab."""
+    sample, first, number, start, rows = slab_of(
+        tl.program_id(0), steps, chunk, chunks, TILE_CHANNELS, DIVISOR, BLOCKS, CHANNELS_FIRST
     )
-    value = _read(x, begin, offsets, exists, counted, MASK)
-    positions = tl.minimum(
-        tl.cast(steps, tl.int64) * DIVISOR - chunk.to(tl.int64) * TILE_POSITIONS, TILE_POSITIONS
+    STRIDE: tl.constexpr = 1 if CHANNELS_FIRST else CHANNELS
+    lanes = lanes_of(first, CHANNELS, TILE_CHANNELS)
+    x += begin_of(sample, first, start, steps, CHANNELS, DIVISOR, CHANNELS_FIRST)
+    mask = mask_at(mask, sample, start, steps, DIVISOR, MASK)
+    offsets = offsets_in(steps, CHANNELS, TILE_CHANNELS, TILE_POSITIONS, DIVISOR, CHANNELS_FIRST)
+    base, pivot = _sampled(
+        x, mask, rows, lanes, offsets, STRIDE, TILE_POSITIONS, UNROLL, CHANNELS_FIRST, MASK, False
     )
-    channels = (
-        tl.minimum(GROUP_SIZE - part * TILE_CHANNELS, TILE_CHANNELS) if PARTS > 1 else GROUP_SIZE
-    )
-    elements = (positions * channels).to(tl.float32)
-    count, _, mean, missed, squares, unit = _measured(
-        value, counted, elements, x, begin, first, steps, CHANNELS, GROUP_SIZE, TILE_CHANNELS_P2,
-        DIVISOR, PARTS, GROUPS_P2, MASK, CHANNELS_FIRST, LARGEST_UNIT,
+    unit = tl.zeros_like(pivot) + 1.0
+    nothing = tl.zeros(offsets.shape, tl.float32)
+    none = tl.zeros([TILE_POSITIONS], tl.float32)
+    sums, squares, count = _added(
+        x, mask, rows, lanes, offsets, pivot, unit, nothing, nothing, none, STRIDE,
+        TILE_POSITIONS, UNROLL, EVEN, CHANNELS_FIRST, MASK, False,
     )  # fmt: skip
-    chunks = chunks_of(steps, DIVISOR, TILE_POSITIONS)
-    group = sample.to(tl.int64) * (CHANNELS // GROUP_SIZE) + group_of(
-        first, GROUP_SIZE, TILE_CHANNELS_P2
+    if MASK != 0:
+        total = tl.sum(count, 0)
+    else:
+        total = rows.to(tl.float32)
+    enough = tl.maximum(total, 1.0)
+    mean = over_positions(sums, CHANNELS_FIRST) / enough
+    square = over_positions(squares, CHANNELS_FIRST)
+    remaining = square - total * mean * mean
+    if _lost(square, remaining, lanes, TINY):
+        sums, reach = _reached(
+            x, mask, rows, lanes, offsets, base, nothing, nothing, STRIDE, TILE_POSITIONS,
+            CHANNELS_FIRST, MASK,
+        )  # fmt: skip
+        pivot = base + over_positions(sums, CHANNELS_FIRST) / enough / SHRINK
+        unit = unit_for(tl.max(reach, 1 if CHANNELS_FIRST else 0), LARGEST_UNIT)
+        sums, squares, count = _added(
+            x, mask, rows, lanes, offsets, pivot, unit, nothing, nothing, none, STRIDE,
+            TILE_POSITIONS, UNROLL, EVEN, CHANNELS_FIRST, MASK, True,
+        )  # fmt: skip
+        mean = over_positions(sums, CHANNELS_FIRST) / enough
+        remaining = over_positions(squares, CHANNELS_FIRST) - total * mean * mean
+        mean /= unit
+    remaining = tl.where(remaining < 0, 0.0, remaining)  # keeps NaN
+    part = sample.to(tl.int64) * chunks + number
+    where = parts + part * (5 * CHANNELS) + first + tl.arange(0, TILE_CHANNELS)
+    tl.store(where, pivot, mask=lanes)
+    tl.store(where + CHANNELS, mean, mask=lanes)
+    tl.store(where + 2 * CHANNELS, remaining, mask=lanes)
+    tl.store(where + 3 * CHANNELS, unit, mask=lanes)
+    tl.store(where + 4 * CHANNELS, tl.zeros_like(pivot) + total, mask=lanes)
+
+
+@triton.jit
+def _part(parts, begin, count, CHANNELS: tl.constexpr, GROUP_SIZE: tl.constexpr, AT_ONCE: tl.constexpr):
+    """Return pivots, means, squares, units and counts of AT_ONCE parts; `count` of all exist."""
+    number = begin + tl.arange(0, AT_ONCE)
+    there = number < count
+    where = parts + (number // GROUP_SIZE).to(tl.int64) * (5 * CHANNELS) + number % GROUP_SIZE
+    counts = tl.load(where + 4 * CHANNELS, mask=there, other=0.0)
+    there = there & (counts > 0)
+    return (
+        tl.load(where, mask=there, other=0.0),
+        tl.load(where + CHANNELS, mask=there, other=0.0),
+        tl.load(where + 2 * CHANNELS, mask=there, other=0.0),
+        tl.load(where + 3 * CHANNELS, mask=there, other=1.0),
+        counts,
     )
-    where = parts + (group * (PARTS * chunks) + part * chunks + chunk) * 5
-    write = leads(GROUP_SIZE, TILE_CHANNELS_P2, PARTS) & channel_exists
-    tl.store(where, count, mask=write)
-    tl.store(where + 1, mean, mask=write)
-    tl.store(where + 2, missed / unit, mask=write)
-    tl.store(where + 3, squares, mask=write)
-    tl.store(where + 4, unit, mask=write)
-
-
-@triton.jit
-def _merged(parts, group, exists, begin, tiles, MERGE_P2: tl.constexpr):
-    """Merge up to MERGE_P2 parts of groups; return count, mean and sum of squares in float64."""
-    number = begin + tl.arange(0, MERGE_P2)
-    there = (number < tiles)[:, None] & exists[None, :]
-    where = parts + (group[None, :] * tiles + number[:, None]) * 5
-    count = tl.load(where, mask=there, other=0.0)
-    mean = tl.load(where + 1, mask=there, other=0.0)
-    missed = tl.load(where + 2, mask=there, other=0.0)
-    squares = tl.load(where + 3, mask=there, other=0.0)
-    unit = tl.load(where + 4, mask=there, other=1.0)
-    # Relative to one of the means, so that equal means are merged exactly.
-    base = tl.max(tl.where(count > 0, mean, float("-inf")), 0)
-    total = tl.sum(count.to(tl.float64), 0)
-    base = tl.where(total > 0, base, 0.0).to(tl.float64)
-    enough = tl.where(total > 0, total, 1.0)
-    weight = count.to(tl.float64)
-    deviation = (mean.to(tl.float64) - base[None, :]) + missed.to(tl.float64)
-    deviation = tl.where(count > 0, deviation, 0.0)
-    delta = tl.sum(weight * deviation, 0) / enough
-    deviation -= delta[None, :]
-    unit = unit.to(tl.float64)
-    squares = tl.sum(squares.to(tl.float64) / (unit * unit) + weight * deviation * deviation, 0)
-    return total, base + delta, squares
-
-
-@triton.jit
-def _finished(total, mean, squares, EPSILON: tl.constexpr):
-    """Return the mean as a pair, 1 / sqrt(var + epsilon), and 1 / count, in float32."""
-    enough = tl.where(total > 0, total, 1.0)
-    variance = squares / enough + EPSILON
-    variance = tl.where(variance == 0, 1.0, variance)
-    variance = tl.where(total > 0, variance, 1.0 + EPSILON)
-    rstd = (1.0 / tl.sqrt(variance)).to(tl.float32)
-    high = mean.to(tl.float32)
-    low = (mean - high.to(tl.float64)).to(tl.float32)
-    inv_count = tl.where(total > 0, 1.0 / enough, 0.0).to(tl.float32)
-    return high, low, rstd, inv_count
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def merge(
-    parts, statistics, tiles, begin_at, groups, EPSILON: tl.constexpr, MERGE_P2: tl.constexpr
-):
-    """Merge all tiles of a group, if there are many."""
-    group = (tl.program_id(0) + begin_at).to(tl.int64) + tl.arange(0, 1)
-    exists = group >= 0
-    total, mean, squares = _merged(parts, group, exists, 0, tiles, MERGE_P2)
-    for begin in range(MERGE_P2, tiles, MERGE_P2):
-        more, other, other_squares = _merged(parts, group, exists, begin, tiles, MERGE_P2)
-        both = tl.where(total + more > 0, total + more, 1.0)
-        delta = tl.where((total > 0) & (more > 0), other - mean, 0.0)
-        mean = tl.where(total > 0, mean, other) + delta * (more / both)
-        squares += other_squares + delta * delta * (total * more / both)
-        total += more
-    high, low, rstd, inv_count = _finished(total, mean, squares, EPSILON)
-    _keep(statistics, group, groups, high, low, rstd, inv_count, exists)
+    parts, statistics, chunks, groups, EPSILON: tl.constexpr, LARGEST_UNIT: tl.constexpr,
+    CHANNELS: tl.constexpr, GROUP_SIZE: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """Merge the parts of a group: its channels in each of the chunks."""
+    group = tl.program_id(0).to(tl.int64)
+    sample = group // (CHANNELS // GROUP_SIZE)
+    channel = group % (CHANNELS // GROUP_SIZE) * GROUP_SIZE
+    parts += sample * chunks * (5 * CHANNELS) + channel
+    count = chunks * GROUP_SIZE
+    # One of the means, so that equal ones are merged exactly; all others are relative to it.
+    base = tl.load(parts) + tl.load(parts + CHANNELS)
+    total = tl.zeros([AT_ONCE], tl.float32)
+    sums = tl.zeros([AT_ONCE], tl.float32)
+    for begin in range(0, count, AT_ONCE):
+        pivot, mean, _, _, number = _part(parts, begin, count, CHANNELS, GROUP_SIZE, AT_ONCE)
+        total += number
+        sums += tl.where(number > 0, ((pivot - base) + mean) * SHRINK * number, 0.0)
+    total = tl.sum(total, 0)
+    enough = tl.maximum(total, 1.0)
+    base += tl.sum(sums, 0) / enough / SHRINK
+    # Relative to about the mean: what rounding left of it, and the largest deviation.
+    sums = tl.zeros([AT_ONCE], tl.float32)
+    reach = tl.zeros([AT_ONCE], tl.float32)
+    for begin in range(0, count, AT_ONCE):
+        pivot, mean, square, unit, number = _part(
+            parts, begin, count, CHANNELS, GROUP_SIZE, AT_ONCE
+        )
+        deviation = tl.where(number > 0, (pivot - base) + mean, 0.0)
+        sums += deviation * SHRINK * number
+        within = tl.sqrt_rn(square) / unit
+        reach = tl.maximum(reach, tl.maximum(tl.abs(deviation), within))
+    missed = tl.sum(sums, 0) / enough / SHRINK
+    whole = unit_for(tl.max(reach, 0), LARGEST_UNIT)
+    squares = tl.zeros([AT_ONCE], tl.float32)
+    for begin in range(0, count, AT_ONCE):
+        pivot, mean, square, unit, number = _part(
+            parts, begin, count, CHANNELS, GROUP_SIZE, AT_ONCE
+        )
+        deviation = tl.where(number > 0, ((pivot - base) + mean) - missed, 0.0) * whole
+        finer = whole / unit
+        squares += square * finer * finer + deviation * deviation * number
+    rstd = _rstd(tl.sum(squares, 0), total, whole, EPSILON)
+    high, low = _pair(base, missed)
+    inv_count = tl.where(total > 0, 1.0 / enough, 0.0)
+    keep_statistics(statistics, group, groups, high, low, rstd, inv_count, group >= 0)
+
+
+@triton.jit
+def _written(
+    x, y, mask, begin, rows, lanes, offsets, high, factor, shift, STRIDE: tl.constexpr,
+    TILE_POSITIONS: tl.constexpr, LAST: tl.constexpr, CHANNELS_FIRST: tl.constexpr,
+    MASK: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    exists = exists_in(begin, rows, lanes, TILE_POSITIONS, LAST, CHANNELS_FIRST)
+    where = tl.cast(begin, tl.int64) * STRIDE + offsets
+    value = tl.load(x + where, mask=exists, other=0.0).to(tl.float32)
+    counted = exists
+    if MASK != 0:
+        valid = valid_in(mask, begin, rows, TILE_POSITIONS, LAST)
+        counted = exists & spread(valid, not CHANNELS_FIRST)
+    found = normalized(
+        value, counted, spread(high, CHANNELS_FIRST), spread(factor, CHANNELS_FIRST),
+        spread(shift, CHANNELS_FIRST), MASK, ACTIVATION,
+    )  # fmt: skip
+    tl.store(y + where, found.to(y.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def _write(
+    x, y, mask, rows, lanes, offsets, high, factor, shift, STRIDE: tl.constexpr,
+    TILE_POSITIONS: tl.constexpr, EVEN: tl.constexpr, CHANNELS_FIRST: tl.constexpr,
+    MASK: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """Normalize a slab."""
+    whole = rows
+    if not EVEN:
+        whole = rows // TILE_POSITIONS * TILE_POSITIONS
+    for begin in range(0, whole, TILE_POSITIONS):
+        _written(
+            x, y, mask, begin, rows, lanes, offsets, high, factor, shift, STRIDE, TILE_POSITIONS,
+            False, CHANNELS_FIRST, MASK, ACTIVATION,
+        )  # fmt: skip
+    if not EVEN:
+        if whole < rows:
+            _written(
+                x, y, mask, whole, rows, lanes, offsets, high, factor, shift, STRIDE,
+                TILE_POSITIONS, True, CHANNELS_FIRST, MASK, ACTIVATION,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def apply(
-    x, scale, bias, mask, parts, y, statistics, steps, groups, begin_at, EPSILON: tl.constexpr,
-    MERGE_P2: tl.constexpr, CHANNELS: tl.constexpr, GROUP_SIZE: tl.constexpr,
-    TILE_CHANNELS: tl.constexpr, TILE_CHANNELS_P2: tl.constexpr, TILE_POSITIONS: tl.constexpr,
-    DIVISOR: tl.constexpr, PARTS: tl.constexpr, BLOCKS: tl.constexpr, FULL: tl.constexpr,
-    GROUPS_P2: tl.constexpr, CHANNELS_FIRST: tl.constexpr, MASK: tl.constexpr, SCALE: tl.constexpr,
-    BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    x, scale, bias, mask, statistics, y, steps, chunk, chunks, groups, CHANNELS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr, TILE_CHANNELS: tl.constexpr, TILE_POSITIONS: tl.constexpr,
+    DIVISOR: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr, CHANNELS_FIRST: tl.constexpr,
+    MASK: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """Normalize from at most MERGE_P2 parts and write the statistics; if 0, read them instead."""
-    # In reverse order: the tiles measured last may still be in the cache.
-    pid = tl.num_programs(0) - 1 - tl.program_id(0) + begin_at
-    sample, first, part, chunk, begin, offsets, exists, channel_exists, counted = tile_of(
-        pid,
-        mask,
-        steps,
-        CHANNELS,
-        GROUP_SIZE,
-        TILE_CHANNELS,
-        TILE_CHANNELS_P2,
-        TILE_POSITIONS,
-        DIVISOR,
-        PARTS,
-        BLOCKS,
-        CHANNELS_FIRST,
-        FULL,
-        MASK,
+    """Normalize a slab."""
+    # In reverse order: the slabs measured last may still be in the cache.
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)
+    sample, first, _, start, rows = slab_of(
+        pid, steps, chunk, chunks, TILE_CHANNELS, DIVISOR, BLOCKS, CHANNELS_FIRST
     )
-    value = _read(x, begin, offsets, exists, counted, MASK)
-    lane_group = sample.to(tl.int64) * (CHANNELS // GROUP_SIZE) + group_of(
-        first, GROUP_SIZE, TILE_CHANNELS_P2
-    )
-    if MERGE_P2 == 0:
-        where = parts + lane_group * 2
-        high = tl.load(where, mask=channel_exists, other=0.0)
-        low = tl.load(where + 1, mask=channel_exists, other=0.0)
-        rstd = tl.load(where + tl.cast(groups, tl.int64) * 2, mask=channel_exists, other=0.0)
-    else:
-        chunks = chunks_of(steps, DIVISOR, TILE_POSITIONS)
-        number = first // GROUP_SIZE + tl.arange(0, GROUPS_P2)
-        group = sample.to(tl.int64) * (CHANNELS // GROUP_SIZE) + number
-        there = number < CHANNELS // GROUP_SIZE
-        total, mean, squares = _merged(parts, group, there, 0, PARTS * chunks, MERGE_P2)
-        high, low, rstd, inv_count = _finished(total, mean, squares, EPSILON)
-        if (part == 0) & (chunk == 0):
-            mine = there & (tl.arange(0, GROUPS_P2) * GROUP_SIZE < TILE_CHANNELS)
-            _keep(statistics, group, groups, high, low, rstd, inv_count, mine)
-        high = spread_groups(high, GROUP_SIZE, TILE_CHANNELS_P2, GROUPS_P2)
-        low = spread_groups(low, GROUP_SIZE, TILE_CHANNELS_P2, GROUPS_P2)
-        rstd = spread_groups(rstd, GROUP_SIZE, TILE_CHANNELS_P2, GROUPS_P2)
-    factor = rstd
-    if SCALE:
-        factor *= parameter_of(scale, first, channel_exists, TILE_CHANNELS_P2)
-    _write(
-        y, (value - spread(high, CHANNELS_FIRST)) - spread(low, CHANNELS_FIRST), factor, bias,
-        begin, offsets, exists, counted, first, channel_exists, TILE_CHANNELS_P2, BIAS, ACTIVATION,
-        CHANNELS_FIRST, MASK,
+    lanes = lanes_of(first, CHANNELS, TILE_CHANNELS)
+    high, rstd, shift, _, factor, offset = channel_values(
+        statistics, scale, bias, groups, sample, first, lanes, CHANNELS, GROUP_SIZE,
+        TILE_CHANNELS, SCALE, BIAS, ROWS,
     )  # fmt: skip
+    begin = begin_of(sample, first, start, steps, CHANNELS, DIVISOR, CHANNELS_FIRST)
+    _write(
+        x + begin, y + begin, mask_at(mask, sample, start, steps, DIVISOR, MASK), rows, lanes,
+        offsets_in(steps, CHANNELS, TILE_CHANNELS, TILE_POSITIONS, DIVISOR, CHANNELS_FIRST), high,
+        rstd * factor, shift * factor + offset, 1 if CHANNELS_FIRST else CHANNELS, TILE_POSITIONS,
+        EVEN, CHANNELS_FIRST, MASK, ACTIVATION,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def group(
+    x, scale, bias, mask, y, statistics, steps, groups, EPSILON: tl.constexpr,
+    LARGEST_UNIT: tl.constexpr, TINY: tl.constexpr, CHANNELS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr, TILE_CHANNELS: tl.constexpr, TILE_POSITIONS: tl.constexpr,
+    UNROLL: tl.constexpr, DIVISOR: tl.constexpr, EVEN: tl.constexpr, MASK: tl.constexpr,
+    SCALE: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """Normalize a group, whose channels come before positions, TILE_CHANNELS after another."""
+    pid = tl.program_id(0)
+    sample = pid // (CHANNELS // GROUP_SIZE)
+    first = pid % (CHANNELS // GROUP_SIZE) * GROUP_SIZE
+    rows = steps * DIVISOR
+    lanes = tl.full([TILE_CHANNELS], 1, tl.int1)
+    begin = begin_of(sample, first, 0, steps, CHANNELS, DIVISOR, True)
+    mask = mask_at(mask, sample, tl.cast(0, tl.int64), steps, DIVISOR, MASK)
+    offsets = offsets_in(steps, CHANNELS, TILE_CHANNELS, TILE_POSITIONS, DIVISOR, True)
+    base, pivot = _sampled(
+        x + begin, mask, rows, lanes, offsets, 1, TILE_POSITIONS, UNROLL, True, MASK, True
+    )
+    unit = tl.zeros_like(pivot) + 1.0
+    nothing = tl.zeros(offsets.shape, tl.float32)
+    none = tl.zeros([TILE_POSITIONS], tl.float32)
+    sums, squares, count = nothing, nothing, none
+    for channel in range(0, GROUP_SIZE, TILE_CHANNELS):
+        sums, squares, count = _added(
+            x + begin + tl.cast(channel, tl.int64) * rows, mask, rows, lanes, offsets, pivot, unit,
+            sums, squares, count, 1, TILE_POSITIONS, UNROLL, EVEN, True, MASK, False,
+        )  # fmt: skip
+    if MASK != 0:
+        total = tl.sum(count, 0) * TILE_CHANNELS
+    else:
+        total = rows.to(tl.float32) * GROUP_SIZE
+    enough = tl.maximum(total, 1.0)
+    mean = tl.sum(over_positions(sums, True), 0) / enough
+    square = tl.sum(over_positions(squares, True), 0)
+    remaining = square - total * mean * mean
+    if _lost(tl.zeros_like(pivot) + square, remaining, lanes, TINY):
+        sums, reach = nothing, nothing
+        for channel in range(0, GROUP_SIZE, TILE_CHANNELS):
+            sums, reach = _reached(
+                x + begin + tl.cast(channel, tl.int64) * rows, mask, rows, lanes, offsets, base,
+                sums, reach, 1, TILE_POSITIONS, True, MASK,
+            )  # fmt: skip
+        pivot = base + tl.sum(over_positions(sums, True), 0) / enough / SHRINK
+        unit = unit_for(tl.zeros_like(pivot) + tl.max(tl.max(reach, 1), 0), LARGEST_UNIT)
+        sums, squares, count = nothing, nothing, none
+        for channel in range(0, GROUP_SIZE, TILE_CHANNELS):
+            sums, squares, count = _added(
+                x + begin + tl.cast(channel, tl.int64) * rows, mask, rows, lanes, offsets, pivot,
+                unit, sums, squares, count, 1, TILE_POSITIONS, UNROLL, EVEN, True, MASK, True,
+            )  # fmt: skip
+        mean = tl.sum(over_positions(sums, True), 0) / enough
+        remaining = tl.sum(over_positions(squares, True), 0) - total * mean * mean
+    remaining = tl.where(remaining < 0, 0.0, remaining)  # keeps NaN
+    rstd = _rstd(remaining, total, unit, EPSILON)
+    high, low = _pair(pivot, mean / unit)
+    inv_count = tl.zeros_like(rstd) + tl.where(total > 0, 1.0 / enough, 0.0)
+    write = tl.arange(0, TILE_CHANNELS) == 0
+    where = pid + tl.zeros([TILE_CHANNELS], tl.int64)
+    keep_statistics(statistics, where, groups, high, low, rstd, inv_count, write)
+    for channel in range(0, GROUP_SIZE, TILE_CHANNELS):
+        factor = rstd
+        if SCALE:
+            factor *= parameter_of(
+                scale, sample, first + channel, lanes, CHANNELS, TILE_CHANNELS, ROWS
+            )
+        shift = -low * factor
+        if BIAS:
+            shift += parameter_of(
+                bias, sample, first + channel, lanes, CHANNELS, TILE_CHANNELS, ROWS
+            )
+        at = begin + tl.cast(channel, tl.int64) * rows
+        _write(
+            x + at, y + at, mask, rows, lanes, offsets, high, factor, shift, 1, TILE_POSITIONS,
+            EVEN, True, MASK, ACTIVATION,
+        )  # fmt: skip

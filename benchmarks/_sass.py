@@ -5,13 +5,14 @@ part that is for values out of range, which is not run otherwise. How often a lo
 the launch.
 """
 
+import itertools
 import re
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["executed", "resources"]
+__all__ = ["executed", "resources", "spills_in_loops"]
 
 # Instructions that take more than an issue slot: lanes a cycle and multiprocessor (CUDA's
 # programming guide, arithmetic throughput, compute capability 9.0).
@@ -51,7 +52,7 @@ def blocks_of(cubin: str) -> list[Block]:
         if branch:
             targets[address] = int(branch[1], 16)
     begins = {code[0][0], *targets.values()}
-    for (address, text), (after, _) in zip(code, code[1:], strict=False):
+    for (address, text), (after, _) in itertools.pairwise(code):
         if address in targets or "EXIT" in text or re.search(r"\bRET\b", text):
             begins.add(after)
     begins &= {address for address, _ in code}
@@ -118,11 +119,24 @@ def _loops(blocks: list[Block], dominators: list[set[int]]) -> list[set[int]]:
     return sorted(found.values(), key=len, reverse=True)
 
 
-def _loads(blocks: list[Block], body: set[int]) -> int:
-    return sum("LDG" in text for i in body for text in blocks[i].text)
+def _loaded(blocks: list[Block], body: set[int]) -> int:
+    """Return the bytes of global memory that the instructions of some blocks read."""
+    found = (re.search(r"\bLDG\.(\S+)", text) for i in body for text in blocks[i].text)
+    sizes = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+    return sum(
+        next((sizes[part] for part in load[1].split(".") if part in sizes), 4)
+        for load in found if load
+    )  # fmt: skip
 
 
-def executed(cubin: str, launch: Any, positions: int) -> dict[str, float]:
+def spills_in_loops(cubin: str) -> list[str]:
+    """Return the accesses of a thread's own memory in loops."""
+    blocks = blocks_of(cubin)
+    looped = set().union(*_loops(blocks, _dominators(blocks)))
+    return [t for i in looped for t in blocks[i].text if re.search(r"\b(LDL|STL)\b", t)]
+
+
+def executed(cubin: str, launch: Any, positions: int, item: int) -> dict[str, float]:
     """Return how many instructions a thread executes, all and the `SLOW` ones.
 
     Parameters
@@ -131,39 +145,40 @@ def executed(cubin: str, launch: Any, positions: int) -> dict[str, float]:
         The path of the compiled kernel.
     launch : Launch
         Of this kernel.
-    positions : int
-        Of the array.
+    positions, item : int
+        Of the array, and the bytes of an element.
     """
     blocks = blocks_of(cubin)
     dominators = _dominators(blocks)
     loops = _loops(blocks, dominators)
-    heads = [min(body) for body in loops]
-    # What only a branch leads to, with two loops or more, is for values out of range.
+    heads = [min(b) for b in loops if not any(b < o for o in loops)]
+    # What only a branch leads to, with two loops after each other, is for values out of range.
     rare: set[int] = set()
     for i, block in enumerate(blocks):
         for entry in block.next if len(block.next) == 2 else ():
             region = {j for j, d in enumerate(dominators) if entry in d}
-            ends = any(not blocks[j].next for j in region)
+            ends = any("EXIT" in blocks[j].text[-1] for j in region)
             if i not in region and not ends and sum(h in region for h in heads) > 1:
                 rare |= region
     constants, scalars = dict(launch.constants), dict(launch.scalars)
     weights = [0.0 if i in rare else 1.0 for i in range(len(blocks))]
-    inner = [b for b in loops if not any(o < b for o in loops) and _loads(blocks, b)]
+    inner = [b for b in loops if not any(o < b for o in loops) and _loaded(blocks, b)]
     inner = [b for b in inner if not b & rare]
     if inner and "EVEN" in constants:
         rows = min(scalars.get("chunk", positions), positions)
-        length = constants["TILE_POSITIONS"]
-        at_once = length * constants.get("UNROLL", 1)
-        most = max(_loads(blocks, b) for b in inner)
-        main = [b for b in inner if 2 * _loads(blocks, b) > most]
+        length, unroll = constants["TILE_POSITIONS"], constants.get("UNROLL", 1)
+        lanes = 32 * launch.warps / constants["TILE_CHANNELS"]  # threads for each channel
+        read = len({"x", "dy"} & set(launch.arrays))
+        at_once = {id(b): _loaded(blocks, b) / item / read * lanes for b in inner}
+        main = [b for b in inner if unroll == 1 or at_once[id(b)] > length]
         for body in loops:
             if body & rare:
                 continue
             within = sum(b < body for b in main)
             if body in main:
-                trips = rows // at_once
-            elif body in inner:
-                trips = -(-(rows % at_once) // length)
+                trips = rows // at_once[id(body)]
+            elif body in inner:  # over the tiles that are left of a round
+                trips = -(-(rows % (length * unroll)) // length)
             elif within:  # over channels, maybe unrolled
                 trips = constants["GROUP_SIZE"] // constants["TILE_CHANNELS"] / within
             else:

@@ -63,7 +63,7 @@ def passes(shape: Any, program: Any, dtype: str = "bfloat16") -> Iterator[Pass]:
             continue
         types = dtypes_of(launch, dtype)
         built, _ = build(launch, types, (True,) * len(types), 90, False)
-        counts = executed(built.cubin_path, launch, shape.positions)
+        counts = executed(built.cubin_path, launch, shape.positions, shape.item_bytes)
         threads = launch.grid[0] * built.threads
         cycles = {"issue": counts["all"] * threads / WARP / SLOTS}
         cycles |= {name: counts[name] * threads / rate for name, rate in SLOW.items()}
@@ -113,9 +113,7 @@ def main() -> None:
             subprocess.run(command, shell=True, check=True)
             print(f"At {arguments.against}:\n", flush=True)
             environment = {**os.environ, "PYTHONPATH": folder}
-            subprocess.run(
-                [sys.executable, __file__], cwd=folder, env=environment, check=True
-            )
+            subprocess.run([sys.executable, __file__], cwd=folder, env=environment, check=True)
         print("\nNow:\n")
     cards = " / ".join(CARDS)
     print("bfloat16 with SiLU; bounds in % of the floor, and instructions an element\n")

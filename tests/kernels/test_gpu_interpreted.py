@@ -41,9 +41,9 @@ PLANS = {
     "slabs": {"SMALL": 0, "SMALL_FIRST": 0, "CACHED_BYTES": 0, "SLAB_WARPS": 1, "UNROLL": 2},
 }
 MORE = {
-    "chunks": {**PLANS["slabs"], "MEASURING": 10**6, "APPLYING": 10**6, "MERGED_AT_ONCE": 16},
+    "chunks": {**PLANS["slabs"], "FEWEST": 10**6, "MERGED_AT_ONCE": 16},
     "rows": {
-        **PLANS["slabs"], "MEASURING": 10**6, "MANY_ROWS": 2, "ROWS_OF_A_BLOCK": 3,
+        **PLANS["slabs"], "FEWEST": 10**6, "MANY_ROWS": 2, "ROWS_OF_A_BLOCK": 3,
         "ROWS_AT_ONCE": 2,
     },
 }  # fmt: skip
@@ -141,6 +141,73 @@ def test_masks(plan, name, one, rng):
     out = ~np.broadcast_to(mask, x.shape)
     x.numpy()[out] = np.resize(np.float32([np.nan, np.inf, 7]), out.sum())
     check(x, dy, scale, bias, keywords, GRADIENT_FAR, mask=mask)
+
+
+def far_first(shape, axis, rng):
+    """Return data whose first positions of all channels are far from the others."""
+    x = rng.normal(size=shape)
+    np.moveaxis(x, axis, -1).reshape(shape[0], -1, shape[axis])[:, :3] += 1e4
+    return x
+
+
+HARD = {
+    "far first positions": far_first,
+    "a spike at the first element": lambda shape, axis, rng: np.where(
+        np.indices(shape).sum(0) == 0, 1e6, rng.normal(size=shape)
+    ),
+    "means of channels far apart": lambda shape, axis, rng: (
+        rng.normal(size=shape)
+        + np.expand_dims(
+            np.resize([1e5, -1e5, 3.0], shape[axis]),
+            tuple(a for a in range(len(shape)) if a != axis % len(shape)),
+        )
+    ),
+    "sorted": lambda shape, axis, rng: np.sort(rng.lognormal(size=shape), axis=None).reshape(shape),
+    "two values": lambda shape, axis, rng: 1e5 + rng.integers(0, 2, shape),
+}
+
+
+@pytest.mark.needs("torch")
+@pytest.mark.parametrize("mask", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("kind", HARD)
+@pytest.mark.parametrize("name", ["last, wide", "first, long", "first, D=10, P=49"])
+def test_hard_data(plan, name, kind, mask, rng):
+    """Also where a mask leaves none of the first positions, from which pivots are taken."""
+    torch = importlib.import_module("torch")
+    x, _, scale, bias, keywords = arguments(name, rng)
+    shape, axis, _ = SHAPES[name]
+    x = torch.from_numpy(HARD[kind](shape, axis, rng).astype("f"))
+    others = {}
+    if mask:
+        valid = np.ones((*shape[:axis], 1, *shape[axis:][1:]), bool)
+        np.moveaxis(valid, axis, -1).reshape(shape[0], -1)[:, : 5 if "last" in name else 45] = False
+        others["mask"] = valid
+    y = group_norm(x, scale, bias, implementation="fused", **keywords, **others)
+    want = oracle.group_norm(wide(x), wide(scale), wide(bias), **keywords, **others)
+    assert_close(y.numpy(), want, tolerance=CONTRACT)
+
+
+@pytest.mark.needs("torch")
+@pytest.mark.parametrize("name", ["last, D=10, P=49", "first, D=10, P=49", "first, long"])
+def test_parameters_of_each_sample(plan, name, rng):
+    torch = importlib.import_module("torch")
+    x, dy, scale, bias, keywords = arguments(name, rng)
+    rows = [1 + torch.arange(len(x))[:, None] * 0.25 + p for p in (scale, bias)]
+    y, pullback = group_norm_vjp(x, *rows, implementation="fused", activation="silu", **keywords)
+    found = pullback(dy)
+    for i in range(len(x)):
+        given = [a.double().requires_grad_() for a in (x[i : i + 1], *(row[i] for row in rows))]
+        axis = keywords["feature_axis"]
+        z = torch.nn.functional.group_norm(
+            given[0].movedim(axis, 1), keywords["num_groups"], *given[1:], 1e-6
+        ).movedim(1, axis)
+        want = torch.nn.functional.silu(z)
+        assert_close(y[i : i + 1].numpy(), want.detach().numpy(), tolerance=CONTRACT)
+        gradients = torch.autograd.grad(want, given, dy[i : i + 1].double())
+        for ours, reference in zip(
+            (found.x[i : i + 1], found.scale[i], found.bias[i]), gradients, strict=True
+        ):
+            assert_gradient(ours.numpy(), reference.numpy(), rtol=GRADIENT)
 
 
 @pytest.mark.needs("torch")

@@ -7,22 +7,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from groupnorm.backends.kernels.gpu import build
 from groupnorm.backends.kernels.gpu import program as gpu
 from groupnorm.backends.kernels.gpu.tiling import (
-    CHUNK_BACKWARD,
-    CHUNK_FORWARD,
     MAX_OFFSET,
-    WHOLE_BACKWARD,
-    WHOLE_FORWARD,
+    SAMPLED,
+    SMALL,
+    Slabs,
     Tiles,
     power_of_two,
-    tile_parts,
-    tile_whole_groups,
+    slabs_of,
+    slabs_of_whole_groups,
+    tiles_of_small_groups,
     warps_for,
 )
 from groupnorm.backends.kernels.grouped_shape import GroupedShape
 
-PLAIN = gpu.KernelOptions(1e-6, None, None, True, True, waves=True)
+PLAIN = gpu.KernelOptions(1e-6, None, None, True, True)
 
 forms = st.builds(
     GroupedShape,
@@ -35,41 +36,56 @@ forms = st.builds(
 ).filter(lambda form: form.channels * form.positions <= 1 << 23)  # `covered` allocates them
 
 
-def covered(form: GroupedShape, tiles: Tiles) -> np.ndarray:
-    """Return how many tiles contain each element of one sample, by the kernels' indexing."""
+def covered(form: GroupedShape, parts: Tiles | Slabs) -> np.ndarray:
+    """Return how many tiles or slabs contain each element of one sample, as kernels index them."""
     count = np.zeros((form.channels, form.positions), np.uint8)
-    for block in range(tiles.blocks(form)):
-        if tiles.parts == 1:
-            begin, end = block * tiles.width, form.channels
-        else:
-            group, part = divmod(block, tiles.parts)
-            begin, end = group * form.group_size + part * tiles.width, (group + 1) * form.group_size
-        channels = slice(begin, min(begin + tiles.width, end))
-        for chunk in range(tiles.chunks(form)):
-            positions = slice(chunk * tiles.length, (chunk + 1) * tiles.length)
-            count[channels, positions] += 1
+    chunk = parts.chunk if isinstance(parts, Slabs) else form.positions
+    for block in range(parts.blocks(form)):
+        channels = slice(block * parts.width, (block + 1) * parts.width)
+        for begin in range(0, form.positions, chunk):
+            count[channels, begin : begin + chunk] += 1
     return count
 
 
-@given(forms)
-def test_every_element_is_in_exactly_one_tile(form):
-    for limit in (CHUNK_FORWARD, CHUNK_BACKWARD):
-        tiles = tile_parts(form, limit)
-        assert tiles.elements() <= limit
-        assert tiles.length == power_of_two(tiles.length)
-        assert (covered(form, tiles) == 1).all()
-        if tiles.parts == 1:
-            assert tiles.width % form.group_size == 0  # whole groups
-        assert tiles.full(form) == (
-            tiles.elements() * tiles.blocks(form) * tiles.chunks(form)
-            == form.channels * form.positions
-        )
+@given(forms, st.sampled_from([1, 100, 10**6]), st.sampled_from([1, 2, 4]), st.booleans())
+def test_every_element_is_in_exactly_one_slab(form, programs, unroll, sampled):
+    slabs = slabs_of(form, programs, unroll, SAMPLED if sampled else MAX_OFFSET)
+    assert slabs.width == power_of_two(slabs.width)
+    assert slabs.length == power_of_two(slabs.length)
+    assert slabs.at_once == power_of_two(slabs.at_once)
+    assert slabs.chunk % slabs.at_once == 0
+    assert (slabs.chunks(form) - 1) * slabs.chunk < form.positions  # the last one is not empty
+    assert (covered(form, slabs) == 1).all()
+    rounds = slabs.chunk // slabs.at_once
+    assert rounds <= SAMPLED or not sampled
+    assert slabs.sample() <= slabs.unroll or not sampled
+    assert slabs.even(form) == (
+        form.positions % slabs.chunk == 0
+        or (slabs.chunks(form) == 1 and form.positions % slabs.at_once == 0)
+        or (form.positions % slabs.chunk) % slabs.at_once == 0
+    )
+    # Rows of channels are as wide as a tile where they can be, and threads load 16 bytes.
+    tile = slabs.width * slabs.length * form.item_bytes
+    assert tile <= 32 * slabs.warps * 16
+
+
+@given(forms, st.sampled_from([1, 2]))
+def test_groups_of_one_program(form, arrays):
+    slabs = slabs_of_whole_groups(form, arrays)
+    if slabs is None:
+        return
+    assert form.channels_first
+    assert form.group_size % slabs.width == 0  # no lane is without a channel
+    assert slabs.chunk == form.positions
+    sampled = slabs.sample(form.group_size // slabs.width)
+    assert 1 <= sampled <= slabs.unroll
+    assert SAMPLED * sampled * slabs.length * slabs.width >= form.group_size * form.positions
 
 
 @given(forms)
-def test_tiles_of_whole_groups(form):
-    for limit in {*WHOLE_FORWARD, *WHOLE_BACKWARD}:
-        tiles = tile_whole_groups(form, limit)
+def test_tiles_of_small_groups(form):
+    for limit in (SMALL, SMALL // 2):
+        tiles = tiles_of_small_groups(form, limit)
         padded = power_of_two(form.group_size) * power_of_two(form.positions)
         if tiles is None:
             narrow = not form.channels_first and form.group_size * form.item_bytes < 32
@@ -81,92 +97,61 @@ def test_tiles_of_whole_groups(form):
             or tiles.width == form.channels
         )
         assert tiles.elements() <= limit
-        assert tiles.parts == tiles.chunks(form) == 1
         assert tiles.width % form.group_size == 0
         assert (covered(form, tiles) == 1).all()
         assert 1 <= warps_for(tiles.elements()) <= 16
+        assert tiles.full(form) == (
+            tiles.elements() * tiles.blocks(form) == form.channels * form.positions
+        )
 
 
-def test_channels_last_tiles_are_not_narrow():
-    for form in (GroupedShape(256, 32, 2, 12544, False, 2), GroupedShape(16, 32, 10, 64, False, 2)):
-        tiles = tile_whole_groups(form, WHOLE_FORWARD[0]) or tile_parts(form, CHUNK_FORWARD)
-        assert tiles.width * form.item_bytes >= 64
-        assert tiles.width % 8 == 0  # for 16-byte loads
+def test_slabs_of_the_widths_of_diffusion_models_have_no_empty_lanes():
+    for channels in (320, 640, 960, 1280, 1920, 2560):
+        form = GroupedShape(16, 32, channels // 32, 1024, False, 2)
+        slabs = slabs_of(form, 640, 4)
+        assert slabs.width * slabs.blocks(form) == channels
+        assert slabs.width * form.item_bytes >= 64
 
 
-def test_addresses_within_a_tile_stay_in_32_bits():
+def test_addresses_within_a_round_stay_in_32_bits():
     form = GroupedShape(1, 1 << 20, 32, 1 << 14, False, 2)
-    tiles = tile_parts(form, CHUNK_FORWARD)
-    assert 1 <= tiles.length * form.channels <= MAX_OFFSET
-    assert tile_whole_groups(GroupedShape(1, 1 << 17, 16, 2000, False, 2), WHOLE_FORWARD[0]) is None
+    slabs = slabs_of(form, 640, 4)
+    assert 1 <= slabs.at_once * form.channels <= MAX_OFFSET
+    assert tiles_of_small_groups(GroupedShape(1, 1 << 17, 16, 2000, False, 2), SMALL) is None
 
 
 def test_bundles_of_groups_that_fit_are_one_tile():
-    assert tile_whole_groups(GroupedShape(4, 32, 10, 256, False, 2), WHOLE_FORWARD[0]) == Tiles(
-        40, 256, 1
-    )
+    small = GroupedShape(4, 32, 10, 64, False, 2)
+    assert tiles_of_small_groups(small, SMALL) == Tiles(40, 64)
 
 
 SHAPES = {
-    "one kernel": (GroupedShape(16, 32, 40, 256, False, 2), ["whole"], ["whole", "sum_rows"]),
-    "tiles": (
-        GroupedShape(2, 32, 10, 4096, True, 2),
-        ["measure", "apply"],
-        ["measure", "apply", "sum_rows"],
-    ),
-    "many tiles of a group": (
-        GroupedShape(1, 2, 4, 1 << 20, False, 2),
+    "small groups": (GroupedShape(16, 32, 40, 49, False, 2), ["normalize"], ["pull_back"]),
+    "groups": (GroupedShape(32, 32, 8, 3136, True, 2), ["group"], ["group"]),
+    "slabs": (
+        GroupedShape(2, 32, 10, 4096, False, 2),
         ["measure", "merge", "apply"],
-        ["measure", "merge", "apply", "sum_rows", "sum_rows"],
+        ["measure", "merge", "apply"],
     ),
-    "waves": (
-        GroupedShape(4, 32, 16, 1 << 14, False, 2),
-        ["measure", "apply"] * 4,
-        ["measure", "apply"] * 4 + ["sum_rows"],
+    "few large groups": (
+        GroupedShape(2, 32, 10, 4096, True, 2),
+        ["measure", "merge", "apply"],
+        ["measure", "merge", "apply"],
+    ),
+    "many rows of sums": (
+        GroupedShape(1, 2, 4, 1 << 22, False, 2),
+        ["measure", "merge", "apply"],
+        ["measure", "merge", "apply", "sum_rows"],
     ),
 }
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_steps(name):
+def test_launches(name):
     form, forward, backward = SHAPES[name]
     assert [step.kernel for step in gpu.forward(form, PLAIN).launches] == forward
-    if name != "waves":
-        assert [step.kernel for step in gpu.backward(form, PLAIN).launches] == backward
-
-
-@pytest.mark.parametrize(
-    "form",
-    [
-        GroupedShape(3, 32, 16, 1 << 15, True, 2),
-        GroupedShape(14, 32, 8, 1 << 14, False, 2),
-        GroupedShape(5, 3, 7, 333_333, True, 4),
-    ],
-    ids=["first", "last", "odd"],
-)
-@pytest.mark.parametrize("direction", [gpu.forward, gpu.backward])
-def test_waves_contain_whole_groups_and_fit_the_cache(form, direction):
-    program = direction(form, PLAIN)
-    measured = [step for step in program.launches if step.kernel == "measure"]
-    applied = [step for step in program.launches if step.kernel == "apply"]
-    assert len(measured) == len(applied) > 1
-    begin = 0
-    for one, other in zip(measured, applied, strict=True):
-        assert one.grid == other.grid
-        assert dict(one.scalars)["begin_at"] == dict(other.scalars)["begin_at"] == begin
-        begin += one.grid[0]
-        elements = (
-            one.grid[0]
-            * dict(one.constants)["TILE_CHANNELS"]
-            * dict(one.constants)["TILE_POSITIONS"]
-        )
-        item = form.item_bytes * (2 if direction is gpu.backward else 1)
-        assert elements * item <= 1.3 * gpu.WAVE  # an upper bound, because tiles are padded
-    tiles = (CHUNK_FORWARD, CHUNK_BACKWARD)[direction is gpu.backward]
-    cut = tile_parts(form, tiles)
-    assert begin == form.samples * cut.blocks(form) * cut.chunks(form)
-    once = direction(form, PLAIN._replace(waves=False))
-    assert sum(step.kernel == "measure" for step in once.launches) == 1
+    found = [step.kernel for step in gpu.backward(form, PLAIN).launches]
+    assert found == [*backward, "sum_rows"]
 
 
 def test_parameter_gradients_are_summed_per_batch():
@@ -175,6 +160,16 @@ def test_parameter_gradients_are_summed_per_batch():
     assert last.kernel == "sum_rows"
     assert last.grid == (3,)
     assert dict(last.scalars) == {"rows": 6, "ROWS_PER_BLOCK": 2}
+
+
+@given(forms)
+def test_launches_take_what_their_kernels_name(form):
+    """Every argument of a kernel is given, once, and nothing else."""
+    pytest.importorskip("triton")
+    for step in (*gpu.forward(form, PLAIN).launches, *gpu.backward(form, PLAIN).launches):
+        names = build.kernel_of(step.module, step.kernel).arg_names
+        given = [name for name, _ in (*step.scalars, *step.constants)]
+        assert sorted(names[len(step.arrays) :]) == sorted(given)
 
 
 def test_largest_unit_of_squares():

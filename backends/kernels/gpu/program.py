@@ -33,9 +33,9 @@ from groupnorm.backends.kernels.variants import ACTIVATIONS
 __all__ = ["KernelOptions", "Launch", "LaunchSequence", "backward", "forward", "statistics_shape"]
 
 MASKS = {None: 0, "one": 1, "each": 2}
-# About how many programs measure, and how many apply: more, as they have nothing to add up. Several
-# for each multiprocessor of a large GPU, of which there are up to 160.
-MEASURING, APPLYING = 640, 2560
+# About how many elements a program measures, and applies: fewer, as it has nothing to add up. If
+# that makes fewer than FEWEST programs, two for each multiprocessor of a large GPU, they get less.
+MEASURED, APPLIED, FEWEST = 32768, 8192, 264
 MERGED_AT_ONCE = 1024
 # Below this, squares that underflow count.
 TINY_EPSILON = 1e-30
@@ -97,17 +97,24 @@ def forward(shape: GroupedShape, options: KernelOptions) -> LaunchSequence:
         )  # fmt: skip
     whole = slabs_of_whole_groups(shape, 1)
     if whole is not None:
-        constants = (epsilon, unit, tiny, *size, *_walk(shape, whole), mask, *parameters)
+        sample = whole.sample(shape.group_size // whole.width)
+        constants = (
+            epsilon, unit, tiny, *size, *_walk(shape, whole), ("SAMPLE", sample), mask,
+            *parameters,
+        )  # fmt: skip
         return _alone(
             "forward", "group", groups[1], (*arrays, "y", "statistics"), 2,
             (_steps(shape), groups), constants, whole.warps,
         )  # fmt: skip
-    measured, applied = slabs_of(shape, MEASURING, UNROLL, SAMPLED), slabs_of(shape, APPLYING, 4)
+    measured, applied = _measured(shape), _applied(shape, 4)
     chunks = measured.chunks(shape)
     launches = (
         _by_slabs(
             "forward", "measure", shape, measured, ("x", "mask", "parts"), 1, (),
-            (unit, tiny, size[0], *_walk(shape, measured), *_order(shape, measured), mask),
+            (
+                unit, tiny, size[0], *_walk(shape, measured), ("SAMPLE", measured.sample()),
+                *_order(shape, measured), mask,
+            ),
         ),
         _merge("forward", shape, chunks, ("parts", "statistics"), (epsilon, unit)),
         _by_slabs(
@@ -142,8 +149,7 @@ def backward(shape: GroupedShape, options: KernelOptions, batches: int = 1) -> L
             (*size, *_walk(shape, whole), *flags), whole.warps,
         ).launches  # fmt: skip
     else:
-        measured = slabs_of(shape, MEASURING, UNROLL, SAMPLED)
-        applied = slabs_of(shape, APPLYING, 2)
+        measured, applied = _measured(shape), _applied(shape, 2)
         shared["merged"] = shape.samples * shape.groups * 2
         chunks = measured.chunks(shape)
         rows *= chunks
@@ -153,7 +159,10 @@ def backward(shape: GroupedShape, options: KernelOptions, batches: int = 1) -> L
                 "backward", "measure", shape, measured, (*arrays, *SUMS), 2, (groups,),
                 (*size, *_walk(shape, measured), *_order(shape, measured), *flags),
             ),
-            _merge("backward", shape, chunks, ("scale", *SUMS, "statistics", "merged"), (scale, by_row)),
+            _merge(
+                "backward", shape, chunks, ("scale", *SUMS, "statistics", "merged"),
+                (scale, by_row),
+            ),
             _by_slabs(
                 "backward", "apply", shape, applied, (*arrays, "merged", "dx"), 1, (groups,),
                 (*size, *_tiled(shape, applied), *_order(shape, applied), *flags),
@@ -162,6 +171,14 @@ def backward(shape: GroupedShape, options: KernelOptions, batches: int = 1) -> L
     shared |= dict.fromkeys(SUMS, rows * shape.channels)
     sums = tuple(_sum_rows(shape.channels, rows, batches, shared))
     return LaunchSequence((*launches, *sums), tuple(shared.items()))
+
+
+def _measured(shape: GroupedShape) -> Slabs:
+    return slabs_of(shape, max(shape.elements // MEASURED, FEWEST), UNROLL, SAMPLED)
+
+
+def _applied(shape: GroupedShape, unroll: int) -> Slabs:
+    return slabs_of(shape, max(shape.elements // APPLIED, FEWEST), unroll)
 
 
 def _limit(shape: GroupedShape, options: KernelOptions, arrays: int) -> int:

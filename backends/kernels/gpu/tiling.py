@@ -46,6 +46,7 @@ SAMPLED = 16
 # Groups that one program reads twice, the second time from the cache: their bytes, and how many of
 # them make up for groups of more than `LONE` elements, for which more programs are better.
 CACHED_BYTES, MANY_GROUPS, LONE = 1 << 17, 256, 1 << 14
+MOST_ROWS = 8  # channels of a tile of theirs
 
 
 class Tiles(NamedTuple):
@@ -96,6 +97,10 @@ class Slabs(NamedTuple):
     def chunks(self, shape: GroupedShape) -> int:
         """The number of slabs that cover all positions."""
         return -(-shape.positions // self.chunk)
+
+    def sample(self, blocks: int = 1) -> int:
+        """The number of tiles that a pivot is the mean of, for `blocks` times the channels."""
+        return -(-self.chunk * blocks // (SAMPLED * self.length))
 
     def even(self, shape: GroupedShape) -> bool:
         """Whether all slabs consist of whole rounds."""
@@ -173,16 +178,17 @@ def slabs_of_whole_groups(shape: GroupedShape, arrays: int) -> Slabs | None:
     few = shape.samples * shape.groups < MANY_GROUPS and size > LONE
     if not shape.channels_first or few or size * shape.item_bytes * arrays > CACHED_BYTES:
         return None
-    warps = 2 if size <= 4096 else 4 if size <= 16384 else 8
+    dividing = min(shape.group_size & -shape.group_size, MOST_ROWS)  # all lanes have a channel
+    # A round should be of at least `UNROLL` loads of each thread, with several blocks at once.
+    most = 4 if shape.samples * shape.groups >= 4 * MANY_GROUPS else 8
+    round_bytes = dividing * power_of_two(shape.positions) * shape.item_bytes
+    warps = min(max(round_bytes // (32 * LOAD_BYTES * UNROLL), 2), most)
     at_once = 32 * warps * LOAD_BYTES // shape.item_bytes
-    dividing = shape.group_size & -shape.group_size  # so that all lanes have a channel
-    length = min(power_of_two(shape.positions), max(at_once // min(dividing, 8), 1))
-    width = min(dividing, max(at_once // length, 1))
+    length = min(power_of_two(shape.positions), at_once // dividing)
+    width = min(dividing, at_once // length)
     unroll = min(UNROLL, power_of_two(-(-shape.positions // length)))
-    sampled = width * min(length * unroll, shape.positions)
-    if SAMPLED * sampled < size:
-        return None
-    return Slabs(width, length, unroll, shape.positions, warps)
+    found = Slabs(width, length, unroll, shape.positions, warps)
+    return found if found.sample(shape.group_size // width) <= unroll else None
 
 
 @lru_cache(maxsize=4096)
@@ -197,9 +203,9 @@ def slabs_of(shape: GroupedShape, programs: int, unroll: int, longest: int = MAX
         width = _lanes(shape.channels)
         length = min(power_of_two(shape.positions), at_once // width)
     unroll = min(unroll, power_of_two(-(-shape.positions // length)))
+    while not shape.channels_first and length * unroll * shape.channels > MAX_OFFSET:
+        length, unroll = (length, unroll // 2) if unroll > 1 else (length // 2, 1)
     size = length * unroll
-    if not shape.channels_first:
-        longest = min(longest, max(MAX_OFFSET // (shape.channels * size), 1))
     rounds = -(-shape.positions // size)
     slabs = shape.samples * -(-shape.channels // width)
     chunks = min(max(programs // slabs, -(-rounds // longest), 1), rounds)

@@ -27,6 +27,7 @@ from groupnorm.backends.kernels.gpu.compiled.tiles import (
     UNSPECIALIZED,
     group_of,
     over_positions,
+    parameter_of,
     spread,
 )
 
@@ -100,9 +101,8 @@ def _written(
         TILE_POSITIONS, LAST, CHANNELS_FIRST, MASK, ACTIVATION,
     )  # fmt: skip
     found = gradient_of_x(
-        xhat, gradient, constant, counted, spread(factor, CHANNELS_FIRST),
-        spread(rstd, CHANNELS_FIRST), spread(mean, CHANNELS_FIRST),
-        spread(mean_product, CHANNELS_FIRST), MASK,
+        xhat, gradient, constant, counted, spread(factor * rstd, CHANNELS_FIRST),
+        spread(mean * rstd, CHANNELS_FIRST), spread(mean_product * rstd, CHANNELS_FIRST), MASK,
     )  # fmt: skip
     tl.store(dx + where, found.to(dx.dtype.element_ty), mask=exists)
 
@@ -122,7 +122,7 @@ def _write(
             dy, x, dx, mask, begin, rows, lanes, offsets, high, rstd, shift, factor, offset, mean,
             mean_product, STRIDE, TILE_POSITIONS, False, CHANNELS_FIRST, MASK, ACTIVATION,
         )  # fmt: skip
-    if not EVEN:
+    if not EVEN:  # noqa: SIM102 - known when this is compiled, the other condition is not
         if whole < rows:
             _written(
                 dy, x, dx, mask, whole, rows, lanes, offsets, high, rstd, shift, factor, offset,
@@ -241,38 +241,54 @@ def group(
     first = pid % (CHANNELS // GROUP_SIZE) * GROUP_SIZE
     rows = steps * DIVISOR
     lanes = tl.full([TILE_CHANNELS], 1, tl.int1)
-    begin = begin_of(sample, first, 0, steps, CHANNELS, DIVISOR, True)
+    begin = pid.to(tl.int64) * GROUP_SIZE * rows
     mask = mask_at(mask, sample, tl.cast(0, tl.int64), steps, DIVISOR, MASK)
     offsets = offsets_in(steps, CHANNELS, TILE_CHANNELS, TILE_POSITIONS, DIVISOR, True)
-    mean = tl.zeros([TILE_CHANNELS], tl.float32)
-    mean_product = tl.zeros([TILE_CHANNELS], tl.float32)
+    nothing = tl.zeros([TILE_CHANNELS], tl.float32)
+    where = statistics + pid.to(tl.int64) * 2
+    high, low = nothing + tl.load(where), tl.load(where + 1)
+    where += tl.cast(groups, tl.int64) * 2
+    rstd, inv_count = nothing + tl.load(where), tl.load(where + 1)
+    shift = -low * rstd
+    factor, offset = nothing + 1.0, nothing
+    mean, mean_product = nothing, nothing
     for channel in range(0, GROUP_SIZE, TILE_CHANNELS):
-        high, rstd, shift, _, factor, offset = channel_values(
-            statistics, scale, bias, groups, sample, first + channel, lanes, CHANNELS, GROUP_SIZE,
-            TILE_CHANNELS, SCALE, BIAS, ROWS,
-        )  # fmt: skip
+        if SCALE:
+            factor = parameter_of(
+                scale, sample, first + channel, lanes, CHANNELS, TILE_CHANNELS, ROWS
+            )
+        if BIAS:
+            offset = parameter_of(
+                bias, sample, first + channel, lanes, CHANNELS, TILE_CHANNELS, ROWS
+            )
         at = begin + tl.cast(channel, tl.int64) * rows
         of_products, of_gradients = _sums(
             dy + at, x + at, mask, rows, lanes, offsets, high, rstd, shift, factor, offset, 1,
             TILE_POSITIONS, UNROLL, EVEN, True, MASK, ACTIVATION,
         )  # fmt: skip
-        where = sample.to(tl.int64) * CHANNELS + first + channel + tl.arange(0, TILE_CHANNELS)
-        tl.store(products + where, of_products)
-        tl.store(gradients + where, of_gradients)
+        row = pid.to(tl.int64) * GROUP_SIZE + channel + tl.arange(0, TILE_CHANNELS)
+        tl.store(products + row, of_products)
+        tl.store(gradients + row, of_gradients)
         mean += of_gradients * factor
         mean_product += of_products * factor
-    inv_count = tl.load(statistics + (tl.cast(groups, tl.int64) + pid) * 2 + 1)
-    total = tl.zeros_like(mean) + tl.sum(mean, 0) * inv_count
-    total_product = tl.zeros_like(mean) + tl.sum(mean_product, 0) * inv_count
-    for channel in range(0, GROUP_SIZE, TILE_CHANNELS):
-        high, rstd, shift, _, factor, offset = channel_values(
-            statistics, scale, bias, groups, sample, first + channel, lanes, CHANNELS, GROUP_SIZE,
-            TILE_CHANNELS, SCALE, BIAS, ROWS,
-        )  # fmt: skip
+    mean = nothing + tl.sum(mean, 0) * inv_count
+    mean_product = nothing + tl.sum(mean_product, 0) * inv_count
+    WIDE: tl.constexpr = TILE_POSITIONS * (2 if UNROLL > 1 else 1)
+    wide = offsets_in(steps, CHANNELS, TILE_CHANNELS, WIDE, DIVISOR, True)
+    for done in range(0, GROUP_SIZE, TILE_CHANNELS):
+        channel = GROUP_SIZE - TILE_CHANNELS - done  # what was read last is next to the processor
+        if SCALE:
+            factor = parameter_of(
+                scale, sample, first + channel, lanes, CHANNELS, TILE_CHANNELS, ROWS
+            )
+        if BIAS:
+            offset = parameter_of(
+                bias, sample, first + channel, lanes, CHANNELS, TILE_CHANNELS, ROWS
+            )
         at = begin + tl.cast(channel, tl.int64) * rows
         _write(
-            dy + at, x + at, dx + at, mask, rows, lanes, offsets, high, rstd, shift, factor,
-            offset, total, total_product, 1, TILE_POSITIONS, EVEN, True, MASK, ACTIVATION,
+            dy + at, x + at, dx + at, mask, rows, lanes, wide, high, rstd, shift, factor, offset,
+            mean, mean_product, 1, WIDE, EVEN, True, MASK, ACTIVATION,
         )  # fmt: skip
 
 

@@ -84,8 +84,7 @@ def _reciprocal(value):
 
 @triton.jit
 def _sigmoid(z):
-    # The exponent stays below 128, so that -inf * sigmoid(-inf) is not NaN.
-    return _reciprocal(1.0 + _exp2(tl.minimum(z * -_LOG2_E, 126.0)))
+    return _reciprocal(1.0 + _exp2(z * -_LOG2_E))
 
 
 @triton.jit
@@ -132,7 +131,7 @@ def activation_vjp(z, dy, ACTIVATION: tl.constexpr):
         dy = tl.where(z > 0, dy, 0.0)
     if ACTIVATION == SILU:
         s = _sigmoid(z)
-        dy = dy * (s * (1.0 + z * (1.0 - s)))
+        dy = dy * (z * (s - s * s) + s)
     if ACTIVATION == GELU:
         near = _nearby(z)
         bell = 0.39894228040143268 * _exp2(near * near * (-0.5 * _LOG2_E))
@@ -191,13 +190,13 @@ def pulled_back(
 
 @triton.jit
 def gradient_of_x(
-    xhat, gradient, constant, counted, factor, rstd, mean, mean_product, MASK: tl.constexpr,
+    xhat, gradient, constant, counted, factor, mean, mean_product, MASK: tl.constexpr,
 ):  # fmt: skip
-    """Return dx from the means over a group, of the gradient times scale, and times xhat too."""
-    through = mean + xhat * mean_product
+    """Return dx, where scale, and p and q of ``backward``, have been multiplied by 1 / std."""
+    through = xhat * mean_product + mean
     if MASK != 0:
         through = tl.where(counted, through, 0.0)
-    found = (gradient * factor - through) * rstd
+    found = gradient * factor - through
     if MASK != 0:
         found = tl.where(constant, 0.0, found)
     return found

@@ -18,7 +18,7 @@ mean, the unit of these, and count.
 import triton
 import triton.language as tl
 
-from groupnorm.backends.kernels.gpu.compiled.elements import normalized, unit_for
+from groupnorm.backends.kernels.gpu.compiled.elements import finite, normalized, unit_for
 from groupnorm.backends.kernels.gpu.compiled.loops import (
     begin_of,
     exists_in,
@@ -50,7 +50,7 @@ def _deviations(
 ):  # fmt: skip
     """Return a tile's deviations from a pivot, 0 for what is not counted, and what is counted.
 
-    The last as elements, and as a number for each position.
+    The last as a number for each position.
     """
     counted = exists_in(begin, rows, lanes, TILE_POSITIONS, LAST, CHANNELS_FIRST)
     # int64, as the product may exceed 2**31
@@ -64,7 +64,7 @@ def _deviations(
     deviation = value - spread(pivot, CHANNELS_FIRST)
     if LAST or MASK != 0:
         deviation = tl.where(counted, deviation, 0.0)
-    return deviation, counted, number
+    return deviation, number
 
 
 @triton.jit
@@ -83,7 +83,7 @@ def _added(
         whole = rows // ROUND * ROUND
     for begin in range(0, whole, ROUND):
         for tile in tl.static_range(UNROLL):
-            deviation, _, more = _deviations(
+            deviation, more = _deviations(
                 x, mask, begin + tile * TILE_POSITIONS, rows, lanes, offsets, pivot, STRIDE,
                 TILE_POSITIONS, False, CHANNELS_FIRST, MASK,
             )  # fmt: skip
@@ -94,7 +94,7 @@ def _added(
             number += more
     if not EVEN:
         for begin in range(whole, rows, TILE_POSITIONS):
-            deviation, _, more = _deviations(
+            deviation, more = _deviations(
                 x, mask, begin, rows, lanes, offsets, pivot, STRIDE, TILE_POSITIONS, True,
                 CHANNELS_FIRST, MASK,
             )  # fmt: skip
@@ -109,51 +109,36 @@ def _added(
 @triton.jit
 def _sampled(
     x, mask, rows, lanes, offsets, STRIDE: tl.constexpr, TILE_POSITIONS: tl.constexpr,
-    UNROLL: tl.constexpr, CHANNELS_FIRST: tl.constexpr, MASK: tl.constexpr,
-    TOGETHER: tl.constexpr,
+    SAMPLE: tl.constexpr, EVEN: tl.constexpr, CHANNELS_FIRST: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """Return an element, and the mean of the first round's elements, of each channel.
-
-    TOGETHER is whether they are of all channels.
-    """
-    zero = tl.zeros_like(lanes).to(tl.float32)
-    value, counted, _ = _deviations(
-        x, mask, 0, rows, lanes, offsets, zero, STRIDE, TILE_POSITIONS, True, CHANNELS_FIRST, MASK
-    )
-    low: tl.constexpr = float("-inf")
-    base = tl.max(tl.where(counted, value, low), 1 if CHANNELS_FIRST else 0)
-    if TOGETHER:
-        base = tl.zeros_like(base) + tl.max(base, 0)
-    base = tl.where(base > low, base, 0.0)  # 0 too where nothing is counted, or all is NaN
-    sums = tl.zeros_like(value)
+    """Return the sums of the first SAMPLE tiles, and how many positions of them count."""
+    sums = tl.zeros(offsets.shape, tl.float32)
     number = tl.zeros([TILE_POSITIONS], tl.float32)
-    for tile in tl.static_range(UNROLL):
-        deviation, _, more = _deviations(
-            x, mask, tile * TILE_POSITIONS, rows, lanes, offsets, base, STRIDE, TILE_POSITIONS,
-            True, CHANNELS_FIRST, MASK,
+    zero = tl.zeros_like(lanes).to(tl.float32)
+    for tile in tl.static_range(SAMPLE):
+        value, more = _deviations(
+            x, mask, tile * TILE_POSITIONS, rows, lanes, offsets, zero, STRIDE, TILE_POSITIONS,
+            not EVEN, CHANNELS_FIRST, MASK,
         )  # fmt: skip
-        sums += deviation
+        sums += value
         number += more
-    total = over_positions(sums, CHANNELS_FIRST)
     if MASK != 0:
         count = tl.maximum(tl.sum(number, 0), 1.0)
     else:
-        count = tl.minimum(rows, TILE_POSITIONS * UNROLL).to(tl.float32)
-    if TOGETHER:
-        total = tl.zeros_like(base) + tl.sum(total, 0)
-        count *= base.shape[0]
-    return base, base + total / count
+        count = tl.minimum(rows, TILE_POSITIONS * SAMPLE).to(tl.float32)
+    return over_positions(sums, CHANNELS_FIRST), count
 
 
 @triton.jit
 def _reached(
-    x, mask, rows, lanes, offsets, base, sums, reach, STRIDE: tl.constexpr,
+    x, mask, rows, lanes, offsets, pivot, reach, STRIDE: tl.constexpr,
     TILE_POSITIONS: tl.constexpr, CHANNELS_FIRST: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """Add deviations times SHRINK to the sums by thread, and take the largest into `reach`."""
+    """Return the sums of deviations times SHRINK, and the largest, at least `reach`, by thread."""
+    sums = tl.zeros(offsets.shape, tl.float32)
     for begin in range(0, rows, TILE_POSITIONS):
-        deviation, _, _ = _deviations(
-            x, mask, begin, rows, lanes, offsets, base, STRIDE, TILE_POSITIONS, True,
+        deviation, _ = _deviations(
+            x, mask, begin, rows, lanes, offsets, pivot, STRIDE, TILE_POSITIONS, True,
             CHANNELS_FIRST, MASK,
         )  # fmt: skip
         sums += deviation * SHRINK
@@ -194,7 +179,7 @@ def measure(
     x, mask, parts, steps, chunk, chunks, LARGEST_UNIT: tl.constexpr, TINY: tl.constexpr,
     CHANNELS: tl.constexpr, TILE_CHANNELS: tl.constexpr, TILE_POSITIONS: tl.constexpr,
     UNROLL: tl.constexpr, DIVISOR: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr,
-    CHANNELS_FIRST: tl.constexpr, MASK: tl.constexpr,
+    SAMPLE: tl.constexpr, CHANNELS_FIRST: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """Measure each channel of a slab."""
     sample, first, number, start, rows = slab_of(
@@ -205,9 +190,10 @@ def measure(
     x += begin_of(sample, first, start, steps, CHANNELS, DIVISOR, CHANNELS_FIRST)
     mask = mask_at(mask, sample, start, steps, DIVISOR, MASK)
     offsets = offsets_in(steps, CHANNELS, TILE_CHANNELS, TILE_POSITIONS, DIVISOR, CHANNELS_FIRST)
-    base, pivot = _sampled(
-        x, mask, rows, lanes, offsets, STRIDE, TILE_POSITIONS, UNROLL, CHANNELS_FIRST, MASK, False
+    of_first, first_count = _sampled(
+        x, mask, rows, lanes, offsets, STRIDE, TILE_POSITIONS, SAMPLE, EVEN, CHANNELS_FIRST, MASK
     )
+    pivot = of_first * (1.0 / first_count)  # of equal elements it is one, in full rounds
     unit = tl.zeros_like(pivot) + 1.0
     nothing = tl.zeros(offsets.shape, tl.float32)
     none = tl.zeros([TILE_POSITIONS], tl.float32)
@@ -219,22 +205,25 @@ def measure(
         total = tl.sum(count, 0)
     else:
         total = rows.to(tl.float32)
-    enough = tl.maximum(total, 1.0)
-    mean = over_positions(sums, CHANNELS_FIRST) / enough
+    inv_count = 1.0 / tl.maximum(total, 1.0)
+    mean = over_positions(sums, CHANNELS_FIRST) * inv_count
     square = over_positions(squares, CHANNELS_FIRST)
     remaining = square - total * mean * mean
     if _lost(square, remaining, lanes, TINY):
-        sums, reach = _reached(
-            x, mask, rows, lanes, offsets, base, nothing, nothing, STRIDE, TILE_POSITIONS,
-            CHANNELS_FIRST, MASK,
-        )  # fmt: skip
-        pivot = base + over_positions(sums, CHANNELS_FIRST) / enough / SHRINK
+        pivot = tl.where(finite(pivot), pivot, 0.0)
+        reach = nothing
+        for _ in range(2):  # equal elements have exactly this mean the second time
+            sums, reach = _reached(
+                x, mask, rows, lanes, offsets, pivot, nothing, STRIDE, TILE_POSITIONS,
+                CHANNELS_FIRST, MASK,
+            )  # fmt: skip
+            pivot += over_positions(sums, CHANNELS_FIRST) * inv_count / SHRINK
         unit = unit_for(tl.max(reach, 1 if CHANNELS_FIRST else 0), LARGEST_UNIT)
         sums, squares, count = _added(
             x, mask, rows, lanes, offsets, pivot, unit, nothing, nothing, none, STRIDE,
             TILE_POSITIONS, UNROLL, EVEN, CHANNELS_FIRST, MASK, True,
         )  # fmt: skip
-        mean = over_positions(sums, CHANNELS_FIRST) / enough
+        mean = over_positions(sums, CHANNELS_FIRST) * inv_count
         remaining = over_positions(squares, CHANNELS_FIRST) - total * mean * mean
         mean /= unit
     remaining = tl.where(remaining < 0, 0.0, remaining)  # keeps NaN
@@ -248,7 +237,9 @@ def measure(
 
 
 @triton.jit
-def _part(parts, begin, count, CHANNELS: tl.constexpr, GROUP_SIZE: tl.constexpr, AT_ONCE: tl.constexpr):
+def _part(
+    parts, begin, count, CHANNELS: tl.constexpr, GROUP_SIZE: tl.constexpr, AT_ONCE: tl.constexpr
+):
     """Return pivots, means, squares, units and counts of AT_ONCE parts; `count` of all exist."""
     number = begin + tl.arange(0, AT_ONCE)
     there = number < count
@@ -348,7 +339,7 @@ def _write(
             x, y, mask, begin, rows, lanes, offsets, high, factor, shift, STRIDE, TILE_POSITIONS,
             False, CHANNELS_FIRST, MASK, ACTIVATION,
         )  # fmt: skip
-    if not EVEN:
+    if not EVEN:  # noqa: SIM102 - known when this is compiled, the other condition is not
         if whole < rows:
             _written(
                 x, y, mask, whole, rows, lanes, offsets, high, factor, shift, STRIDE,
@@ -389,8 +380,9 @@ def group(
     x, scale, bias, mask, y, statistics, steps, groups, EPSILON: tl.constexpr,
     LARGEST_UNIT: tl.constexpr, TINY: tl.constexpr, CHANNELS: tl.constexpr,
     GROUP_SIZE: tl.constexpr, TILE_CHANNELS: tl.constexpr, TILE_POSITIONS: tl.constexpr,
-    UNROLL: tl.constexpr, DIVISOR: tl.constexpr, EVEN: tl.constexpr, MASK: tl.constexpr,
-    SCALE: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, ACTIVATION: tl.constexpr,
+    UNROLL: tl.constexpr, DIVISOR: tl.constexpr, EVEN: tl.constexpr, SAMPLE: tl.constexpr,
+    MASK: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """Normalize a group, whose channels come before positions, TILE_CHANNELS after another."""
     pid = tl.program_id(0)
@@ -398,12 +390,13 @@ def group(
     first = pid % (CHANNELS // GROUP_SIZE) * GROUP_SIZE
     rows = steps * DIVISOR
     lanes = tl.full([TILE_CHANNELS], 1, tl.int1)
-    begin = begin_of(sample, first, 0, steps, CHANNELS, DIVISOR, True)
+    begin = pid.to(tl.int64) * GROUP_SIZE * rows
     mask = mask_at(mask, sample, tl.cast(0, tl.int64), steps, DIVISOR, MASK)
     offsets = offsets_in(steps, CHANNELS, TILE_CHANNELS, TILE_POSITIONS, DIVISOR, True)
-    base, pivot = _sampled(
-        x + begin, mask, rows, lanes, offsets, 1, TILE_POSITIONS, UNROLL, True, MASK, True
+    of_first, first_count = _sampled(
+        x + begin, mask, rows, lanes, offsets, 1, TILE_POSITIONS, SAMPLE, EVEN, True, MASK
     )
+    pivot = tl.zeros_like(of_first) + tl.sum(of_first, 0) / (first_count * TILE_CHANNELS)
     unit = tl.zeros_like(pivot) + 1.0
     nothing = tl.zeros(offsets.shape, tl.float32)
     none = tl.zeros([TILE_POSITIONS], tl.float32)
@@ -422,13 +415,18 @@ def group(
     square = tl.sum(over_positions(squares, True), 0)
     remaining = square - total * mean * mean
     if _lost(tl.zeros_like(pivot) + square, remaining, lanes, TINY):
-        sums, reach = nothing, nothing
-        for channel in range(0, GROUP_SIZE, TILE_CHANNELS):
-            sums, reach = _reached(
-                x + begin + tl.cast(channel, tl.int64) * rows, mask, rows, lanes, offsets, base,
-                sums, reach, 1, TILE_POSITIONS, True, MASK,
-            )  # fmt: skip
-        pivot = base + tl.sum(over_positions(sums, True), 0) / enough / SHRINK
+        pivot = tl.where(finite(pivot), pivot, 0.0)
+        reach = nothing
+        for _ in range(2):  # equal elements have exactly this mean the second time
+            sums, reach = nothing, nothing
+            for channel in range(0, GROUP_SIZE, TILE_CHANNELS):
+                more, further = _reached(
+                    x + begin + tl.cast(channel, tl.int64) * rows, mask, rows, lanes, offsets,
+                    pivot, reach, 1, TILE_POSITIONS, True, MASK,
+                )  # fmt: skip
+                sums += more
+                reach = further
+            pivot += tl.sum(over_positions(sums, True), 0) / enough / SHRINK
         unit = unit_for(tl.zeros_like(pivot) + tl.max(tl.max(reach, 1), 0), LARGEST_UNIT)
         sums, squares, count = nothing, nothing, none
         for channel in range(0, GROUP_SIZE, TILE_CHANNELS):
@@ -445,7 +443,9 @@ def group(
     write = tl.arange(0, TILE_CHANNELS) == 0
     where = pid + tl.zeros([TILE_CHANNELS], tl.int64)
     keep_statistics(statistics, where, groups, high, low, rstd, inv_count, write)
-    for channel in range(0, GROUP_SIZE, TILE_CHANNELS):
+    wide = offsets_in(steps, CHANNELS, TILE_CHANNELS, TILE_POSITIONS * UNROLL, DIVISOR, True)
+    for done in range(0, GROUP_SIZE, TILE_CHANNELS):
+        channel = GROUP_SIZE - TILE_CHANNELS - done  # what was read last is next to the processor
         factor = rstd
         if SCALE:
             factor *= parameter_of(
@@ -458,6 +458,6 @@ def group(
             )
         at = begin + tl.cast(channel, tl.int64) * rows
         _write(
-            x + at, y + at, mask, rows, lanes, offsets, high, factor, shift, 1, TILE_POSITIONS,
-            EVEN, True, MASK, ACTIVATION,
+            x + at, y + at, mask, rows, lanes, wide, high, factor, shift, 1,
+            TILE_POSITIONS * UNROLL, EVEN, True, MASK, ACTIVATION,
         )  # fmt: skip

@@ -156,9 +156,8 @@ def pull_back(
         over_group(of_products * factor, GROUP_SIZE, TILE_CHANNELS_P2, GROUPS_P2) * inv_count
     )
     found = gradient_of_x(
-        xhat, gradient, constant, counted, spread(factor, CHANNELS_FIRST),
-        spread(rstd, CHANNELS_FIRST), spread(mean, CHANNELS_FIRST),
-        spread(mean_product, CHANNELS_FIRST), MASK,
+        xhat, gradient, constant, counted, spread(factor * rstd, CHANNELS_FIRST),
+        spread(mean * rstd, CHANNELS_FIRST), spread(mean_product * rstd, CHANNELS_FIRST), MASK,
     )  # fmt: skip
     tl.store(dx + begin + offsets, found.to(dx.dtype.element_ty), mask=exists)
     where = sample.to(tl.int64) * CHANNELS + first + tl.arange(0, TILE_CHANNELS_P2)

@@ -1,4 +1,4 @@
-"""The GPU benchmark on a machine without a GPU: it reports that and measures nothing."""
+"""The scripts for GPUs on a machine without one: the benchmark measures nothing, a dry run all."""
 
 from __future__ import annotations
 
@@ -109,3 +109,54 @@ def test_records_of_a_killed_run_are_kept_and_shown(module, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "1 of 1 checks passed" in done.stdout
     assert "Some GPU" in done.stdout
+
+
+def test_a_failing_test_is_written_at_once(tmp_path):
+    (tmp_path / "test_it.py").write_text("def test_it():\n    assert 1 == 2\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "_gpu_failures", "test_it.py"]
+    where = environment(OUT=str(tmp_path), PYTHONPATH=str(SCRIPTS))
+    subprocess.run(command, cwd=tmp_path, env=where, capture_output=True, timeout=60)
+    written = (tmp_path / "failures.txt").read_text()
+    assert written.startswith("==== test_it.py::test_it (call)\n")
+    assert "assert 1 == 2" in written
+
+
+STEPS = ["versions", "torch", "cupy", "jax", "sanitize", "own", "rows", "all", "bench"]
+FACTS = {
+    "torch": ["copy, ", "host, ", "UNet 16x320@64x64 channels-last backward, us"],
+    "cupy": ["right CUDA graph", "right other stream"],
+    "jax": ["launchers", "right eager", "right vmap", "right grad", "right jvp"],
+}  # fmt: skip
+
+
+@no_gpu
+@pytest.mark.slow
+@pytest.mark.needs("torch", "jax", "cupy")
+@pytest.mark.skipif(sys.platform != "linux", reason="the script is for bash, Triton for Linux")
+def test_a_dry_run_executes_every_step(tmp_path):
+    where = environment(DRY="1", OUT=str(tmp_path), PY=sys.executable, STEPS=" ".join(STEPS))
+    done = subprocess.run(
+        ["bash", SCRIPTS / "gpu_first_run.sh"], cwd=ROOT, env=where, capture_output=True,
+        text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr
+    steps = (tmp_path / "steps.txt").read_text().splitlines()
+    assert [step.partition(":")[0] for step in steps] == STEPS
+    assert all(": status 0 after" in step for step in steps), steps
+    assert (tmp_path / "failures.txt").read_text() == ""
+    lines = (tmp_path / "facts.jsonl").read_text().splitlines()
+    facts = [(fact["library"], fact["fact"]) for fact in map(json.loads, lines)]
+    for library, names in FACTS.items():
+        mine = [fact for name, fact in facts if name == library]
+        assert sum("float" in fact for fact in mine) >= 4  # compared with float64
+        for name in ("imported", "device", *names):
+            assert any(fact.startswith(name) for fact in mine), (library, name)
+    assert not [fact for _, fact in facts if fact.startswith(("WRONG", "FAILED"))]
+    log = (tmp_path / "log.txt").read_text()
+    assert f"'torch': '{torch.__version__}'" in log
+    assert "passed" in log
+    [result] = (tmp_path / "bench").glob("*.json")
+    found = json.loads(result.read_text())
+    assert {row["library"] for row in found["rows"]} == {"torch", "jax", "cupy"}
+    assert all(len(row["shares"]) >= 2 for row in found["rows"])
+    assert not found["failures"]

@@ -12,7 +12,6 @@ mpl.use("Agg")  # to files only: works without a display
 
 import matplotlib.pyplot as plt
 from _gpu_cases import (
-    APEX,
     COMPILED,
     CUPY,
     EAGER,
@@ -35,12 +34,9 @@ LOOKS = {
     (CUPY, OURS): ("#009E73", ""),
     (TORCH, EAGER): ("#D55E00", "///"),
     (TORCH, COMPILED): ("#E69F00", "///"),
-    (TORCH, APEX): ("#F0E442", "///"),
     (JAX, FLAX): ("#CC79A7", "..."),
     (CUPY, TEXTBOOK): ("#999999", "xxx"),
 }
-
-
 PACKAGES = ("torch", "jax", "flax", "cupy-cuda13x", "cupy-cuda12x", "triton")
 
 

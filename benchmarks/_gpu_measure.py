@@ -2,40 +2,26 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-from _gpu_cases import (
-    ITEM,
-    OURS,
-    PEER,
-    PORTABLE,
-    ROTATED_BYTES,
-    UNGRAPHED,
-    Case,
-    LeftOut,
-    kernels,
-)  # fmt: skip
+import array_api_compat
+from _gpu_cases import DRY, OURS, PEER, ROTATED_BYTES, UNGRAPHED, Case, reads
 
-ROUNDS, FEWEST = 25, 3
-SHORTEST = 1000.0  # microseconds per turn
-SECONDS = 0.6
+ROUNDS, FEWEST = 25, 1 if DRY else 3
+SHORTEST = 1.0 if DRY else 1000.0  # microseconds per turn
+SECONDS = 0.0 if DRY else 0.6
 # Between ours, rounded once, and a peer that also rounds to bfloat16 before the activation.
 DISAGREEMENT = 0.1
-COPY_BYTES = (5_000_000, 20_000_000, 50_000_000, 270_000_000)
+COPY_BYTES = (1_000, 4_000) if DRY else (5_000_000, 20_000_000, 50_000_000, 270_000_000)
 
 Call = Callable[[int], Any]
 """Computes on the buffers of the given index."""
-
-
-class DeviceLost(Exception):
-    """The device is no longer usable in this process."""
 
 
 @dataclass(frozen=True)
@@ -45,87 +31,70 @@ class Timer:
     how: str
     run: Callable[[int], float]
     calls: int
-    launches: float | None = None  # of one call, if known from a graph
 
 
-class Contest(Protocol):
-    """A row's buffers and contenders in one library."""
+def measure(case: Case, engine: Any, without: Collection[str] = ()) -> dict[str, Any]:
+    """The figures of a row in JSON types; `engine` is the library's module.
 
-    dtype: str
-    makers: Mapping[str, Callable[[], Call]]
-    fallback: Callable[[], Call]
-    """Ours without kernels, measured only where those fail."""
-
-    def timers(self, name: str, call: Call) -> dict[str, Timer]: ...
-    def differences(self, found: Any, expected: Any) -> dict[str, float]: ...
-    def wait(self) -> None: ...
-
-
-def measure(case: Case, make_contest: Callable[[], Contest], seconds: float) -> dict[str, Any]:
-    """The figures of a row in JSON types."""
+    It raises if the device does not answer any more: after a fault every later call fails.
+    """
     begun = time.monotonic()
-    row: dict[str, Any] = {
-        "kind": "row", "name": case.name, "library": case.library, "task": case.task,
-        "shape": case.shape, "layout": case.layout, "dims": case.dims, "bytes": case.bytes,
-        "buffers": case.buffers, **kernels(case), "dtype": None, "times": {}, "launches": {},
-        "left_out": {}, "disagreement": None,
-    }  # fmt: skip
-    try:
-        contest = make_contest()
-    except Exception as error:
-        row["left_out"]["everyone"] = reason(error)
-        return row | {"seconds": time.monotonic() - begun}
-    row["dtype"] = contest.dtype
+    left_out: dict[str, str] = {}
     timers: dict[str, Timer] = {}
     results: dict[str, Any] = {}
-    compared = (OURS, PORTABLE, PEER[case.library])
-    waiting = list(contest.makers.items())
-    while waiting:
-        name, make = waiting.pop(0)
+    for name, make in engine.Contest(case).makers.items():
+        if name in without:
+            continue
         try:
             call = make()
-            result = call(0)
-            contest.wait()
-            if name in compared:
-                results[name] = result
-            timers.update(contest.timers(name, call))
+            results[name] = call(0)
+            engine.wait()
+            timers.update(engine.timers(name, call, case.buffers))
         except Exception as error:  # one broken contender must not hide the others
-            row["left_out"][name] = reason(error)
-            alive(contest, f"{name}: {row['left_out'][name]}")
-            if name == OURS:
-                waiting.insert(0, (PORTABLE, contest.fallback))
-        result = None
-    row["disagreement"] = disagreement(contest, results, PEER[case.library])
+            left_out[name] = reason(error)
+            still_answers(engine, f"{name}: {left_out[name]}")
+        if name not in (OURS, PEER[case.library]):
+            results.pop(name, None)
+    found = differences(*results.values()) if len(results) == 2 else None
     results.clear()
-    row["times"] = take_turns(timers, seconds, row["left_out"])
-    row["launches"] = {n: t.launches for n, t in timers.items() if t.launches is not None}
-    alive(contest, "all took turns")
-    return row | {"seconds": time.monotonic() - begun}
+    times = take_turns(timers, SECONDS, left_out)
+    still_answers(engine, "all took turns")
+    return {
+        "kind": "row", "name": case.name, "library": case.library, "task": case.task,
+        "shape": case.shape, "layout": case.layout, "dims": case.dims, "bytes": case.bytes,
+        "buffers": case.buffers, "dtype": case.dtype, "reads": reads(case), "times": times,
+        "left_out": left_out, "disagreement": found, "seconds": time.monotonic() - begun,
+    }  # fmt: skip
 
 
-def disagreement(contest: Contest, results: dict[str, Any], peer: str) -> Any:
-    """Largest differences of ours from the peer, or why they are unknown."""
-    ours = OURS if OURS in results else PORTABLE
-    if not {ours, peer} <= results.keys():
-        return None
-    try:
-        return contest.differences(results[ours], results[peer])
-    except Exception as error:
-        return reason(error)
+def differences(found: Any, expected: Any) -> dict[str, float]:
+    """Largest differences of the results of two calls; of sums, relative to the largest.
+
+    Gradients of parameters that are in a tree, as JAX's are, are not compared.
+    """
+    if not isinstance(found, tuple):
+        found, expected = (found,), (expected,)
+    largest = {}
+    for name, a, b in zip(("y", "dx", "dscale", "dbias"), found, expected, strict=False):
+        if hasattr(a, "ndim"):
+            xp = array_api_compat.array_namespace(a, b)
+            a, b = xp.astype(a, xp.float32), xp.astype(b, xp.float32)
+            size = xp.maximum(xp.abs(b), xp.ones_like(b))
+            size = xp.max(size) if b.ndim == 1 else size
+            largest[name] = float(xp.max(xp.abs(a - b) / size))
+    return largest
 
 
 def disagrees(row: dict[str, Any]) -> bool:
     """Whether ours was compared with the peer and differs."""
-    found = row["disagreement"]
-    return isinstance(found, dict) and not all(d <= DISAGREEMENT for d in found.values())
+    return not all(d <= DISAGREEMENT for d in (row["disagreement"] or {}).values())
 
 
-def alive(contest: Contest, after: str) -> None:
-    """Raise `DeviceLost` if the device does not answer: after a fault every later call fails."""
+def still_answers(engine: Any, after: str) -> None:
     try:
-        contest.wait()
+        engine.wait()
     except Exception as error:
-        raise DeviceLost(f"after {after}: {reason(error)}") from error
+        raise RuntimeError(f"the device was lost after {after}: {reason(error)}") from error
 
 
 def take_turns(
@@ -164,72 +133,58 @@ def take_turns(
     }  # fmt: skip
 
 
-def copies(make_timer: Callable[[int, int], Timer]) -> dict[str, Any]:
+def copies(library: str, make_timer: Callable[[int, int], Timer]) -> dict[str, Any]:
     """Read and written bytes per second of copies, the best turn, by the bytes of the source.
 
     `make_timer` takes a number of bytes and of buffers.
     """
     found, how, left_out = {}, None, {}
     for size in COPY_BYTES:
-        timer = make_timer(size, max(-(-ROTATED_BYTES // size), 2))
-        times = take_turns({"copy": timer}, 0.25, left_out)
+        timer = make_timer(size, 2 if DRY else max(-(-ROTATED_BYTES // size), 2))
+        times = take_turns({"copy": timer}, min(SECONDS, 0.25), left_out)
         if "copy" in times:
             found[str(size)] = 2 * size / (1e-6 * times["copy"]["min_us"])
             how = timer.how
-    return {"kind": "copy", "bytes_per_second": found, "how": how, "left_out": left_out}
+    return {
+        "kind": "copy", "library": library, "bytes_per_second": found, "how": how,
+        "left_out": left_out,
+    }  # fmt: skip
 
 
-def elements(size: int) -> int:
-    """The number of 16-bit elements in a number of bytes."""
-    return size // ITEM
+# ---- for the libraries --------------------------------------------------------------------------
 
 
-def graph_launches(handle: int) -> int | None:
-    """The number of kernels, copies and fills of a CUDA graph, as counted by the driver."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return None
-    graph, count = ctypes.c_void_p(handle), ctypes.c_size_t()
-    if driver.cuGraphGetNodes(graph, None, ctypes.byref(count)):
-        return None
-    nodes = (ctypes.c_void_p * count.value)()
-    if driver.cuGraphGetNodes(graph, nodes, ctypes.byref(count)):
-        return None
-    kinds = []
-    for node in nodes:
-        kind = ctypes.c_int(-1)
-        if driver.cuGraphNodeGetType(ctypes.c_void_p(node), ctypes.byref(kind)):
-            return None
-        kinds.append(kind.value)
-    kernel, copy, fill = 0, 1, 2
-    return sum(kind in (kernel, copy, fill) for kind in kinds)
+def looped(how: str, call: Call, count: int, timed: Callable[[Callable[[], Any]], float]) -> Timer:
+    """Calls one after the other, including the host's time if that is longer.
+
+    `timed` returns the microseconds of a function, until its results are there.
+    """
+
+    def calls(repeats: int) -> list[Any]:
+        kept: list[Any] = [None] * count
+        for _ in range(repeats):
+            for i in range(count):
+                kept[i] = call(i)
+        return kept
+
+    return Timer(how, lambda repeats: timed(lambda: calls(repeats)), count)
 
 
 def both_timers(
     name: str, call: Call, count: int, graphed: Callable[[Call, int], Timer],
-    evented: Callable[[Call, int], Timer],
+    timed: Callable[[Callable[[], Any]], float],
 ) -> dict[str, Timer]:  # fmt: skip
-    """A library's timers by graph and by events; by events alone if no graph can be captured."""
-    plain = evented(call, count)
+    """Timers by a graph and by events; by events alone if no graph can be captured."""
+    plain = looped("CUDA events", call, count, timed)
     try:
         return {name: graphed(call, count), name + UNGRAPHED: plain}
     except Exception as error:
-        how = f"{plain.how}, since no graph could be captured ({reason(error)})"
+        how = f"CUDA events, since no graph could be captured ({reason(error)})"
         return {name: Timer(how, plain.run, plain.calls)}
-
-
-def named(found: Any, expected: Any, case: Case) -> Iterator[tuple[str, Any, Any]]:
-    """The results of a row's call, by name, with the expected ones."""
-    pairs = zip(found, expected, strict=True) if case.both else [(found, expected)]
-    for name, (ours, theirs) in zip(("y", "dx", "dscale", "dbias"), pairs, strict=False):
-        yield name, ours, theirs
 
 
 def reason(error: BaseException) -> str:
     """Why a contender is left out, in one line."""
-    if isinstance(error, LeftOut):
-        return str(error)
     if isinstance(error, ImportError):
         return f"not installed: {error.name or error}"
     return f"RAISED {type(error).__name__}: {error}".partition("\n")[0][:300]

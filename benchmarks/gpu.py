@@ -1,24 +1,23 @@
-"""Correctness and speed on an NVIDIA GPU, next to a plain copy and to every peer.
+"""Speed on an NVIDIA GPU, next to a plain copy and to every peer, in three minutes.
 
-First, results and gradients of the kernels are compared with float64, and repeated calls must give
-the same bits. Then copies measure the memory bandwidth, and with it the minimum time for reading
-and writing (the floor). Then follow rows in bfloat16 with SiLU, forward and forward+backward, in
-PyTorch, JAX and CuPy, as far as installed: the contenders of a row take turns. Each library runs in
-a separate process. Rows without time are listed and left out; errors and wrong results are printed
-and recorded, and make the exit status 1. It is 2 if there is no GPU::
+For each of PyTorch, JAX and CuPy that is installed: the package's self-check on its GPU; copies,
+which measure the memory bandwidth, and with it the minimum time for reading and writing (the
+floor); then rows with SiLU, forward and forward+backward, whose contenders take turns, and whose
+results are compared with a peer's. Each library runs in a separate process. Rows without time are
+listed and left out, the least important ones; errors and wrong results are printed and recorded,
+and make the exit status 1. It is 2 if there is no GPU::
 
-    python benchmarks/gpu.py [--quick] [--seconds N] [--only torch,cupy,jax] [--into DIR]
+    python benchmarks/gpu.py [--seconds N] [--only torch,cupy,jax] [--without compile] [--into DIR]
     python benchmarks/gpu.py --from-json FILE
 
 Each record is appended to DIR/records-<time>.jsonl when it is made, so that a run that is killed
-loses none. The figures go to DIR/<gpu>-<date>.json and, with matplotlib, a PNG next to it;
-``--from-json`` shows either kind of file.
+loses none. After each library the figures go to DIR/<gpu>-<date>.json, and at the end, with
+matplotlib, to a PNG next to it; ``--from-json`` shows either kind of file.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import json
 import subprocess
@@ -34,112 +33,69 @@ except ImportError as error:
     sys.exit(2)
 
 from _gpu_cases import LIBRARIES
-from _gpu_notes import failures, notes
-from _gpu_report import AIM_HEADER, HEADER, add_floors, aim_line, judge, short_name, table
-from _gpu_work import PROBE, child, run_all, run_child
+from _gpu_report import HEADER, SUMMARY_HEADER, notes, short_name, sorted_out, summary, table
+from _gpu_work import SHARES, append, child, read, run_library
 from _report import machine, print_table, versions, write_json
 
 PACKAGES = (
     *("groupnorm", "numpy", "torch", "jax", "jaxlib", "jax-cuda13-plugin", "jax-triton"),
-    *("cupy-cuda13x", "cupy-cuda12x", "triton", "flax", "apex", "ml_dtypes", "matplotlib"),
+    *("cupy-cuda13x", "cupy-cuda12x", "triton", "flax", "ml_dtypes", "matplotlib"),
 )
 RESULTS = Path(__file__).with_name("results")
+DRIVER = "driver_version,clocks.max.sm,clocks.max.mem,power.limit,ecc.mode.current"
 
 
-def commit() -> tuple[str, bool | None]:
-    """The checkout's commit, and whether it was edited; unknown without git."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True,
-            check=True,
-        ).stdout.strip()  # fmt: skip
-
-    try:
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "-uno"))
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown", None
-
-
-def driver() -> str | None:
-    """The driver's version, clocks and power limit, as reported by its own tool."""
-    query = "driver_version,clocks.max.sm,clocks.max.mem,power.limit,ecc.mode.current"
+def said(*command: str) -> str | None:
+    """What a command prints; None without it."""
     try:
         return subprocess.run(
-            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"],
-            capture_output=True, text=True, check=True, timeout=20,
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
+            timeout=20,
         ).stdout.strip()  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return None
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any] | str:
-    """Everything in JSON types, or why there is nothing to measure."""
-    begun = time.monotonic()
+def about(options: argparse.Namespace) -> dict[str, Any]:
+    """What the figures depend on, besides the GPU."""
+    return {
+        "kind": "about", "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "driver": said("nvidia-smi", f"--query-gpu={DRIVER}", "--format=csv,noheader"),
+        "commit": said("git", "rev-parse", "HEAD") or "unknown",
+        "dirty": bool(said("git", "status", "--porcelain", "-uno")),
+        "versions": versions(*PACKAGES), "machine": machine(), "seconds": options.seconds,
+        "only": options.only, "without": options.without,
+    }  # fmt: skip
+
+
+def measure(options: argparse.Namespace) -> tuple[dict[str, Any], Path] | str:
+    """The figures and their file, or why there is nothing to measure."""
     # Each library's process may end with a row that takes longer than expected.
-    end = begun + options.seconds
+    end = time.monotonic() + options.seconds
     options.into.mkdir(parents=True, exist_ok=True)
-    raw = options.into / f"records-{datetime.datetime.now():%Y%m%d-%H%M%S}.jsonl"
-    status, records = run_child({"library": PROBE, "libraries": options.only}, 90, raw)
-    records = [record for record in records if record["kind"] != "begun"]
-    probes = {record["library"]: record for record in records if record["kind"] == "probe"}
-    for name in options.only:
-        if name not in probes:
-            why = f"its probe ended with status {status}"
-            records.append({"kind": "probe", "library": name, "why": why, "gpu": None})
-            probes[name] = records[-1]
-    usable = [name for name in options.only if probes[name]["why"] is None]
-    if not usable:
-        reasons = "; ".join(f"{name}: {probes[name]['why']}" for name in options.only)
-        raw.unlink(missing_ok=True)
+    file = options.into / f"records-{datetime.datetime.now():%Y%m%d-%H%M%S}.jsonl"
+    append(file, about(options))
+    result, path = {}, file
+    for number, library in enumerate(options.only):
+        shares = [SHARES[name] for name in options.only[number:]]
+        left = max(end - time.monotonic(), 0)
+        run_library(library, options.without, left * shares[0] / sum(shares), file)
+        result = sorted_out(read(file))
+        if result["gpu"]:
+            # Partial runs do not overwrite complete ones.
+            part = options.only if len(options.only) < len(LIBRARIES) else []
+            name = "-".join([short_name(result["gpu"]), result["date"][:10], *part])
+            path = options.into / f"{name}.json"
+            write_json(path, result)
+    if result["gpu"] is None:
+        file.unlink()
+        reasons = "; ".join([*notes(result["others"]), *result["failures"]])
         return f"there is no GPU here for any of the libraries: nothing is measured ({reasons})"
-    if status:
-        why = f"the process ended with status {status}"
-        records.append({"kind": "failure", "name": "selfcheck", "why": why})
-    gpu = probes[usable[0]]["gpu"]
-    print(f"{gpu}: {', '.join(usable)}; at most about {options.seconds} s", flush=True)
-    records += run_all(usable, options.quick, end, raw)
-    revision, dirty = commit()
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "gpu": gpu, "driver": driver(), "commit": revision, "dirty": dirty,
-        "versions": versions(*PACKAGES), "machine": machine(), "quick": options.quick,
-        "only": options.only, "seconds": round(time.monotonic() - begun, 1), **sorted_out(records),
-    }  # fmt: skip
-
-
-def read(file: Path) -> dict[str, Any]:
-    """A finished result, or what a run that was killed had recorded."""
-    if file.suffix != ".jsonl":
-        return json.loads(file.read_text())
-    records = []
-    for line in file.read_text().splitlines():
-        with contextlib.suppress(ValueError):  # truncated when the process was killed
-            records.append(json.loads(line))
-    gpu = next((r["gpu"] for r in records if r["kind"] == "probe" and r["gpu"]), "unknown GPU")
-    return {
-        "gpu": gpu, "driver": None, "commit": "unknown", "dirty": False, "quick": False,
-        **sorted_out([record for record in records if record["kind"] != "begun"]),
-    }  # fmt: skip
-
-
-def sorted_out(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Records by kind, rows with floors, and the aims."""
-    rows, checks, copied = (
-        [record for record in records if record["kind"] == kind]
-        for kind in ("row", "check", "copy")
-    )
-    speeds = next((c["bytes_per_second"] for c in copied if c["bytes_per_second"]), {})
-    add_floors(rows, speeds)
-    others = [record for record in records if record["kind"] in ("probe", "failure", "skipped")]
-    return {
-        "copies": copied, "checks": checks, "rows": rows, "others": others,
-        "aims": judge(rows, checks), "failures": list(failures(records)),
-    }  # fmt: skip
+    return result, path
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print what is missing and what is wrong, then the table and the aims."""
+    """Print what is missing and what is wrong, then the table and its summary."""
     rows, checks = result["rows"], result["checks"]
     for note in notes([*result["copies"], *rows, *result["others"]]):
         print(note)
@@ -153,12 +109,12 @@ def show(result: dict[str, Any]) -> None:
     edited = " (edited)" if result["dirty"] else ""
     print(f"{result['gpu']}, driver {result['driver']}, commit {result['commit'][:9]}{edited}")
     title = (
-        "medians in microseconds (p: portable, no kernels), shares of the floor of the plan, and "
-        "peers' times over ours; torch and cupy by CUDA graphs, jax by a dispatch loop; launches "
-        "of ours/eager/compile"
+        "medians in microseconds; floors: the time to copy as many bytes as one read of x and our "
+        "launches move; shares of the latter, and peers' times over ours; torch and cupy by CUDA "
+        "graphs, jax by a dispatch loop"
     )
     print_table(title, HEADER, table(rows))
-    print_table("aims: least values of any row", AIM_HEADER, list(map(aim_line, result["aims"])))
+    print_table("in short", SUMMARY_HEADER, summary(rows))
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -181,11 +137,14 @@ def libraries(text: str) -> list[str]:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="three shapes")
-    parser.add_argument("--seconds", type=int, default=450, metavar="N", help="default 450")
+    parser.add_argument("--seconds", type=int, default=180, metavar="N", help="default 180")
     parser.add_argument(
         "--only", type=libraries, default=list(LIBRARIES), metavar="NAMES",
         help="libraries to measure, such as torch,jax",
+    )  # fmt: skip
+    parser.add_argument(
+        "--without", type=lambda text: text.split(","), default=[], metavar="NAMES",
+        help="contenders to leave out, such as compile, which is half of torch's time",
     )  # fmt: skip
     parser.add_argument("--into", type=Path, default=RESULTS, metavar="DIR", help="for the files")
     parser.add_argument(
@@ -195,26 +154,18 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def file_name(result: dict[str, Any]) -> str:
-    """Partial runs do not overwrite complete ones."""
-    part = ["quick"] if result["quick"] else []
-    part += result["only"] if len(result["only"]) < len(LIBRARIES) else []
-    return "-".join([short_name(result["gpu"]), result["date"][:10], *part]) + ".json"
-
-
 def main() -> int:
     options = parse()
     if options.child:
         return child(json.loads(options.child))
-    if options.from_json:
-        result, path = read(options.from_json), options.from_json
+    if path := options.from_json:
+        result = sorted_out(read(path)) if path.suffix == ".jsonl" else json.loads(path.read_text())
     else:
-        result = measure(options)
-        if isinstance(result, str):
-            print(f"gpu.py: {result}.", file=sys.stderr)
+        found = measure(options)
+        if isinstance(found, str):
+            print(f"gpu.py: {found}.", file=sys.stderr)
             return 2
-        path = options.into / file_name(result)
-        write_json(path, result)
+        result, path = found
     draw(result, path.with_suffix(".png"))
     show(result)
     return 1 if result["failures"] else 0

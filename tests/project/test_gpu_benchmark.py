@@ -1,9 +1,11 @@
-"""The GPU benchmark on a machine without a GPU: it reports that and measures nothing."""
+"""The scripts for GPUs on a machine without one: the benchmark measures nothing, a dry run all."""
 
 from __future__ import annotations
 
 import importlib
 import json
+import os
+import shutil
 import subprocess
 import sys
 
@@ -13,60 +15,148 @@ import torch
 from tests import ROOT
 
 SCRIPTS = ROOT / "benchmarks"
+COMMITTED = SCRIPTS / "results" / "h200-2026-11-27-quick.json"
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which would be used")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so the benchmark would run")
+@pytest.fixture
+def module(monkeypatch):
+    """Return a function that imports a module of the benchmarks."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    return importlib.import_module
+
+
+def environment(**others: str) -> dict[str, str]:
+    """Return the environment without what this run of pytest and its options put there."""
+    own = ("PYTEST_", "XLA_", "JAX_", "TRITON_")
+    return {k: v for k, v in os.environ.items() if not k.startswith(own)} | others
+
+
+def gpu_py(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, SCRIPTS / "gpu.py", *arguments]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+
+
+@no_gpu
 def test_without_a_gpu_nothing_is_measured(tmp_path):
-    command = [sys.executable, SCRIPTS / "gpu.py", "--only", "torch", "--into", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = gpu_py("--only", "torch", "--into", tmp_path)
     assert done.returncode == 2
     assert "there is no GPU here for any of the libraries" in done.stdout + done.stderr
     assert not list(tmp_path.iterdir())
 
 
+def test_committed_figures_are_shown_and_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    shutil.copy(COMMITTED, tmp_path / "h200.json")
+    done = gpu_py("--from-json", tmp_path / "h200.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "57 of 57 checks passed" in done.stdout
+    assert (tmp_path / "h200.png").read_bytes().startswith(b"\x89PNG")
+    row = next(line for line in done.stdout.splitlines() if " fwd " in line)
+    assert [text in row for text in ("51.1", "96%", "2.4x", "0.9x", "52.6x")] == [True] * 5
+
+
 # By hand, at 4.3 TB/s: microseconds of a forward pass that reads x once or twice, of both passes.
 FLOORS = {
     "UNet 16x320@64x64": (19.5, 29.3, 48.8),
-    "VAE 1x512@512x512": (125, 187, 312),
-    "ResNet-50 256x64@112x112": (191, 287, 478),
+    "VAE 1x512@256x256": (31.2, 46.8, 78.0),
+    "UNet 16x320@64x64 float32": (39.0, 58.5, 97.5),
 }
 
 
 @pytest.mark.parametrize("shape", FLOORS)
-def test_lower_bounds_follow_from_memory_bandwidth(shape, monkeypatch):
-    monkeypatch.syspath_prepend(SCRIPTS)
-    cases = importlib.import_module("_gpu_cases")
-    [case, *_] = [c for c in cases.plan("torch", quick=False) if c.shape == shape]
-    forward = cases.floors(case.bytes, cases.FORWARD, {"forward": "B"}, 4.3e12)
-    both = cases.floors(case.bytes, cases.BOTH, {}, 4.3e12)
-    found = (forward["one_read"], forward["two_read"], both["one_read"])
+def test_lower_bounds_follow_from_memory_bandwidth(shape, module):
+    cases, report = module("_gpu_cases"), module("_gpu_report")
+    forward, both = (cases.Case("torch", task, shape, cases.FIRST) for task in cases.PASSES)
+    reads = [{"one_read": 2, "plan": 3}, {"one_read": 5, "plan": 8}]
+    rows = [{"bytes": forward.bytes, "reads": counts, "times": {}} for counts in reads]
+    report.add_floors(rows, {str(forward.bytes): 4.3e12})
+    found = *rows[0]["floors_us"].values(), rows[1]["floors_us"]["one_read"]
     assert found == pytest.approx(FLOORS[shape], rel=0.01)
-    assert forward["plan"] == forward["two_read"]
+    for case, counts in ((forward, reads[0]), (both, reads[1])):
+        assert counts["one_read"] == cases.reads(case)["one_read"] <= cases.reads(case)["plan"]
 
 
-CHECK = {"kind": "check", "library": "torch", "name": "a check", "passed": True, "failure": None,
-         "errors": {}, "repeats": True}  # fmt: skip
+def test_forward_rows_of_the_quick_shapes_come_first(module):
+    cases = module("_gpu_cases")
+    rows = cases.plan("torch")
+    first = [(shape, False) for shape in list(cases.SHAPES)[:3]]
+    assert [(row.shape, row.both) for row in rows[:6:2]] == first
+    assert {row.shape for row in rows} == set(cases.SHAPES)
+    assert len(rows) == len({row.name for row in rows}) == 4 * len(cases.SHAPES)
+
+
+CHECK = {"kind": "check", "library": "torch", "name": "a check", "passed": True, "failure": None}
 PROBED = {"kind": "probe", "library": "torch", "why": None, "gpu": "Some GPU"}
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so the child would go on")
-def test_records_of_a_killed_run_are_kept_and_shown(monkeypatch, tmp_path, capsys):
-    """They are in DIR while the run goes on, not in a temporary folder that is deleted with it."""
-    monkeypatch.syspath_prepend(SCRIPTS)
-    work = importlib.import_module("_gpu_work")
+@no_gpu
+def test_records_of_a_killed_run_are_kept_and_shown(module, tmp_path):
+    """They are in DIR while the run goes on; the last line may be incomplete."""
+    gpu, work = module("gpu"), module("_gpu_work")
     records = tmp_path / "records.jsonl"
-    begun = {"kind": "begun", "name": "a row"}
-    records.write_text(json.dumps(PROBED) + "\n" + json.dumps(CHECK) + "\n")
-    # Without a GPU the child records that its first check raised, and that the device is lost.
-    _, made = work.run_child({"library": "torch", "quick": True, "begin": 1}, 30, records)
-    kept = [json.loads(line) for line in records.read_text().splitlines()]
-    assert kept == [PROBED, CHECK, *made]
-    assert made[0]["kind"] == "begun"
+    options = gpu.argparse.Namespace(seconds=1, only=["torch"], without=[])
+    for record in (gpu.about(options), PROBED, CHECK):
+        work.append(records, record)
+    # A child without a GPU says why, and does nothing else.
+    request = {"library": "torch", "without": [], "begin": 0}
+    status, made = work.run_child(request, 30, records)
+    assert (status, [record["kind"] for record in made]) == (0, ["probe"])
+    assert made[0]["why"]
     with records.open("a") as file:
-        file.write(json.dumps(begun) + "\n" + '{"kind": "row", "libra')
-    gpu = importlib.import_module("gpu")
-    result = gpu.read(records)
-    assert result["gpu"] == "Some GPU"
-    assert result["checks"] == [r for r in kept if r["kind"] == "check"]
-    gpu.show(result)
-    assert f"of {len(result['checks'])} checks passed" in capsys.readouterr().out
+        file.write(json.dumps({"kind": "begun", "name": "a row"}) + '\n{"kind": "row", "libra')
+    done = gpu_py("--from-json", records)
+    assert done.returncode == 0, done.stderr
+    assert "1 of 1 checks passed" in done.stdout
+    assert "Some GPU" in done.stdout
+
+
+def test_a_failing_test_is_written_at_once(tmp_path):
+    (tmp_path / "test_it.py").write_text("def test_it():\n    assert 1 == 2\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "_gpu_failures", "test_it.py"]
+    where = environment(OUT=str(tmp_path), PYTHONPATH=str(SCRIPTS))
+    subprocess.run(command, cwd=tmp_path, env=where, capture_output=True, timeout=60)
+    written = (tmp_path / "failures.txt").read_text()
+    assert written.startswith("==== test_it.py::test_it (call)\n")
+    assert "assert 1 == 2" in written
+
+
+STEPS = ["versions", "torch", "cupy", "jax", "sanitize", "own", "rows", "all", "bench"]
+FACTS = {
+    "torch": ["copy, ", "host, ", "UNet 16x320@64x64 channels-last backward, us"],
+    "cupy": ["right CUDA graph", "right other stream"],
+    "jax": ["launchers", "right eager", "right vmap", "right grad", "right jvp"],
+}  # fmt: skip
+
+
+@no_gpu
+@pytest.mark.slow
+@pytest.mark.needs("torch", "jax", "cupy")
+@pytest.mark.skipif(sys.platform != "linux", reason="the script is for bash, Triton for Linux")
+def test_a_dry_run_executes_every_step(tmp_path):
+    where = environment(DRY="1", OUT=str(tmp_path), PY=sys.executable, STEPS=" ".join(STEPS))
+    done = subprocess.run(
+        ["bash", SCRIPTS / "gpu_first_run.sh"], cwd=ROOT, env=where, capture_output=True,
+        text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr
+    steps = (tmp_path / "steps.txt").read_text().splitlines()
+    assert [step.partition(":")[0] for step in steps] == STEPS
+    assert all(": status 0 after" in step for step in steps), steps
+    assert (tmp_path / "failures.txt").read_text() == ""
+    lines = (tmp_path / "facts.jsonl").read_text().splitlines()
+    facts = [(fact["library"], fact["fact"]) for fact in map(json.loads, lines)]
+    for library, names in FACTS.items():
+        mine = [fact for name, fact in facts if name == library]
+        assert sum("float" in fact for fact in mine) >= 4  # compared with float64
+        for name in ("imported", "device", *names):
+            assert any(fact.startswith(name) for fact in mine), (library, name)
+    assert not [fact for _, fact in facts if fact.startswith(("WRONG", "FAILED"))]
+    log = (tmp_path / "log.txt").read_text()
+    assert f"'torch': '{torch.__version__}'" in log
+    assert "passed" in log
+    [result] = (tmp_path / "bench").glob("*.json")
+    found = json.loads(result.read_text())
+    assert {row["library"] for row in found["rows"]} == {"torch", "jax", "cupy"}
+    assert all(len(row["shares"]) >= 2 for row in found["rows"])
+    assert not found["failures"]

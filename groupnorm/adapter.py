@@ -6,7 +6,7 @@ specific library.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import array_api_compat
@@ -51,9 +51,6 @@ class Kernels:
     why_none : str
         Why there are none; returned for every call. Subclasses override all methods.
     """
-
-    #: Whether they may take parameters that have a row for each sample, (N, C).
-    takes_rows = False
 
     def __init__(self, why_none: str = "") -> None:
         self._why_none = why_none
@@ -126,8 +123,6 @@ class Adapter:
     has_autograd: ClassVar[bool] = True
     #: Whether reading values is free, so that the computation may depend on them.
     reads_values: ClassVar[bool] = False
-    #: Whether a call for each sample is faster than one more operation on all of them.
-    separates_samples: ClassVar[bool] = False
     #: Whether the library has array types that describe their sharding over devices.
     has_sharded_arrays: ClassVar[bool] = False
 
@@ -157,14 +152,6 @@ class Adapter:
     def device_of(self, x: "Array") -> Any:
         """Return the array's device; None while tracing."""
         return getattr(x, "device", None)
-
-    def is_row_major(self, x: "Array") -> bool:
-        """Whether reshaping x copies nothing, as far as the library tells."""
-        return True
-
-    def samples(self, x: "Array") -> "Sequence[Array]":
-        """Split an array along its first axis, into parts of length 1."""
-        return [x[i : i + 1] for i in range(x.shape[0])]
 
     def check_together(self, x: "Array", other: "Array", argument: str) -> None:
         """Check that an argument can be combined with x.

@@ -199,17 +199,11 @@ def compute_local(
 ) -> "Array":
     """Normalize as `compute` does, for an array whose type describes no sharding."""
     if is_per_sample(x, scale, bias, options):
-        if _kernels_take_rows(adapter, options):
+        if _kernels_take_rows(options):
             result = adapter.kernels.forward(x, scale, bias, mask, options)
             if not isinstance(result, Unsupported):
                 return result
         call = PerSample.of(adapter, x, scale, bias, mask, options)
-        calls = call.ordinary(mask)
-        if calls is not None:
-            return call.joined(
-                calls,
-                [compute_local(adapter, *a, calls.mask, calls.options) for a in calls.arrays],
-            )
         y = compute_local(adapter, x, None, None, mask, call.without_parameters)
         return call.apply(y)
     wanted = options.implementation
@@ -234,18 +228,11 @@ def compute_with_pullback(
     """Normalize as `compute` does, and return the pullback as well."""
     result: Any
     if is_per_sample(x, scale, bias, options) and not adapter.is_sharded(x):
-        if _kernels_take_rows(adapter, options):
+        if _kernels_take_rows(options):
             result = adapter.kernels.vjp(x, scale, bias, mask, options)
             if not isinstance(result, Unsupported):
                 return result  # type: ignore[no-any-return]
         call = PerSample.of(adapter, x, scale, bias, mask, options)
-        calls = call.ordinary(mask)
-        if calls is not None:
-            found = [
-                compute_with_pullback(adapter, *a, calls.mask, calls.options) for a in calls.arrays
-            ]
-            results, pullbacks = map(list, zip(*found, strict=True))
-            return call.joined(calls, results), call.joined_pullback(calls, pullbacks)
         y, pullback = compute_with_pullback(
             adapter, x, None, None, mask, call.without_parameters
         )  # fmt: skip
@@ -266,10 +253,9 @@ def compute_with_pullback(
     return adapter.run(group_norm_vjp, x, scale, bias, mask, options)
 
 
-def _kernels_take_rows(adapter: Adapter, options: "CallOptions") -> bool:
+def _kernels_take_rows(options: "CallOptions") -> bool:
     """Whether kernels may compute a call whose parameters have a row for each sample."""
-    wanted = options.implementation in (None, "fused") and options.axis_name is None
-    return wanted and adapter.kernels.takes_rows
+    return options.implementation in (None, "fused") and options.axis_name is None
 
 
 _REPLICAS = Unsupported("statistics of replicas are pooled by the portable implementation")

@@ -22,7 +22,6 @@ class CupyAdapter(NumpyDtypes, Adapter):
     label = "CuPy"
     array_name = "CuPy arrays"
     name = "cupy"
-    separates_samples = True
     has_autograd = False
 
     def is_array(self, x: object) -> bool:

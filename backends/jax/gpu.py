@@ -56,7 +56,7 @@ def normalize(x: Any, scale: Any, bias: Any, *mask: Any, spec: Spec) -> Any:
     saved = jax.ShapeDtypeStruct(saved_shape(spec), np.dtype(np.uint32))
     arrays = {"x": x, "scale": scale, "bias": bias, "mask": mask[0] if mask else None}
     results = {"y": jax.ShapeDtypeStruct(x.shape, spec.result_dtype), "statistics": saved}
-    _run(gpu.forward(spec.shape, _options(spec, mask)), arrays, results)
+    _run(gpu.forward(spec.shape, _options(spec, scale, mask)), arrays, results)
     return arrays["y"], arrays["statistics"]
 
 
@@ -70,16 +70,18 @@ def pull_back(
     parameter = jax.ShapeDtypeStruct((batches, spec.shape.channels), np.dtype(np.float32))
     results = {"dx": jax.ShapeDtypeStruct(x.shape, x.dtype), "dscale": parameter}
     results["dbias"] = parameter
-    _run(gpu.backward(spec.shape, _options(spec, mask), batches), arrays, results)
+    _run(gpu.backward(spec.shape, _options(spec, scale, mask), batches), arrays, results)
     return arrays["dx"], arrays["dscale"], arrays["dbias"]
 
 
-def _options(spec: Spec, mask: Any) -> gpu.KernelOptions:
+def _options(spec: Spec, scale: Any, mask: Any) -> gpu.KernelOptions:
     kind = None
     if mask:
         kind = "one" if mask[0].shape[0] == 1 else "each"
-    # Without waves: XLA allocates each result for the one call that writes it.
-    return gpu.KernelOptions(spec.options.epsilon, spec.options.activation, kind, True, True)
+    options = spec.options
+    return gpu.KernelOptions(
+        options.epsilon, options.activation, kind, True, True, rows=scale.ndim == 2
+    )
 
 
 def _run(program: gpu.LaunchSequence, arrays: dict[str, Any], results: dict[str, Any]) -> None:

@@ -32,8 +32,6 @@ __all__ = ["JaxKernels"]
 class JaxKernels(Kernels):
     """The kernels, as jitted primitives."""
 
-    takes_rows = True
-
     def __init__(self, adapter: Any) -> None:
         super().__init__()
         self._adapter = adapter

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from groupnorm.adapter import Unsupported
 from groupnorm.arguments import CallOptions
@@ -307,21 +306,7 @@ def _rows(spec: Spec, size: int, parameters: Any, dims: Any) -> list[Any]:
     ]
 
 
-def _one_by_one(primitive: Any, arguments: Any, dims: Any, parameters: Any) -> Any:
-    size = _size(arguments, dims)
-    fronts = [_front(a, d, size) for a, d in zip(arguments, dims, strict=True)]
-    out = lax.map(lambda given: primitive.bind(*given, **parameters), fronts)
-    return out, [0] * len(out)
-
-
-def _varies(dims: Any) -> bool:
-    """Whether parameters vary over a batch where kernels take no rows of them."""
-    return jax.default_backend() != "cpu" and any(d is not None for d in dims)
-
-
 def _normalize_batched(arguments: Any, dims: Any, *, spec: Spec) -> Any:
-    if _varies(dims[1:3]):
-        return _one_by_one(normalize_p, arguments, dims, {"spec": spec})
     size = _size(arguments, dims)
     parameters = _rows(spec, size, arguments[1:3], dims[1:3])
     wide, (x, *mask) = _folded(spec, size, (arguments[0], *arguments[3:]), (dims[0], *dims[3:]))
@@ -335,9 +320,6 @@ def _tangent_batched(arguments: Any, dims: Any, *, spec: Spec) -> Any:
 
 
 def _pull_back_batched(arguments: Any, dims: Any, *, spec: Spec, batches: int) -> Any:
-    if _varies(dims[2:4]):
-        parameters = {"spec": spec, "batches": batches}
-        return _one_by_one(pull_back_p, arguments, dims, parameters)
     size = _size(arguments, dims)
     dy, x, _, _, *mask, saved = arguments
     scale, bias = _rows(spec, size, arguments[2:4], dims[2:4])

@@ -27,7 +27,6 @@ class NumpyAdapter(NumpyDtypes, Adapter):
     label = "NumPy"
     array_name = "NumPy arrays"
     name = "numpy"
-    separates_samples = True
     has_autograd = False
     reads_values = True
 

@@ -44,8 +44,6 @@ class _Call(NamedTuple):
 class NumpyKernels(Kernels):
     """The CPU kernels, called with NumPy arrays."""
 
-    takes_rows = True
-
     def __init__(self, adapter: Any) -> None:
         super().__init__()
         self._adapter = adapter

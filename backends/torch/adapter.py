@@ -55,7 +55,6 @@ class TorchAdapter(Adapter):
     label = "PyTorch"
     array_name = "PyTorch tensors"
     name = "torch"
-    separates_samples = True
     has_sharded_arrays = True
 
     def is_array(self, x: object) -> bool:
@@ -110,14 +109,6 @@ class TorchAdapter(Adapter):
         if argument == "x" and not x.is_contiguous() and memory_order(x.shape, x.stride()) is None:
             return x.clone()
         return x
-
-    def is_row_major(self, x: Any) -> bool:
-        """Whether x is contiguous: not so in channels-last order, and unknown in ONNX."""
-        return not is_exporting_to_onnx() and bool(x.is_contiguous())
-
-    def samples(self, x: Any) -> Any:
-        """Split along the first axis; the derivative of slices would fill whole tensors."""
-        return torch.split(x, 1)
 
     def check_together(self, x: Any, other: Any, argument: str) -> None:
         """Check the devices, and that fake tensors meet real ones only if their mode allows it."""

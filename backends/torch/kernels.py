@@ -40,8 +40,6 @@ class TorchKernels(Kernels):
         Called instead while torch.compile traces: `custom_op.traced`.
     """
 
-    takes_rows = True
-
     def __init__(self, adapter: Any, traced: Callable[..., Any]) -> None:
         super().__init__()
         self._adapter, self._traced = adapter, traced

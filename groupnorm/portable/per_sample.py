@@ -1,16 +1,14 @@
 """Scale and bias with a row for each sample, (N, C): adaptive group norm, FiLM, scale-shift.
 
 The statistics do not depend on the parameters, so x is normalized without any, in the precision of
-the statistics, and then scaled and shifted. Where possible the call is replaced by others whose
-parameters have the shape (C,), which kernels apply: one call for each sample, or one for all, in
-which the channels of all samples are the channels of a single one.
+the statistics, and then scaled and shifted. Kernels do both at once.
 """
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from groupnorm.arguments import CallOptions
 from groupnorm.dtypes import dtype_name
-from groupnorm.plan import product, same_shape
+from groupnorm.plan import same_shape
 from groupnorm.portable.activations import activate, slope
 from groupnorm.portable.blocked_sums import total, total_of_products
 from groupnorm.portable.complex_parts import conj, real_part
@@ -30,13 +28,7 @@ if TYPE_CHECKING:
     from groupnorm.adapter import Adapter
     from groupnorm.plan import Plan
 
-__all__ = ["OrdinaryCalls", "PerSample", "has_rows", "is_per_sample", "scale_and_shift"]
-
-
-# Separate calls for at most so many samples, of at least so many elements: one more pass over all
-# elements takes longer than the calls.
-MOST_CALLS = 16
-LEAST_SAMPLE = 4096
+__all__ = ["PerSample", "has_rows", "is_per_sample", "scale_and_shift"]
 
 
 def is_per_sample(x: Array, scale: Any, bias: Any, options: CallOptions) -> bool:
@@ -55,15 +47,6 @@ def _has_batch_axis(parameter: Array, x: Array, options: CallOptions) -> bool:
     axes = {a % max(x.ndim, 1) for a in options.feature}
     of_features = tuple(n for a, n in enumerate(x.shape) if a in axes)
     return not same_shape(tuple(parameter.shape), of_features)
-
-
-class OrdinaryCalls(NamedTuple):
-    """Calls whose parameters have the shape (C,)."""
-
-    arrays: list[tuple[Array, Array, Array]]  # x, scale and bias
-    mask: Any
-    options: CallOptions
-    order: tuple[int, ...] | None = None  # of x's axes in these calls, if it is another
 
 
 class PerSample(NamedTuple):
@@ -95,108 +78,6 @@ class PerSample(NamedTuple):
         if self.options.implementation != "native":  # which keeps x's dtype
             dtype = dtype_name("dtype", self.checked.work_dtype)
         return self.options._replace(dtype=dtype, activation=None)
-
-    def ordinary(self, mask: Any) -> "OrdinaryCalls | None":
-        """Return calls whose parameters have one row, in which kernels apply them; None if none.
-
-        A single sample is one, and so are all samples if they can be channels of a large one.
-        Otherwise each large sample is one, where a call is not part of a compiled program.
-        """
-        plan, options, xp = self.checked.plan, self.options, self.adapter.xp
-        x, scale, bias = self.x, self.checked.scale, self.checked.bias
-        features = sorted(plan.feature_axes)
-        rows = all(p is None or has_rows(p, plan) for p in (scale, bias))
-        if not rows or options.axis_name is not None or (plan.static and 0 in plan.shape):
-            return None
-        if plan.static and plan.shape[0] == 1:
-            return OrdinaryCalls([(x, _flat(scale, xp), _flat(bias, xp))], mask, options)
-        if mask is not None:
-            return None
-        if self._can_be_folded():
-            rest = plan.shape[1 + len(features) :]
-            folded = xp.reshape(x, (1, plan.shape[0] * plan.channels, *rest))
-            options = options._replace(
-                feature=(1,), num_groups=None, group_size=plan.parameter_shape[plan.members],
-                reduction=None, feature_shape=None,
-            )  # fmt: skip
-            return OrdinaryCalls([(folded, _flat(scale, xp), _flat(bias, xp))], None, options)
-        if not (
-            self.adapter.separates_samples
-            and plan.static
-            and 1 < plan.shape[0] <= MOST_CALLS
-            and product(plan.shape[1:]) >= LEAST_SAMPLE
-        ):
-            return None
-        order = None
-        if not self.adapter.is_row_major(x):
-            order = (*(a for a in range(x.ndim) if a not in features), *features)
-            x = xp.permute_dims(x, order)
-            if not self.adapter.is_row_major(x):  # nor in channels-last order
-                return None
-            reduced = options.reduction
-            options = options._replace(feature=tuple(range(-len(features), 0)))
-            if reduced is not None:
-                reduced = tuple(order.index(a % x.ndim) for a in reduced)
-                options = options._replace(reduction=reduced)
-        none = [None] * plan.shape[0]
-        x_parts, scales, biases = (
-            none if a is None else self.adapter.samples(a) for a in (x, scale, bias)
-        )
-        samples = [
-            (a, _flat(s, xp), _flat(b, xp))
-            for a, s, b in zip(x_parts, scales, biases, strict=True)
-        ]  # fmt: skip
-        return OrdinaryCalls(samples, None, options, order)
-
-    def _can_be_folded(self) -> bool:
-        """Whether samples and channels, next to each other, can be one axis."""
-        plan = self.checked.plan
-        return (
-            plan.kept_axes == {0}
-            and plan.feature_axes == set(range(1, 1 + len(plan.feature_axes)))
-            and self.adapter.planning(plan.shape).merge_axes
-            and self.adapter.is_row_major(self.x)
-        )
-
-    def joined(self, calls: "OrdinaryCalls", results: "list[Array]") -> Array:
-        """Return the results of ordinary calls in x's shape."""
-        xp, order = self.adapter.xp, calls.order
-        y = results[0] if len(results) == 1 else xp.concat(results, axis=0)
-        if order is None:
-            return xp.reshape(y, self.checked.plan.shape)
-        return xp.permute_dims(y, tuple(order.index(a) for a in range(len(order))))
-
-    def joined_pullback(
-        self, calls: "OrdinaryCalls", pullbacks: "list[Callable[[Array], Gradients]]"
-    ) -> "Callable[[Array], Gradients]":
-        """Return the pullback for those of ordinary calls."""
-        adapter, checked, xp = self.adapter, self.checked, self.adapter.xp
-
-        def for_parameter(parameter: Array, gradients: list[Array]) -> Array:
-            if parameter is None:
-                return None
-            rows = [xp.reshape(g, (-1,)) for g in gradients]
-            flat = rows[0] if len(rows) == 1 else xp.concat(rows)
-            return xp.reshape(flat, tuple(parameter.shape))
-
-        def pull(dy: Array) -> Gradients:
-            dy = check_cotangent(
-                adapter, dy, self.x, complex_result=adapter.is_complex(checked.result_dtype)
-            )
-            if calls.order is not None:
-                dy = xp.permute_dims(dy, calls.order)
-            parts = [dy] if len(pullbacks) == 1 else adapter.samples(dy)
-            found = [
-                pullback(xp.reshape(part, tuple(call[0].shape)))
-                for pullback, part, call in zip(pullbacks, parts, calls.arrays, strict=True)
-            ]
-            return Gradients(
-                self.joined(calls, [g.x for g in found]),
-                for_parameter(checked.scale, [g.scale for g in found]),
-                for_parameter(checked.bias, [g.bias for g in found]),
-            )
-
-        return pull
 
     def apply(self, normalized: Array) -> Array:
         """Return the result for the normalized x."""
@@ -271,10 +152,6 @@ def scale_and_shift(
 def _scaled(normalized: Array, scale: Array, bias: Array) -> Array:
     y = normalized if scale is None else normalized * scale
     return y if bias is None else y + bias
-
-
-def _flat(parameter: Array, xp: Any) -> Array:
-    return None if parameter is None else xp.reshape(parameter, (-1,))
 
 
 def has_rows(parameter: Array, plan: "Plan") -> bool:

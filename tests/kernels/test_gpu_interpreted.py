@@ -400,6 +400,36 @@ def test_calls_of_cupy(plan, cupy_on_the_host, name, rng):
         )
 
 
+def of_each_sample(x, dy, scale, bias, keywords):
+    """Return the result and gradients, with a row of parameters for each sample."""
+    parts = [
+        (
+            oracle.group_norm(x[i : i + 1], scale[i], bias[i], **keywords),
+            *oracle.group_norm_gradients(
+                x[i : i + 1], dy[i : i + 1], scale[i], bias[i], **keywords
+            ),
+        )
+        for i in range(len(x))
+    ]
+    y, dx, dscale, dbias = zip(*parts, strict=True)
+    return np.concatenate(y), np.concatenate(dx), np.stack(dscale), np.stack(dbias)
+
+
+@pytest.mark.needs("cupy")
+@pytest.mark.parametrize("name", ["last, D=10, P=49", "first, D=10, P=49"])
+def test_parameters_of_each_sample_in_cupy(plan, cupy_on_the_host, name, rng):
+    x, dy, scale, bias, _, keywords = drawn(name, rng)
+    scale, bias = (p + np.arange(len(x), dtype="f")[:, None] for p in (scale, bias))
+    given = [HostArrays.asarray(a) for a in (x, scale, bias)]
+    y, pullback = cupy_on_the_host.CupyKernels(numpy_as_cupy()).vjp(
+        *given, None, options(keywords, activation=None)
+    )
+    want, *gradients = of_each_sample(x, dy, scale, bias, keywords)
+    assert_close(y, want, tolerance=CONTRACT)
+    for ours, reference in zip(pullback(HostArrays.asarray(dy)), gradients, strict=True):
+        assert_gradient(ours, reference, rtol=GRADIENT)
+
+
 @pytest.mark.needs("cupy", "torch")
 def test_what_is_of_another_library_is_not_for_cupy(cupy_on_the_host, rng):
     torch = importlib.import_module("torch")
@@ -465,3 +495,26 @@ def test_calls_of_jax(plan, jax_by_callback, name, masked, rng):
     assert dscale.shape == (shape[0], shape[axis])
     assert_gradient(np.asarray(dscale).sum(0), want.scale, rtol=GRADIENT)
     assert_gradient(np.asarray(dbias).sum(0), want.bias, rtol=GRADIENT)
+
+
+@pytest.mark.needs("jax")
+@pytest.mark.parametrize("name", ["last, D=10, P=49", "first, D=10, P=49"])
+def test_parameters_of_each_sample_in_jax(plan, jax_by_callback, name, rng):
+    jax = importlib.import_module("jax")
+    if jax.device_count() > 1:
+        pytest.skip("with several devices the portable code computes; --jax-devices 1 leaves one")
+    jax_kernels = importlib.import_module("groupnorm.backends.jax.kernels")
+    x, dy, scale, bias, _, keywords = drawn(name, rng)
+    scale, bias = (p + np.arange(len(x), dtype="f")[:, None] for p in (scale, bias))
+    given = [jax.numpy.asarray(a) for a in (x, scale, bias)]
+    spec, arrays = jax_kernels._bind(adapter_named("jax"), *given, None, options(keywords))
+    work = [a for a in jax_kernels._work_arrays(spec, *arrays) if a is not None]
+    assert work[1].ndim == 2
+    y, saved = jax.jit(lambda *a: jax_by_callback.normalize(*a, spec=spec))(*work)
+    found = jax.jit(lambda dy, *a: jax_by_callback.pull_back(dy, *a, spec=spec, batches=len(x)))(
+        dy.reshape(work[0].shape), *work, saved
+    )
+    want, *gradients = of_each_sample(x, dy, scale, bias, keywords)
+    assert_close(np.asarray(y).reshape(x.shape), want, tolerance=CONTRACT)
+    for ours, reference in zip(found, gradients, strict=True):
+        assert_gradient(np.asarray(ours).reshape(reference.shape), reference, rtol=GRADIENT)

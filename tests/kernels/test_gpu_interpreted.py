@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import sys
 from unittest import mock
 
 import numpy as np
@@ -56,10 +57,18 @@ MORE = {
 def plan(request, monkeypatch):
     for name, value in {**PLANS, **MORE}[request.param].items():
         monkeypatch.setattr(gpu, name, value)
-    caches = gpu.forward, gpu.backward, gpu_tiles.tile_whole_groups, gpu_tiles.tile_parts
-    for cached in caches:
-        cached.cache_clear()
+    clear()
     yield request.param
+    clear()
+
+
+def clear():
+    """Forget what was planned, and what was prepared of it."""
+    caches = [gpu.forward, gpu.backward, gpu_tiles.tile_whole_groups, gpu_tiles.tile_parts]
+    for library in ("torch", "cupy"):
+        module = sys.modules.get(f"groupnorm.backends.{library}.gpu")
+        if module is not None:
+            caches.append(module._prepared)
     for cached in caches:
         cached.cache_clear()
 
@@ -286,8 +295,17 @@ def cupy_on_the_host(monkeypatch):
     monkeypatch.setattr(module, "cupy", HostArrays)
     monkeypatch.setattr(module, "why_unavailable", lambda device: None)
     monkeypatch.setattr(module, "captures", lambda: True)
-    monkeypatch.setattr(module, "launch", interpreter.run)
-    return module
+    monkeypatch.setattr(
+        module,
+        "prepare",
+        lambda sequence, dtypes, device: interpreter.interpreted(
+            sequence, dtypes, lambda n: np.empty(n, np.float32), interpreter.Pointer
+        ),
+    )
+    # What was prepared with other limits of plans, or for another test, is not used.
+    module._prepared.cache_clear()
+    yield module
+    module._prepared.cache_clear()
 
 
 def options(keywords, **others):

@@ -1,4 +1,6 @@
-"""Ahead-of-time compilation of GPU kernels: cubins for CuPy, PTX for JAX; no GPU or driver needed.
+"""Ahead-of-time compilation of GPU kernels, which needs no GPU or driver.
+
+`driver` launches their cubins for PyTorch and CuPy; JAX takes PTX.
 
 Triton caches compiled kernels on disk, keyed by the kernel's source, constants, types and the GPU's
 architecture, so later runs of a program compile nothing.
@@ -14,7 +16,7 @@ from typing import Any, NamedTuple
 from groupnorm.adapter import Unsupported
 from groupnorm.backends.kernels.gpu.program import Launch
 
-__all__ = ["ALIGNMENT", "COMPILED", "POINTERS", "Built", "build", "kernel_of", "why_unavailable"]
+__all__ = ["ALIGNMENT", "POINTERS", "Built", "build", "kernel_of", "why_unavailable"]
 
 _log = logging.getLogger("groupnorm")
 
@@ -27,10 +29,6 @@ POINTERS = {
     "uint8": "*u8",
 }
 ALIGNMENT = 16  # bytes; loads are vectorized only for addresses known to have it
-
-
-# Set explicitly, so that every version of Triton compiles the same; Triton warns if it is unset.
-COMPILED = {"enable_fp_fusion": True}
 
 
 class Built(NamedTuple):
@@ -112,7 +110,7 @@ def _signature(
     arrays = iter(zip(dtypes, aligned, strict=True))
     for place, name in enumerate(kernel_of(launch.module, launch.kernel).arg_names):
         if name in scalars and (fixed or (scalars[name] == 1 and name not in loose)):
-            constants[name] = scalars[name]  # Triton's own launcher also makes ones constants
+            constants[name] = scalars[name]  # as Triton's own launcher does with ones
         if name in constants:
             types[name] = "constexpr"
         elif name in scalars:
@@ -144,7 +142,9 @@ def _compiled(module: str, name: str, signature: Signature, warps: int, capabili
         kernel_of(module, name), types, dict(signature.constants), attributes
     )
     target = targets.GPUTarget("cuda", capability, 32)
-    made = triton.compile(source, target=target, options={"num_warps": warps, **COMPILED})
+    # The second option is set so that every version of Triton compiles the same.
+    options = {"num_warps": warps, "enable_fp_fusion": True}
+    made = triton.compile(source, target=target, options=options)
     ptx = made.asm["ptx"]
     arguments = sum(kind != "constexpr" for kind in types.values())
     return Built(

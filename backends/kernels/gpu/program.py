@@ -64,6 +64,8 @@ class Launch(NamedTuple):
     scalars: tuple[tuple[str, int], ...]
     constants: tuple[tuple[str, Any], ...]
     warps: int
+    # Whether it may begin before the launch before it ends, and waits for it by itself.
+    dependent: bool = False
 
 
 class LaunchSequence(NamedTuple):

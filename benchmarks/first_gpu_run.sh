@@ -588,7 +588,7 @@ for n in names.split():
     try: print(n, m.version(n), end=", ")
     except Exception: print(n, "IS MISSING", end=", ")
 print("Python", platform.python_version(), "cpus", os.cpu_count())
-# Triton 3.6 compiles a launcher in C for every kind of arguments.
+# For torch.compile's own kernels, Triton 3.6 compiles a launcher in C for every kind of arguments.
 print("gcc", shutil.which("gcc"), "Python.h", os.path.exists(sysconfig.get_paths()["include"] + "/Python.h"))
 PYTHON
         git rev-parse --short HEAD; ldconfig -p | grep libcuda.so; '"$PY"' -c "import groupnorm; print(groupnorm.__file__)"' ;;

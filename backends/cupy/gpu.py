@@ -44,10 +44,14 @@ class _Call(NamedTuple):
         return restored(y, layout), statistics
 
     def backward(self, statistics: Any, dy: Any) -> tuple[Any, Any, Any]:
-        """Return dx, and the gradients of scale and bias, flat in float32."""
+        """Return dx, and the gradients of scale and bias, flat in the dtypes of these."""
         layout = self.work.layout
         dy, dx = in_memory(dy, layout, cupy), cupy.empty(layout.plan.shape, self.x.dtype)
-        dscale, dbias = (cupy.empty(self.work.shape.channels, np.float32) for _ in range(2))
+        # Written by the last kernel, so that nothing else has to convert them.
+        dscale, dbias = (
+            cupy.empty(self.work.shape.channels, np.float32 if a is None else a.dtype)
+            for a in (self.scale, self.bias)
+        )
         self._launcher("backward", dy.dtype)(
             self.x, self.scale, self.bias, self.mask, dy, statistics, dx, dscale, dbias
         )

@@ -17,7 +17,6 @@ from groupnorm.backends.kernels.gpu.probe import DeviceProbe, why_too_old
 from groupnorm.backends.kernels.layout import flat_mask, unflat_mask
 from groupnorm.backends.torch.internals import current_stream, has_modes
 from groupnorm.backends.torch.memory import cotangent, in_memory, is_plain, is_plain_mask, like
-from groupnorm.plan import product
 from groupnorm.portable.inputs import HOST_MASKS, host_mask
 
 __all__ = ["Call", "GpuEngine", "run"]
@@ -44,8 +43,13 @@ class Call(NamedTuple):
 
     def with_parameters(self, x: torch.Tensor, scale: Any, bias: Any) -> "Call | Unsupported":
         """Return the call with other parameters; all tensors must be plain ones."""
-        shapes = self.work.parameter_shapes
-        if _reads(scale, self.scale, shapes) and _reads(bias, self.bias, shapes):  # mostly
+        shapes = self.prepared.parameter_shapes
+        if (
+            scale is self.scale
+            and bias is self.bias
+            and _can_be_read(scale, shapes)  # still, with what was assigned to its `data`
+            and _can_be_read(bias, shapes)
+        ):
             return self
         bound = bind(
             self.work, scale, bias, None, lambda given, work: None,
@@ -65,28 +69,31 @@ class Call(NamedTuple):
         """Return y, which has x's memory layout, and the statistics for backward."""
         work = self.prepared.work
         given, y = in_memory(x, work.layout), like(x, work.layout, work.dtypes.result_dtype)
-        statistics = x.new_empty(gpu.statistics_shape(work.shape), dtype=torch.float32)
+        # Flat: a shape would take as long as the launch.
+        statistics = x.new_empty(self.prepared.statistics_size, dtype=torch.float32)
         self._launcher("forward", None)(given, self.scale, self.bias, self.mask, y, statistics)
         return y, statistics
 
     def backward(
         self, statistics: torch.Tensor, x: torch.Tensor, dy: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return dx, and the gradients of scale and bias, flat in float32."""
-        work = self.prepared.work
-        layout = work.layout
+        """Return dx, and the gradients of scale and bias, flat in the dtypes of these."""
+        work, scale, bias = self.prepared.work, self.scale, self.bias
+        layout, channels = work.layout, work.shape.channels
         dy, dx = cotangent(dy, x, layout), like(x, layout, x.dtype)
-        dscale = x.new_empty(work.shape.channels, dtype=torch.float32)
-        dbias = torch.empty_like(dscale)
+        # Written by the last kernel, so that nothing else has to convert them.
+        like_scale = torch.float32 if scale is None else scale.dtype
+        like_bias = torch.float32 if bias is None else bias.dtype
+        dscale = x.new_empty(channels, dtype=like_scale)
+        dbias = x.new_empty(channels, dtype=like_bias)
         self._launcher("backward", dy.dtype)(
-            in_memory(x, layout), self.scale, self.bias, self.mask, dy, statistics, dx, dscale,
-            dbias,
-        )  # fmt: skip
+            in_memory(x, layout), scale, bias, self.mask, dy, statistics, dx, dscale, dbias
+        )
         return dx, dscale, dbias
 
     def packed(self, statistics: torch.Tensor) -> torch.Tensor:
         """Return the statistics as the operator saves them."""
-        return statistics.view(-1)
+        return statistics
 
     def unpacked(self, packed: torch.Tensor) -> torch.Tensor | None:
         """Return the statistics that were packed, or None if something else came back.
@@ -96,8 +103,7 @@ class Call(NamedTuple):
         ours = packed.dtype is torch.float32 and packed.is_cuda
         if not ours or not is_plain(packed, "saved"):
             return None
-        size = product(gpu.statistics_shape(self.work.shape))
-        return packed.contiguous() if packed.shape == (size,) else None
+        return packed.contiguous() if packed.shape == (self.prepared.statistics_size,) else None
 
     def _launcher(self, task: str, dy: torch.dtype | None) -> Any:
         _, _, prepared, mask, scale, bias, engine = self
@@ -159,6 +165,9 @@ class GpuEngine:
         )  # fmt: skip
         if isinstance(prepared, Unsupported):
             return prepared
+        shapes = prepared.parameter_shapes
+        if mask is None and _can_be_read(scale, shapes) and _can_be_read(bias, shapes):  # mostly
+            return Call(adapter, options, prepared, None, scale, bias, self)
         bound = bind(
             prepared.work, scale, bias, mask,
             lambda given, work: _flat_mask(adapter, given, x, work),
@@ -188,29 +197,23 @@ def _prepared(
     return PreparedWork(work, lambda sequence, dtypes: engine.prepare(sequence, dtypes, device))
 
 
+def _can_be_read(parameter: Any, shapes: tuple[tuple[int, ...], ...]) -> bool:
+    """Whether kernels read a parameter as it is; None if it is missing."""
+    return parameter is None or (
+        parameter.dtype in _READ and parameter.shape in shapes and parameter.is_contiguous()
+    )
+
+
 def _parameter(adapter: Any, parameter: Any, x: torch.Tensor) -> torch.Tensor | None:
     """Return a parameter as kernels read it, without a copy if it can be read as it is."""
     if parameter is None:
         return None
     if isinstance(parameter, np.ndarray):
         parameter = adapter.from_host(parameter, x)
-    elif parameter.dtype in _READ and parameter.is_contiguous():
-        return parameter  # type: ignore[no-any-return]
     if parameter.dtype.itemsize == 1:  # a float8, which kernels do not read
         parameter = parameter.to(torch.float32)
     found: torch.Tensor = parameter.detach().contiguous()
     return found
-
-
-def _reads(given: Any, bound: torch.Tensor | None, shapes: tuple[tuple[int, ...], ...]) -> bool:
-    """Whether what kernels read is the given parameter, as it is now.
-
-    A tensor may be the same object and hold other memory, of another shape and dtype, that was
-    assigned to its `data`.
-    """
-    return given is bound and (
-        given is None or (given.dtype in _READ and given.is_contiguous() and given.shape in shapes)
-    )
 
 
 def _flat_mask(adapter: Any, mask: Any, x: torch.Tensor, work: Work) -> Any:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from groupnorm import GroupNorm
+from groupnorm.backends.kernels.gpu import driver as gpu_driver
 from groupnorm.backends.kernels.gpu import program as gpu
 from groupnorm.backends.kernels.grouped_shape import GroupedShape
 from groupnorm.dispatch import adapter_named
@@ -25,8 +26,6 @@ pytestmark = [
         os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels are not compiled"
     ),
 ]
-
-from groupnorm.backends.kernels.gpu import driver as gpu_driver  # noqa: E402 - it imports triton
 
 SMALL = GroupedShape(2, 2, 8, 16, True, 4)
 LARGE = GroupedShape(16, 32, 10, 4096, False, 2)  # several kernels, which share temporary arrays
@@ -364,7 +363,7 @@ def test_pytorch_plans_waves_only_in_graphs(torch_on_the_stand_in, stand_in, mon
 class HostArray(np.ndarray):
     """An array of NumPy that stands for one of CuPy on device 1."""
 
-    class device(contextlib.nullcontext):  # noqa: N801 - as CuPy's attribute
+    class device(contextlib.nullcontext):
         id = 1
 
     device = device()
@@ -379,7 +378,7 @@ class HostArrays:
 
     ndarray = HostArray
 
-    class cuda:  # noqa: N801 - as CuPy's module
+    class cuda:
         @staticmethod
         def get_current_stream():
             return type("Stream", (), {"ptr": 99})

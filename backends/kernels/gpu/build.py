@@ -110,7 +110,7 @@ def _signature(
     arrays = iter(zip(dtypes, aligned, strict=True))
     for place, name in enumerate(kernel_of(launch.module, launch.kernel).arg_names):
         if name in scalars and (fixed or (scalars[name] == 1 and name not in loose)):
-            constants[name] = scalars[name]  # as Triton's own launcher does with ones
+            constants[name] = scalars[name]  # as Triton itself does with ones
         if name in constants:
             types[name] = "constexpr"
         elif name in scalars:

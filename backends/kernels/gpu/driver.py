@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 from groupnorm.backends.kernels.gpu.build import ALIGNMENT, Built, build
 from groupnorm.backends.kernels.gpu.launch import Work
-from groupnorm.backends.kernels.gpu.program import Launch, LaunchSequence
+from groupnorm.backends.kernels.gpu.program import Launch, LaunchSequence, statistics_shape
+from groupnorm.plan import product
 
 __all__ = ["ARRAYS", "Driver", "DriverError", "Launches", "PreparedWork", "driver", "dtype_name"]
 
@@ -390,10 +391,19 @@ class PreparedWork:
     prepare : callable
         Prepares a launch sequence for arrays of given dtypes, by name; returns a function of the
         library's arrays in the order of `ARRAYS`.
+
+    Attributes
+    ----------
+    parameter_shapes : tuple
+        The shapes that parameters may have.
+    statistics_size : int
+        The number of float32 elements of the statistics.
     """
 
     def __init__(self, work: Work, prepare: Prepare) -> None:
         self.work, self._prepare = work, prepare
+        self.parameter_shapes = work.parameter_shapes
+        self.statistics_size = product(statistics_shape(work.shape))
         self._found: dict[Any, tuple[Any, Any]] = {}
 
     def launcher(
@@ -432,6 +442,8 @@ class PreparedWork:
                 for name, dtype in (("scale", scale), ("bias", bias), ("dy", dy))
             },
             "mask": "uint8" if mask_elements else work.dtypes.x,
+            "dscale": "float32" if scale is None else dtype_name(scale),
+            "dbias": "float32" if bias is None else dtype_name(bias),
         }  # fmt: skip
         dtypes = {name: known.get(name, "float32") for name in ARRAYS[task]}
         plan = work.forward if task == "forward" else work.backward

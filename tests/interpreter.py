@@ -56,7 +56,25 @@ def interpreted_engine():
         def why_unavailable(self, device, float16=False):
             return None
 
+        def prepare(self, sequence, dtypes, device):
+            torch = importlib.import_module("torch")
+            return interpreted(sequence, dtypes, torch.empty, lambda tensor: tensor)
+
     return Interpreted()
+
+
+def interpreted(sequence, dtypes, empty, pointer):
+    """Prepare launches as the driver's are prepared, of kernels that the interpreter runs."""
+
+    def launch(*arrays):
+        x = arrays[0]
+        there = dict(zip(dtypes, arrays, strict=True))
+        there |= {name: empty(elements) for name, elements in sequence.shared}
+        for step in sequence.launches:
+            given = (x if (a := there.get(name)) is None else a for name in step.arrays)
+            run_pointers(step, map(pointer, given))
+
+    return launch
 
 
 class Pointer:
@@ -98,7 +116,12 @@ class Pointer:
 
 def run(step, arrays) -> None:
     """Run one step on NumPy arrays."""
+    run_pointers(step, map(Pointer, arrays))
+
+
+def run_pointers(step, pointers) -> None:
+    """Run one step on what the interpreter takes for pointers, such as tensors."""
     build = importlib.import_module("groupnorm.backends.kernels.gpu.build")
     kernel = build.kernel_of(step.module, step.kernel)
     keywords = {**dict(step.scalars), **dict(step.constants), "num_warps": step.warps}
-    kernel[step.grid](*map(Pointer, arrays), **keywords)
+    kernel[step.grid](*pointers, **keywords)

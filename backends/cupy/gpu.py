@@ -1,4 +1,4 @@
-"""Calling the GPU kernels with CuPy arrays: Triton's cubins, launched on the current stream."""
+"""Calling the GPU kernels with CuPy arrays, on the current stream of their device."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -11,7 +11,7 @@ from groupnorm.adapter import Kernels, Unsupported
 from groupnorm.arguments import CallOptions
 from groupnorm.backends.kernels.binding import bind
 from groupnorm.backends.kernels.gpu import program as gpu
-from groupnorm.backends.kernels.gpu.build import ALIGNMENT, build
+from groupnorm.backends.kernels.gpu.driver import Launches, PreparedWork
 from groupnorm.backends.kernels.gpu.launch import Work, planned
 from groupnorm.backends.kernels.gpu.probe import DeviceProbe, why_too_old
 from groupnorm.backends.kernels.layout import flat_mask, in_memory, restored
@@ -24,35 +24,46 @@ __all__ = ["CupyKernels", "why_unavailable"]
 class _Call(NamedTuple):
     """A call bound to kernels."""
 
-    work: Work
-    arrays: dict[str, Any]  # x, in memory order, scale, bias and mask, or None
+    prepared: PreparedWork
+    x: Any  # in memory order
+    scale: Any
+    bias: Any
+    mask: Any
     rows: bool  # whether scale and bias have a row for each sample
+
+    @property
+    def work(self) -> Work:
+        """What was planned."""
+        return self.prepared.work
 
     def forward(self) -> tuple[Any, Any]:
         """Return y, which has x's memory layout, and the statistics."""
         layout = self.work.layout
         y = cupy.empty(layout.plan.shape, self.work.dtypes.result_dtype)
         statistics = cupy.empty(gpu.statistics_shape(self.work.shape), np.float32)
-        program = self.work.forward(*self._there)
-        run(program, {**self.arrays, "y": y, "statistics": statistics})
+        self._launcher("forward", None)(self.x, self.scale, self.bias, self.mask, y, statistics)
         return restored(y, layout), statistics
 
     def backward(self, statistics: Any, dy: Any) -> tuple[Any, Any, Any]:
-        """Return dx, and the gradients of scale and bias, flat in float32."""
-        layout, x = self.work.layout, self.arrays["x"]
-        dx = cupy.empty(layout.plan.shape, x.dtype)
+        """Return dx, and the gradients of scale and bias, flat in the dtypes of these."""
+        layout = self.work.layout
+        dy, dx = in_memory(dy, layout, cupy), cupy.empty(layout.plan.shape, self.x.dtype)
+        # Written by the last kernel, so that nothing else has to convert them.
         size = self.work.gradient_rows(rows=self.rows) * self.work.shape.channels
-        dscale, dbias = (cupy.empty(size, np.float32) for _ in range(2))
-        results = {"dx": dx, "dscale": dscale, "dbias": dbias}
-        given = {"dy": in_memory(dy, layout, cupy), "statistics": statistics}
-        run(self.work.backward(*self._there), {**self.arrays, **given, **results})
+        dscale, dbias = (
+            cupy.empty(size, np.float32 if a is None else a.dtype) for a in (self.scale, self.bias)
+        )
+        self._launcher("backward", dy.dtype)(
+            self.x, self.scale, self.bias, self.mask, dy, statistics, dx, dscale, dbias
+        )
         return restored(dx, layout), dscale, dbias
 
-    @property
-    def _there(self) -> tuple[int, bool, bool, bool]:
-        mask = self.arrays["mask"]
-        scale, bias = (self.arrays[name] is not None for name in ("scale", "bias"))
-        return 0 if mask is None else mask.size, scale, bias, self.rows
+    def _launcher(self, task: str, dy: Any) -> Any:
+        return self.prepared.launcher(
+            task, 0 if self.mask is None else self.mask.size,
+            None if self.scale is None else self.scale.dtype,
+            None if self.bias is None else self.bias.dtype, dy, self.rows,
+        )  # fmt: skip
 
 
 class CupyKernels(Kernels):
@@ -81,10 +92,10 @@ class CupyKernels(Kernels):
             return call
         with x.device:
             # The caller may modify parameters in place before calling the pullback.
-            copies = {
-                n: None if (p := call.arrays[n]) is None else p.copy() for n in ("scale", "bias")
-            }
-            call = call._replace(arrays={**call.arrays, **copies})
+            call = call._replace(
+                scale=None if call.scale is None else call.scale.copy(),
+                bias=None if call.bias is None else call.bias.copy(),
+            )
             y, statistics = call.forward()
         return y, _pullback(self._adapter, call, statistics, x, scale, bias)
 
@@ -124,20 +135,31 @@ def _call(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: CallO
         return why
     strides = tuple(s // x.itemsize for s in x.strides)
     dtypes = (None if p is None else p.dtype for p in (scale, bias))
-    work = planned(adapter, x.shape, strides, x.dtype, *dtypes, options)
+    prepared = _prepared(x.device.id, adapter, x.shape, strides, x.dtype, *dtypes, options)
+    if isinstance(prepared, Unsupported):
+        return prepared
     with x.device:
         bound = bind(
-            work, scale, bias, mask,
+            prepared.work, scale, bias, mask,
             lambda given, work: _flat_mask(adapter, given, work),
             lambda given: _parameter(given),
         )  # fmt: skip
         if isinstance(bound, Unsupported):
             return bound
-        arrays = {
-            "x": in_memory(x, bound.work.layout, cupy), "scale": bound.scale, "bias": bound.bias,
-            "mask": bound.mask,
-        }  # fmt: skip
-    return _Call(bound.work, arrays, bound.rows)
+        stored = in_memory(x, prepared.work.layout, cupy)
+    return _Call(prepared, stored, bound.scale, bound.bias, bound.mask, bound.rows)
+
+
+@lru_cache(maxsize=4096)
+def _prepared(
+    device: int, adapter: Any, shape: Any, strides: Any, x: Any, scale: Any, bias: Any,
+    options: CallOptions,
+) -> PreparedWork | Unsupported:  # fmt: skip
+    """Plan a call as `planned` does, for a device."""
+    work = planned(adapter, shape, strides, x, scale, bias, options)
+    if isinstance(work, Unsupported):
+        return work
+    return PreparedWork(work, lambda sequence, dtypes: prepare(sequence, dtypes, device))
 
 
 def _parameter(parameter: Any) -> Any:
@@ -156,39 +178,27 @@ def _flat_mask(adapter: Any, mask: Any, work: Work) -> Any:
 # Launching ----------------------------------------------------------------------------------------
 
 
-def run(program: gpu.LaunchSequence, arrays: dict[str, Any]) -> None:
-    """Launch the steps of a program on the current device and stream."""
-    x = arrays["x"]
-    for name, elements in program.shared:
-        arrays[name] = cupy.empty(elements, np.float32)
-    for step in program.launches:
-        # An unused pointer must still be valid.
-        pointers = [x if (a := arrays.get(name)) is None else a for name in step.arrays]
-        launch(step, pointers)
+def prepare(
+    sequence: gpu.LaunchSequence, dtypes: dict[str, str], device: int
+) -> Callable[..., None]:
+    """Prepare launches for arrays on a device, of these dtypes by name.
 
+    Return a function of the arrays in the order of `dtypes`, which launches them on the current
+    stream of the device, which must be the current one; None stands for a missing array.
+    """
+    launches = Launches(sequence, dtypes, device)
+    elements = launches.temporaries
 
-def launch(step: gpu.Launch, pointers: list[Any]) -> None:
-    """Launch one step."""
-    dtypes = tuple(a.dtype.name for a in pointers)
-    aligned = tuple(a.data.ptr % ALIGNMENT == 0 for a in pointers)
-    device = cupy.cuda.Device().id
-    built, arguments = build(step, dtypes, aligned, _capability(device), False)
-    scalars = [np.int32(v) if kind == "i32" else np.int64(v) for kind, v in arguments]
-    null_pointers = [np.uint64(0)] * built.scratch
-    _loaded(built.cubin_path, built.name, device)(
-        (*step.grid, 1, 1)[:3], (built.threads, 1, 1), (*pointers, *scalars, *null_pointers),
-        shared_mem=built.shared,
-    )  # fmt: skip
+    def launch(x: Any, *others: Any) -> None:
+        at = x.data.ptr
+        addresses = [at, *[at if a is None else a.data.ptr for a in others]]
+        if elements:
+            # Freed on return, and given to later work on the same stream only.
+            temporary = cupy.empty(elements, np.float32)
+            addresses.append(temporary.data.ptr)
+        launches(cupy.cuda.get_current_stream().ptr, addresses)
 
-
-@lru_cache(maxsize=4096)
-def _loaded(path: str, name: str, device: int) -> Any:
-    return cupy.RawModule(path=path).get_function(name)
-
-
-@lru_cache(maxsize=64)
-def _capability(device: int) -> int:
-    return int(cupy.cuda.Device(device).compute_capability)
+    return launch
 
 
 def captures() -> bool:
@@ -200,11 +210,16 @@ def _compute(device: int, array: Any, program: gpu.LaunchSequence) -> Any:
     with cupy.cuda.Device(device):
         x = cupy.asarray(array)
         y, statistics = cupy.empty_like(x), cupy.empty_like(x)  # statistics are smaller
-        run(program, {"x": x, "y": y, "statistics": statistics})
+        dtypes = dict.fromkeys(("x", "y", "statistics"), x.dtype.name)
+        prepare(program, dtypes, device)(x, y, statistics)
         return cupy.asnumpy(y)
 
 
-_probe = DeviceProbe("CuPy", lambda device: why_too_old(_capability(device)), captures, _compute)
+def _why_unsupported(device: int) -> Unsupported | None:
+    return why_too_old(int(cupy.cuda.Device(device).compute_capability))
+
+
+_probe = DeviceProbe("CuPy", _why_unsupported, captures, _compute)
 
 
 def why_unavailable(device: int) -> Unsupported | None:

@@ -33,7 +33,7 @@ from groupnorm.backends.kernels.gpu.probe import probe_case, why_too_old
 __all__ = ["chosen_launcher", "compute_capability", "normalize", "pull_back", "why_unavailable"]
 
 _TARGET = "__gpu$xla.gpu.ptx"
-# XLA wants a result behind every pointer that it passes.
+# XLA wants a result behind every pointer that it passes, such as those to scratch memory of Triton.
 _NOTHING = jax.ShapeDtypeStruct((16,), np.uint8)
 
 _log = logging.getLogger("groupnorm")
@@ -93,7 +93,7 @@ def _run(program: gpu.LaunchSequence, arrays: dict[str, Any], results: dict[str,
         read, written = step.arrays[: -step.written], step.arrays[-step.written :]
         # A pointer that is not used must be one all the same.
         operands = [arrays["x"] if arrays.get(n) is None else arrays[n] for n in read]
-        found = launch(step, operands, [results.get(n, _NOTHING) for n in written])
+        found = launch(step, operands, [results[n] for n in written])
         arrays.update(zip(written, found, strict=True))
 
 

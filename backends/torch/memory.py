@@ -90,6 +90,8 @@ def in_memory(x: torch.Tensor, layout: MemoryLayout) -> torch.Tensor:
 def like(x: torch.Tensor, layout: MemoryLayout, dtype: torch.dtype) -> torch.Tensor:
     """Return an uninitialized tensor of x's shape, on its device, with the memory layout."""
     if layout.dense:
+        if dtype is x.dtype:  # takes two thirds of the time of passing the dtype and device
+            return x.new_empty_strided(layout.shape, layout.strides)
         return torch.empty_strided(layout.shape, layout.strides, dtype=dtype, device=x.device)
     made = torch.empty(layout.plan.shape, dtype=dtype, device=x.device)
     return made if layout.order is None else without_base(made.permute(layout.inverse))

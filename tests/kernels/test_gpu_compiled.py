@@ -121,6 +121,30 @@ def test_odd_numbers_of_positions_compile(sass):
         assert used["STACK"] == used["LOCAL"] == 0, (step.kernel, used)
 
 
+@pytest.mark.parametrize("first", [False, True], ids=["last", "first"])
+@pytest.mark.parametrize("name", FORMS)
+def test_kernels_of_a_sequence_wait_for_the_one_before(name, first):
+    """Where launches overlap, each waits before it reads anything; JAX's do not overlap."""
+    form = GroupedShape(*FORMS[name], first, 2)
+    for plan in (gpu.forward, gpu.backward):
+        launches = plan(form, FULL).launches
+        for step in launches:
+            built, older, fixed = (
+                compiled(step, "bfloat16", 90),
+                compiled(step, "bfloat16", 80),
+                compiled(step, "bfloat16", 90, fixed=True),
+            )
+            assert built.follows == (len(launches) > 1)
+            assert ("griddepcontrol.wait" in built.ptx) == built.follows
+            assert ("griddepcontrol.launch_dependents" in built.ptx) == built.follows
+            if built.follows:
+                reads = built.ptx.index("ld.global")
+                assert built.ptx.index("griddepcontrol.wait") < reads
+            for other in (older, fixed):
+                assert not other.follows
+                assert "griddepcontrol" not in other.ptx
+
+
 def test_scalars_are_arguments_or_constants():
     [step, *_] = steps(GroupedShape(2, 32, 10, 4096, True, 2))
     types = dtypes(step, "bfloat16")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import sys
 from unittest import mock
 
 import numpy as np
@@ -55,13 +56,21 @@ def plan(request, monkeypatch):
         for module in (gpu, gpu_tiles):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, value)
-    caches = (
+    clear()
+    yield request.param
+    clear()
+
+
+def clear():
+    """Forget what was planned, and what was prepared of it."""
+    caches = [
         gpu.forward, gpu.backward, gpu_tiles.tiles_of_small_groups, gpu_tiles.slabs_of,
         gpu_tiles.slabs_of_whole_groups,
-    )  # fmt: skip
-    for cached in caches:
-        cached.cache_clear()
-    yield request.param
+    ]  # fmt: skip
+    for library in ("torch", "cupy"):
+        module = sys.modules.get(f"groupnorm.backends.{library}.gpu")
+        if module is not None:
+            caches.append(module._prepared)
     for cached in caches:
         cached.cache_clear()
 
@@ -354,8 +363,17 @@ def cupy_on_the_host(monkeypatch):
     module = importlib.import_module("groupnorm.backends.cupy.gpu")
     monkeypatch.setattr(module, "cupy", HostArrays)
     monkeypatch.setattr(module, "why_unavailable", lambda device: None)
-    monkeypatch.setattr(module, "launch", interpreter.run)
-    return module
+    monkeypatch.setattr(
+        module,
+        "prepare",
+        lambda sequence, dtypes, device: interpreter.interpreted(
+            sequence, dtypes, lambda n: np.empty(n, np.float32), interpreter.Pointer
+        ),
+    )
+    # What was prepared with other limits of plans, or for another test, is not used.
+    module._prepared.cache_clear()
+    yield module
+    module._prepared.cache_clear()
 
 
 def options(keywords, **others):

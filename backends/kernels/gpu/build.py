@@ -1,4 +1,6 @@
-"""Ahead-of-time compilation of GPU kernels: cubins for CuPy, PTX for JAX; no GPU or driver needed.
+"""Ahead-of-time compilation of GPU kernels, which needs no GPU or driver.
+
+`driver` launches their cubins for PyTorch and CuPy; JAX takes PTX.
 
 Triton caches compiled kernels on disk, keyed by the kernel's source, constants, types and the GPU's
 architecture, so later runs of a program compile nothing.
@@ -14,7 +16,7 @@ from typing import Any, NamedTuple
 from groupnorm.adapter import Unsupported
 from groupnorm.backends.kernels.gpu.program import Launch
 
-__all__ = ["ALIGNMENT", "COMPILED", "POINTERS", "Built", "build", "kernel_of", "why_unavailable"]
+__all__ = ["ALIGNMENT", "POINTERS", "Built", "build", "kernel_of", "why_unavailable"]
 
 _log = logging.getLogger("groupnorm")
 
@@ -26,11 +28,10 @@ POINTERS = {
     "bfloat16": "*bf16",
     "uint8": "*u8",
 }
+# Launches overlap (programmatic dependent launch) on GPUs of this compute capability and higher.
+OVERLAPPING = 90
+FOLLOWS = "DEPENDENT"  # the constant of kernels that are in sequences of several
 ALIGNMENT = 16  # bytes; loads are vectorized only for addresses known to have it
-
-
-# Set explicitly, so that every version of Triton compiles the same; Triton warns if it is unset.
-COMPILED = {"enable_fp_fusion": True}
 
 
 class Built(NamedTuple):
@@ -42,6 +43,7 @@ class Built(NamedTuple):
     shared: int  # bytes of shared memory
     threads: int
     scratch: int  # null pointers to pass after the arguments
+    follows: bool  # whether it waits for the launch before it, and so may begin before that ends
 
 
 class Signature(NamedTuple):
@@ -96,13 +98,14 @@ def build(
     fixed : bool
         Whether to compile the scalars as constants; then the arrays are the only arguments.
     """
-    signature, arguments = _signature(launch, dtypes, aligned, fixed)
+    overlaps = not fixed and capability >= OVERLAPPING
+    signature, arguments = _signature(launch, dtypes, aligned, fixed, overlaps)
     return _compiled(launch.module, launch.kernel, signature, launch.warps, capability), arguments
 
 
 @lru_cache(maxsize=4096)
 def _signature(
-    launch: Launch, dtypes: tuple[str, ...], aligned: tuple[bool, ...], fixed: bool
+    launch: Launch, dtypes: tuple[str, ...], aligned: tuple[bool, ...], fixed: bool, overlaps: bool
 ) -> tuple[Signature, tuple[tuple[str, int], ...]]:
     loose: tuple[str, ...] = importlib.import_module(f"{_KERNELS}.tiles").UNSPECIALIZED
     constants, scalars = dict(launch.constants), dict(launch.scalars)
@@ -110,9 +113,12 @@ def _signature(
     divisible = []
     arguments = []
     arrays = iter(zip(dtypes, aligned, strict=True))
-    for place, name in enumerate(kernel_of(launch.module, launch.kernel).arg_names):
+    names = kernel_of(launch.module, launch.kernel).arg_names
+    if FOLLOWS in names:
+        constants[FOLLOWS] = int(overlaps)
+    for place, name in enumerate(names):
         if name in scalars and (fixed or (scalars[name] == 1 and name not in loose)):
-            constants[name] = scalars[name]  # Triton's own launcher also makes ones constants
+            constants[name] = scalars[name]  # as Triton itself does with ones
         if name in constants:
             types[name] = "constexpr"
         elif name in scalars:
@@ -144,7 +150,9 @@ def _compiled(module: str, name: str, signature: Signature, warps: int, capabili
         kernel_of(module, name), types, dict(signature.constants), attributes
     )
     target = targets.GPUTarget("cuda", capability, 32)
-    made = triton.compile(source, target=target, options={"num_warps": warps, **COMPILED})
+    # The second option is set so that every version of Triton compiles the same.
+    options = {"num_warps": warps, "enable_fp_fusion": True}
+    made = triton.compile(source, target=target, options=options)
     ptx = made.asm["ptx"]
     arguments = sum(kind != "constexpr" for kind in types.values())
     return Built(
@@ -154,6 +162,7 @@ def _compiled(module: str, name: str, signature: Signature, warps: int, capabili
         shared=made.metadata.shared,
         threads=32 * made.metadata.num_warps,
         scratch=_parameters(ptx) - arguments,
+        follows=dict(signature.constants).get(FOLLOWS) == 1,
     )
 
 

@@ -92,7 +92,7 @@ class DeviceProbe:
         try:
             if not passed(self._compute(device, array, program)):
                 raise ArithmeticError("the probe kernel returned a wrong result")
-        except Exception as error:  # from Triton, a missing C compiler, the driver
+        except Exception as error:  # from Triton or the driver
             why = f"{type(error).__name__}: {error}"
             _log.warning(
                 "groupnorm uses the portable implementation on cuda:%d in %s: Triton's kernels "

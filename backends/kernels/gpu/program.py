@@ -61,7 +61,7 @@ class Launch(NamedTuple):
     module: str  # of `kernels.gpu.compiled`
     kernel: str
     grid: tuple[int, ...]
-    arrays: tuple[str, ...]  # in the order of the kernel's pointers; "" if unused
+    arrays: tuple[str, ...]  # in the order of the kernel's pointers
     written: int  # how many of them, the last ones, are written
     scalars: tuple[tuple[str, int], ...]
     constants: tuple[tuple[str, Any], ...]

@@ -25,6 +25,7 @@ from groupnorm.backends.kernels.gpu.compiled.loops import (
 from groupnorm.backends.kernels.gpu.compiled.small import channel_values
 from groupnorm.backends.kernels.gpu.compiled.tiles import (
     UNSPECIALIZED,
+    follow,
     group_of,
     over_positions,
     parameter_of,
@@ -137,8 +138,10 @@ def measure(
     TILE_POSITIONS: tl.constexpr, UNROLL: tl.constexpr, DIVISOR: tl.constexpr,
     BLOCKS: tl.constexpr, EVEN: tl.constexpr, CHANNELS_FIRST: tl.constexpr, MASK: tl.constexpr,
     SCALE: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, ACTIVATION: tl.constexpr,
+    DEPENDENT: tl.constexpr = 0,
 ):  # fmt: skip
     """Sum over the positions of a slab."""
+    follow(DEPENDENT)
     sample, first, number, start, rows = slab_of(
         tl.program_id(0), steps, chunk, chunks, TILE_CHANNELS, DIVISOR, BLOCKS, CHANNELS_FIRST
     )
@@ -164,8 +167,10 @@ def measure(
 def merge(
     scale, products, gradients, statistics, merged, chunks, groups, CHANNELS: tl.constexpr,
     GROUP_SIZE: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
+    DEPENDENT: tl.constexpr = 0,
 ):  # fmt: skip
     """Compute p and q of a group."""
+    follow(DEPENDENT)
     group = tl.program_id(0).to(tl.int64)
     sample = group // (CHANNELS // GROUP_SIZE)
     channel = group % (CHANNELS // GROUP_SIZE) * GROUP_SIZE
@@ -200,8 +205,10 @@ def apply(
     TILE_POSITIONS: tl.constexpr, DIVISOR: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr,
     CHANNELS_FIRST: tl.constexpr, MASK: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
     ROWS: tl.constexpr, ACTIVATION: tl.constexpr,
+    DEPENDENT: tl.constexpr = 0,
 ):  # fmt: skip
     """Compute dx of a slab."""
+    follow(DEPENDENT)
     # In reverse order: the slabs measured last may still be in the cache.
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
     sample, first, _, start, rows = slab_of(
@@ -234,8 +241,10 @@ def group(
     TILE_POSITIONS: tl.constexpr, UNROLL: tl.constexpr, DIVISOR: tl.constexpr, EVEN: tl.constexpr,
     MASK: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    DEPENDENT: tl.constexpr = 0,
 ):  # fmt: skip
     """Compute dx of a group, whose channels come before positions, TILE_CHANNELS after another."""
+    follow(DEPENDENT)
     pid = tl.program_id(0)
     sample = pid // (CHANNELS // GROUP_SIZE)
     first = pid % (CHANNELS // GROUP_SIZE) * GROUP_SIZE
@@ -296,8 +305,10 @@ def group(
 def sum_rows(
     products, gradients, product_sums, gradient_sums, rows, ROWS_PER_BLOCK, CHANNELS: tl.constexpr,
     ROWS_P2: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    DEPENDENT: tl.constexpr = 0,
 ):  # fmt: skip
     """Sum ROWS_PER_BLOCK rows of BLOCK_CHANNELS channels in float64, ROWS_P2 rows at once."""
+    follow(DEPENDENT)
     pieces: tl.constexpr = (CHANNELS + BLOCK_CHANNELS - 1) // BLOCK_CHANNELS
     channel = tl.program_id(0) % pieces * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     channel_exists = channel < CHANNELS

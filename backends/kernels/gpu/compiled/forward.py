@@ -31,6 +31,7 @@ from groupnorm.backends.kernels.gpu.compiled.loops import (
 from groupnorm.backends.kernels.gpu.compiled.small import SHRINK, channel_values, keep_statistics
 from groupnorm.backends.kernels.gpu.compiled.tiles import (
     UNSPECIALIZED,
+    follow,
     over_positions,
     parameter_of,
     spread,
@@ -180,8 +181,10 @@ def measure(
     CHANNELS: tl.constexpr, TILE_CHANNELS: tl.constexpr, TILE_POSITIONS: tl.constexpr,
     UNROLL: tl.constexpr, DIVISOR: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr,
     SAMPLE: tl.constexpr, CHANNELS_FIRST: tl.constexpr, MASK: tl.constexpr,
+    DEPENDENT: tl.constexpr = 0,
 ):  # fmt: skip
     """Measure each channel of a slab."""
+    follow(DEPENDENT)
     sample, first, number, start, rows = slab_of(
         tl.program_id(0), steps, chunk, chunks, TILE_CHANNELS, DIVISOR, BLOCKS, CHANNELS_FIRST
     )
@@ -259,8 +262,10 @@ def _part(
 def merge(
     parts, statistics, chunks, groups, EPSILON: tl.constexpr, LARGEST_UNIT: tl.constexpr,
     CHANNELS: tl.constexpr, GROUP_SIZE: tl.constexpr, AT_ONCE: tl.constexpr,
+    DEPENDENT: tl.constexpr = 0,
 ):  # fmt: skip
     """Merge the parts of a group: its channels in each of the chunks."""
+    follow(DEPENDENT)
     group = tl.program_id(0).to(tl.int64)
     sample = group // (CHANNELS // GROUP_SIZE)
     channel = group % (CHANNELS // GROUP_SIZE) * GROUP_SIZE
@@ -354,8 +359,10 @@ def apply(
     DIVISOR: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr, CHANNELS_FIRST: tl.constexpr,
     MASK: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    DEPENDENT: tl.constexpr = 0,
 ):  # fmt: skip
     """Normalize a slab."""
+    follow(DEPENDENT)
     # In reverse order: the slabs measured last may still be in the cache.
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
     sample, first, _, start, rows = slab_of(

@@ -15,6 +15,7 @@ from groupnorm.backends.kernels.gpu.compiled.elements import (
 )
 from groupnorm.backends.kernels.gpu.compiled.tiles import (
     UNSPECIALIZED,
+    follow,
     group_of,
     leads,
     over_group,
@@ -132,8 +133,10 @@ def pull_back(
     BLOCKS: tl.constexpr, FULL: tl.constexpr, GROUPS_P2: tl.constexpr,
     CHANNELS_FIRST: tl.constexpr, MASK: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
     ROWS: tl.constexpr, ACTIVATION: tl.constexpr,
+    DEPENDENT: tl.constexpr = 0,
 ):  # fmt: skip
     """Compute dx, and the sums for the gradients of scale and bias of each sample."""
+    follow(DEPENDENT)
     sample, first, begin, offsets, exists, channel_exists, counted = tile_of(
         tl.program_id(0), mask, steps, CHANNELS, TILE_CHANNELS, TILE_CHANNELS_P2, TILE_POSITIONS,
         DIVISOR, BLOCKS, CHANNELS_FIRST, FULL, MASK,

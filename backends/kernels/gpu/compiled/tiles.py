@@ -31,9 +31,11 @@ ROWS
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 __all__ = [
     "UNSPECIALIZED",
+    "follow",
     "group_of",
     "leads",
     "members",
@@ -49,6 +51,18 @@ __all__ = [
 
 # Arguments that Triton does not specialize for being 1 or a multiple of 16.
 UNSPECIALIZED = ("chunks", "groups", "rows", "ROWS_PER_BLOCK")
+
+
+@triton.jit
+def follow(DEPENDENT: tl.constexpr):
+    """Let the next launch of the sequence begin, and wait for the end of the one before.
+
+    DEPENDENT is whether launches overlap; each then has to wait before it reads what the others
+    wrote. It is 0 unless the launcher sets it, for GPUs that can.
+    """
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
 
 
 @triton.jit

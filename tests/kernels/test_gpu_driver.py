@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import os
+import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +21,7 @@ from groupnorm.backends.kernels.grouped_shape import GroupedShape
 from groupnorm.dispatch import adapter_named
 from tests.kernels.stand_in import COMPILER, StandIn, compile_stand_in
 
-pytest.importorskip("triton", reason="the GPU kernels need triton")
+triton = pytest.importorskip("triton", reason="the GPU kernels need triton")
 pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="no C compiler for the driver's stand-in"),
     pytest.mark.skipif(sys.platform != "linux", reason="the driver's stand-in is written for ELF"),
@@ -121,11 +124,11 @@ def test_scalars_of_64_bits(stand_in):
 def test_later_calls_use_their_own_addresses_and_stream(stand_in):
     launches, sequence, _, addresses = prepared()
     names = sequence.launches[0].arrays
-    for call in range(3):
+    for call, stream in enumerate((0, 5, 5, 0)):
         moved = {name: address + 0x100000 * call for name, address in addresses.items()}
-        called(launches, moved, stream=call)
+        called(launches, moved, stream=stream)
         *_, record = stand_in.launches
-        assert record.stream == call
+        assert record.stream == stream
         assert record.arguments[names.index("y")] == (8, moved["y"])
     assert stand_in.modules == 1
     assert stand_in.called.count("cuDevicePrimaryCtxRetain") == 1
@@ -225,6 +228,49 @@ def test_threads_do_not_mix_their_arguments(stand_in):
         seen.add(base)
     assert len(seen) == 800
     assert 1 <= len(launches._all_aligned.free) <= 8
+
+
+# The header ---------------------------------------------------------------------------------------
+
+HEADER = """
+#include <stddef.h>
+#include <cuda.h>
+#define SAME(ours, theirs) _Static_assert((ours) == (theirs), #theirs)
+"""
+
+
+def test_structures_and_constants_are_those_of_the_header(tmp_path):
+    """Triton brings CUDA's header along."""
+    include = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+    if not (include / "cuda.h").exists():
+        pytest.skip("Triton has no cuda.h here")
+    config, attribute = gpu_driver._Config, gpu_driver._Attribute
+    fields = {
+        ("CUlaunchConfig", "gridDimX"): config.grid, ("CUlaunchConfig", "blockDimX"): config.block,
+        ("CUlaunchConfig", "sharedMemBytes"): config.shared,
+        ("CUlaunchConfig", "hStream"): config.stream,
+        ("CUlaunchConfig", "attrs"): config.attributes,
+        ("CUlaunchConfig", "numAttrs"): config.count, ("CUlaunchAttribute", "id"): attribute.id,
+        ("CUlaunchAttribute", "value.programmaticStreamSerializationAllowed"): attribute.value,
+    }  # fmt: skip
+    values = {
+        f"offsetof({name}, {field})": ours.offset for (name, field), ours in fields.items()
+    } | {
+        "sizeof(CUlaunchConfig)": ctypes.sizeof(config),
+        "sizeof(CUlaunchAttribute)": ctypes.sizeof(attribute),
+        "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR": gpu_driver._COMPUTE_CAPABILITY[0],
+        "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR": gpu_driver._COMPUTE_CAPABILITY[1],
+        "CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES": gpu_driver._MAX_DYNAMIC_SHARED,
+        "CU_STREAM_CAPTURE_MODE_RELAXED": gpu_driver._CAPTURE_MODE_RELAXED,
+        "CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION": (
+            gpu_driver._PROGRAMMATIC_STREAM_SERIALIZATION
+        ),
+    }
+    source = tmp_path / "header.c"
+    source.write_text(HEADER + "".join(f"SAME({n}, {name});\n" for name, n in values.items()))
+    command = [COMPILER, "-I", include, "-fsyntax-only", source]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # What is asked of the driver ----------------------------------------------------------------------

@@ -121,7 +121,7 @@ def _loops(blocks: list[Block], dominators: list[set[int]]) -> list[set[int]]:
 
 def _loaded(blocks: list[Block], body: set[int]) -> int:
     """Return the bytes of global memory that the instructions of some blocks read."""
-    found = (re.search(r"\bLDG\.(\S+)", text) for i in body for text in blocks[i].text)
+    found = (re.search(r"\bLDG(?:STS)?\.(\S+)", text) for i in body for text in blocks[i].text)
     sizes = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
     return sum(
         next((sizes[part] for part in load[1].split(".") if part in sizes), 4)

@@ -280,7 +280,9 @@ def test_structures_and_constants_are_those_of_the_header(tmp_path):
 def test_launches_overlap_where_kernels_wait(task, stand_in, monkeypatch):
     """All but the first, which follows launches of others; not on GPUs that cannot."""
     for capability in (90, 80):
-        monkeypatch.setattr(gpu_driver.Driver, "capability", lambda self, device, found=capability: found)
+        monkeypatch.setattr(
+            gpu_driver.Driver, "capability", lambda self, device, found=capability: found
+        )
         launches, sequence, _, addresses = prepared(task, LARGE)
         before = len(stand_in.launches)
         called(launches, addresses)

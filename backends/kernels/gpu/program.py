@@ -36,6 +36,9 @@ MASKS = {None: 0, "one": 1, "each": 2}
 # About how many elements a program measures, and applies: fewer, as it has nothing to add up. If
 # that makes fewer than FEWEST programs, two for each multiprocessor of a large GPU, they get less.
 MEASURED, APPLIED, FEWEST = 32768, 8192, 264
+# Tiles of a round, of which several are under way: but for float32, where more are slower, and for
+# statistics, which take `UNROLL` tiles at once. As measured on an H200.
+OVERLAPPED, STAGES = 2, 3
 MERGED_AT_ONCE = 1024
 # Below this, squares that underflow count.
 TINY_EPSILON = 1e-30
@@ -95,7 +98,7 @@ def forward(shape: GroupedShape, options: KernelOptions) -> LaunchSequence:
             "small", "normalize", shape.samples * tiles.blocks(shape), (*arrays, "y", "statistics"),
             2, (_steps(shape), groups), constants, warps_for(tiles.elements()),
         )  # fmt: skip
-    whole = slabs_of_whole_groups(shape, 1)
+    whole = slabs_of_whole_groups(shape, 1, UNROLL)
     if whole is not None:
         sample = whole.sample(shape.group_size // whole.width)
         constants = (
@@ -106,7 +109,8 @@ def forward(shape: GroupedShape, options: KernelOptions) -> LaunchSequence:
             "forward", "group", groups[1], (*arrays, "y", "statistics"), 2,
             (_steps(shape), groups), constants, whole.warps,
         )  # fmt: skip
-    measured, applied = _measured(shape), _applied(shape, 4)
+    measured = slabs_of(shape, _programs(shape, MEASURED), UNROLL, SAMPLED)
+    applied = slabs_of(shape, _programs(shape, APPLIED), OVERLAPPED)
     chunks = measured.chunks(shape)
     launches = (
         _by_slabs(
@@ -135,7 +139,9 @@ def backward(shape: GroupedShape, options: KernelOptions, batches: int = 1) -> L
     groups, size, flags = _groups(shape), _size(shape), _flags(options)
     shared: dict[str, int] = {}
     tiles = tiles_of_small_groups(shape, _limit(shape, options, 2))
-    whole = slabs_of_whole_groups(shape, 2)
+    whole = slabs_of_whole_groups(shape, 2, OVERLAPPED)
+    if whole is not None and _stages(shape, whole)[1] == 1:
+        whole = slabs_of_whole_groups(shape, 2, UNROLL)
     rows = shape.samples
     if tiles is not None:
         launches = _alone(
@@ -146,10 +152,11 @@ def backward(shape: GroupedShape, options: KernelOptions, batches: int = 1) -> L
     elif whole is not None:
         launches = _alone(
             "backward", "group", groups[1], (*arrays, "dx", *SUMS), 3, (_steps(shape), groups),
-            (*size, *_walk(shape, whole), *flags), whole.warps,
+            (*size, *_walk(shape, whole), _stages(shape, whole), *flags), whole.warps,
         ).launches  # fmt: skip
     else:
-        measured, applied = _measured(shape), _applied(shape, 2)
+        measured = slabs_of(shape, _programs(shape, MEASURED), OVERLAPPED)
+        applied = slabs_of(shape, _programs(shape, APPLIED), OVERLAPPED)
         shared["merged"] = shape.samples * shape.groups * 2
         chunks = measured.chunks(shape)
         rows *= chunks
@@ -157,7 +164,10 @@ def backward(shape: GroupedShape, options: KernelOptions, batches: int = 1) -> L
         launches = (
             _by_slabs(
                 "backward", "measure", shape, measured, (*arrays, *SUMS), 2, (groups,),
-                (*size, *_walk(shape, measured), *_order(shape, measured), *flags),
+                (
+                    *size, *_walk(shape, measured), _stages(shape, measured),
+                    *_order(shape, measured), *flags,
+                ),
             ),
             _merge(
                 "backward", shape, chunks, ("scale", *SUMS, "statistics", "merged"),
@@ -173,12 +183,8 @@ def backward(shape: GroupedShape, options: KernelOptions, batches: int = 1) -> L
     return LaunchSequence((*launches, *sums), tuple(shared.items()))
 
 
-def _measured(shape: GroupedShape) -> Slabs:
-    return slabs_of(shape, max(shape.elements // MEASURED, FEWEST), UNROLL, SAMPLED)
-
-
-def _applied(shape: GroupedShape, unroll: int) -> Slabs:
-    return slabs_of(shape, max(shape.elements // APPLIED, FEWEST), unroll)
+def _programs(shape: GroupedShape, elements: int) -> int:
+    return max(shape.elements // elements, FEWEST)
 
 
 def _limit(shape: GroupedShape, options: KernelOptions, arrays: int) -> int:
@@ -281,8 +287,13 @@ def _tiled(shape: GroupedShape, slabs: Slabs) -> tuple[tuple[str, int], ...]:
     """Return the constants of a walk over slabs, with one tile in a round."""
     return (
         ("TILE_CHANNELS", slabs.width), ("TILE_POSITIONS", slabs.at_once),
-        ("DIVISOR", _divisor(shape)), ("EVEN", int(slabs.even(shape))),
+        ("DIVISOR", _divisor(shape)), ("EVEN", int(slabs.even(shape))), _stages(shape, slabs),
     )  # fmt: skip
+
+
+def _stages(shape: GroupedShape, slabs: Slabs) -> tuple[str, int]:
+    many = slabs.chunk > STAGES * slabs.at_once
+    return "STAGES", STAGES if shape.item_bytes == 2 and many else 1
 
 
 def _order(shape: GroupedShape, slabs: Slabs) -> tuple[tuple[str, int], ...]:

@@ -166,13 +166,15 @@ def _wasteful(shape: GroupedShape, width: int) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def slabs_of_whole_groups(shape: GroupedShape, arrays: int) -> Slabs | None:
+def slabs_of_whole_groups(shape: GroupedShape, arrays: int, unroll: int) -> Slabs | None:
     """Divide into groups, one program each, if they stay in the cache; else return None.
 
     Parameters
     ----------
     arrays : int
         How many arrays of x's shape are read.
+    unroll : int
+        The most tiles of a round.
     """
     size = shape.group_size * shape.positions
     few = shape.samples * shape.groups < MANY_GROUPS and size > LONE
@@ -186,9 +188,10 @@ def slabs_of_whole_groups(shape: GroupedShape, arrays: int) -> Slabs | None:
     at_once = 32 * warps * LOAD_BYTES // shape.item_bytes
     length = min(power_of_two(shape.positions), at_once // dividing)
     width = min(dividing, at_once // length)
-    unroll = min(UNROLL, power_of_two(-(-shape.positions // length)))
+    unroll = min(unroll, power_of_two(-(-shape.positions // length)))
     found = Slabs(width, length, unroll, shape.positions, warps)
-    return found if found.sample(shape.group_size // width) <= unroll else None
+    sampled = found.sample(shape.group_size // width)
+    return found if sampled * length <= found.at_once or arrays > 1 else None
 
 
 @lru_cache(maxsize=4096)

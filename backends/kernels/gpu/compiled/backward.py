@@ -61,7 +61,7 @@ def _pulled(
 @triton.jit
 def _sums(
     dy, x, mask, rows, lanes, offsets, high, rstd, shift, factor, offset, STRIDE: tl.constexpr,
-    TILE_POSITIONS: tl.constexpr, UNROLL: tl.constexpr, EVEN: tl.constexpr,
+    TILE_POSITIONS: tl.constexpr, UNROLL: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
     CHANNELS_FIRST: tl.constexpr, MASK: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """Return S2 and S1 of a slab, per channel."""
@@ -71,7 +71,7 @@ def _sums(
     whole = rows
     if not EVEN:
         whole = rows // ROUND * ROUND
-    for begin in range(0, whole, ROUND):
+    for begin in tl.range(0, whole, ROUND, num_stages=STAGES):
         for tile in tl.static_range(UNROLL):
             xhat, gradient, _, _, _, _ = _pulled(
                 dy, x, mask, begin + tile * TILE_POSITIONS, rows, lanes, offsets, high, rstd,
@@ -111,14 +111,14 @@ def _written(
 @triton.jit
 def _write(
     dy, x, dx, mask, rows, lanes, offsets, high, rstd, shift, factor, offset, mean, mean_product,
-    STRIDE: tl.constexpr, TILE_POSITIONS: tl.constexpr, EVEN: tl.constexpr,
+    STRIDE: tl.constexpr, TILE_POSITIONS: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
     CHANNELS_FIRST: tl.constexpr, MASK: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """Compute dx of a slab."""
     whole = rows
     if not EVEN:
         whole = rows // TILE_POSITIONS * TILE_POSITIONS
-    for begin in range(0, whole, TILE_POSITIONS):
+    for begin in tl.range(0, whole, TILE_POSITIONS, num_stages=STAGES):
         _written(
             dy, x, dx, mask, begin, rows, lanes, offsets, high, rstd, shift, factor, offset, mean,
             mean_product, STRIDE, TILE_POSITIONS, False, CHANNELS_FIRST, MASK, ACTIVATION,
@@ -136,7 +136,8 @@ def measure(
     dy, x, scale, bias, mask, statistics, products, gradients, steps, chunk, chunks, groups,
     CHANNELS: tl.constexpr, GROUP_SIZE: tl.constexpr, TILE_CHANNELS: tl.constexpr,
     TILE_POSITIONS: tl.constexpr, UNROLL: tl.constexpr, DIVISOR: tl.constexpr,
-    BLOCKS: tl.constexpr, EVEN: tl.constexpr, CHANNELS_FIRST: tl.constexpr, MASK: tl.constexpr,
+    BLOCKS: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
+    CHANNELS_FIRST: tl.constexpr, MASK: tl.constexpr,
     SCALE: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, ACTIVATION: tl.constexpr,
     DEPENDENT: tl.constexpr = 0,
 ):  # fmt: skip
@@ -155,7 +156,7 @@ def measure(
         dy + begin, x + begin, mask_at(mask, sample, start, steps, DIVISOR, MASK), rows, lanes,
         offsets_in(steps, CHANNELS, TILE_CHANNELS, TILE_POSITIONS, DIVISOR, CHANNELS_FIRST), high,
         rstd, shift, factor, offset, 1 if CHANNELS_FIRST else CHANNELS, TILE_POSITIONS, UNROLL,
-        EVEN, CHANNELS_FIRST, MASK, ACTIVATION,
+        EVEN, STAGES, CHANNELS_FIRST, MASK, ACTIVATION,
     )  # fmt: skip
     row = sample.to(tl.int64) * chunks + number
     where = row * CHANNELS + first + tl.arange(0, TILE_CHANNELS)
@@ -203,6 +204,7 @@ def apply(
     dy, x, scale, bias, mask, statistics, merged, dx, steps, chunk, chunks, groups,
     CHANNELS: tl.constexpr, GROUP_SIZE: tl.constexpr, TILE_CHANNELS: tl.constexpr,
     TILE_POSITIONS: tl.constexpr, DIVISOR: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
     CHANNELS_FIRST: tl.constexpr, MASK: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
     ROWS: tl.constexpr, ACTIVATION: tl.constexpr,
     DEPENDENT: tl.constexpr = 0,
@@ -230,7 +232,7 @@ def apply(
         rows, lanes,
         offsets_in(steps, CHANNELS, TILE_CHANNELS, TILE_POSITIONS, DIVISOR, CHANNELS_FIRST), high,
         rstd, shift, factor, offset, mean, mean_product, 1 if CHANNELS_FIRST else CHANNELS,
-        TILE_POSITIONS, EVEN, CHANNELS_FIRST, MASK, ACTIVATION,
+        TILE_POSITIONS, EVEN, STAGES, CHANNELS_FIRST, MASK, ACTIVATION,
     )  # fmt: skip
 
 
@@ -239,8 +241,8 @@ def group(
     dy, x, scale, bias, mask, statistics, dx, products, gradients, steps, groups,
     CHANNELS: tl.constexpr, GROUP_SIZE: tl.constexpr, TILE_CHANNELS: tl.constexpr,
     TILE_POSITIONS: tl.constexpr, UNROLL: tl.constexpr, DIVISOR: tl.constexpr, EVEN: tl.constexpr,
-    MASK: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
+    STAGES: tl.constexpr, MASK: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
+    ROWS: tl.constexpr, ACTIVATION: tl.constexpr,
     DEPENDENT: tl.constexpr = 0,
 ):  # fmt: skip
     """Compute dx of a group, whose channels come before positions, TILE_CHANNELS after another."""
@@ -273,7 +275,7 @@ def group(
         at = begin + tl.cast(channel, tl.int64) * rows
         of_products, of_gradients = _sums(
             dy + at, x + at, mask, rows, lanes, offsets, high, rstd, shift, factor, offset, 1,
-            TILE_POSITIONS, UNROLL, EVEN, True, MASK, ACTIVATION,
+            TILE_POSITIONS, UNROLL, EVEN, STAGES, True, MASK, ACTIVATION,
         )  # fmt: skip
         row = pid.to(tl.int64) * GROUP_SIZE + channel + tl.arange(0, TILE_CHANNELS)
         tl.store(products + row, of_products)
@@ -282,7 +284,7 @@ def group(
         mean_product += of_products * factor
     mean = nothing + tl.sum(mean, 0) * inv_count
     mean_product = nothing + tl.sum(mean_product, 0) * inv_count
-    WIDE: tl.constexpr = TILE_POSITIONS * (2 if UNROLL > 1 else 1)
+    WIDE: tl.constexpr = TILE_POSITIONS * min(UNROLL, 2)
     wide = offsets_in(steps, CHANNELS, TILE_CHANNELS, WIDE, DIVISOR, True)
     for done in range(0, GROUP_SIZE, TILE_CHANNELS):
         channel = GROUP_SIZE - TILE_CHANNELS - done  # what was read last is next to the processor
@@ -297,7 +299,7 @@ def group(
         at = begin + tl.cast(channel, tl.int64) * rows
         _write(
             dy + at, x + at, dx + at, mask, rows, lanes, wide, high, rstd, shift, factor, offset,
-            mean, mean_product, 1, WIDE, EVEN, True, MASK, ACTIVATION,
+            mean, mean_product, 1, WIDE, EVEN, STAGES, True, MASK, ACTIVATION,
         )  # fmt: skip
 
 

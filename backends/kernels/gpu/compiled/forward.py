@@ -332,14 +332,15 @@ def _written(
 @triton.jit
 def _write(
     x, y, mask, rows, lanes, offsets, high, factor, shift, STRIDE: tl.constexpr,
-    TILE_POSITIONS: tl.constexpr, EVEN: tl.constexpr, CHANNELS_FIRST: tl.constexpr,
+    TILE_POSITIONS: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
+    CHANNELS_FIRST: tl.constexpr,
     MASK: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """Normalize a slab."""
     whole = rows
     if not EVEN:
         whole = rows // TILE_POSITIONS * TILE_POSITIONS
-    for begin in range(0, whole, TILE_POSITIONS):
+    for begin in tl.range(0, whole, TILE_POSITIONS, num_stages=STAGES):
         _written(
             x, y, mask, begin, rows, lanes, offsets, high, factor, shift, STRIDE, TILE_POSITIONS,
             False, CHANNELS_FIRST, MASK, ACTIVATION,
@@ -356,7 +357,8 @@ def _write(
 def apply(
     x, scale, bias, mask, statistics, y, steps, chunk, chunks, groups, CHANNELS: tl.constexpr,
     GROUP_SIZE: tl.constexpr, TILE_CHANNELS: tl.constexpr, TILE_POSITIONS: tl.constexpr,
-    DIVISOR: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr, CHANNELS_FIRST: tl.constexpr,
+    DIVISOR: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
+    CHANNELS_FIRST: tl.constexpr,
     MASK: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     DEPENDENT: tl.constexpr = 0,
@@ -378,7 +380,7 @@ def apply(
         x + begin, y + begin, mask_at(mask, sample, start, steps, DIVISOR, MASK), rows, lanes,
         offsets_in(steps, CHANNELS, TILE_CHANNELS, TILE_POSITIONS, DIVISOR, CHANNELS_FIRST), high,
         rstd * factor, shift * factor + offset, 1 if CHANNELS_FIRST else CHANNELS, TILE_POSITIONS,
-        EVEN, CHANNELS_FIRST, MASK, ACTIVATION,
+        EVEN, STAGES, CHANNELS_FIRST, MASK, ACTIVATION,
     )  # fmt: skip
 
 
@@ -466,5 +468,5 @@ def group(
         at = begin + tl.cast(channel, tl.int64) * rows
         _write(
             x + at, y + at, mask, rows, lanes, wide, high, factor, shift, 1,
-            TILE_POSITIONS * UNROLL, EVEN, True, MASK, ACTIVATION,
+            TILE_POSITIONS * UNROLL, EVEN, 1, True, MASK, ACTIVATION,
         )  # fmt: skip

@@ -15,7 +15,9 @@ UNROLL
 BLOCKS
     slabs that cover all channels;
 EVEN
-    whether all slabs have whole rounds only.
+    whether all slabs have whole rounds only;
+STAGES
+    rounds that are under way at the same time, copied to shared memory first; 1 for none before.
 """
 
 import triton

@@ -39,6 +39,19 @@ ANY_DEVICES = [
     "tests/peers",
     *(f"tests/jax/test_{name}.py" for name in ("cpu_kernels", "internals", "primitives")),
 ]
+# What the versions of a GPU machine's packages may break: libraries, and tests that need no GPU.
+# Triton 3.6 cannot interpret with NumPy 2.5, so that only what it compiles is tested.
+GPU_STACK = [
+    ("torch,numpy", ["tests/torch"]),
+    ("jax,flax,equinox,optax", ["tests/jax", "tests/peers"]),
+    ("cupy,numpy", ["tests/cupy"]),
+    (
+        "numpy",
+        [f"tests/kernels/test_gpu_{name}.py" for name in ("compiled", "driver", "probe", "tiling")],
+    ),
+]
+# Not tests/peers: each new release may change what these state of other libraries.
+NEWEST = [f"tests/{name}" for name in ("api", "jax", "kernels", "portable")]
 # Removed from copies of the repository, so that what is installed is tested.
 SOURCES = ("groupnorm", "backends", "pytest_groupnorm.py")
 # The libraries of sanitizers, which must be loaded first, their options, and what runs under them.
@@ -60,6 +73,20 @@ SANITIZERS = {
         ["kernels/test_core_threads.py"],
     ),
 }
+
+
+def python(version: str) -> str:
+    """Return the newest Python of this version that pyenv has, or the version, for nox to find it.
+
+    Most of those that pyenv has are not on the path.
+    """
+    root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    found = {
+        int(path.parts[-3].rpartition(".")[2]): str(path)
+        for path in root.glob(f"versions/{version}.*/bin/python{version}")
+        if path.parts[-3].rpartition(".")[2].isdecimal()
+    }
+    return found[max(found)] if found else version
 
 
 def group(name: str) -> list[str]:
@@ -89,7 +116,7 @@ def repository_without_sources(session: nox.Session) -> Path:
     return Path(shutil.copytree(".", folder, ignore=ignored))
 
 
-def cuda_plugin(session: nox.Session) -> str:
+def cuda_plugin(session: nox.Session, requirements: str = "cuda-plugin") -> str:
     """Install JAX's CUDA plugin in a separate folder and return its path, or "" if that fails.
 
     In the environment itself, every process would load it and report that there is no GPU.
@@ -97,7 +124,7 @@ def cuda_plugin(session: nox.Session) -> str:
     folder = Path(session.virtualenv.location) / "cuda_plugin"
     if not folder.exists():
         try:
-            session.install("--no-deps", "--target", str(folder), *group("cuda-plugin"))
+            session.install("--no-deps", "--target", str(folder), *group(requirements))
         except nox.command.CommandFailed:
             session.warn("JAX's CUDA plugin cannot be installed; tests that need it are skipped")
             shutil.rmtree(folder, ignore_errors=True)
@@ -165,6 +192,33 @@ def models(session: nox.Session) -> None:
     install_models(session, *group("runner"), *group("pure"), *group("examples"))
     # One process: it takes two minutes, and the packages take long to import.
     session.run("python", "-m", "pytest", "tests/models", *session.posargs)
+
+
+@nox.session(python=python("3.12"))
+def gpu_stack(session: nox.Session) -> None:
+    """Run the tests that versions break on the packages of a machine with a GPU, which are 6 GB."""
+    session.install(*group("gpu-stack"))
+    session.install("--no-deps", *group("gpu-stack-apart"))
+    session.install("-e", ".", env={"GROUPNORM_BUILD_CORE": "1"})
+    session.env["GROUPNORM_CUDA_PLUGIN"] = cuda_plugin(session, "gpu-stack-plugin")
+    if session.posargs:
+        pytest(session)
+        return
+    for backends, files in GPU_STACK:
+        pytest(session, "--backends", backends, "--jax-devices", "1", *files, *QUIET_SKIPS)
+
+
+@nox.session(python=python("3.13"))
+def newest(session: nox.Session) -> None:
+    """Run NumPy's and JAX's tests with the newest release of everything but PyTorch."""
+    session.install("--upgrade", "--upgrade-strategy", "eager", *group("newest"))
+    session.install("-e", ".")
+    # All but PyTorch's rows, on one device, where JAX's kernels are used.
+    backends = ("--backends", "numpy,jax,brainstate,equinox,flax,optax", "--jax-devices", "1")
+    if session.posargs:
+        pytest(session, *backends)
+        return
+    pytest(session, *backends, "-m", "not slow", *NEWEST, *QUIET_SKIPS)
 
 
 @nox.session

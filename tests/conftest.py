@@ -4,7 +4,7 @@
 cannot be imported then fails the run instead of being skipped. ``--backends numpy`` (or
 ``numpy,torch:compile``) runs only these rows and imports no other library: test files with a
 top-level import of another library are not collected, and tests marked ``needs("flax")`` are
-skipped with that reason.
+skipped with that reason. ``--backends jax,flax`` has no row more than ``jax`` and may import flax.
 
 A test selects its rows by the name of its argument:
 
@@ -74,7 +74,8 @@ def pytest_addoption(parser):
     parser.addoption(
         "--backends",
         default="all",
-        help="'all', or a comma-separated list of libraries and rows: " + ", ".join(ROWS),
+        help="'all', or a comma-separated list of rows, libraries and packages without rows: "
+        + ", ".join([*ROWS, *sorted(PEERS - LIBRARIES)]),
     )
 
     parser.addoption(
@@ -125,6 +126,10 @@ def pytest_configure(config):
 SELECTED = pytest.StashKey[list[Row]]()
 
 
+def names_of(option: str) -> list[str]:
+    return [name.strip() for name in option.split(",")]
+
+
 def select(option: str) -> list[Row]:
     """Return the rows selected by the option; an unknown name ends the run."""
     if option == "all":
@@ -132,8 +137,8 @@ def select(option: str) -> list[Row]:
         # in `nox -s quick`.
         rows = (row for row in ROWS.values() if row is not TOY)
         return [row for row in rows if not row.needs_gpu or row.why_absent is None]
-    names = [name.strip() for name in option.split(",")]
-    known = LIBRARIES | set(ROWS)
+    names = names_of(option)
+    known = LIBRARIES | PEERS | set(ROWS)
     for name in names:
         if name not in known:
             raise pytest.UsageError(
@@ -155,7 +160,8 @@ def importable(config) -> set[str]:
         if config.getoption("markexpr") == "gpu":  # a machine with a GPU may lack the peers
             return {name for name in every if importlib.util.find_spec(name) is not None}
         return every
-    return {row.library for row in config.stash[SELECTED]}
+    named = set(names_of(config.getoption("--backends")))
+    return {row.library for row in config.stash[SELECTED]} | named & PEERS
 
 
 def pytest_report_header(config):

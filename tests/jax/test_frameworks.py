@@ -1,10 +1,9 @@
-"""The JAX layer inside equinox, flax nnx and brainstate modules, without wrapper classes."""
+"""The JAX layer inside equinox and flax nnx modules, without wrapper classes."""
 
 from __future__ import annotations
 
 import io
 
-import brainstate
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from flax import nnx
 from groupnorm import GroupNorm
 from groupnorm.errors import ArgumentTypeError
 from groupnorm.testing import oracle
-from tests.jax.test_layer import CHANNELS, GROUPS, array, assert_equals_oracle
+from tests.jax.test_layer import CHANNELS, GROUPS, array, assert_equals_oracle, check_conversion
 from tests.jax.test_layer import make as make_layer
 from tests.rows import CONTRACT, GRADIENT, assert_close, assert_gradient
 
@@ -150,63 +149,8 @@ def test_nnx_vmap_over_the_layer(nnx_rng):
         assert_close(np.asarray(y), want, tolerance=2 * CONTRACT)
 
 
-class BrainstateModel(brainstate.nn.Module):
-    def __init__(self, rng):
-        super().__init__()
-        self.norm = GroupNorm(
-            CHANNELS, num_groups=GROUPS, backend="jax", param_type=brainstate.ParamState
-        )
-        for state in self.states().values():
-            state.value = array(rng, CHANNELS)
-
-    def __call__(self, x):
-        return self.norm(x)
-
-
-def test_brainstate_finds_states(rng):
-    model = BrainstateModel(rng)
-    states = model.states(brainstate.ParamState)
-    assert set(states) == {("norm", "scale"), ("norm", "bias")}
-    assert all(isinstance(state, brainstate.ParamState) for state in states.values())
-
-
-@pytest.mark.parametrize("compiler", [lambda f: f, brainstate.transform.jit], ids=["eager", "jit"])
-def test_brainstate_differentiates_with_respect_to_states(compiler, rng):
-    model, x, dy = BrainstateModel(rng), array(rng, 2, 5, CHANNELS), array(rng, 2, 5, CHANNELS)
-    scale, bias = (np.asarray(a) for a in (model.norm.scale, model.norm.bias))
-    want = oracle.group_norm(np.asarray(x), scale, bias, num_groups=GROUPS)
-    assert_close(np.asarray(compiler(model)(x)), want, tolerance=2 * CONTRACT)
-    gradient = brainstate.transform.grad(
-        lambda: (model(x) * dy).sum(), model.states(brainstate.ParamState)
-    )
-    got = compiler(gradient)()
-    x, dy = np.asarray(x), np.asarray(dy)
-    want = oracle.group_norm_gradients(x, dy, scale, bias, num_groups=GROUPS)
-    assert_gradient(np.asarray(got["norm", "scale"]), want.scale, rtol=GRADIENT)
-    assert_gradient(np.asarray(got["norm", "bias"]), want.bias, rtol=GRADIENT)
-
-
-def test_brainstate_sees_an_assigned_value(rng):
-    model, x = BrainstateModel(rng), array(rng, 2, 5, CHANNELS)
-    jitted = brainstate.transform.jit(model)
-    before = jitted(x)
-    bias = model.states()["norm", "bias"]
-    bias.value = bias.value + 1
-    np.testing.assert_array_equal(model.norm.bias, bias.value)
-    np.testing.assert_allclose(jitted(x), before + 1, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("param_type", [nnx.Param, brainstate.ParamState])
-def test_converted_to_another_backend_and_back(param_type, rng):
-    layer = GroupNorm(CHANNELS, num_groups=GROUPS, backend="jax", param_type=param_type)
-    layer.scale, layer.bias = array(rng, CHANNELS), array(rng, CHANNELS)
-    assert isinstance(layer.scale, jax.Array)
-    host = layer.to_backend("numpy")
-    np.testing.assert_array_equal(host.scale, layer.scale)
-    back = host.to_backend("jax", param_type=param_type)
-    np.testing.assert_array_equal(back.bias, layer.bias)
-    leaves = jax.tree.leaves(back, is_leaf=lambda leaf: isinstance(leaf, param_type))
-    assert [type(leaf) for leaf in leaves] == [param_type, param_type]
+def test_converted_to_another_backend_and_back(rng):
+    check_conversion(nnx.Param, rng)
 
 
 def test_param_type_that_is_no_class():

@@ -49,6 +49,19 @@ def weighted(layer, x, dy):
     return (layer(x) * dy).sum()
 
 
+def check_conversion(param_type, rng):
+    """Convert a layer to another backend and back: its parameters are of this type again."""
+    layer = GroupNorm(CHANNELS, num_groups=GROUPS, backend="jax", param_type=param_type)
+    layer.scale, layer.bias = array(rng, CHANNELS), array(rng, CHANNELS)
+    assert isinstance(layer.scale, jax.Array)
+    host = layer.to_backend("numpy")
+    np.testing.assert_array_equal(host.scale, layer.scale)
+    back = host.to_backend("jax", param_type=param_type)
+    np.testing.assert_array_equal(back.bias, layer.bias)
+    leaves = jax.tree.leaves(back, is_leaf=lambda leaf: isinstance(leaf, param_type))
+    assert [type(leaf) for leaf in leaves] == [param_type, param_type]
+
+
 def test_leaves_are_scale_and_bias(rng):
     layer = make(rng)
     assert isinstance(layer, GroupNorm)

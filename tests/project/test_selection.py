@@ -45,6 +45,7 @@ SELECTED = {
     "numpy:readonly": {"numpy:readonly", "none"},
     "numpy, torch": {"numpy", "numpy:readonly", "torch"},
     "array_api_strict": {"array_api_strict", "array_api_strict:device1", "none"},
+    "numpy:readonly,flax": {"numpy:readonly", "none"},  # a package without rows
 }
 EVERY_OPTION = f"""
 import sys, pytest
@@ -89,6 +90,13 @@ def test_files_that_import_numpy_are_collected_for_every_library():
     assert done.returncode == 0, done.stdout
     assert "test_axes.py" in done.stdout
     assert "test_flax_linen.py" not in done.stdout
+
+
+def test_files_that_import_a_named_package_without_rows_are_collected():
+    done = collect("--backends", "jax,flax", "tests/peers")
+    assert done.returncode == 0, done.stdout
+    assert "test_flax_linen.py" in done.stdout
+    assert "test_equinox.py" not in done.stdout
 
 
 def test_numpy_alone_loads_no_other_library():

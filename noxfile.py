@@ -50,8 +50,13 @@ GPU_STACK = [
         [f"tests/kernels/test_gpu_{name}.py" for name in ("compiled", "driver", "probe", "tiling")],
     ),
 ]
-# Not tests/peers: each new release may change what these state of other libraries.
-NEWEST = [f"tests/{name}" for name in ("api", "jax", "kernels", "portable")]
+# What new releases break, in a few minutes; `-- tests` runs the whole suite. Not tests/peers: each new
+# release may change what these state of other libraries.
+NEWEST = [
+    "tests/api",
+    "tests/jax",
+    *(f"tests/portable/test_{name}.py" for name in ("accuracy", "dtypes", "gradients", "masks")),
+]
 # Removed from copies of the repository, so that what is installed is tested.
 SOURCES = ("groupnorm", "backends", "pytest_groupnorm.py")
 # The libraries of sanitizers, which must be loaded first, their options, and what runs under them.

@@ -50,8 +50,8 @@ GPU_STACK = [
         [f"tests/kernels/test_gpu_{name}.py" for name in ("compiled", "driver", "probe", "tiling")],
     ),
 ]
-# What new releases break, in a few minutes; `-- tests` runs the whole suite. Not tests/peers: each new
-# release may change what these state of other libraries.
+# What new releases break, in a few minutes; `-- tests` runs the whole suite. Not tests/peers: each
+# new release may change what these state of other libraries.
 NEWEST = [
     "tests/api",
     "tests/jax",

@@ -31,6 +31,7 @@ from _gpu_torch import DEVICE, Contest, copy_timer, cuda, graphed
 
 from groupnorm.backends.kernels.gpu import program as gpu
 from groupnorm.backends.torch import gpu as torch_gpu
+from groupnorm.backends.torch import kernels as torch_kernels
 
 CASES = [Case(TORCH, BOTH, *named) for named in itertools.product(MEASURED, LAYOUTS)]
 CALLS = 3 if DRY else 300
@@ -86,8 +87,10 @@ def kernels(case: Case, speed: float | None) -> None:
             "statistics": torch.empty(statistics, device=DEVICE), **parameters, **sums,
         })  # fmt: skip
 
+    engine = torch_kernels.engine_for(torch.device(DEVICE))  # in a dry run another one
+
     def timed(program: Any) -> float:
-        return replayed(lambda i: torch_gpu.run(program, dict(sets[i])), count)
+        return replayed(lambda i: torch_gpu.run(program, dict(sets[i]), engine), count)
 
     def at_copy_speed(arrays: int) -> float:
         return round(1e6 * arrays * case.bytes / (speed or 3e12), 1)

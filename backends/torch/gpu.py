@@ -230,17 +230,21 @@ def _flat_mask(adapter: Any, mask: Any, x: torch.Tensor, work: Work) -> Any:
 # Whether it works on a device ---------------------------------------------------------------------
 
 
-def run(sequence: gpu.LaunchSequence, arrays: dict[str, torch.Tensor | None]) -> None:
+def run(
+    sequence: gpu.LaunchSequence,
+    arrays: dict[str, torch.Tensor | None],
+    engine: GpuEngine | None = None,
+) -> None:
     """Launch a sequence once, for which nothing is prepared; x is the first of the arrays.
 
-    The temporary arrays are added to `arrays`.
+    The temporary arrays are added to `arrays`. The engine prepares the launches.
     """
     x: Any = next(iter(arrays.values()))
     for name, elements in sequence.shared:
         arrays[name] = x.new_empty(elements, dtype=torch.float32)
     dtypes = {n: dtype_name((x if a is None else a).dtype) for n, a in arrays.items()}
     alone = sequence._replace(shared=())
-    GpuEngine().prepare(alone, dtypes, x.get_device())(*arrays.values())
+    (engine or GpuEngine()).prepare(alone, dtypes, x.get_device())(*arrays.values())
 
 
 def _busy() -> bool:

@@ -76,7 +76,8 @@ def test_no_spills_and_wide_memory_accesses(name, first, capability, sass):
         built = compiled(step, "bfloat16", capability)
         used = sass.resources(built.cubin_path)
         assert used["LOCAL"] == 0
-        assert used["STACK"] <= (0 if step.module == "small" else 8), (step.kernel, used)
+        # Outside of loops, a few registers may be put aside.
+        assert used["STACK"] <= (0 if step.module == "small" else 16), (step.kernel, used)
         assert not sass.spills_in_loops(built.cubin_path)
         assert used["REG"] <= (255 if step.module == "small" else 128)  # 4 blocks of 4 warps
         assert built.threads == 32 * step.warps

@@ -223,6 +223,10 @@ def test_parameters_of_each_sample(plan, name, rng):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(plan, activation, rng):
     """Values and gradients of the activation are those of PyTorch's own, in float64."""
+    check_activation(activation, rng)
+
+
+def check_activation(activation, rng):
     torch = importlib.import_module("torch")
     x, dy, scale, bias, keywords = arguments("first, D=10, P=49", rng, dtype="float32")
     y, pullback = group_norm_vjp(
@@ -236,6 +240,21 @@ def test_activations(plan, activation, rng):
         pullback(dy), torch.autograd.grad(want, given, dy.double()), strict=True
     ):
         assert_gradient(ours.numpy(), reference.numpy(), rtol=GRADIENT)
+
+
+@pytest.mark.needs("torch")
+@pytest.mark.parametrize("plan", ["small", "slabs"], indirect=True)
+@pytest.mark.parametrize("error", [3 * 2.0**-23, -3 * 2.0**-23], ids=["above", "below"])
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_activations_by_approximate_instructions(plan, activation, error, rng, monkeypatch):
+    """With the largest errors of a GPU's exponential and reciprocal together, of one sign."""
+    builder = importlib.import_module("triton.runtime.interpreter").InterpreterBuilder
+
+    def approximate(self, argument):
+        return self.unary_op(argument, lambda a: np.exp2(a) * np.float32(1 + error))
+
+    monkeypatch.setattr(builder, "create_exp2", approximate)
+    check_activation(activation, rng)
 
 
 @pytest.mark.needs("torch")

@@ -125,11 +125,10 @@ def _bind(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: CallO
     no_kernels = why_not_compiled(*dtypes, options.activation)
     if no_kernels is None:
         no_kernels = _why_no_kernels()
-    on_gpu = jax.default_backend() == "gpu"
-    if no_kernels and (options.implementation == "fused" or on_gpu):
+    if no_kernels and (options.implementation == "fused" or jax.default_backend() == "gpu"):
         return no_kernels
-    if is_per_sample(x, scale, bias, options) and (no_kernels or on_gpu):
-        return Unsupported("the kernels here take no parameters with a row for each sample")
+    if no_kernels and is_per_sample(x, scale, bias, options):
+        return Unsupported("without kernels, parameters of each sample are applied afterwards")
     # As work arrays have it: channels on one axis. Slices have no hash.
     plan = plan._replace(two_stages=True, sample=None)
     return _spec(adapter, plan, *dtypes, options), (x, scale, bias, mask)

@@ -63,9 +63,7 @@ def traced(adapter: Any, x: Any, scale: Any, bias: Any, mask: Any, options: Call
         return Unsupported(why or _SEEN_THROUGH)
     plan = check(adapter, x, scale, bias, mask, options).plan
     if is_per_sample(x, scale, bias, options) and not (
-        x.is_cpu
-        and plan.kept_axes == {0}
-        and all(p is None or has_rows(p, plan) for p in (scale, bias))
+        plan.kept_axes == {0} and all(p is None or has_rows(p, plan) for p in (scale, bias))
     ):
         return Unsupported(
             "the kernels for this call have no parameters with a row for each sample"

@@ -105,6 +105,19 @@ def test_lowered_to_calls_of_ptx(jax, jax_gpu, name):
     assert ".target sm_90" in text
 
 
+def test_parameters_of_each_sample_are_for_the_same_kernels(jax, jax_gpu, monkeypatch):
+    """Also where the default backend is a GPU."""
+    x, scale, bias = drawn(jax, "tiles")
+    rows = [jax.ShapeDtypeStruct((x.shape[0], *p.shape), p.dtype) for p in (scale, bias)]
+    kernels = importlib.import_module("groupnorm.backends.jax.kernels")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(kernels, "_why_no_kernels", lambda: None)
+    with launching(jax_gpu, jax_gpu._by_ptx):
+        text = lowered(jax, forward, x, *rows)
+    there, _ = steps("tiles")
+    assert text.count(f"@{PTX}") == len(there)
+
+
 def test_exported_programs_hold_no_kernel(jax, jax_gpu):
     arrays = [jax.ShapeDtypeStruct((2, 30, 32), np.float32)]
     with launching(jax_gpu, jax_gpu._by_ptx):

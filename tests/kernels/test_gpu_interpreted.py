@@ -196,6 +196,58 @@ def test_hard_data(plan, name, kind, mask, rng):
     assert_close(y.numpy(), want, tolerance=CONTRACT)
 
 
+@pytest.fixture
+def long_slabs(monkeypatch):
+    """Slabs as long as those of large arrays, in which threads add up many elements."""
+    monkeypatch.setattr(gpu, "FEWEST", 1)
+    clear()
+    yield
+    clear()
+
+
+@pytest.mark.needs("torch")
+@pytest.mark.parametrize("first", [False, True], ids=["last", "first"])
+@pytest.mark.parametrize("part", [32, 8])
+def test_steps_in_long_slabs(long_slabs, part, first, rng):
+    """Two values, of which a thread adds up so many equal ones that roundings do not cancel."""
+    torch = importlib.import_module("torch")
+    shape, axis = ((1, 64, 2048), 1) if first else ((1, 1024, 64), 2)
+    for value in (142.33, 182.77):
+        x = torch.full(shape, float(value))
+        if first:
+            x[:, :, : shape[2] // part] = 0
+        else:
+            x[:, : shape[1] // part] = 0
+        y = group_norm(x, num_groups=2, feature_axis=axis, implementation="fused")
+        want = oracle.group_norm(wide(x), num_groups=2, feature_axis=axis)
+        assert_close(y.numpy(), want, tolerance=CONTRACT)
+
+
+@pytest.mark.needs("torch")
+@pytest.mark.parametrize("plan", MORE, indirect=True)
+@pytest.mark.parametrize("epsilon", [0.0, 1e-6])
+@pytest.mark.parametrize("factor", [1 - 2.0**-23, 1 + 2.0**-23])
+def test_masked_constants_by_approximate_divisions(plan, factor, epsilon, rng, monkeypatch):
+    """Where the first part of a group has nothing that counts, and a division is not exact."""
+    torch = importlib.import_module("torch")
+    builder = importlib.import_module("triton.runtime.interpreter").InterpreterBuilder
+    divide = builder.create_fdiv
+
+    def approximate(self, a, b):
+        found = divide(self, a, b)
+        if found.data.dtype == np.float32:
+            found.data = found.data * np.float32(factor)
+        return found
+
+    monkeypatch.setattr(builder, "create_fdiv", approximate)
+    _, _, scale, bias, keywords = arguments("last, D=10, P=49", rng)
+    valid = np.ones((3, 7, 7, 1), bool)
+    valid[:, :2] = False
+    x = torch.full((3, 7, 7, 40), 0.7)
+    y = group_norm(x, scale, bias, mask=valid, epsilon=epsilon, implementation="fused", **keywords)
+    assert torch.equal(y, bias.expand_as(y))
+
+
 @pytest.mark.needs("torch")
 @pytest.mark.parametrize("name", ["last, D=10, P=49", "first, D=10, P=49", "first, long"])
 def test_parameters_of_each_sample(plan, name, rng):

@@ -1,4 +1,4 @@
-"""Parameters with a row for each sample, where PyTorch needs more than one call of a kernel."""
+"""Parameters with a row for each sample, in PyTorch: memory formats, views and transforms."""
 
 import numpy as np
 import pytest

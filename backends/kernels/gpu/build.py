@@ -38,7 +38,8 @@ class Built(NamedTuple):
     """A compiled kernel, and what is needed to launch it."""
 
     name: str
-    cubin_path: str  # in Triton's cache
+    cubin: bytes
+    cubin_path: str  # in Triton's cache, which may be emptied
     ptx: str
     shared: int  # bytes of shared memory
     threads: int
@@ -157,6 +158,7 @@ def _compiled(module: str, name: str, signature: Signature, warps: int, capabili
     arguments = sum(kind != "constexpr" for kind in types.values())
     return Built(
         name=made.metadata.name,
+        cubin=made.asm["cubin"],
         cubin_path=next(str(p) for n, p in made.metadata_group.items() if n.endswith(".cubin")),
         ptx=ptx,
         shared=made.metadata.shared,

@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from groupnorm.backends.kernels.gpu.build import ALIGNMENT, Built, build
@@ -67,7 +66,7 @@ class Driver:
             self._library = ctypes.CDLL(library)
         except OSError as error:
             raise DriverError(f"CUDA's driver cannot be loaded: {error}") from error
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a garbage collection in the midst of loading may call
         self._contexts: dict[int, int] = {}
         self._functions: dict[tuple[str, str, int], int] = {}
         self.call("cuInit", ctypes.c_uint(0))
@@ -121,8 +120,7 @@ class Driver:
 
     def _load(self, built: Built) -> int:
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
-        cubin = Path(built.cubin_path).read_bytes()
-        self.call("cuModuleLoadData", ctypes.byref(module), cubin)
+        self.call("cuModuleLoadData", ctypes.byref(module), built.cubin)
         self.call("cuModuleGetFunction", ctypes.byref(function), module, built.name.encode())
         if built.shared > _SHARED_BY_DEFAULT:
             self.call("cuFuncSetAttribute", function, _MAX_DYNAMIC_SHARED, built.shared)
@@ -229,7 +227,6 @@ class Launches:
             offsets.append(offsets[-1] + -(-elements // _STEP) * _STEP)
         self.temporaries = offsets[-1]
         self._offsets = tuple(4 * offset for offset in offsets[:-1])
-        self._given = len(dtypes)
         self._variants: dict[tuple[bool, ...], _Variant] = {}
         self._all_aligned: _Variant | None = None
 

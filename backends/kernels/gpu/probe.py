@@ -19,21 +19,29 @@ LEAST_CAPABILITY = 80
 _log = logging.getLogger("groupnorm")
 
 
-def probe_case() -> tuple[Any, gpu.LaunchSequence, Callable[[Any], bool]]:
+def probe_case(*, several: bool = False) -> tuple[Any, gpu.LaunchSequence, Callable[[Any], bool]]:
     """Return a NumPy array, the launches that normalize it, and a function that checks the result.
 
-    For the first call on a device, where launching kernels may not work. There is one launch,
-    without parameters and mask.
+    For the first call on a device, where launching kernels may not work. There is one launch, or
+    `several` that share a temporary array, with an activation; without parameters and mask.
     """
-    x = np.arange(256, dtype=np.float32).reshape(2, 8, 16)
-    program = gpu.forward(
-        GroupedShape(2, 2, 4, 16, True, 4), gpu.KernelOptions(0.0, None, None, False, False)
-    )
+    samples, groups, size, positions = (1, 2, 64, 192) if several else (2, 2, 4, 16)
+    shape = GroupedShape(samples, groups, size, positions, not several, 4)
+    activation = "silu" if several else None
+    program = gpu.forward(shape, gpu.KernelOptions(0.0, activation, None, False, False))
+    dims = (positions, groups * size) if several else (groups * size, positions)
+    x = np.sin(np.arange(shape.elements, dtype=np.float32)).reshape(samples, *dims)
+
+    def by_group(array: Any) -> Any:
+        array = np.asarray(array, np.float64).reshape(samples, *dims)
+        return (array.swapaxes(1, 2) if several else array).reshape(samples * groups, -1)
+
+    grouped = by_group(x)
+    z = (grouped - grouped.mean(1, keepdims=True)) / grouped.std(1, keepdims=True)
+    want = z / (1 + np.exp(-z)) if several else z
 
     def passed(y: Any) -> bool:
-        groups = np.asarray(y, np.float64).reshape(4, 64)
-        off = abs(groups.mean(1)) + abs((groups**2).mean(1) - 1)
-        return bool(off.max() < 1e-5)
+        return bool(abs(by_group(y) - want).max() < 1e-5)
 
     return x, program, passed
 
@@ -88,10 +96,11 @@ class DeviceProbe:
         return self._found[device]
 
     def _try(self, device: int) -> Unsupported | None:
-        array, program, passed = probe_case()
         try:
-            if not passed(self._compute(device, array, program)):
-                raise ArithmeticError("the probe kernel returned a wrong result")
+            for several in (False, True):
+                array, program, passed = probe_case(several=several)
+                if not passed(self._compute(device, array, program)):
+                    raise ArithmeticError("a probe kernel returned a wrong result")
         except Exception as error:  # from Triton or the driver
             why = f"{type(error).__name__}: {error}"
             _log.warning(

@@ -191,7 +191,8 @@ def slabs_of_whole_groups(shape: GroupedShape, arrays: int, unroll: int) -> Slab
     unroll = min(unroll, power_of_two(-(-shape.positions // length)))
     found = Slabs(width, length, unroll, shape.positions, warps)
     sampled = found.sample(shape.group_size // width)
-    return found if sampled * length <= found.at_once or arrays > 1 else None
+    enough = sampled <= unroll and SAMPLED * width * min(sampled * length, shape.positions) >= size
+    return found if enough or arrays > 1 else None  # only statistics take pivots
 
 
 @lru_cache(maxsize=4096)

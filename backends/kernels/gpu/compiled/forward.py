@@ -4,10 +4,11 @@
 `measure` measures slabs channel by channel, `merge` merges them to groups, and `apply` normalizes.
 
 Sums are of deviations from a pivot: the mean of the first elements that a program reads, at least
-1/16 of all. Whatever the others are, the squared distance of such a pivot from their mean is at
-most 15 times their variance, so that at most four bits are lost. Where squares are outside of
-float32's range, or a mask leaves too few of the first elements, the program reads its elements
-twice more: it takes the mean, and then deviations from it in a unit of their own.
+1/16 of all, so that its squared distance from the mean of all is at most 15 times their variance.
+Mostly it is far less. Where it is more than `FAR`, so that more than three bits would cancel, or
+squares are outside of float32's range, the program reads its elements again: it takes the mean,
+and then deviations from it in a unit of their own. A round's tiles are added up before they are
+added to the sums, which keeps chains of additions short.
 
 A group's mean is kept as a pair (high, low), which is subtracted in this order. Statistics are
 ``(2, samples * groups, 2)``: the mean's two parts; 1 / sqrt(var + epsilon) and 1 / count. Parts are
@@ -39,8 +40,9 @@ from groupnorm.backends.kernels.gpu.compiled.tiles import (
 
 __all__ = ["apply", "group", "measure", "merge"]
 
-# A pivot's squared distance from the mean, relative to the variance; more is not by sampling.
-FAR = tl.constexpr(32.0)
+# The mean square of deviations from a pivot, relative to the variance, up to which sums are exact
+# enough: for random data it is about 1, for linear ramps at most 4.
+FAR = tl.constexpr(8.0)
 
 
 @triton.jit
@@ -90,9 +92,15 @@ def _added(
             )  # fmt: skip
             if SCALED:
                 deviation *= spread(unit, CHANNELS_FIRST)
-            sums += deviation
-            squares += deviation * deviation
+            if tile == 0:
+                of_round = deviation
+                of_squares = deviation * deviation
+            else:
+                of_round += deviation
+                of_squares += deviation * deviation
             number += more
+        sums += of_round
+        squares += of_squares
     if not EVEN:
         for begin in range(whole, rows, TILE_POSITIONS):
             deviation, more = _deviations(
@@ -215,7 +223,7 @@ def measure(
     if _lost(square, remaining, lanes, TINY):
         pivot = tl.where(finite(pivot), pivot, 0.0)
         reach = nothing
-        for _ in range(2):  # equal elements have exactly this mean the second time
+        for again in range(2):  # noqa: B007 - equal elements have exactly this mean the second time
             sums, reach = _reached(
                 x, mask, rows, lanes, offsets, pivot, nothing, STRIDE, TILE_POSITIONS,
                 CHANNELS_FIRST, MASK,
@@ -271,17 +279,20 @@ def merge(
     channel = group % (CHANNELS // GROUP_SIZE) * GROUP_SIZE
     parts += sample * chunks * (5 * CHANNELS) + channel
     count = chunks * GROUP_SIZE
-    # One of the means, so that equal ones are merged exactly; all others are relative to it.
+    # One of the means at first; all are relative to it.
     base = tl.load(parts) + tl.load(parts + CHANNELS)
-    total = tl.zeros([AT_ONCE], tl.float32)
-    sums = tl.zeros([AT_ONCE], tl.float32)
+    count_of_all = tl.zeros([AT_ONCE], tl.float32)
     for begin in range(0, count, AT_ONCE):
-        pivot, mean, _, _, number = _part(parts, begin, count, CHANNELS, GROUP_SIZE, AT_ONCE)
-        total += number
-        sums += tl.where(number > 0, ((pivot - base) + mean) * SHRINK * number, 0.0)
-    total = tl.sum(total, 0)
+        _, _, _, _, number = _part(parts, begin, count, CHANNELS, GROUP_SIZE, AT_ONCE)
+        count_of_all += number
+    total = tl.sum(count_of_all, 0)
     enough = tl.maximum(total, 1.0)
-    base += tl.sum(sums, 0) / enough / SHRINK
+    for again in range(2):  # noqa: B007 - the second time it is exactly the mean of equal means
+        sums = tl.zeros([AT_ONCE], tl.float32)
+        for begin in range(0, count, AT_ONCE):
+            pivot, mean, _, _, number = _part(parts, begin, count, CHANNELS, GROUP_SIZE, AT_ONCE)
+            sums += tl.where(number > 0, ((pivot - base) + mean) * SHRINK * number, 0.0)
+        base += tl.sum(sums, 0) / enough / SHRINK
     # Relative to about the mean: what rounding left of it, and the largest deviation.
     sums = tl.zeros([AT_ONCE], tl.float32)
     reach = tl.zeros([AT_ONCE], tl.float32)
@@ -426,7 +437,7 @@ def group(
     if _lost(tl.zeros_like(pivot) + square, remaining, lanes, TINY):
         pivot = tl.where(finite(pivot), pivot, 0.0)
         reach = nothing
-        for _ in range(2):  # equal elements have exactly this mean the second time
+        for again in range(2):  # noqa: B007 - equal elements have exactly this mean the second time
             sums, reach = nothing, nothing
             for channel in range(0, GROUP_SIZE, TILE_CHANNELS):
                 more, further = _reached(

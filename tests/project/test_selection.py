@@ -92,6 +92,7 @@ def test_files_that_import_numpy_are_collected_for_every_library():
     assert "test_flax_linen.py" not in done.stdout
 
 
+@pytest.mark.needs("jax", "flax")
 def test_files_that_import_a_named_package_without_rows_are_collected():
     done = collect("--backends", "jax,flax", "tests/peers")
     assert done.returncode == 0, done.stdout

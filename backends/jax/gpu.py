@@ -26,7 +26,7 @@ from groupnorm.backends.jax.primitives import (
     saved_shape,
 )
 from groupnorm.backends.kernels.gpu import program as gpu
-from groupnorm.backends.kernels.gpu.build import POINTERS, build, kernel_of
+from groupnorm.backends.kernels.gpu.build import FOLLOWS, POINTERS, build, kernel_of
 from groupnorm.backends.kernels.gpu.build import why_unavailable as why_no_triton
 from groupnorm.backends.kernels.gpu.probe import probe_case, why_too_old
 
@@ -120,11 +120,13 @@ def _by_jax_triton(step: gpu.Launch, operands: list[Any], results: list[Any]) ->
     jax_triton: Any = importlib.import_module("jax_triton")
     # jax-triton has no uint32 pointers, which the saved statistics are.
     shown = [jax.ShapeDtypeStruct(r.shape, _plain(r.dtype)) for r in results]
+    kernel = kernel_of(step.module, step.kernel)
+    follows = {FOLLOWS: 0} if FOLLOWS in kernel.arg_names else {}  # its defaults are not known
     found = jax_triton.triton_call(
-        *(a.view(_plain(a.dtype)) for a in operands), kernel=kernel_of(step.module, step.kernel),
-        out_shape=shown, grid=step.grid, num_warps=step.warps,
+        *(a.view(_plain(a.dtype)) for a in operands), kernel=kernel, out_shape=shown,
+        grid=step.grid, num_warps=step.warps,
         compute_capability=compute_capability(), **dict(step.scalars),
-        **dict(step.constants),
+        **dict(step.constants), **follows,
     )  # fmt: skip
     return [a.view(r.dtype) for a, r in zip(found, results, strict=True)]
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from groupnorm.adapter import Unsupported
 from groupnorm.backends.kernels.gpu.program import Launch
 
-__all__ = ["ALIGNMENT", "POINTERS", "Built", "build", "kernel_of", "why_unavailable"]
+__all__ = ["ALIGNMENT", "FOLLOWS", "POINTERS", "Built", "build", "kernel_of", "why_unavailable"]
 
 _log = logging.getLogger("groupnorm")
 

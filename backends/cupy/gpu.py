@@ -210,7 +210,7 @@ def _compute(device: int, array: Any, program: gpu.LaunchSequence) -> Any:
     with cupy.cuda.Device(device):
         x = cupy.asarray(array)
         y, statistics = cupy.empty_like(x), cupy.empty_like(x)  # statistics are smaller
-        dtypes = dict.fromkeys(("x", "y", "statistics"), x.dtype.name)
+        dtypes: dict[str, str] = dict.fromkeys(("x", "y", "statistics"), "float32")
         prepare(program, dtypes, device)(x, y, statistics)
         return cupy.asnumpy(y)
 

@@ -50,6 +50,7 @@ class Pass(NamedTuple):
 
 def dtypes_of(launch: Any, dtype: str) -> tuple[str, ...]:
     """Return the dtypes of a launch's arrays, of which those of x's size have `dtype`."""
+    # Older commits had pointers without a name.
     given = dict.fromkeys(("x", "y", "dy", "dx", ""), dtype) | {"mask": "uint8"}
     return tuple(given.get(name, "float32") for name in launch.arrays)
 
@@ -69,7 +70,7 @@ def passes(shape: Any, program: Any, dtype: str = "bfloat16") -> Iterator[Pass]:
         cycles |= {name: counts[name] * threads / rate for name, rate in SLOW.items()}
         moved = len({"x", "y", "dy", "dx"} & set(launch.arrays))
         yield Pass(
-            f"{launch.kernel}",
+            launch.kernel,
             counts["all"] * threads / shape.elements,
             {name: number / MULTIPROCESSORS / CLOCK for name, number in cycles.items()},
             moved,

@@ -235,16 +235,10 @@ def run(
     arrays: dict[str, torch.Tensor | None],
     engine: GpuEngine | None = None,
 ) -> None:
-    """Launch a sequence once, for which nothing is prepared; x is the first of the arrays.
-
-    The temporary arrays are added to `arrays`. The engine prepares the launches.
-    """
+    """Launch a sequence once, for which nothing is prepared; x is the first of the arrays."""
     x: Any = next(iter(arrays.values()))
-    for name, elements in sequence.shared:
-        arrays[name] = x.new_empty(elements, dtype=torch.float32)
     dtypes = {n: dtype_name((x if a is None else a).dtype) for n, a in arrays.items()}
-    alone = sequence._replace(shared=())
-    (engine or GpuEngine()).prepare(alone, dtypes, x.get_device())(*arrays.values())
+    (engine or GpuEngine()).prepare(sequence, dtypes, x.get_device())(*arrays.values())
 
 
 def _busy() -> bool:

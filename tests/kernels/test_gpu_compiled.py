@@ -44,7 +44,7 @@ def steps(form: GroupedShape, asked: gpu.KernelOptions = FULL) -> list[gpu.Launc
 
 
 def dtypes(step: gpu.Launch, dtype: str, parameter: str = "float32") -> tuple[str, ...]:
-    given = dict.fromkeys(("x", "y", "dy", "dx", ""), dtype) | {"mask": "uint8"}
+    given = dict.fromkeys(("x", "y", "dy", "dx"), dtype) | {"mask": "uint8"}
     given |= dict.fromkeys(("scale", "bias"), parameter)
     return tuple(given.get(name, "float32") for name in step.arrays)
 

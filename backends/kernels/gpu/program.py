@@ -140,7 +140,7 @@ def backward(shape: GroupedShape, options: KernelOptions, batches: int = 1) -> L
     shared: dict[str, int] = {}
     tiles = tiles_of_small_groups(shape, _limit(shape, options, 2))
     whole = slabs_of_whole_groups(shape, 2, OVERLAPPED)
-    if whole is not None and _stages(shape, whole)[1] == 1:
+    if whole is not None and _stages(shape, whole) == 1:
         whole = slabs_of_whole_groups(shape, 2, UNROLL)
     rows = shape.samples
     if tiles is not None:
@@ -152,7 +152,7 @@ def backward(shape: GroupedShape, options: KernelOptions, batches: int = 1) -> L
     elif whole is not None:
         launches = _alone(
             "backward", "group", groups[1], (*arrays, "dx", *SUMS), 3, (_steps(shape), groups),
-            (*size, *_walk(shape, whole), _stages(shape, whole), *flags), whole.warps,
+            (*size, *_walk(shape, whole), ("STAGES", _stages(shape, whole)), *flags), whole.warps,
         ).launches  # fmt: skip
     else:
         measured = slabs_of(shape, _programs(shape, MEASURED), OVERLAPPED)
@@ -165,7 +165,7 @@ def backward(shape: GroupedShape, options: KernelOptions, batches: int = 1) -> L
             _by_slabs(
                 "backward", "measure", shape, measured, (*arrays, *SUMS), 2, (groups,),
                 (
-                    *size, *_walk(shape, measured), _stages(shape, measured),
+                    *size, *_walk(shape, measured), ("STAGES", _stages(shape, measured)),
                     *_order(shape, measured), *flags,
                 ),
             ),
@@ -287,13 +287,15 @@ def _tiled(shape: GroupedShape, slabs: Slabs) -> tuple[tuple[str, int], ...]:
     """Return the constants of a walk over slabs, with one tile in a round."""
     return (
         ("TILE_CHANNELS", slabs.width), ("TILE_POSITIONS", slabs.at_once),
-        ("DIVISOR", _divisor(shape)), ("EVEN", int(slabs.even(shape))), _stages(shape, slabs),
+        ("DIVISOR", _divisor(shape)), ("EVEN", int(slabs.even(shape))),
+        ("STAGES", _stages(shape, slabs)),
     )  # fmt: skip
 
 
-def _stages(shape: GroupedShape, slabs: Slabs) -> tuple[str, int]:
+def _stages(shape: GroupedShape, slabs: Slabs) -> int:
+    """Return how many rounds are under way: one if there are few, or they are of float32."""
     many = slabs.chunk > STAGES * slabs.at_once
-    return "STAGES", STAGES if shape.item_bytes == 2 and many else 1
+    return STAGES if shape.item_bytes == 2 and many else 1
 
 
 def _order(shape: GroupedShape, slabs: Slabs) -> tuple[tuple[str, int], ...]:

@@ -214,10 +214,8 @@ def slabs_of(shape: GroupedShape, programs: int, unroll: int, longest: int = MAX
     slabs = shape.samples * -(-shape.channels // width)
     chunks = min(max(programs // slabs, -(-rounds // longest), 1), rounds)
     # Of similar numbers, one that divides the rounds leaves no slab with fewer.
-    for number in sorted(range(chunks, min(2 * chunks, rounds) + 1)):
-        if rounds % number == 0:
-            chunks = number
-            break
+    similar = range(chunks, min(2 * chunks, rounds) + 1)
+    chunks = next((number for number in similar if rounds % number == 0), chunks)
     return Slabs(width, length, unroll, -(-rounds // chunks) * size, SLAB_WARPS)
 
 

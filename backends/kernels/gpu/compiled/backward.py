@@ -14,13 +14,10 @@ import triton.language as tl
 
 from groupnorm.backends.kernels.gpu.compiled.elements import gradient_of_x, pulled_back
 from groupnorm.backends.kernels.gpu.compiled.loops import (
-    begin_of,
-    exists_in,
-    lanes_of,
     mask_at,
     offsets_in,
     slab_of,
-    valid_in,
+    tile_in,
 )
 from groupnorm.backends.kernels.gpu.compiled.small import channel_values
 from groupnorm.backends.kernels.gpu.compiled.tiles import (
@@ -28,7 +25,7 @@ from groupnorm.backends.kernels.gpu.compiled.tiles import (
     follow,
     group_of,
     over_positions,
-    parameter_of,
+    parameters_of,
     spread,
 )
 
@@ -42,14 +39,11 @@ def _pulled(
     CHANNELS_FIRST: tl.constexpr, MASK: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """Return what `pulled_back` returns for a tile, its offsets, and what exists and counts."""
-    exists = exists_in(begin, rows, lanes, TILE_POSITIONS, LAST, CHANNELS_FIRST)
-    where = tl.cast(begin, tl.int64) * STRIDE + offsets
+    where, exists, counted, _ = tile_in(
+        mask, begin, rows, lanes, offsets, STRIDE, TILE_POSITIONS, LAST, CHANNELS_FIRST, MASK
+    )
     given = tl.load(x + where, mask=exists, other=0.0).to(tl.float32)
     gradient = tl.load(dy + where, mask=exists, other=0.0).to(tl.float32)
-    counted = exists
-    if MASK != 0:
-        valid = valid_in(mask, begin, rows, TILE_POSITIONS, LAST)
-        counted = exists & spread(valid, not CHANNELS_FIRST)
     xhat, gradient, constant = pulled_back(
         given, gradient, exists, counted, spread(high, CHANNELS_FIRST),
         spread(rstd, CHANNELS_FIRST), spread(shift, CHANNELS_FIRST),
@@ -136,27 +130,24 @@ def measure(
     dy, x, scale, bias, mask, statistics, products, gradients, steps, chunk, chunks, groups,
     CHANNELS: tl.constexpr, GROUP_SIZE: tl.constexpr, TILE_CHANNELS: tl.constexpr,
     TILE_POSITIONS: tl.constexpr, UNROLL: tl.constexpr, DIVISOR: tl.constexpr,
-    BLOCKS: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
-    CHANNELS_FIRST: tl.constexpr, MASK: tl.constexpr,
-    SCALE: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, ACTIVATION: tl.constexpr,
-    DEPENDENT: tl.constexpr = 0,
+    BLOCKS: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, CHANNELS_FIRST: tl.constexpr,
+    MASK: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr,
+    ACTIVATION: tl.constexpr, DEPENDENT: tl.constexpr = 0,
 ):  # fmt: skip
     """Sum over the positions of a slab."""
     follow(DEPENDENT)
-    sample, first, number, start, rows = slab_of(
-        tl.program_id(0), steps, chunk, chunks, TILE_CHANNELS, DIVISOR, BLOCKS, CHANNELS_FIRST
-    )
-    lanes = lanes_of(first, CHANNELS, TILE_CHANNELS)
+    sample, first, number, begin, mask, rows, lanes, offsets = slab_of(
+        tl.program_id(0), mask, steps, chunk, chunks, CHANNELS, TILE_CHANNELS, TILE_POSITIONS,
+        DIVISOR, BLOCKS, CHANNELS_FIRST, MASK,
+    )  # fmt: skip
     high, rstd, shift, _, factor, offset = channel_values(
         statistics, scale, bias, groups, sample, first, lanes, CHANNELS, GROUP_SIZE,
         TILE_CHANNELS, SCALE, BIAS, ROWS,
     )  # fmt: skip
-    begin = begin_of(sample, first, start, steps, CHANNELS, DIVISOR, CHANNELS_FIRST)
     of_products, of_gradients = _sums(
-        dy + begin, x + begin, mask_at(mask, sample, start, steps, DIVISOR, MASK), rows, lanes,
-        offsets_in(steps, CHANNELS, TILE_CHANNELS, TILE_POSITIONS, DIVISOR, CHANNELS_FIRST), high,
-        rstd, shift, factor, offset, 1 if CHANNELS_FIRST else CHANNELS, TILE_POSITIONS, UNROLL,
-        EVEN, STAGES, CHANNELS_FIRST, MASK, ACTIVATION,
+        dy + begin, x + begin, mask, rows, lanes, offsets, high, rstd, shift, factor, offset,
+        1 if CHANNELS_FIRST else CHANNELS, TILE_POSITIONS, UNROLL, EVEN, STAGES, CHANNELS_FIRST,
+        MASK, ACTIVATION,
     )  # fmt: skip
     row = sample.to(tl.int64) * chunks + number
     where = row * CHANNELS + first + tl.arange(0, TILE_CHANNELS)
@@ -204,19 +195,17 @@ def apply(
     dy, x, scale, bias, mask, statistics, merged, dx, steps, chunk, chunks, groups,
     CHANNELS: tl.constexpr, GROUP_SIZE: tl.constexpr, TILE_CHANNELS: tl.constexpr,
     TILE_POSITIONS: tl.constexpr, DIVISOR: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr,
-    STAGES: tl.constexpr,
-    CHANNELS_FIRST: tl.constexpr, MASK: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
-    ROWS: tl.constexpr, ACTIVATION: tl.constexpr,
-    DEPENDENT: tl.constexpr = 0,
+    STAGES: tl.constexpr, CHANNELS_FIRST: tl.constexpr, MASK: tl.constexpr, SCALE: tl.constexpr,
+    BIAS: tl.constexpr, ROWS: tl.constexpr, ACTIVATION: tl.constexpr, DEPENDENT: tl.constexpr = 0,
 ):  # fmt: skip
     """Compute dx of a slab."""
     follow(DEPENDENT)
     # In reverse order: the slabs measured last may still be in the cache.
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
-    sample, first, _, start, rows = slab_of(
-        pid, steps, chunk, chunks, TILE_CHANNELS, DIVISOR, BLOCKS, CHANNELS_FIRST
-    )
-    lanes = lanes_of(first, CHANNELS, TILE_CHANNELS)
+    sample, first, _, begin, mask, rows, lanes, offsets = slab_of(
+        pid, mask, steps, chunk, chunks, CHANNELS, TILE_CHANNELS, TILE_POSITIONS,
+        DIVISOR, BLOCKS, CHANNELS_FIRST, MASK,
+    )  # fmt: skip
     high, rstd, shift, _, factor, offset = channel_values(
         statistics, scale, bias, groups, sample, first, lanes, CHANNELS, GROUP_SIZE,
         TILE_CHANNELS, SCALE, BIAS, ROWS,
@@ -226,13 +215,10 @@ def apply(
     )
     mean = tl.load(merged + group * 2, mask=lanes, other=0.0)
     mean_product = tl.load(merged + group * 2 + 1, mask=lanes, other=0.0)
-    begin = begin_of(sample, first, start, steps, CHANNELS, DIVISOR, CHANNELS_FIRST)
     _write(
-        dy + begin, x + begin, dx + begin, mask_at(mask, sample, start, steps, DIVISOR, MASK),
-        rows, lanes,
-        offsets_in(steps, CHANNELS, TILE_CHANNELS, TILE_POSITIONS, DIVISOR, CHANNELS_FIRST), high,
-        rstd, shift, factor, offset, mean, mean_product, 1 if CHANNELS_FIRST else CHANNELS,
-        TILE_POSITIONS, EVEN, STAGES, CHANNELS_FIRST, MASK, ACTIVATION,
+        dy + begin, x + begin, dx + begin, mask, rows, lanes, offsets, high, rstd, shift, factor,
+        offset, mean, mean_product, 1 if CHANNELS_FIRST else CHANNELS, TILE_POSITIONS, EVEN,
+        STAGES, CHANNELS_FIRST, MASK, ACTIVATION,
     )  # fmt: skip
 
 
@@ -242,8 +228,7 @@ def group(
     CHANNELS: tl.constexpr, GROUP_SIZE: tl.constexpr, TILE_CHANNELS: tl.constexpr,
     TILE_POSITIONS: tl.constexpr, UNROLL: tl.constexpr, DIVISOR: tl.constexpr, EVEN: tl.constexpr,
     STAGES: tl.constexpr, MASK: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
-    ROWS: tl.constexpr, ACTIVATION: tl.constexpr,
-    DEPENDENT: tl.constexpr = 0,
+    ROWS: tl.constexpr, ACTIVATION: tl.constexpr, DEPENDENT: tl.constexpr = 0,
 ):  # fmt: skip
     """Compute dx of a group, whose channels come before positions, TILE_CHANNELS after another."""
     follow(DEPENDENT)
@@ -261,17 +246,11 @@ def group(
     where += tl.cast(groups, tl.int64) * 2
     rstd, inv_count = nothing + tl.load(where), tl.load(where + 1)
     shift = -low * rstd
-    factor, offset = nothing + 1.0, nothing
     mean, mean_product = nothing, nothing
     for channel in range(0, GROUP_SIZE, TILE_CHANNELS):
-        if SCALE:
-            factor = parameter_of(
-                scale, sample, first + channel, lanes, CHANNELS, TILE_CHANNELS, ROWS
-            )
-        if BIAS:
-            offset = parameter_of(
-                bias, sample, first + channel, lanes, CHANNELS, TILE_CHANNELS, ROWS
-            )
+        factor, offset = parameters_of(
+            scale, bias, sample, first + channel, lanes, CHANNELS, TILE_CHANNELS, SCALE, BIAS, ROWS
+        )
         at = begin + tl.cast(channel, tl.int64) * rows
         of_products, of_gradients = _sums(
             dy + at, x + at, mask, rows, lanes, offsets, high, rstd, shift, factor, offset, 1,
@@ -288,14 +267,9 @@ def group(
     wide = offsets_in(steps, CHANNELS, TILE_CHANNELS, WIDE, DIVISOR, True)
     for done in range(0, GROUP_SIZE, TILE_CHANNELS):
         channel = GROUP_SIZE - TILE_CHANNELS - done  # what was read last is next to the processor
-        if SCALE:
-            factor = parameter_of(
-                scale, sample, first + channel, lanes, CHANNELS, TILE_CHANNELS, ROWS
-            )
-        if BIAS:
-            offset = parameter_of(
-                bias, sample, first + channel, lanes, CHANNELS, TILE_CHANNELS, ROWS
-            )
+        factor, offset = parameters_of(
+            scale, bias, sample, first + channel, lanes, CHANNELS, TILE_CHANNELS, SCALE, BIAS, ROWS
+        )
         at = begin + tl.cast(channel, tl.int64) * rows
         _write(
             dy + at, x + at, dx + at, mask, rows, lanes, wide, high, rstd, shift, factor, offset,

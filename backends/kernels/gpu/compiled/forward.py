@@ -21,20 +21,17 @@ import triton.language as tl
 
 from groupnorm.backends.kernels.gpu.compiled.elements import finite, normalized, unit_for
 from groupnorm.backends.kernels.gpu.compiled.loops import (
-    begin_of,
-    exists_in,
-    lanes_of,
     mask_at,
     offsets_in,
     slab_of,
-    valid_in,
+    tile_in,
 )
 from groupnorm.backends.kernels.gpu.compiled.small import SHRINK, channel_values, keep_statistics
 from groupnorm.backends.kernels.gpu.compiled.tiles import (
     UNSPECIALIZED,
     follow,
     over_positions,
-    parameter_of,
+    parameters_of,
     spread,
 )
 
@@ -55,19 +52,14 @@ def _deviations(
 
     The last as a number for each position.
     """
-    counted = exists_in(begin, rows, lanes, TILE_POSITIONS, LAST, CHANNELS_FIRST)
-    # int64, as the product may exceed 2**31
-    where = x + tl.cast(begin, tl.int64) * STRIDE + offsets
-    value = tl.load(where, mask=counted, other=0.0).to(tl.float32)
-    number = tl.zeros([TILE_POSITIONS], tl.float32)
-    if MASK != 0:
-        valid = valid_in(mask, begin, rows, TILE_POSITIONS, LAST)
-        counted = counted & spread(valid, not CHANNELS_FIRST)
-        number = tl.where(valid, 1.0, 0.0)
+    where, exists, counted, valid = tile_in(
+        mask, begin, rows, lanes, offsets, STRIDE, TILE_POSITIONS, LAST, CHANNELS_FIRST, MASK
+    )
+    value = tl.load(x + where, mask=exists, other=0.0).to(tl.float32)
     deviation = value - spread(pivot, CHANNELS_FIRST)
     if LAST or MASK != 0:
         deviation = tl.where(counted, deviation, 0.0)
-    return deviation, number
+    return deviation, tl.where(valid, 1.0, 0.0)
 
 
 @triton.jit
@@ -193,14 +185,12 @@ def measure(
 ):  # fmt: skip
     """Measure each channel of a slab."""
     follow(DEPENDENT)
-    sample, first, number, start, rows = slab_of(
-        tl.program_id(0), steps, chunk, chunks, TILE_CHANNELS, DIVISOR, BLOCKS, CHANNELS_FIRST
-    )
+    sample, first, number, begin, mask, rows, lanes, offsets = slab_of(
+        tl.program_id(0), mask, steps, chunk, chunks, CHANNELS, TILE_CHANNELS, TILE_POSITIONS,
+        DIVISOR, BLOCKS, CHANNELS_FIRST, MASK,
+    )  # fmt: skip
     STRIDE: tl.constexpr = 1 if CHANNELS_FIRST else CHANNELS
-    lanes = lanes_of(first, CHANNELS, TILE_CHANNELS)
-    x += begin_of(sample, first, start, steps, CHANNELS, DIVISOR, CHANNELS_FIRST)
-    mask = mask_at(mask, sample, start, steps, DIVISOR, MASK)
-    offsets = offsets_in(steps, CHANNELS, TILE_CHANNELS, TILE_POSITIONS, DIVISOR, CHANNELS_FIRST)
+    x += begin
     of_first, first_count = _sampled(
         x, mask, rows, lanes, offsets, STRIDE, TILE_POSITIONS, SAMPLE, EVEN, CHANNELS_FIRST, MASK
     )
@@ -281,17 +271,17 @@ def merge(
     count = chunks * GROUP_SIZE
     # One of the means at first; all are relative to it.
     base = tl.load(parts) + tl.load(parts + CHANNELS)
-    count_of_all = tl.zeros([AT_ONCE], tl.float32)
-    for begin in range(0, count, AT_ONCE):
-        _, _, _, _, number = _part(parts, begin, count, CHANNELS, GROUP_SIZE, AT_ONCE)
-        count_of_all += number
-    total = tl.sum(count_of_all, 0)
-    enough = tl.maximum(total, 1.0)
+    total = tl.zeros_like(base)
+    enough = total
     for again in range(2):  # noqa: B007 - the second time it is exactly the mean of equal means
+        numbers = tl.zeros([AT_ONCE], tl.float32)
         sums = tl.zeros([AT_ONCE], tl.float32)
         for begin in range(0, count, AT_ONCE):
             pivot, mean, _, _, number = _part(parts, begin, count, CHANNELS, GROUP_SIZE, AT_ONCE)
+            numbers += number
             sums += tl.where(number > 0, ((pivot - base) + mean) * SHRINK * number, 0.0)
+        total = tl.sum(numbers, 0)
+        enough = tl.maximum(total, 1.0)
         base += tl.sum(sums, 0) / enough / SHRINK
     # Relative to about the mean: what rounding left of it, and the largest deviation.
     sums = tl.zeros([AT_ONCE], tl.float32)
@@ -326,13 +316,10 @@ def _written(
     TILE_POSITIONS: tl.constexpr, LAST: tl.constexpr, CHANNELS_FIRST: tl.constexpr,
     MASK: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    exists = exists_in(begin, rows, lanes, TILE_POSITIONS, LAST, CHANNELS_FIRST)
-    where = tl.cast(begin, tl.int64) * STRIDE + offsets
+    where, exists, counted, _ = tile_in(
+        mask, begin, rows, lanes, offsets, STRIDE, TILE_POSITIONS, LAST, CHANNELS_FIRST, MASK
+    )
     value = tl.load(x + where, mask=exists, other=0.0).to(tl.float32)
-    counted = exists
-    if MASK != 0:
-        valid = valid_in(mask, begin, rows, TILE_POSITIONS, LAST)
-        counted = exists & spread(valid, not CHANNELS_FIRST)
     found = normalized(
         value, counted, spread(high, CHANNELS_FIRST), spread(factor, CHANNELS_FIRST),
         spread(shift, CHANNELS_FIRST), MASK, ACTIVATION,
@@ -344,8 +331,7 @@ def _written(
 def _write(
     x, y, mask, rows, lanes, offsets, high, factor, shift, STRIDE: tl.constexpr,
     TILE_POSITIONS: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
-    CHANNELS_FIRST: tl.constexpr,
-    MASK: tl.constexpr, ACTIVATION: tl.constexpr,
+    CHANNELS_FIRST: tl.constexpr, MASK: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """Normalize a slab."""
     whole = rows
@@ -369,29 +355,25 @@ def apply(
     x, scale, bias, mask, statistics, y, steps, chunk, chunks, groups, CHANNELS: tl.constexpr,
     GROUP_SIZE: tl.constexpr, TILE_CHANNELS: tl.constexpr, TILE_POSITIONS: tl.constexpr,
     DIVISOR: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
-    CHANNELS_FIRST: tl.constexpr,
-    MASK: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    DEPENDENT: tl.constexpr = 0,
+    CHANNELS_FIRST: tl.constexpr, MASK: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
+    ROWS: tl.constexpr, ACTIVATION: tl.constexpr, DEPENDENT: tl.constexpr = 0,
 ):  # fmt: skip
     """Normalize a slab."""
     follow(DEPENDENT)
     # In reverse order: the slabs measured last may still be in the cache.
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
-    sample, first, _, start, rows = slab_of(
-        pid, steps, chunk, chunks, TILE_CHANNELS, DIVISOR, BLOCKS, CHANNELS_FIRST
-    )
-    lanes = lanes_of(first, CHANNELS, TILE_CHANNELS)
+    sample, first, _, begin, mask, rows, lanes, offsets = slab_of(
+        pid, mask, steps, chunk, chunks, CHANNELS, TILE_CHANNELS, TILE_POSITIONS,
+        DIVISOR, BLOCKS, CHANNELS_FIRST, MASK,
+    )  # fmt: skip
     high, rstd, shift, _, factor, offset = channel_values(
         statistics, scale, bias, groups, sample, first, lanes, CHANNELS, GROUP_SIZE,
         TILE_CHANNELS, SCALE, BIAS, ROWS,
     )  # fmt: skip
-    begin = begin_of(sample, first, start, steps, CHANNELS, DIVISOR, CHANNELS_FIRST)
     _write(
-        x + begin, y + begin, mask_at(mask, sample, start, steps, DIVISOR, MASK), rows, lanes,
-        offsets_in(steps, CHANNELS, TILE_CHANNELS, TILE_POSITIONS, DIVISOR, CHANNELS_FIRST), high,
-        rstd * factor, shift * factor + offset, 1 if CHANNELS_FIRST else CHANNELS, TILE_POSITIONS,
-        EVEN, STAGES, CHANNELS_FIRST, MASK, ACTIVATION,
+        x + begin, y + begin, mask, rows, lanes, offsets, high, rstd * factor,
+        shift * factor + offset, 1 if CHANNELS_FIRST else CHANNELS, TILE_POSITIONS, EVEN, STAGES,
+        CHANNELS_FIRST, MASK, ACTIVATION,
     )  # fmt: skip
 
 
@@ -466,16 +448,11 @@ def group(
     wide = offsets_in(steps, CHANNELS, TILE_CHANNELS, TILE_POSITIONS * UNROLL, DIVISOR, True)
     for done in range(0, GROUP_SIZE, TILE_CHANNELS):
         channel = GROUP_SIZE - TILE_CHANNELS - done  # what was read last is next to the processor
-        factor = rstd
-        if SCALE:
-            factor *= parameter_of(
-                scale, sample, first + channel, lanes, CHANNELS, TILE_CHANNELS, ROWS
-            )
-        shift = -low * factor
-        if BIAS:
-            shift += parameter_of(
-                bias, sample, first + channel, lanes, CHANNELS, TILE_CHANNELS, ROWS
-            )
+        factor, offset = parameters_of(
+            scale, bias, sample, first + channel, lanes, CHANNELS, TILE_CHANNELS, SCALE, BIAS, ROWS
+        )
+        factor *= rstd
+        shift = offset - low * factor
         at = begin + tl.cast(channel, tl.int64) * rows
         _write(
             x + at, y + at, mask, rows, lanes, wide, high, factor, shift, 1,

@@ -25,17 +25,20 @@ import triton.language as tl
 
 from groupnorm.backends.kernels.gpu.compiled.tiles import spread
 
-__all__ = ["exists_in", "lanes_of", "offsets_in", "slab_of", "valid_in"]
+__all__ = ["mask_at", "offsets_in", "slab_of", "tile_in"]
 
 
 @triton.jit
 def slab_of(
-    pid, steps, chunk, chunks, TILE_CHANNELS: tl.constexpr, DIVISOR: tl.constexpr,
-    BLOCKS: tl.constexpr, CHANNELS_FIRST: tl.constexpr,
+    pid, mask, steps, chunk, chunks, CHANNELS: tl.constexpr, TILE_CHANNELS: tl.constexpr,
+    TILE_POSITIONS: tl.constexpr, DIVISOR: tl.constexpr, BLOCKS: tl.constexpr,
+    CHANNELS_FIRST: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """Return a slab's sample, first channel, number of its chunk, first position and positions.
+    """Return where a slab is, and what `tile_in` needs of it.
 
-    Consecutive slabs are adjacent in memory.
+    Its sample, its first channel, and the number of its chunk; the offset of its first element,
+    the pointer to the mask's first position, the number of its positions, the lanes that have a
+    channel, and the offsets of a tile's elements. Consecutive slabs are adjacent in memory.
     """
     if CHANNELS_FIRST:
         number = pid % chunks
@@ -43,24 +46,22 @@ def slab_of(
     else:
         block = pid % BLOCKS
         number = (pid // BLOCKS) % chunks
-    start = number.to(tl.int64) * chunk
-    rows = tl.minimum(tl.cast(steps, tl.int64) * DIVISOR - start, chunk).to(tl.int32)
-    return pid // BLOCKS // chunks, block * TILE_CHANNELS, number, start, rows
-
-
-@triton.jit
-def begin_of(
-    sample, first, start, steps, CHANNELS: tl.constexpr, DIVISOR: tl.constexpr,
-    CHANNELS_FIRST: tl.constexpr,
-):  # fmt: skip
-    """Return the offset of an element, of the sample's channel `first` at position `start`."""
+    sample, first = pid // BLOCKS // chunks, block * TILE_CHANNELS
     positions = tl.cast(steps, tl.int64) * DIVISOR
+    start = number.to(tl.int64) * chunk
+    rows = tl.minimum(positions - start, chunk).to(tl.int32)
     begin = sample.to(tl.int64) * CHANNELS * positions
     if CHANNELS_FIRST:
         begin += first * positions + start
     else:
         begin += start * CHANNELS + first
-    return begin
+    if CHANNELS % TILE_CHANNELS == 0:  # constant-folded
+        lanes = tl.full([TILE_CHANNELS], 1, tl.int1)
+    else:
+        lanes = first + tl.arange(0, TILE_CHANNELS) < CHANNELS
+    mask = mask_at(mask, sample, start, steps, DIVISOR, MASK)
+    offsets = offsets_in(steps, CHANNELS, TILE_CHANNELS, TILE_POSITIONS, DIVISOR, CHANNELS_FIRST)
+    return sample, first, number, begin, mask, rows, lanes, offsets
 
 
 @triton.jit
@@ -78,47 +79,33 @@ def offsets_in(
 
 
 @triton.jit
-def lanes_of(first, CHANNELS: tl.constexpr, TILE_CHANNELS: tl.constexpr):
-    """Return the lanes of a slab that have a channel."""
-    if CHANNELS % TILE_CHANNELS == 0:  # constant-folded
-        lanes = tl.full([TILE_CHANNELS], 1, tl.int1)
-    else:
-        lanes = first + tl.arange(0, TILE_CHANNELS) < CHANNELS
-    return lanes
-
-
-@triton.jit
-def exists_in(
-    begin, rows, lanes, TILE_POSITIONS: tl.constexpr, LAST: tl.constexpr,
-    CHANNELS_FIRST: tl.constexpr,
-):  # fmt: skip
-    """Return the elements that exist in the tile at position `begin` of a slab.
-
-    Only if LAST, it may have fewer positions than TILE_POSITIONS.
-    """
-    if LAST:
-        present = begin + tl.arange(0, TILE_POSITIONS) < rows
-    else:
-        present = tl.full([TILE_POSITIONS], 1, tl.int1)
-    return spread(lanes, CHANNELS_FIRST) & spread(present, not CHANNELS_FIRST)
-
-
-@triton.jit
-def valid_in(
-    mask, begin, rows, TILE_POSITIONS: tl.constexpr, LAST: tl.constexpr,
-):  # fmt: skip
-    """Return the valid positions of a tile; `mask` points to the slab's first position."""
-    step = begin + tl.arange(0, TILE_POSITIONS)
-    if LAST:
-        valid = tl.load(mask + step, mask=step < rows, other=0) != 0
-    else:
-        valid = tl.load(mask + step) != 0
-    return valid
-
-
-@triton.jit
 def mask_at(mask, sample, start, steps, DIVISOR: tl.constexpr, MASK: tl.constexpr):
-    """Return the pointer to the mask's first position of a slab; MASK is as for `counted_in`."""
+    """Return the pointer to the mask's position `start` of a sample; MASK is as in ``tiles``."""
     if MASK == 2:
         start += sample.to(tl.int64) * (tl.cast(steps, tl.int64) * DIVISOR)
     return mask + start
+
+
+@triton.jit
+def tile_in(
+    mask, begin, rows, lanes, offsets, STRIDE: tl.constexpr, TILE_POSITIONS: tl.constexpr,
+    LAST: tl.constexpr, CHANNELS_FIRST: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """Return the elements of the tile at position `begin` of a slab.
+
+    Their offsets from the slab's first element, which of them exist, and which of these count; and
+    which positions are valid. Only if LAST, there may be fewer positions than TILE_POSITIONS.
+    """
+    # int64, as the product may exceed 2**31
+    where = tl.cast(begin, tl.int64) * STRIDE + offsets
+    step = begin + tl.arange(0, TILE_POSITIONS)
+    if LAST:
+        present = step < rows
+    else:  # constant-folded
+        present = tl.full([TILE_POSITIONS], 1, tl.int1)
+    exists = spread(lanes, CHANNELS_FIRST) & spread(present, not CHANNELS_FIRST)
+    counted, valid = exists, present
+    if MASK != 0:
+        valid = tl.load(mask + step, mask=present, other=0) != 0
+        counted = exists & spread(valid, not CHANNELS_FIRST)
+    return where, exists, counted, valid

@@ -20,7 +20,7 @@ from groupnorm.backends.kernels.gpu.compiled.tiles import (
     leads,
     over_group,
     over_positions,
-    parameter_of,
+    parameters_of,
     spread,
     summed,
     tile_of,
@@ -104,14 +104,11 @@ def normalize(
     missed /= unit
     if MASK != 0:  # empty groups have mean 0 and variance 1
         rstd = tl.where(count > 0, rstd, 1.0 / (1.0 + EPSILON) ** 0.5)
-    factor = rstd
-    if SCALE:
-        factor *= parameter_of(
-            scale, sample, first, channel_exists, CHANNELS, TILE_CHANNELS_P2, ROWS
-        )
-    shift = -missed * factor
-    if BIAS:
-        shift += parameter_of(bias, sample, first, channel_exists, CHANNELS, TILE_CHANNELS_P2, ROWS)
+    factor, offset = parameters_of(
+        scale, bias, sample, first, channel_exists, CHANNELS, TILE_CHANNELS_P2, SCALE, BIAS, ROWS
+    )
+    factor *= rstd
+    shift = offset - missed * factor
     found = normalized(
         value, counted, spread(mean, CHANNELS_FIRST), spread(factor, CHANNELS_FIRST),
         spread(shift, CHANNELS_FIRST), MASK, ACTIVATION,
@@ -186,10 +183,7 @@ def channel_values(
     where += tl.cast(groups, tl.int64) * 2
     rstd = tl.load(where, mask=exists, other=0.0)
     inv_count = tl.load(where + 1, mask=exists, other=0.0)
-    factor = tl.zeros([LANES], tl.float32) + 1.0
-    if SCALE:
-        factor = parameter_of(scale, sample, first, exists, CHANNELS, LANES, ROWS)
-    offset = tl.zeros([LANES], tl.float32)
-    if BIAS:
-        offset = parameter_of(bias, sample, first, exists, CHANNELS, LANES, ROWS)
+    factor, offset = parameters_of(
+        scale, bias, sample, first, exists, CHANNELS, LANES, SCALE, BIAS, ROWS
+    )
     return high, rstd, -low * rstd, inv_count, factor, offset

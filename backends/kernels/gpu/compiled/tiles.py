@@ -41,7 +41,7 @@ __all__ = [
     "members",
     "over_group",
     "over_positions",
-    "parameter_of",
+    "parameters_of",
     "spread",
     "spread_groups",
     "summed",
@@ -201,12 +201,18 @@ def leads(GROUP_SIZE: tl.constexpr, TILE_CHANNELS_P2: tl.constexpr):
 
 
 @triton.jit
-def parameter_of(
-    parameter, sample, first, exists, CHANNELS: tl.constexpr, LANES: tl.constexpr,
-    ROWS: tl.constexpr,
+def parameters_of(
+    scale, bias, sample, first, exists, CHANNELS: tl.constexpr, LANES: tl.constexpr,
+    SCALE: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Read a parameter, one value per channel; ROWS is whether it has a row for each sample."""
-    where = parameter + first + tl.arange(0, LANES)
+    """Return scale and bias, one value per channel; 1 and 0 if they are missing."""
+    where = first + tl.arange(0, LANES)
     if ROWS:
         where += sample.to(tl.int64) * CHANNELS
-    return tl.load(where, mask=exists, other=0.0).to(tl.float32)
+    factor = tl.zeros([LANES], tl.float32) + 1.0
+    if SCALE:
+        factor = tl.load(scale + where, mask=exists, other=0.0).to(tl.float32)
+    offset = tl.zeros([LANES], tl.float32)
+    if BIAS:
+        offset = tl.load(bias + where, mask=exists, other=0.0).to(tl.float32)
+    return factor, offset

@@ -16,6 +16,7 @@ from groupnorm.distributed.axis_names import bound
 from groupnorm.distributed.replicas import Replicas
 from groupnorm.dtypes import is_numpy_float
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError, AxisNameError
+from groupnorm.parameters import ParamStore, param_store
 
 if TYPE_CHECKING:
     from groupnorm.arguments import CallOptions
@@ -294,27 +295,9 @@ class Adapter:
 
     # Parameters and devices -------------------------------------------------------------------
 
-    def wrap_parameter(self, value: "Array", param_type: Any) -> Any:
-        """Turn an array into a stored parameter.
-
-        Raises
-        ------
-        ArgumentTypeError
-            If `param_type` does not wrap arrays.
-        """
-        if param_type is None:
-            return value
-        try:
-            stored = param_type(value)
-        except (TypeError, ValueError) as error:
-            raise _no_wrapper(param_type, str(error)) from error
-        if not self.is_array(self.unwrap_parameter(stored)):
-            raise _no_wrapper(param_type, f"it returned {stored!r}")
-        return stored
-
-    def unwrap_parameter(self, stored: Any) -> "Array":
-        """Turn a stored parameter into an array."""
-        return stored if self.is_array(stored) else getattr(stored, "value", stored)
+    def param_store(self, param_type: Any) -> ParamStore:
+        """Return how a layer with a `param_type` holds its parameters."""
+        return param_store(param_type, self.is_array)
 
     def devices(self) -> tuple[str, ...]:
         """Return the names of the devices this library can use on this machine."""
@@ -383,13 +366,6 @@ def not_an_array(x: Any, argument: str) -> ArgumentTypeError:
         f"{argument}={text} is of type {type(x).__name__}, not an array: pass an array of "
         f"NumPy, JAX, PyTorch, CuPy or another array API library, such as "
         f"numpy.asarray({argument})."
-    )
-
-
-def _no_wrapper(param_type: Any, what: str) -> ArgumentTypeError:
-    return ArgumentTypeError(
-        f"param_type={param_type!r} cannot wrap an array ({what}): it must return a parameter that "
-        "holds the array it is called with, as flax.nnx.Param and torch.nn.Parameter do."
     )
 
 

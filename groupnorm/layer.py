@@ -1,12 +1,13 @@
 """`GroupNorm`: the constructor, calls, conversion between backends, and the plain layer."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import numpy as np
 
+from groupnorm.adapter import library_of
 from groupnorm.arguments import check_in_size, flag, validate
 from groupnorm.dispatch import (
     adapter_named,
@@ -17,8 +18,9 @@ from groupnorm.dispatch import (
 )
 from groupnorm.dtypes import dtype_name
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
-from groupnorm.initializers import initial_value, ones, zeros
+from groupnorm.initializers import Initializers, ones, zeros
 from groupnorm.layer_config import ConfigProperties, LayerConfig
+from groupnorm.parameters import ParamStore, check_param_type
 from groupnorm.plan import resolve_groups
 from groupnorm.typing import (
     Array,
@@ -61,8 +63,8 @@ class Layer(ConfigProperties):
         dtype: DTypeLike = None,
         use_bias: bool = True,
         use_scale: bool = True,
-        bias_init: Initializer = zeros,
-        scale_init: Initializer = ones,
+        bias_init: Initializer | Any = zeros,
+        scale_init: Initializer | Any = ones,
         reduction_axes: int | Sequence[int] | None = None,
         axis_name: Any = None,
         axis_index_groups: AxisIndexGroups | None = None,
@@ -73,6 +75,9 @@ class Layer(ConfigProperties):
         device: Any = None,
         activation: str | None = None,
         implementation: str | None = None,
+        trainable: bool = True,
+        key: Any = None,
+        rngs: Any = None,
     ) -> None:
         size = check_in_size(in_size, feature_axis)
         options = validate(
@@ -102,19 +107,23 @@ class Layer(ConfigProperties):
             options=options,
             use_bias=flag("use_bias", use_bias),
             use_scale=flag("use_scale", use_scale),
-            bias_init=bias_init,
-            scale_init=scale_init,
-            param_type=_check_param_type(param_type),
+            param_type=check_param_type(param_type),
             param_dtype=dtype_name(
                 "param_dtype",
                 self._adapter.default_param_dtype() if param_dtype is None else param_dtype,
             ),
+            trainable=flag("trainable", trainable),
         )
-        self._setup(config, *self._initial(config, device))
+        self._initialize(config, Initializers(scale_init, bias_init, key, rngs).check(), device)
 
     # Implemented by each backend's layer -------------------------------------------------------
 
-    def _setup(self, config: LayerConfig, scale: Array | None, bias: Array | None) -> None:
+    def _setup(
+        self,
+        config: LayerConfig,
+        values: Mapping[str, Array | None],
+        metadata: Mapping[str, Mapping[str, Any]],
+    ) -> None:
         """Initialize the instance; the constructor and `to_backend` both end here."""
         raise NotImplementedError
 
@@ -156,7 +165,11 @@ class Layer(ConfigProperties):
         return y
 
     def _normalize(self, x: Any, mask: Any) -> Any:
-        return compute(self._adapter_for(x), x, self.scale, self.bias, mask, self._options)
+        adapter, scale, bias = self._adapter_for(x), self.scale, self.bias
+        if not self._config.trainable:
+            detach = self._adapter.detach
+            scale, bias = (None if p is None else detach(p) for p in (scale, bias))
+        return compute(adapter, x, scale, bias, mask, self._options)
 
     def vjp(self, x: ArrayT, mask: MaskLike = None) -> tuple[ArrayT, Callable[[ArrayT], Gradients]]:
         """Normalize x and return the vector-Jacobian product; see `groupnorm.group_norm_vjp`.
@@ -175,9 +188,12 @@ class Layer(ConfigProperties):
         >>> pullback(np.ones((3, 4), np.float32)).bias
         array([3., 3., 3., 3.], dtype=float32)
         """
-        return compute_with_pullback(
+        y, pullback = compute_with_pullback(
             self._adapter_for(x), x, self.scale, self.bias, mask, self._options
         )
+        if self.trainable:
+            return y, pullback
+        return y, lambda dy: pullback(dy)._replace(scale=None, bias=None)
 
     def _adapter_for(self, x: Any) -> "Adapter":
         """Return the adapter for x. Only NumPy layers accept arrays of other libraries."""
@@ -213,7 +229,7 @@ class Layer(ConfigProperties):
     def to_backend(
         self, backend: str, *, device: Any = ..., param_type: Any = ...
     ) -> "GroupNorm": ...
-    def to_backend(self, backend: str, *, device: Any = None, param_type: Any = None) -> Any:
+    def to_backend(self, backend: str, *, device: Any = None, param_type: Any = ...) -> Any:
         """Return the same layer in another framework, with exactly equal parameter values.
 
         Parameters
@@ -223,7 +239,8 @@ class Layer(ConfigProperties):
         device : optional
             A device as that framework names it. Default is its default device.
         param_type : optional
-            The parameter type, such as `flax.nnx.Param`. Default is the framework's plain type.
+            The parameter type, such as `flax.nnx.Param`; None is the framework's plain type.
+            Default is that of this layer in its own backend, and plain in another.
 
         Returns
         -------
@@ -242,16 +259,24 @@ class Layer(ConfigProperties):
         2
         """
         target = adapter_named(backend)
+        if param_type is ...:
+            param_type = self.param_type if backend == self._adapter_name else None
         config = self._config._replace(
-            param_type=_check_param_type(param_type),
+            param_type=check_param_type(param_type),
             use_scale=self.use_scale,
             use_bias=self.use_bias,
+            trainable=self.trainable,
         )
-        values = [
-            None if host is None else target.place(target.from_host(host), device)
-            for host in self._host_parameters()
-        ]
-        return layer_class_named(backend)._of(config, *values)
+        values = {
+            name: None if host is None else target.place(target.from_host(host), device)
+            for name, host in zip(("scale", "bias"), self._host_parameters(), strict=True)
+        }
+        layer = layer_class_named(backend)._of(config, values)
+        self._carry_state(layer)
+        return layer
+
+    def _carry_state(self, layer: "GroupNorm") -> None:
+        """Give a converted layer what is no part of the configuration, if it has that."""
 
     def _host_parameters(self) -> "list[np.ndarray[Any, Any] | None]":
         """Return scale and bias as NumPy arrays of the shape of the feature axes."""
@@ -331,36 +356,36 @@ class Layer(ConfigProperties):
         return model
 
     @classmethod
-    def _of(cls, config: LayerConfig, scale: Array | None, bias: Array | None) -> Self:
+    def _of(cls, config: LayerConfig, values: Mapping[str, Array | None]) -> Self:
         layer = cls.__new__(cls)
-        layer._setup(config, scale, bias)
+        layer._setup(config, values, {})
         return layer
 
-    def _initial(self, config: LayerConfig, device: Any) -> tuple[Array | None, Array | None]:
-        return (
-            self._initial_parameter("scale", config, device) if config.use_scale else None,
-            self._initial_parameter("bias", config, device) if config.use_bias else None,
-        )
+    def _initialize(self, config: LayerConfig, initializers: Initializers, device: Any) -> None:
+        """Set up the layer with initial values."""
+        values: dict[str, Array | None] = {"scale": None, "bias": None}
+        metadata: dict[str, Mapping[str, Any]] = {}
+        for name, used in (("scale", config.use_scale), ("bias", config.use_bias)):
+            if used:
+                value, metadata[name] = self._initial(name, config, initializers, device)
+                values[name] = value
+        self._setup(config, values, metadata)
 
-    def _initial_parameter(self, name: str, config: LayerConfig, device: Any) -> Array:
-        adapter = self._adapter
-        init = config.scale_init if name == "scale" else config.bias_init
-        dtype = config.param_dtype
+    def _initial(
+        self, name: str, config: LayerConfig, initializers: Initializers, device: Any
+    ) -> tuple[Array, Mapping[str, Any]]:
+        """Return the initial value of a parameter, and its metadata."""
+        adapter, dtype = self._adapter, config.param_dtype
         # NumPy itself has no bfloat16 or float8: start from float32.
         host_dtype = np.dtype("float32" if dtype.startswith(("bfloat", "float8")) else dtype)
-        value = initial_value(f"{name}_init", init, config.feature_shape, host_dtype)
+        value, metadata = initializers.value(name, config.feature_shape, host_dtype)
         if not adapter.is_array(value):
+            if library_of(value) is not None:
+                source = adapter_of(value)
+                value = source.to_host(source.admit(value, f"{name}_init"))
             value = adapter.from_host(np.asarray(value, dtype=host_dtype))
-        return adapter.place(adapter.xp.astype(value, adapter.dtype(dtype), copy=True), device)
-
-
-def _check_param_type(param_type: Any) -> Any:
-    if param_type is not None and not callable(param_type):
-        raise ArgumentTypeError(
-            f"param_type={param_type!r} is not callable: it must be a callable that wraps an array "
-            "into a parameter, such as flax.nnx.Param, brainstate.ParamState or torch.nn.Parameter."
-        )
-    return param_type
+        value = adapter.xp.astype(value, adapter.dtype(dtype), copy=True)
+        return adapter.place(value, device), metadata
 
 
 # The name shown in Python's own TypeErrors about arguments.
@@ -404,8 +429,8 @@ class GroupNorm(Layer):
         that is a `torch.nn.GroupNorm` keeps x's dtype by default, as that does.
     use_bias, use_scale : bool
         Whether to add a bias (beta), and to multiply by a scale (gamma).
-    bias_init, scale_init : callable
-        Called with ``(shape, dtype)`` or by the framework's convention; see
+    bias_init, scale_init : number, array or callable
+        A callable takes ``(shape, dtype)`` or follows the framework's convention; see
         `groupnorm.initializers`.
     reduction_axes : int or sequence of int, optional
         The axes of x to reduce over; must include every feature axis. Default is all but the
@@ -415,9 +440,10 @@ class GroupNorm(Layer):
         `groupnorm.group_norm`.
     use_fast_variance : bool
         Compute the statistics in one pass (the default) or in two. Both are equally accurate.
-    param_type : optional
+    param_type : callable, optional
         The parameter type, such as `flax.nnx.Param` or `brainstate.ParamState`. Default is a
-        plain array, in PyTorch `torch.nn.Parameter`.
+        plain array, in PyTorch `torch.nn.Parameter`. Others are registered by
+        `groupnorm.parameters.register_param_type`.
     param_dtype : str or dtype, optional
         Default is float32; in PyTorch the dtype set by `torch.set_default_dtype`.
     backend : {"numpy", "jax", "torch", "cupy"}
@@ -429,6 +455,12 @@ class GroupNorm(Layer):
         Applied to the result.
     implementation : {"portable", "fused", "native"}, optional
         Default is the fastest available for each call; see `groupnorm.group_norm`.
+    trainable : bool
+        Whether the parameters are trained. If not, gradients do not reach them: a JAX layer's are
+        zero, those of `vjp` None, and PyTorch's parameters do not require any.
+    key, rngs : optional
+        A key of JAX, or a stream of them such as `flax.nnx.Rngs`, for initializers that take keys;
+        each parameter gets its own.
 
     Attributes
     ----------
@@ -495,8 +527,8 @@ class GroupNorm(Layer):
 class PlainGroupNorm(GroupNorm):
     """A layer that is a plain Python object holding two arrays."""
 
-    _scale: Any
-    _bias: Any
+    #: The parameters, as the store of `param_type` holds them.
+    _held: dict[str, Any]
 
     if not TYPE_CHECKING:
 
@@ -504,37 +536,43 @@ class PlainGroupNorm(GroupNorm):
             """Normalize x; see `update`."""
             return self._normalize(x, mask)
 
-    def _setup(self, config: LayerConfig, scale: Array | None, bias: Array | None) -> None:
+    def _setup(
+        self,
+        config: LayerConfig,
+        values: Mapping[str, Array | None],
+        metadata: Mapping[str, Mapping[str, Any]],
+    ) -> None:
         self._config = config
-        wrap = self._adapter.wrap_parameter
-        self._scale = None if scale is None else wrap(scale, config.param_type)
-        self._bias = None if bias is None else wrap(bias, config.param_type)
+        self._held = self._store.create(values, metadata, config.trainable)
+
+    @property
+    def _store(self) -> ParamStore:
+        return self._adapter.param_store(self._config.param_type)
 
     @property
     def scale(self) -> Array | None:
         """The factor per channel; assign an array of the same shape to change it."""
-        return self._read(self._scale)
+        return self._read("scale")
 
     @scale.setter
     def scale(self, value: Array) -> None:
-        self._scale = self._replacement("scale", value, self._config.use_scale)
+        self._write("scale", value, self._config.use_scale)
 
     @property
     def bias(self) -> Array | None:
         """The offset per channel; assign an array of the same shape to change it."""
-        return self._read(self._bias)
+        return self._read("bias")
 
     @bias.setter
     def bias(self, value: Array) -> None:
-        self._bias = self._replacement("bias", value, self._config.use_bias)
+        self._write("bias", value, self._config.use_bias)
 
-    def _read(self, stored: Any) -> Array | None:
-        # Without `param_type`, return the stored object as it is: it may be a placeholder inserted
-        # by a pytree transformation.
-        plain = stored is None or self._config.param_type is None
-        return stored if plain else self._adapter.unwrap_parameter(stored)
+    def _read(self, name: str) -> Array | None:
+        if self._config.param_type is None:
+            return self._held[name]
+        return self._store.read(self._held, name)
 
-    def _replacement(self, name: str, value: Array, used: bool) -> Any:
+    def _write(self, name: str, value: Array, used: bool) -> None:
         if not used:
             raise ArgumentValueError(
                 f"{name} cannot be set: the layer was created with use_{name}=False. "
@@ -551,4 +589,4 @@ class PlainGroupNorm(GroupNorm):
                 f"{name} has shape {tuple(value.shape)}: this layer's parameters have "
                 f"shape {shape}. Reshape it."
             )
-        return adapter.wrap_parameter(value, self._config.param_type)
+        self._held = self._store.write(self._held, name, value)

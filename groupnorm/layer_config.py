@@ -1,13 +1,11 @@
 """A layer's configuration (everything but its parameters), its properties and repr."""
 
 import math
-import pickle
 from types import EllipsisType
 from typing import Any, ClassVar, NamedTuple
 
 from groupnorm.arguments import CallOptions
-from groupnorm.errors import ArgumentValueError
-from groupnorm.typing import BackendName, Initializer
+from groupnorm.typing import BackendName
 
 __all__ = ["ConfigProperties", "LayerConfig"]
 
@@ -23,21 +21,19 @@ class LayerConfig(NamedTuple):
     options: CallOptions
     use_bias: bool
     use_scale: bool
-    bias_init: Initializer
-    scale_init: Initializer
     param_type: Any
     param_dtype: str
+    trainable: bool = True
 
     @property
     def _identity(self) -> tuple[Any, ...]:
         """What calls depend on and users read.
 
-        Not the initializers, which made the values, nor how the feature axes were written:
-        `options.feature` holds them.
+        Not how the feature axes were written: `options.feature` holds them.
         """
         return (
             self.in_size, self.options, self.use_bias, self.use_scale, self.param_type,
-            self.param_dtype,
+            self.param_dtype, self.trainable,
         )  # fmt: skip
 
     def __eq__(self, other: object) -> bool:
@@ -49,13 +45,6 @@ class LayerConfig(NamedTuple):
 
     def __hash__(self) -> int:
         return hash(self._identity)
-
-    def __reduce__(self) -> Any:
-        """Pickle without the initializers that cannot be pickled, such as local functions."""
-        bias_init, scale_init = (
-            i if _can_be_pickled(i) else _not_pickled for i in (self.bias_init, self.scale_init)
-        )
-        return LayerConfig, (*self._replace(bias_init=bias_init, scale_init=scale_init),)
 
     def __deepcopy__(self, memo: Any) -> "LayerConfig":
         """Return self: it is immutable, and a process group cannot be copied."""
@@ -83,23 +72,6 @@ class LayerConfig(NamedTuple):
             and options.activation is None
             and (self.use_scale or not self.use_bias)
         )
-
-
-def _can_be_pickled(value: Any) -> bool:
-    try:
-        pickle.dumps(value)
-    except (pickle.PicklingError, AttributeError, TypeError):
-        return False
-    return True
-
-
-def _not_pickled(shape: Any, dtype: Any) -> Any:
-    """Stand in for an initializer that could not be pickled."""
-    raise ArgumentValueError(
-        "this layer was pickled, and its initializer was not, being a local function: the "
-        "parameters cannot be initialized again. Use an initializer that can be imported, or set "
-        "the parameters."
-    )
 
 
 class ConfigProperties:
@@ -159,6 +131,11 @@ class ConfigProperties:
     def param_type(self) -> Any:
         """The parameter type; None is the backend's plain type."""
         return self._config.param_type
+
+    @property
+    def trainable(self) -> bool:
+        """Whether the parameters are trained; if not, their gradients are zero or None."""
+        return self._config.trainable
 
     @property
     def use_bias(self) -> bool:
@@ -224,6 +201,7 @@ class ConfigProperties:
             "axis_index_groups": (options.axis_index_groups, None),
             "use_fast_variance": (options.fast, True),
             "param_dtype": (config.param_dtype, "float32"),
+            "trainable": (self.trainable, True),
             "activation": (options.activation, None),
             "implementation": (options.implementation, None),
         }

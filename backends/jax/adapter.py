@@ -208,13 +208,6 @@ class JaxAdapter(Adapter):
             ) from error
         return Replicas(index, size, lambda x: lax.psum(x, axis_name))
 
-    def unwrap_parameter(self, stored: Any) -> Any:
-        """Unwrap; nnx is about to drop `.value`, brainstate has nothing else."""
-        if self.is_array(stored):
-            return stored
-        get_value = getattr(stored, "get_value", None)
-        return super().unwrap_parameter(stored) if get_value is None else get_value()
-
     def devices(self) -> tuple[str, ...]:
         """Return the names of JAX's devices."""
         return tuple(f"{d.platform}:{d.id}" for d in jax.devices())

@@ -1,5 +1,6 @@
 """The layer as a pytree of its parameters."""
 
+import sys
 from typing import Any
 
 import jax
@@ -19,13 +20,12 @@ class JaxGroupNorm(PlainGroupNorm):
 
     _adapter_name = "jax"
 
-    def _setup(self, config: LayerConfig, scale: Any, bias: Any) -> None:
-        if getattr(config.param_type, "__module__", "").startswith("flax."):
-            from flax import nnx
-
+    def _setup(self, config: LayerConfig, values: Any, metadata: Any) -> None:
+        nnx = sys.modules.get("flax.nnx")
+        if nnx is not None:
             # An nnx module takes a pytree of Params as data only if it knows its class.
             nnx.register_data_type(JaxGroupNorm)
-        super()._setup(config, scale, bias)
+        super()._setup(config, values, metadata)
 
     def __call__(self, x: ArrayT, mask: MaskLike = None, *, key: Any = None) -> ArrayT:
         """Normalize x; see `update`. The key is ignored: equinox passes one to every layer."""
@@ -33,18 +33,19 @@ class JaxGroupNorm(PlainGroupNorm):
         return y
 
     def _flatten(self) -> tuple[tuple[Any, ...], Any]:
-        return (self._scale, self._bias), self._config
+        return tuple(self._held.values()), (self._config, tuple(self._held))
 
     def _flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], Any]:
-        key = jax.tree_util.GetAttrKey
-        return ((key("scale"), self._scale), (key("bias"), self._bias)), self._config
+        children, static = self._flatten()
+        keys = map(jax.tree_util.GetAttrKey, self._held)
+        return tuple(zip(keys, children, strict=True)), static
 
     @classmethod
-    def _unflatten(cls, config: Any, children: Any) -> "JaxGroupNorm":
+    def _unflatten(cls, static: Any, children: Any) -> "JaxGroupNorm":
         # Anything may be a leaf here: tracers, shapes, None, placeholders.
         layer: JaxGroupNorm = object.__new__(cls)
-        layer._config = config
-        layer._scale, layer._bias = children
+        layer._config, names = static
+        layer._held = dict(zip(names, children, strict=True))
         return layer
 
 

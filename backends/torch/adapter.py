@@ -35,6 +35,7 @@ from groupnorm.distributed.axis_names import bound
 from groupnorm.distributed.replicas import Replicas, over_all
 from groupnorm.dtypes import small_float
 from groupnorm.errors import ArgumentStateError, ArgumentTypeError, ArgumentValueError
+from groupnorm.parameters import ParamStore
 from groupnorm.portable.group_norm import group_norm, group_norm_vjp
 from groupnorm.portable.inputs import HOST_MASKS, host_mask
 
@@ -317,9 +318,9 @@ class TorchAdapter(Adapter):
 
         return translations()
 
-    def wrap_parameter(self, value: Any, param_type: Any) -> Any:
-        """Return a `param_type`, by default a `torch.nn.Parameter`, of the value."""
-        return super().wrap_parameter(value, param_type or torch.nn.Parameter)
+    def param_store(self, param_type: Any) -> ParamStore:
+        """Return how a layer with a `param_type`, by default `torch.nn.Parameter`, holds them."""
+        return super().param_store(param_type or torch.nn.Parameter)
 
     def devices(self) -> tuple[str, ...]:
         """Return the names of the CPU and the accelerators."""

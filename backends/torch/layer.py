@@ -10,6 +10,7 @@ from groupnorm.backends.torch.adapter import torch_adapter
 from groupnorm.backends.torch.native import is_autocast_to_float32, laid_out_as_pytorch
 from groupnorm.dispatch import compute, compute_local
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
+from groupnorm.initializers import Initializers
 from groupnorm.layer import GroupNorm
 from groupnorm.layer_config import LayerConfig
 from groupnorm.typing import ArrayT, MaskLike
@@ -34,6 +35,8 @@ class TorchGroupNorm(GroupNorm, torch.nn.Module):
     affine: bool
     # The options of calls, and those with the activation of the last call of `modulated`.
     _kept_options: tuple[CallOptions, CallOptions] | None = None
+    # For `reset_parameters`.
+    _initializers = Initializers()
     # Whether autocast on CUDA devices makes results float32, as those of `torch.nn.GroupNorm`.
     _autocast_to_float32 = True
     # Whether scale and bias are the parameters; False in a subclass that computes them.
@@ -52,17 +55,25 @@ class TorchGroupNorm(GroupNorm, torch.nn.Module):
 
     # At run time `__call__` is looked up in nn.Module, where torch.fx replaces it.
 
-    def _setup(self, config: LayerConfig, scale: Any, bias: Any) -> None:
+    def _setup(self, config: LayerConfig, values: Any, metadata: Any) -> None:
         torch.nn.Module.__init__(self)
         if config.as_torch_native:
             self.__class__ = TorchNativeGroupNorm  # pyright: ignore[reportAttributeAccessIssue]
         self._configure(config)
-        wrap = self._adapter.wrap_parameter
-        for name, value in (("weight", scale), ("bias", bias)):
-            if value is None:
-                self.register_parameter(name, None)
-            else:
-                setattr(self, name, wrap(value.reshape(-1), config.param_type))
+        flat = {name: None if v is None else v.reshape(-1) for name, v in values.items()}
+        store = torch_adapter.param_store(config.param_type)
+        held = store.create(flat, metadata, config.trainable)
+        for name, key in (("weight", "scale"), ("bias", "bias")):
+            stored = held[key]
+            if stored is not None and not isinstance(stored, torch.nn.Parameter):
+                raise ArgumentTypeError(
+                    f"param_type={config.param_type!r} returned an object of type "
+                    f"{type(stored).__name__}: a module trains and saves torch.nn.Parameter only. "
+                    "For constants pass trainable=False instead."
+                )
+            self.register_parameter(name, stored)
+            if stored is not None and not config.trainable:
+                stored.requires_grad_(False)
         self.affine = config.use_scale or config.use_bias
 
     def _configure(self, config: LayerConfig, **changes: Any) -> None:
@@ -168,6 +179,12 @@ class TorchGroupNorm(GroupNorm, torch.nn.Module):
         """Whether there is a bias."""
         return self.bias is not None
 
+    @property
+    def trainable(self) -> bool:
+        """Whether a parameter requires gradients, or would, if there were any."""
+        stored = [p for p in (self.weight, self.bias) if p is not None]
+        return any(p.requires_grad for p in stored) if stored else self._config.trainable
+
     # nn.GroupNorm's attributes, which other tools read and set ----------------------------------
 
     @property
@@ -207,7 +224,18 @@ class TorchGroupNorm(GroupNorm, torch.nn.Module):
         size[config.feature_axis] = channels
         self._configure(config._replace(in_size=tuple(size)), feature_shape=(channels,))
 
+    def _carry_state(self, layer: GroupNorm) -> None:
+        if isinstance(layer, TorchGroupNorm):
+            layer.train(self.training)
+            own = dict(self.named_parameters())
+            for name, parameter in layer.named_parameters():
+                parameter.requires_grad_(own[name].requires_grad)
+
     # Initialization -------------------------------------------------------------------------------
+
+    def _initialize(self, config: LayerConfig, initializers: Initializers, device: Any) -> None:
+        super()._initialize(config, initializers, device)
+        self._initializers = initializers
 
     def reset_parameters(self) -> None:
         """Fill the parameters in place with their initial values, as after `to_empty`."""
@@ -216,17 +244,17 @@ class TorchGroupNorm(GroupNorm, torch.nn.Module):
         for name, stored in (("scale", self.weight), ("bias", self.bias)):
             if stored is None:
                 continue
-            value = self._initial_parameter(name, self._config, stored.device).reshape(-1)
+            value, _ = self._initial(name, self._config, self._initializers, stored.device)
             with torch.no_grad():
-                stored.copy_(torch_adapter.sharded_like(value, stored))
+                stored.copy_(torch_adapter.sharded_like(value.reshape(-1), stored))
 
-    def _initial_parameter(self, name: str, config: LayerConfig, device: Any) -> Any:
+    def _initial(self, name: str, config: LayerConfig, initializers: Any, device: Any) -> Any:
         """Initialize on the device itself: from the meta device nothing can be moved."""
         if device is None:
-            return super()._initial_parameter(name, config, None)
+            return super()._initial(name, config, initializers, None)
         torch_adapter.place(torch.empty(0, device="cpu"), device)  # raises for an unknown device
         with torch.device(device):
-            return super()._initial_parameter(name, config, None)
+            return super()._initial(name, config, initializers, None)
 
     def __prepare_scriptable__(self) -> Any:
         """Refuse `torch.jit.script`, which calls this first."""

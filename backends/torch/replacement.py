@@ -33,7 +33,6 @@ from groupnorm.errors import (
     ArgumentValueError,
     GroupNormError,
 )
-from groupnorm.initializers import ones, zeros
 from groupnorm.layer_config import LayerConfig
 from groupnorm.plan import resolve_groups
 
@@ -550,7 +549,7 @@ def _config(module: Any, how: Replacement, options: dict[str, Any]) -> LayerConf
     return LayerConfig(
         in_size=size.in_size, feature_axis=size.feature_axis, options=call,
         use_bias=bias is not None, use_scale=weight is not None,
-        bias_init=zeros, scale_init=ones, param_type=None,
+        param_type=None,
         param_dtype=str(dtype).removeprefix("torch."),
     )  # fmt: skip
 

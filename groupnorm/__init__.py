@@ -3,6 +3,7 @@
 See `GroupNorm` for the layer, `group_norm` for the function.
 """
 
+import importlib
 from typing import Any
 
 from groupnorm import errors, initializers
@@ -34,14 +35,12 @@ __all__ = [
 ]
 
 
+# Modules for one library each, which are imported when they are first used.
+_MODULES = ("brainstate", "equinox", "flax", "haiku", "keras", "onnx", "torch")
+
+
 def __getattr__(name: str) -> Any:
     """Import a module for one library when it is first used, such as `groupnorm.torch`."""
-    if name == "torch":
-        import groupnorm.torch
-
-        return groupnorm.torch
-    if name == "onnx":
-        import groupnorm.onnx
-
-        return groupnorm.onnx
+    if name in _MODULES:
+        return importlib.import_module(f"groupnorm.{name}")
     raise AttributeError(f"module 'groupnorm' has no attribute {name!r}")

@@ -213,6 +213,11 @@ class Adapter:
         return self.xp.sum(x, axis=axis, keepdims=True)
 
     @property
+    def sees_callers(self) -> bool:
+        """Whether the callers are on the stack; compilers trace without them."""
+        return True
+
+    @property
     def overwrites(self) -> bool:
         """Whether the portable implementation may overwrite arrays that it created."""
         return True

@@ -20,6 +20,7 @@ from groupnorm.dtypes import dtype_name
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
 from groupnorm.initializers import Initializers, ones, zeros
 from groupnorm.layer_config import ConfigProperties, LayerConfig
+from groupnorm.module_guard import check_is_trained
 from groupnorm.parameters import ParamStore, check_param_type
 from groupnorm.plan import resolve_groups
 from groupnorm.typing import (
@@ -166,10 +167,15 @@ class Layer(ConfigProperties):
 
     def _normalize(self, x: Any, mask: Any) -> Any:
         adapter, scale, bias = self._adapter_for(x), self.scale, self.bias
-        if not self._config.trainable:
+        if self._config.trainable:
+            self._check_is_trained(adapter)
+        else:
             detach = self._adapter.detach
             scale, bias = (None if p is None else detach(p) for p in (scale, bias))
         return compute(adapter, x, scale, bias, mask, self._options)
+
+    def _check_is_trained(self, adapter: "Adapter") -> None:
+        """Raise an error if a module calls this layer and does not train it."""
 
     def vjp(self, x: ArrayT, mask: MaskLike = None) -> tuple[ArrayT, Callable[[ArrayT], Gradients]]:
         """Normalize x and return the vector-Jacobian product; see `groupnorm.group_norm_vjp`.
@@ -544,6 +550,11 @@ class PlainGroupNorm(GroupNorm):
     ) -> None:
         self._config = config
         self._held = self._store.create(values, metadata, config.trainable)
+
+    def _check_is_trained(self, adapter: "Adapter") -> None:
+        # Libraries without automatic differentiation train nothing.
+        if adapter.has_autograd and adapter.sees_callers:
+            check_is_trained(self)
 
     @property
     def _store(self) -> ParamStore:

@@ -1,6 +1,8 @@
 """Have the group normalizations of existing PyTorch models computed by this library."""
 
-try:
+from groupnorm.errors import needs
+
+with needs("torch", "groupnorm.torch"):
     from groupnorm.backends.torch.fusion import fused, register_fusion
     from groupnorm.backends.torch.override import override
     from groupnorm.backends.torch.process_groups import sum_gradients
@@ -11,15 +13,6 @@ try:
         restore,
     )
     from groupnorm.backends.torch.report import Entry, Report
-except ModuleNotFoundError as error:
-    if error.name != "torch":
-        raise
-    from groupnorm.errors import BackendImportError
-
-    raise BackendImportError(
-        "groupnorm.torch needs PyTorch, which cannot be imported: install it with "
-        'pip install "groupnorm[torch]".'
-    ) from error
 
 __all__ = [
     "Entry",

@@ -318,6 +318,11 @@ class TorchAdapter(Adapter):
 
         return translations()
 
+    @property
+    def sees_callers(self) -> bool:
+        """Whether no compiled program is traced."""
+        return not torch.compiler.is_compiling()
+
     def param_store(self, param_type: Any) -> ParamStore:
         """Return how a layer with a `param_type`, by default `torch.nn.Parameter`, holds them."""
         return super().param_store(param_type or torch.nn.Parameter)

@@ -1,0 +1,94 @@
+"""A group norm for brainstate."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from groupnorm.dispatch import adapter_of, compute
+from groupnorm.errors import needs
+from groupnorm.initializers import ones, zeros
+from groupnorm.layer import GroupNorm as Layer
+from groupnorm.typing import AxisIndexGroups, DTypeLike
+
+with needs("brainstate", "groupnorm.brainstate"):
+    import brainstate
+
+__all__ = ["GroupNorm"]
+
+_STATE = type(brainstate.nn.GroupNorm((1,), num_groups=1).weight)
+
+
+class GroupNorm(brainstate.nn.GroupNorm):
+    """`brainstate.nn.GroupNorm`, computed by this library.
+
+    The arguments, defaults, parameters (one state ``weight`` with a dict of ``scale`` and ``bias``)
+    and dtypes are brainstate's, so that one replaces the other in a model. Results are accurate for
+    a large mean; `in_size` with several axes, any `feature_axis` and any `reduction_axes` work.
+
+    References
+    ----------
+    .. [1] https://github.com/chaobrain/brainstate
+
+    Examples
+    --------
+    >>> import brainstate
+    >>> from groupnorm.brainstate import GroupNorm
+    >>> layer = GroupNorm((28, 28, 64), num_groups=32)
+    >>> sorted(layer.weight.value)
+    ['bias', 'scale']
+    """
+
+    def __init__(
+        self,
+        in_size: Any,
+        feature_axis: int | Sequence[int] = -1,
+        num_groups: int | None = 32,
+        group_size: int | None = None,
+        *,
+        epsilon: float = 1e-6,
+        dtype: DTypeLike = None,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Any = zeros,
+        scale_init: Any = ones,
+        reduction_axes: int | Sequence[int] | None = None,
+        axis_name: Any = None,
+        axis_index_groups: AxisIndexGroups | None = None,
+        use_fast_variance: bool = True,
+        param_type: Any = _STATE,
+    ) -> None:
+        brainstate.nn.Module.__init__(self)
+        # Checks the arguments, and makes the initial values.
+        layer = Layer(
+            in_size, feature_axis, num_groups, group_size, epsilon=epsilon, dtype=dtype,
+            use_bias=use_bias, use_scale=use_scale, bias_init=bias_init, scale_init=scale_init,
+            reduction_axes=reduction_axes, axis_name=axis_name,
+            axis_index_groups=axis_index_groups, use_fast_variance=use_fast_variance, backend="jax",
+        )  # fmt: skip
+        self._config = layer._config
+        values = {name: getattr(layer, name) for name in ("scale", "bias")}
+        given = {name: value for name, value in values.items() if value is not None}
+        self.weight = param_type(given) if given else None
+        self.in_size = self.out_size = in_size
+        self.feature_axes = layer.feature_axis
+        self.num_groups, self.group_size = layer.num_groups, layer.group_size
+        self.epsilon, self.dtype = epsilon, dtype
+        self.use_bias, self.use_scale = use_bias, use_scale
+        self.reduction_axes, self.use_fast_variance = reduction_axes, use_fast_variance
+        self.axis_name, self.axis_index_groups = axis_name, axis_index_groups
+
+    def update(self, x: Any, *, mask: Any = None) -> Any:
+        """Normalize x; the same as calling the layer.
+
+        Parameters
+        ----------
+        x : array of shape (N, ..., C)
+        mask : array broadcastable to x, optional
+            True for valid elements, which mean and variance are computed from.
+
+        Returns
+        -------
+        array of x's shape
+        """
+        values = {} if self.weight is None else self.weight.value
+        scale, bias = values.get("scale"), values.get("bias")
+        return compute(adapter_of(x), x, scale, bias, mask, self._config.options)

@@ -1,0 +1,57 @@
+"""A group norm for equinox."""
+
+from typing import Any
+
+from groupnorm.errors import needs
+from groupnorm.functional import group_norm
+
+with needs("equinox", "groupnorm.equinox"):
+    import equinox
+
+__all__ = ["GroupNorm"]
+
+_NO_STATE: Any = object()
+
+
+class GroupNorm(equinox.nn.GroupNorm):
+    """`equinox.nn.GroupNorm`, computed by this library.
+
+    The arguments, defaults, parameters (``weight`` and ``bias``), names and dtypes are equinox's,
+    so that one replaces the other in a model and in a file. As there, the input is one sample:
+    use `jax.vmap` for a batch. Results are accurate for a large mean.
+
+    References
+    ----------
+    .. [1] https://docs.kidger.site/equinox/api/nn/normalisation
+
+    Examples
+    --------
+    >>> import jax
+    >>> from groupnorm.equinox import GroupNorm
+    >>> layer = GroupNorm(groups=32, channels=64)
+    >>> jax.vmap(layer)(jax.numpy.ones((8, 64, 5, 5))).shape
+    (8, 64, 5, 5)
+    """
+
+    def __call__(self, x: Any, state: Any = _NO_STATE, *, key: Any = None, mask: Any = None) -> Any:
+        """Normalize x.
+
+        Parameters
+        ----------
+        x : array of shape (C, ...)
+            One sample.
+        state, key : optional
+            Ignored, as in equinox; a state is returned with the result.
+        mask : array broadcastable to x, optional
+            True for valid elements, which mean and variance are computed from.
+
+        Returns
+        -------
+        array of x's shape and dtype
+            With the state, if there is one.
+        """
+        y = group_norm(
+            x[None], self.weight, self.bias, mask=None if mask is None else mask[None],
+            num_groups=self.groups, epsilon=self.eps, feature_axis=1, dtype="input",
+        )[0]  # fmt: skip
+        return y if state is _NO_STATE else (y, state)

@@ -1,0 +1,8 @@
+"""Group norms for flax: `groupnorm.flax.nnx.GroupNorm` and `groupnorm.flax.linen.GroupNorm`."""
+
+from groupnorm.errors import needs
+
+with needs("flax", "groupnorm.flax"):
+    from groupnorm.flax import linen, nnx
+
+__all__ = ["linen", "nnx"]

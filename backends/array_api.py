@@ -1,4 +1,4 @@
-"""Any other array API library: array-api-strict, Dask, sparse, MLX and so on."""
+"""Any other array API library: array-api-strict, Dask, sparse and so on."""
 
 from typing import Any
 

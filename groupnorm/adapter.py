@@ -359,7 +359,7 @@ def library_of(x: Any) -> str | None:
         return None
     name: str = array_api_compat.array_namespace(x).__name__
     name = name.removeprefix("array_api_compat.").partition(".")[0]
-    labels = {"numpy": "NumPy", "jax": "JAX", "torch": "PyTorch", "cupy": "CuPy"}
+    labels = {"numpy": "NumPy", "jax": "JAX", "torch": "PyTorch", "cupy": "CuPy", "mlx": "MLX"}
     return labels.get(name, name)
 
 
@@ -369,7 +369,7 @@ def not_an_array(x: Any, argument: str) -> ArgumentTypeError:
     text = text if len(text) <= 40 else text[:37] + "..."
     return ArgumentTypeError(
         f"{argument}={text} is of type {type(x).__name__}, not an array: pass an array of "
-        f"NumPy, JAX, PyTorch, CuPy or another array API library, such as "
+        f"NumPy, JAX, PyTorch, CuPy, MLX or another array API library, such as "
         f"numpy.asarray({argument})."
     )
 

@@ -50,7 +50,7 @@ def available_backends() -> tuple[BackendInfo, ...]:
     Returns
     -------
     tuple of BackendInfo
-        For NumPy, JAX, PyTorch and CuPy, in this order.
+        For NumPy, JAX, PyTorch, CuPy and MLX, in this order.
 
     Examples
     --------

@@ -79,6 +79,13 @@ def _cupy() -> "tuple[Adapter, type[GroupNorm]]":
     return cupy_adapter, CupyGroupNorm
 
 
+def _mlx() -> "tuple[Adapter, type[GroupNorm]]":
+    from groupnorm.backends.mlx.adapter import mlx_adapter
+    from groupnorm.backends.mlx.layer import MlxGroupNorm
+
+    return mlx_adapter, MlxGroupNorm
+
+
 _backends: dict[str, Backend] = {}
 _names_by_root: dict[str, str] = {}
 # Filled as libraries are imported. Not functools.cache: torch.compile ignores that cache, and then
@@ -96,6 +103,7 @@ register(Backend("numpy", ("numpy",), _numpy))
 register(Backend("jax", ("jax", "jaxlib"), _jax))
 register(Backend("torch", ("torch",), _torch))
 register(Backend("cupy", ("cupy",), _cupy))
+register(Backend("mlx", ("mlx",), _mlx))
 
 
 def backend_names() -> tuple[str, ...]:

@@ -38,8 +38,9 @@ def group_norm(
     Parameters
     ----------
     x : array of shape (N, ..., C)
-        An array of NumPy, JAX, PyTorch, CuPy or any other array API library. That library computes
-        the result, on the array's device. Integers and booleans are converted to its default float.
+        An array of NumPy, JAX, PyTorch, CuPy, MLX or any other array API library. That library
+        computes the result, on the array's device. Integers and booleans are converted to its
+        default float.
     scale, bias : array of shape (C,) or (N, C), optional
         One value per channel, or a row for each sample, as in adaptive group norm, FiLM and the
         scale-shift of diffusion models. In place of C they may have the shape of the feature axes.

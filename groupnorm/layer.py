@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from groupnorm.adapter import Adapter
     from groupnorm.backends.cupy import CupyGroupNorm
     from groupnorm.backends.jax import JaxGroupNorm
+    from groupnorm.backends.mlx import MlxGroupNorm
     from groupnorm.backends.numpy import NumpyGroupNorm
     from groupnorm.backends.torch import TorchGroupNorm
 
@@ -233,6 +234,10 @@ class Layer(ConfigProperties):
     ) -> "CupyGroupNorm": ...
     @overload
     def to_backend(
+        self, backend: Literal["mlx"], *, device: Any = ..., param_type: Any = ...
+    ) -> "MlxGroupNorm": ...
+    @overload
+    def to_backend(
         self, backend: str, *, device: Any = ..., param_type: Any = ...
     ) -> "GroupNorm": ...
     def to_backend(self, backend: str, *, device: Any = None, param_type: Any = ...) -> Any:
@@ -240,7 +245,7 @@ class Layer(ConfigProperties):
 
         Parameters
         ----------
-        backend : {"numpy", "jax", "torch", "cupy"}
+        backend : {"numpy", "jax", "torch", "cupy", "mlx"}
             The backend of the new layer.
         device : optional
             A device as that framework names it. Default is its default device.
@@ -452,9 +457,10 @@ class GroupNorm(Layer):
         `groupnorm.parameters.register_param_type`.
     param_dtype : str or dtype, optional
         Default is float32; in PyTorch the dtype set by `torch.set_default_dtype`.
-    backend : {"numpy", "jax", "torch", "cupy"}
+    backend : {"numpy", "jax", "torch", "cupy", "mlx"}
         The library of the parameters. It also determines the type of the layer: a plain object, a
-        pytree (jax) or a `torch.nn.Module`. A NumPy layer accepts arrays of every library.
+        pytree (jax), a `torch.nn.Module` or an `mlx.nn.Module`. A NumPy layer accepts arrays of
+        every library.
     device : optional
         The device of the parameters, as the backend names it.
     activation : {"relu", "silu", "gelu"}, optional
@@ -508,6 +514,8 @@ class GroupNorm(Layer):
     @overload
     def __new__(cls, *args: Any, backend: Literal["cupy"], **kwargs: Any) -> "CupyGroupNorm": ...
     @overload
+    def __new__(cls, *args: Any, backend: Literal["mlx"], **kwargs: Any) -> "MlxGroupNorm": ...
+    @overload
     def __new__(cls, *args: Any, backend: str, **kwargs: Any) -> Self: ...
     def __new__(cls, *args: Any, backend: Any = "numpy", **kwargs: Any) -> Any:
         """Select the backend's class, as `pathlib.Path` selects the platform's."""
@@ -518,7 +526,7 @@ class GroupNorm(Layer):
                     "class: derive from that class, such as "
                     "groupnorm.backends.torch.TorchGroupNorm."
                 )
-            return object.__new__(cls)
+            return super().__new__(cls)  # modules of MLX are dicts
         for name in _ELSEWHERE.keys() & kwargs.keys():
             value = kwargs[name]
             raise ArgumentTypeError(f"{name}={value!r}: {_ELSEWHERE[name].format(value)}")
@@ -527,7 +535,8 @@ class GroupNorm(Layer):
                 f"backend={backend!r} is of type {type(backend).__name__}: it must be the "
                 "name of a backend, such as 'numpy' or 'torch'."
             )
-        return object.__new__(layer_class_named(backend))
+        chosen = layer_class_named(backend)
+        return chosen.__new__(chosen)
 
 
 class PlainGroupNorm(GroupNorm):

@@ -23,7 +23,7 @@ DTypeLike: TypeAlias = Any
 # An array of the same library, or a host value: a NumPy array, a nested list, a bool.
 MaskLike: TypeAlias = Any
 Initializer: TypeAlias = Callable[..., Any]
-BackendName: TypeAlias = Literal["numpy", "jax", "torch", "cupy"]
+BackendName: TypeAlias = Literal["numpy", "jax", "torch", "cupy", "mlx"]
 AxisIndexGroups: TypeAlias = Sequence[Sequence[int]]
 
 

@@ -56,7 +56,7 @@ hypothesis.settings.load_profile("reproducible")
 
 LIBRARIES = {row.library for row in ROWS.values()}
 PEERS = {
-    *("brainstate", "dask", "equinox", "flax", "haiku", "keras", "mlx", "mpi4py", "optax"),
+    *("brainstate", "dask", "equinox", "flax", "haiku", "keras", "mpi4py", "optax"),
     *("onnx", "onnxruntime"),
 }
 ROWS_OF = {

@@ -38,13 +38,12 @@ class ToyRow(Row):
 
 
 TOY = ToyRow("toy")
-# MLX has no backend here.
-ROWS = {name: row for name, row in known_rows().items() if row.library != "mlx"} | {"toy": TOY}
+ROWS = {**known_rows(), "toy": TOY}
 
 
 def default_float(row: Row) -> str:
     """Return the name of the library's default dtype."""
-    return "float32" if row.library in ("jax", "torch") else "float64"
+    return "float32" if row.library in ("jax", "torch", "mlx") else "float64"
 
 
 def compiles(row: Row) -> bool:

@@ -275,7 +275,15 @@ class _MlxRow(Row):
     """MLX on its default device."""
 
     cannot = MappingProxyType({})
-    dtypes = WITH_HALVES - {"float64", "complex128"}
+
+    @property
+    def dtypes(self) -> frozenset[str]:  # type: ignore[override]
+        """MLX has float64 on CPUs only."""
+        wide = {"complex128", *({"float64"} if self.on_gpu() else ())}
+        return WITH_HALVES - wide
+
+    def on_gpu(self) -> bool:
+        return bool(self.module.default_device().type != self.module.cpu)
 
     @property
     def module(self) -> Any:
@@ -289,7 +297,10 @@ class _MlxRow(Row):
         a = _contiguous(a)
         if a.dtype.name == "bfloat16":
             return self.module.array(a.view(np.uint16)).view(self.module.bfloat16)
-        return self.module.array(a)
+        made = self.module.array(a, dtype=self.module.float64 if a.dtype == np.float64 else None)
+        if np.array(made).dtype != a.dtype:
+            raise ArgumentValueError(f"MLX has no {a.dtype}: convert the array first.")
+        return made
 
     def to_numpy(self, y: Array) -> "np.ndarray[Any, Any]":
         if y.dtype == self.module.bfloat16:

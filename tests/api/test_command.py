@@ -21,13 +21,14 @@ from tests.api.test_imports import CORE, python, without
 @pytest.mark.slow
 def test_table():
     done = python("-m", "groupnorm")
-    for name in ("numpy", "jax", "torch", "cupy", "implementation", "In agreement with float64"):
+    backends = ("numpy", "jax", "torch", "cupy", "mlx")
+    for name in (*backends, "implementation", "In agreement with float64"):
         assert name in done.stdout
     assert "checking numpy:cpu" in done.stderr
 
 
 def test_it_says_why_the_core_is_missing():
-    program = without(CORE, "jax", "torch", "cupy", "rich") + (
+    program = without(CORE, "jax", "torch", "cupy", "mlx", "rich") + (
         "import sys, groupnorm.__main__ as m\nsys.exit(m.main([]))"
     )
     lines = python("-W", "error", "-c", program).stdout.splitlines()
@@ -67,7 +68,7 @@ def test_json():
     made = json.loads(python("-m", "groupnorm", "check", "--json").stdout)
     assert made["agree"] is True
     backends = {entry["name"]: entry for entry in made["backends"]}
-    assert list(backends) == ["numpy", "jax", "torch", "cupy"]
+    assert list(backends) == ["numpy", "jax", "torch", "cupy", "mlx"]
     checked = {finding["row"].partition(":")[0] for finding in made["check"]["findings"]}
     for info in groupnorm.available_backends()[: len(backends)]:  # not the one of these tests
         entry = backends[info.name]

@@ -31,6 +31,7 @@ HEAVY = {
     "jaxlib",
     "keras",
     "ml_dtypes",
+    "mlx",
     "onnx",
     "onnxscript",
     "optax",
@@ -107,7 +108,7 @@ def test_a_call_of_a_kernel_loads_nothing_heavy():
 
 @pytest.mark.parametrize(
     "library",
-    [pytest.param(n, marks=pytest.mark.needs(n)) for n in ("jax", "torch", "cupy", "dask")],
+    [pytest.param(n, marks=pytest.mark.needs(n)) for n in ("jax", "torch", "cupy", "dask", "mlx")],
 )
 def test_loaded_libraries_are_detected(library):
     """The control: a loaded library is detected."""
@@ -119,6 +120,7 @@ def test_loaded_libraries_are_detected(library):
     [
         pytest.param("jax", "torch", marks=pytest.mark.needs("jax")),
         pytest.param("torch", "jax", marks=pytest.mark.needs("torch")),
+        pytest.param("mlx", "jax", marks=pytest.mark.needs("mlx")),
     ],
 )
 def test_a_backend_loads_only_its_own_library(wanted, other):
@@ -128,7 +130,7 @@ def test_a_backend_loads_only_its_own_library(wanted, other):
     assert other not in loaded
 
 
-@pytest.mark.parametrize("library", ["jax", "torch", "cupy"])
+@pytest.mark.parametrize("library", ["jax", "torch", "cupy", "mlx"])
 @pytest.mark.parametrize(
     "how", ["GroupNorm(8, num_groups=2, backend={0!r})", "{1}.to_backend({0!r})"]
 )
@@ -145,7 +147,7 @@ def test_a_missing_library_raises_naming_its_extra(library, how):
         assert part in said
 
 
-@pytest.mark.parametrize("library", ["jax", "torch", "cupy"])
+@pytest.mark.parametrize("library", ["jax", "torch", "cupy", "mlx"])
 def test_a_missing_library_is_reported_as_not_installed(library):
     program = HIDE.format(library=library) + (
         "from groupnorm import available_backends\n"
@@ -158,7 +160,7 @@ def test_a_missing_library_is_reported_as_not_installed(library):
 @pytest.mark.every_library
 def test_available_backends():
     found = groupnorm.available_backends()
-    assert [info.name for info in found][:4] == ["numpy", "jax", "torch", "cupy"]
+    assert [info.name for info in found][:5] == ["numpy", "jax", "torch", "cupy", "mlx"]
     numpy = found[0]
     assert numpy[:5] == ("numpy", True, np.__version__, ("cpu",), None)
     if importlib.util.find_spec(CORE):
@@ -215,9 +217,12 @@ def without(*libraries: str) -> str:
 @pytest.mark.parametrize(
     ("library", "others", "left"),
     [
-        ("numpy", ("jax", "torch", "cupy"), ("portable",)),
+        ("numpy", ("jax", "torch", "cupy", "mlx"), ("portable",)),
         pytest.param(
-            "torch", ("jax", "cupy"), ("portable", "native"), marks=pytest.mark.needs("torch")
+            "torch",
+            ("jax", "cupy", "mlx"),
+            ("portable", "native"),
+            marks=pytest.mark.needs("torch"),
         ),
     ],
 )
@@ -305,7 +310,7 @@ def test_docstrings_contain_examples():
         assert any(test.examples for test in found), f"{thing.__name__} has no example"
 
 
-@pytest.mark.needs("jax", "torch", "cupy")
+@pytest.mark.needs("jax", "torch", "cupy", "mlx")
 def test_examples_in_docstrings_of_adapters():
     for name in (
         "numpy.adapter",
@@ -316,6 +321,8 @@ def test_examples_in_docstrings_of_adapters():
         "torch.process_groups",
         "torch.replacement",
         "cupy.adapter",
+        "mlx.adapter",
+        "mlx.layer",
         "array_api",
     ):
         failed, _ = doctest.testmod(importlib.import_module(f"groupnorm.backends.{name}"))

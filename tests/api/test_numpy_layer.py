@@ -169,7 +169,7 @@ def test_backend_that_is_not_a_string(name):
 def test_unknown_backend(name):
     with pytest.raises(ArgumentValueError, match="backend=") as caught:
         GroupNorm(CHANNELS, num_groups=GROUPS, backend=name)
-    for known in ("numpy", "jax", "torch", "cupy"):
+    for known in ("numpy", "jax", "torch", "cupy", "mlx"):
         assert known in str(caught.value)
 
 

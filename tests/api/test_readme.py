@@ -20,7 +20,7 @@ from tests.rows import CONTRACT, ROWS
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINKING = [*DOCS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 HEADING_OR_BLOCK = re.compile(r"^#+ ([^\n]+)$|^```(\w*)\n(.*?)^```$", re.M | re.S)
-LIBRARIES = ("jax", "torch", "cupy", "dask", "mpi4py", "onnx", "onnxruntime")
+LIBRARIES = ("jax", "torch", "cupy", "dask", "mlx", "mpi4py", "onnx", "onnxruntime")
 SECONDS = 120
 
 

@@ -13,7 +13,7 @@ from groupnorm.errors import GroupNormError
 from groupnorm.testing import oracle
 from tests.rows import CONTRACT, ROWS, assert_close, host_dtype
 
-NAMES = ("numpy", "jax", "torch")
+NAMES = ("numpy", "jax", "torch", "mlx")
 PAIRS = [
     pytest.param(*pair, marks=pytest.mark.needs(*pair), id="-".join(pair))
     for pair in itertools.product(NAMES, NAMES)

@@ -111,7 +111,7 @@ def test_arguments_of_functions(function, quick_backend, x):
     assert "x" in raised
 
 
-@pytest.mark.parametrize("backend_name", ["numpy", *("torch", "jax")])
+@pytest.mark.parametrize("backend_name", ["numpy", *("torch", "jax", "mlx")])
 def test_arguments_of_layers(backend_name, request):
     row = ROWS[backend_name]
     if row not in request.config.stash[SELECTED]:
@@ -130,7 +130,7 @@ def test_arguments_of_layers(backend_name, request):
 
 def test_arguments_of_calls(quick_backend, x):
     if quick_backend.library not in ("numpy", "torch"):
-        pytest.skip("layers exist in NumPy, PyTorch, JAX and CuPy")
+        pytest.skip("layers exist in NumPy, PyTorch, JAX, CuPy and MLX")
     layer = groupnorm.GroupNorm(8, num_groups=2, backend=quick_backend.library)
     _, pullback = layer.vjp(x)
     for call in (layer, layer.vjp):

@@ -221,7 +221,7 @@ MIXED = [
 @pytest.mark.usefixtures("needs_bfloat16")
 def test_mixed_parameter_dtypes(backend, x, scale, bias, expected, rng):
     names = {name for name in (x, scale, bias) if name}
-    skip_unless(backend, *names)
+    skip_unless(backend, *names, expected)
     data = draw(rng, x)
     weights = draw(rng, scale, (12,)) if scale else None
     offsets = draw(rng, bias, (12,)) if bias else None

@@ -301,7 +301,7 @@ def test_planning_loads_no_array_library():
         "import sys; import groupnorm.plan as p; "
         "p.make_plan((4, 6), (-1,), 2, None, None, sampled=False, static=True, blocked=True)"
     )
-    heavy = ["jax", "torch", "cupy", "dask", "groupnorm.backends.kernels.cpu._core"]
+    heavy = ["jax", "torch", "cupy", "dask", "mlx", "groupnorm.backends.kernels.cpu._core"]
     code += (
         f"; found = [m for m in {heavy} if m in sys.modules]; sys.exit(str(found) if found else 0)"
     )

@@ -237,6 +237,8 @@ def differentiate_on_the_host(backend, function, arrays, dy):
     if backend.library == "jax":
         jax = importlib.import_module("jax")
         grads = jax.jit(lambda dy, *given: jax.vjp(function, *given)[1](dy))(dy, *arrays)
+    elif backend.library == "mlx":
+        _, grads = importlib.import_module("mlx.core").vjp(function, arrays, [dy])
     else:
         torch = importlib.import_module("torch")
         arrays = [a.requires_grad_() for a in arrays]
@@ -347,7 +349,8 @@ def test_statistics_of_two_libraries_raise(backend):
         pytest.skip("the second library in this test is NumPy")
     x = np.ones((2, 8), np.float32)
     other = group_statistics(backend.asarray(x), num_groups=GROUPS)
-    name = {"torch": "PyTorch", "jax": "JAX", "cupy": "CuPy"}.get(backend.library, backend.library)
+    names = {"torch": "PyTorch", "jax": "JAX", "cupy": "CuPy", "mlx": "MLX"}
+    name = names.get(backend.library, backend.library)
     message = r"statistics\[0\] are of {} \w+ and statistics\[1\] of {} arrays: "
     with pytest.raises(Type, match=message.format("NumPy", name)):
         merge_statistics(part(), other)

@@ -8,6 +8,7 @@ HEAVY = (
     "jaxlib",
     "torch",
     "cupy",
+    "mlx",
     "triton",
     "flax",
     "dask",
@@ -22,7 +23,7 @@ def main() -> str | None:
 
     import groupnorm
 
-    for wanted in ("jax", "torch", "cupy"):
+    for wanted in ("jax", "torch", "cupy", "mlx"):
         try:
             groupnorm.GroupNorm(8, num_groups=2, backend=wanted)
         except groupnorm.errors.BackendImportError as error:

@@ -25,6 +25,7 @@ from groupnorm import (
 )
 from groupnorm.backends.cupy import CupyGroupNorm
 from groupnorm.backends.jax import JaxGroupNorm
+from groupnorm.backends.mlx import MlxGroupNorm
 from groupnorm.backends.numpy import NumpyGroupNorm
 from groupnorm.backends.torch import TorchGroupNorm
 
@@ -37,6 +38,7 @@ def the_backend_decides_the_class(name: str) -> None:
     assert_type(GroupNorm(8, num_groups=2, backend="jax"), JaxGroupNorm)
     assert_type(GroupNorm(8, num_groups=2, backend="torch"), TorchGroupNorm)
     assert_type(GroupNorm(8, num_groups=2, backend="cupy"), CupyGroupNorm)
+    assert_type(GroupNorm(8, num_groups=2, backend="mlx"), MlxGroupNorm)
 
 
 def every_layer_is_a_group_norm(layers: list[GroupNorm]) -> None:
@@ -44,6 +46,7 @@ def every_layer_is_a_group_norm(layers: list[GroupNorm]) -> None:
     layers.append(GroupNorm(8, num_groups=2, backend="jax"))
     layers.append(GroupNorm(8, num_groups=2, backend="torch"))
     layers.append(GroupNorm(8, num_groups=2, backend="cupy"))
+    layers.append(GroupNorm(8, num_groups=2, backend="mlx"))
 
 
 def a_torch_layer_is_a_module(x: torch.Tensor) -> torch.Tensor:
@@ -59,6 +62,7 @@ def to_backend_names_the_class_too(layer: GroupNorm) -> None:
     assert_type(layer.to_backend("jax"), JaxGroupNorm)
     assert_type(layer.to_backend("torch", device="cpu"), TorchGroupNorm)
     assert_type(layer.to_backend("cupy"), CupyGroupNorm)
+    assert_type(layer.to_backend("mlx"), MlxGroupNorm)
 
 
 def array_in_array_out(x: Host, t: torch.Tensor, j: jax.Array) -> None:

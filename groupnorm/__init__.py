@@ -36,7 +36,7 @@ __all__ = [
 
 
 # Modules for one library each, which are imported when they are first used.
-_MODULES = ("brainstate", "equinox", "flax", "haiku", "keras", "onnx", "torch")
+_MODULES = ("brainstate", "equinox", "flax", "haiku", "keras", "mlx", "onnx", "torch")
 
 
 def __getattr__(name: str) -> Any:

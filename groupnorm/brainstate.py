@@ -3,16 +3,18 @@
 from collections.abc import Sequence
 from typing import Any
 
+from groupnorm.carrying import check_class, parameters_of
 from groupnorm.dispatch import adapter_of, compute
-from groupnorm.errors import needs
+from groupnorm.errors import ArgumentTypeError, needs
 from groupnorm.initializers import ones, zeros
 from groupnorm.layer import GroupNorm as Layer
 from groupnorm.typing import AxisIndexGroups, DTypeLike
 
 with needs("brainstate", "groupnorm.brainstate"):
     import brainstate
+    import jax
 
-__all__ = ["GroupNorm"]
+__all__ = ["GroupNorm", "arguments_of", "module_of"]
 
 _STATE = type(brainstate.nn.GroupNorm((1,), num_groups=1).weight)
 
@@ -92,3 +94,35 @@ class GroupNorm(brainstate.nn.GroupNorm):
         values = {} if self.weight is None else self.weight.value
         scale, bias = values.get("scale"), values.get("bias")
         return compute(adapter_of(x), x, scale, bias, mask, self._config.options)
+
+
+_OPTIONS = (
+    "in_size", "num_groups", "epsilon", "dtype", "use_bias", "use_scale", "reduction_axes",
+    "axis_name", "axis_index_groups", "use_fast_variance",
+)  # fmt: skip
+
+
+def arguments_of(module: Any, params: Any = None) -> dict[str, Any]:
+    """Return the arguments of a layer equal to a `brainstate.nn.GroupNorm`, and its parameters."""
+    check_class(module, GroupNorm, brainstate.nn.GroupNorm, "update")
+    if params is not None:
+        raise ArgumentTypeError("params is given, and modules of brainstate hold their parameters.")
+    values = {} if module.weight is None else module.weight.value
+    axes = module.feature_axes
+    return {
+        **{name: getattr(module, name) for name in _OPTIONS},
+        "feature_axis": tuple(axes) if isinstance(axes, list) else axes,
+        "scale": values.get("scale"),
+        "bias": values.get("bias"),
+        "backend": "jax",
+    }
+
+
+def module_of(layer: Any) -> GroupNorm:
+    """Return a module equal to a layer."""
+    options = {name: getattr(layer, name) for name in _OPTIONS}
+    module = GroupNorm(feature_axis=layer.feature_axis, **options)
+    values = {name: jax.numpy.asarray(v) for name, v in parameters_of(layer).items()}
+    if module.weight is not None:
+        module.weight.value = values
+    return module

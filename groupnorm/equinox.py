@@ -2,13 +2,15 @@
 
 from typing import Any
 
-from groupnorm.errors import needs
+from groupnorm.carrying import channels_of, check_class, parameters_of
+from groupnorm.errors import ArgumentTypeError, ArgumentValueError, needs
 from groupnorm.functional import group_norm
 
 with needs("equinox", "groupnorm.equinox"):
     import equinox
+    import jax
 
-__all__ = ["GroupNorm"]
+__all__ = ["GroupNorm", "arguments_of", "module_of"]
 
 _NO_STATE: Any = object()
 
@@ -55,3 +57,36 @@ class GroupNorm(equinox.nn.GroupNorm):
             num_groups=self.groups, epsilon=self.eps, feature_axis=1, dtype="input",
         )[0]  # fmt: skip
         return y if state is _NO_STATE else (y, state)
+
+
+def arguments_of(module: Any, params: Any = None) -> dict[str, Any]:
+    """Return the arguments of a layer equal to an `equinox.nn.GroupNorm`, and its parameters.
+
+    The layer's inputs have a batch axis, ``x[None]`` for one sample.
+    """
+    check_class(module, GroupNorm, equinox.nn.GroupNorm, "__call__")
+    if params is not None:
+        raise ArgumentTypeError("params is given, and modules of equinox hold their parameters.")
+    if module.channels is None:
+        raise ArgumentValueError(
+            "layer was created with channels=None: create it with the number of channels."
+        )
+    return {
+        "in_size": (module.channels, ...),
+        "feature_axis": 0,
+        "num_groups": module.groups,
+        "epsilon": module.eps,
+        "dtype": "input",
+        "scale": module.weight,
+        "bias": module.bias,
+        "backend": "jax",
+    }
+
+
+def module_of(layer: Any) -> GroupNorm:
+    """Return a module equal to a layer, for single samples."""
+    module = GroupNorm(layer.num_groups, channels_of(layer), layer.epsilon, layer.use_scale)
+    if layer.use_scale:
+        values = [jax.numpy.asarray(v) for v in parameters_of(layer).values()]
+        module = equinox.tree_at(lambda m: [m.weight, m.bias], module, values)
+    return module

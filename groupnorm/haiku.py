@@ -1,14 +1,18 @@
 """A group norm for haiku."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
-from groupnorm.errors import ArgumentValueError, needs
+from groupnorm.carrying import channels_of, check_class, parameters_of, place_of
+from groupnorm.errors import ArgumentTypeError, ArgumentValueError, needs
 from groupnorm.functional import group_norm
 
 with needs("haiku", "groupnorm.haiku", "dm-haiku"):
     import haiku
+    import jax
 
-__all__ = ["GroupNorm"]
+__all__ = ["GroupNorm", "arguments_of", "module_of"]
 
 
 class GroupNorm(haiku.GroupNorm):
@@ -72,3 +76,67 @@ class GroupNorm(haiku.GroupNorm):
         )  # fmt: skip
         y = y if scale is None else y * scale
         return y if offset is None else y + offset
+
+
+def arguments_of(module: Any, params: Any = None) -> dict[str, Any]:
+    """Return the arguments of a layer equal to a `haiku.GroupNorm`, and its parameters.
+
+    `params` are those of the module, or of a model with this module alone.
+    """
+    check_class(module, GroupNorm, haiku.GroupNorm, "__call__")
+    values = dict({} if params is None else params)
+    values = dict(values.get(module.module_name, values))
+    used = {name for name in ("scale", "offset") if getattr(module, f"create_{name}")}
+    if not used or set(values) != used:
+        raise ArgumentTypeError(
+            f"params has {sorted(values)}, and this module of haiku {sorted(used)}: pass its own, "
+            'such as {"scale": ..., "offset": ...}. The number of channels is known from them '
+            "alone."
+        )
+    last = module.channel_index == -1
+    channels = next(iter(values.values())).size
+    axes = module.axis
+    if axes != slice(1, None) and not (module.rank and sorted(axes) == list(_all_axes(module))):
+        raise ArgumentValueError(
+            f"layer has axis={axes!r}: only slice(1, None), all but the batch, can be carried."
+        )
+    scale, offset = (None if v is None else v.ravel() for v in map(values.get, ("scale", "offset")))
+    return {
+        "in_size": (..., channels) if last else (channels, ...),
+        "feature_axis": -1 if last else 0,
+        "num_groups": module.groups,
+        "epsilon": module.eps,
+        "scale": scale,
+        "bias": offset,
+        "backend": "jax",
+    }
+
+
+def _all_axes(module: Any) -> "range | tuple[int, ...]":
+    """Return the axes of grouped arrays that haiku has made of slice(1, None) in a call."""
+    if module.channel_index == -1:
+        return (*range(1, module.rank - 1), module.rank)
+    return range(2, module.rank + 1)
+
+
+def module_of(layer: Any) -> tuple[Callable[..., GroupNorm], dict[str, Any]]:
+    """Return what makes a module equal to a layer, in a transformed function, and its parameters.
+
+    In a model, the parameters are those of the name that the module has there.
+    """
+    first = place_of(layer) == 0
+    make = functools.partial(
+        GroupNorm, layer.num_groups, create_scale=layer.use_scale, create_offset=layer.use_bias,
+        eps=layer.epsilon, data_format="channels_first" if first else "channels_last",
+    )  # fmt: skip
+    shape: tuple[int, ...] = (channels_of(layer),)
+    if first:
+        if ... in layer.in_size:
+            raise ArgumentValueError(
+                f"in_size={layer.in_size}: with channels first, the shape of haiku's parameters "
+                "depends on the number of axes. Give the layer all of them, such as (C, H, W)."
+            )
+        shape += (1,) * (len(layer.in_size) - 1)
+    names = {"scale": "scale", "bias": "offset"}
+    values = parameters_of(layer).items()
+    return make, {names[name]: jax.numpy.asarray(value).reshape(shape) for name, value in values}

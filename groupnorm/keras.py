@@ -2,13 +2,19 @@
 
 from typing import Any
 
-from groupnorm.errors import ArgumentTypeError, BackendImportError, needs
+from groupnorm.carrying import channels_of, check_class, parameters_of, place_of
+from groupnorm.errors import (
+    ArgumentTypeError,
+    ArgumentValueError,
+    BackendImportError,
+    needs,
+)
 from groupnorm.functional import group_norm
 
 with needs("keras", "groupnorm.keras"):
     import keras
 
-__all__ = ["GroupNormalization"]
+__all__ = ["GroupNormalization", "arguments_of", "module_of"]
 
 
 @keras.saving.register_keras_serializable(package="groupnorm")
@@ -49,6 +55,12 @@ class GroupNormalization(keras.layers.GroupNormalization):
             )
         super().__init__(groups, axis, *arguments, **options)
 
+    def build(self, input_shape: Any) -> None:
+        """Create the weights; later inputs may have another number of axes."""
+        super().build(input_shape)
+        axes = {self.axis: input_shape[self.axis]}
+        self.input_spec = keras.InputSpec(min_ndim=2, axes=axes)
+
     def call(self, inputs: Any, mask: Any = None) -> Any:
         """Normalize the inputs.
 
@@ -75,3 +87,56 @@ class GroupNormalization(keras.layers.GroupNormalization):
             epsilon=self.epsilon,
         )  # fmt: skip
         return keras.ops.cast(y, self.compute_dtype)
+
+
+def arguments_of(module: Any, params: Any = None) -> dict[str, Any]:
+    """Return the arguments of a layer equal to a `keras.layers.GroupNormalization`."""
+    check_class(module, GroupNormalization, keras.layers.GroupNormalization, "call")
+    if params is not None:
+        raise ArgumentTypeError("params is given, and layers of keras hold their weights.")
+    if not module.built:
+        raise ArgumentValueError(
+            "layer is not built, so that its number of channels is unknown: call it once, or its "
+            "build(shape)."
+        )
+    if module.axis not in (-1, 1):
+        raise ArgumentValueError(f"layer has axis={module.axis!r}: only 1 and -1 can be carried.")
+    [channels] = module.input_spec.axes.values()
+    gamma, beta = (None if w is None else w.value for w in (module.gamma, module.beta))
+    return {
+        "in_size": (..., channels) if module.axis == -1 else (channels, ...),
+        "feature_axis": -1 if module.axis == -1 else 0,
+        "num_groups": module.groups,
+        "epsilon": module.epsilon,
+        "dtype": module.compute_dtype,
+        "scale": gamma,
+        "bias": beta,
+        "trainable": module.trainable,
+        "backend": keras.backend.backend(),
+    }
+
+
+def module_of(layer: Any) -> GroupNormalization:
+    """Return a built layer of keras equal to a layer."""
+    first = place_of(layer) == 0
+    policy: Any = layer.dtype
+    if layer.param_dtype != layer.dtype:
+        if (layer.param_dtype, layer.dtype) not in _MIXED:
+            raise ArgumentValueError(
+                f"dtype={layer.dtype!r} with parameters of {layer.param_dtype}: keras has "
+                "mixed_float16 and mixed_bfloat16, with parameters of float32, only."
+            )
+        policy = f"mixed_{layer.dtype}"
+    module = GroupNormalization(
+        layer.num_groups, 1 if first else -1, layer.epsilon, center=layer.use_bias,
+        scale=layer.use_scale, dtype=policy, trainable=layer.trainable,
+    )  # fmt: skip
+    channels = channels_of(layer)
+    module.build((None, channels, None) if first else (None, channels))
+    weights = {"scale": module.gamma, "bias": module.beta}
+    for name, value in parameters_of(layer).items():
+        weights[name].assign(value)
+    return module
+
+
+_MIXED = {("float32", "float16"), ("float32", "bfloat16")}

@@ -286,6 +286,110 @@ class Layer(ConfigProperties):
         self._carry_state(layer)
         return layer
 
+    @classmethod
+    def from_(cls, layer: Any, params: Any = None) -> "GroupNorm":
+        """Return a layer that computes what a framework's group norm computes.
+
+        The groups, epsilon, the place of the channels, the dtype of results and the parameters are
+        all read off it, and copied.
+
+        Parameters
+        ----------
+        layer : module
+            A group norm of PyTorch (or what `groupnorm.torch.replace` knows), flax nnx, flax linen,
+            equinox, haiku, keras, brainstate or MLX, or the class of the same name in
+            ``groupnorm.<framework>``.
+        params : dict, optional
+            Its parameters, where the module does not hold them: the variables of flax linen,
+            ``{"params": {"scale": ..., "bias": ...}}``, or ``{"scale": ..., "offset": ...}`` of
+            haiku.
+
+        Returns
+        -------
+        GroupNorm
+            In the module's array library. Its inputs have a batch axis, which those of equinox have
+            not. That of an `mlx.nn.GroupNorm` without ``pytorch_compatible=True``, whose groups are
+            interleaved, is for inputs of shape (N, ..., G, C // G):
+            ``x.reshape(..., C // G, G).swapaxes(-1, -2)``.
+
+        Raises
+        ------
+        groupnorm.errors.ArgumentTypeError, groupnorm.errors.ArgumentValueError
+            If it is no group norm, or one that no layer is equal to.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from groupnorm import GroupNorm
+        >>> GroupNorm.from_(torch.nn.GroupNorm(2, 8)).epsilon
+        1e-05
+        """
+        from groupnorm.carrying import carried_from
+
+        return carried_from(GroupNorm, layer, params)  # type: ignore[no-any-return]
+
+    def to_(self, name: str, *, feature_axis: Any = ..., dtype: Any = ...) -> Any:
+        """Return the layer as a module of another framework, with exactly equal parameters.
+
+        Nothing is assumed: where a framework's group norm has no such option, this raises an error
+        with the argument that changes it.
+
+        Parameters
+        ----------
+        name : {"torch", "flax.nnx", "flax.linen", "equinox", "haiku", "keras", "brainstate", "mlx"}
+            The framework.
+        feature_axis : {0, -1}, optional
+            Where the module's inputs have their channels: on axis 1, or on the last. Default is
+            where this layer's have them.
+        dtype : str or dtype, optional
+            The dtype of its results, as for `GroupNorm`. Default is this layer's.
+
+        Returns
+        -------
+        module
+            Of the class ``groupnorm.<name>.GroupNorm``, which is one of the framework's, or of
+            keras' ``GroupNormalization``. For flax linen a pair of a module and its variables; for
+            haiku, whose modules exist in transformed functions only, a pair of a function that
+            makes the module and its parameters.
+
+        Raises
+        ------
+        groupnorm.errors.ArgumentValueError
+            If the framework has no such group norm.
+        groupnorm.errors.BackendImportError
+            If the framework cannot be imported.
+
+        Examples
+        --------
+        >>> from groupnorm import GroupNorm
+        >>> layer = GroupNorm(8, num_groups=2)
+        >>> layer.to_("torch", feature_axis=0, dtype="input").eps
+        1e-06
+        """
+        from groupnorm.carrying import carried_to
+
+        return carried_to(self, name, feature_axis, dtype)  # type: ignore[arg-type]
+
+    def _with(self, *, in_size: Any, feature_axis: Any, dtype: Any) -> Any:
+        """Return a NumPy layer with other inputs and results."""
+        config = self._config
+        shape = check_in_size(in_size, feature_axis)
+        options = config.options._replace(
+            feature=shape.feature,
+            feature_shape=shape.feature_shape,
+            dtype=None if dtype is None else dtype_name("dtype", dtype, ("input",)),
+        )
+        config = config._replace(
+            in_size=shape.in_size, feature_axis=shape.feature_axis, options=options
+        )
+        return layer_class_named("numpy")._of(
+            config,
+            {
+                name: None if value is None else value.reshape(shape.feature_shape)
+                for name, value in zip(("scale", "bias"), self._host_parameters(), strict=True)
+            },
+        )
+
     def _carry_state(self, layer: "GroupNorm") -> None:
         """Give a converted layer what is no part of the configuration, if it has that."""
 

@@ -1,6 +1,9 @@
 """Have the group normalizations of existing PyTorch models computed by this library."""
 
-from groupnorm.errors import needs
+import copy
+from typing import Any
+
+from groupnorm.errors import ArgumentTypeError, ArgumentValueError, needs
 
 with needs("torch", "groupnorm.torch"):
     from groupnorm.backends.torch.fusion import fused, register_fusion
@@ -18,7 +21,9 @@ __all__ = [
     "Entry",
     "Replacement",
     "Report",
+    "arguments_of",
     "fused",
+    "module_of",
     "override",
     "register_fusion",
     "register_replacement",
@@ -26,3 +31,34 @@ __all__ = [
     "restore",
     "sum_gradients",
 ]
+
+
+def arguments_of(module: Any, params: Any = None) -> dict[str, Any]:
+    """Return the arguments of a layer equal to a module that `replace` knows."""
+    if params is not None:
+        raise ArgumentTypeError("params is given, and modules of PyTorch hold their parameters.")
+    one = copy.deepcopy(module)
+    replace(one, also=type(module), fuse=False, on_unknown="raise")
+    if not hasattr(one, "_config"):
+        raise ArgumentTypeError(
+            f"layer is of type {type(module).__name__}, which is no group norm of PyTorch: pass a "
+            "torch.nn.GroupNorm, or a module for which register_replacement was called."
+        )
+    if getattr(one, "then", ()):
+        raise ArgumentValueError(
+            f"layer={type(module).__name__} also computes what follows its normalization: use "
+            "groupnorm.torch.replace, which keeps that."
+        )
+    names = ("in_size", "feature_axis", "num_groups", "epsilon", "dtype", "reduction_axes")
+    return {
+        **{name: getattr(one, name) for name in names},
+        "scale": one.weight if one.weight is None else one.scale,
+        "bias": one.bias,
+        "trainable": one.trainable,
+        "backend": "torch",
+    }
+
+
+def module_of(layer: Any) -> Any:
+    """Return the layer as a module, which is a `torch.nn.GroupNorm`."""
+    return layer.to_backend("torch")

@@ -2,11 +2,15 @@
 
 from typing import Any
 
+import jax
 from flax import linen
 
+from groupnorm.carrying import check_class, parameters_of
+from groupnorm.errors import ArgumentTypeError
+from groupnorm.flax.nnx import options_of, shared_arguments
 from groupnorm.functional import group_norm
 
-__all__ = ["GroupNorm"]
+__all__ = ["GroupNorm", "arguments_of", "module_of"]
 
 
 class GroupNorm(linen.GroupNorm):
@@ -57,3 +61,38 @@ class GroupNorm(linen.GroupNorm):
             axis_name=axis_name, axis_index_groups=index_groups,
             use_fast_variance=self.use_fast_variance,
         )  # fmt: skip
+
+
+def arguments_of(module: Any, params: Any = None) -> dict[str, Any]:
+    """Return the arguments of a layer equal to a `flax.linen.GroupNorm`, and its parameters.
+
+    `params` are its variables, or the collection ``"params"`` of them.
+    """
+    check_class(module, GroupNorm, linen.GroupNorm, "__call__")
+    values = dict({} if params is None else params)
+    values = {name: linen.unbox(v) for name, v in dict(values.get("params", values)).items()}
+    used = {name for name in ("scale", "bias") if getattr(module, f"use_{name}")}
+    if not used or set(values) != used:
+        raise ArgumentTypeError(
+            f"params has {sorted(values)}, and this module of flax linen {sorted(used)}: pass its "
+            'variables, such as {"params": {"scale": ..., "bias": ...}}. The number of channels is '
+            "known from them alone."
+        )
+    channels = next(iter(values.values())).shape[0]
+    return {
+        "in_size": (..., channels),
+        "num_groups": module.num_groups,
+        "group_size": module.group_size,
+        "scale": values.get("scale"),
+        "bias": values.get("bias"),
+        "backend": "jax",
+        **shared_arguments(module),
+    }
+
+
+def module_of(layer: Any) -> tuple[GroupNorm, dict[str, Any]]:
+    """Return a module equal to a layer, and its variables."""
+    dtype = jax.dtypes.canonicalize_dtype(layer.param_dtype)
+    values = {name: jax.numpy.asarray(v) for name, v in parameters_of(layer).items()}
+    module: GroupNorm = GroupNorm(param_dtype=dtype, **options_of(layer))
+    return module, {"params": values} if values else {}

@@ -2,12 +2,15 @@
 
 from typing import Any
 
+import jax
 from flax import nnx
 from flax.nnx.nn import dtypes
 
+from groupnorm.carrying import channels_of, check_class, parameters_of
+from groupnorm.errors import ArgumentTypeError
 from groupnorm.functional import group_norm
 
-__all__ = ["GroupNorm"]
+__all__ = ["GroupNorm", "arguments_of", "module_of"]
 
 
 class GroupNorm(nnx.GroupNorm):
@@ -51,3 +54,48 @@ class GroupNorm(nnx.GroupNorm):
             dtype=self.dtype, reduction_axes=self.reduction_axes, axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups, use_fast_variance=self.use_fast_variance,
         )  # fmt: skip
+
+
+def arguments_of(module: Any, params: Any = None) -> dict[str, Any]:
+    """Return the arguments of a layer equal to a `flax.nnx.GroupNorm`, and its parameters."""
+    check_class(module, GroupNorm, nnx.GroupNorm, "__call__")
+    if params is not None:
+        raise ArgumentTypeError("params is given, and modules of flax nnx hold their parameters.")
+    scale, bias = (None if p is None else p[...] for p in (module.scale, module.bias))
+    return {
+        "in_size": (..., module.num_groups * module.group_size),
+        "num_groups": module.num_groups,
+        "scale": scale,
+        "bias": bias,
+        "backend": "jax",
+        **shared_arguments(module),
+    }
+
+
+def shared_arguments(module: Any) -> dict[str, Any]:
+    """Return the options that a module of flax or brainstate has under the same names."""
+    names = (
+        "epsilon", "dtype", "reduction_axes", "axis_name", "axis_index_groups", "use_fast_variance",
+    )  # fmt: skip
+    return {name: getattr(module, name) for name in names}
+
+
+def options_of(layer: Any) -> dict[str, Any]:
+    """Return the arguments of a module of flax or brainstate for a layer."""
+    return {
+        "num_groups": layer.num_groups,
+        "use_scale": layer.use_scale,
+        "use_bias": layer.use_bias,
+        **shared_arguments(layer),
+    }
+
+
+def module_of(layer: Any) -> GroupNorm:
+    """Return a module equal to a layer."""
+    param_dtype = jax.dtypes.canonicalize_dtype(layer.param_dtype)
+    module = GroupNorm(
+        channels_of(layer), param_dtype=param_dtype, rngs=nnx.Rngs(0), **options_of(layer)
+    )
+    for name, value in parameters_of(layer).items():
+        getattr(module, name).set_value(jax.numpy.asarray(value))
+    return module

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -13,7 +15,9 @@ import pytest
 import groupnorm
 from groupnorm import __main__ as command
 from groupnorm.backends.kernels.cpu.build_report import why_not_built
-from groupnorm.discovery import BackendInfo
+from groupnorm.discovery import BackendInfo, backend_info
+from groupnorm.dispatch import adapter_named
+from groupnorm.errors import BackendImportError
 from tests.api.test_imports import CORE, python, without
 
 
@@ -88,6 +92,38 @@ def test_info_checks_nothing(capsys):
     assert (
         err.splitlines()[0] == "groupnorm: importing numpy, if it is installed, to list its devices"
     )
+
+
+@pytest.mark.needs("jax")
+@pytest.mark.parametrize(
+    ("raised", "reason"),
+    [(AssertionError(), "AssertionError"), (RuntimeError("no plugin\nfor it"), "no plugin")],
+)
+def test_jax_without_a_device_is_listed_and_raises_one_kind_of_error(raised, reason, monkeypatch):
+    """As with JAX_PLATFORMS=cuda, which is an AssertionError without text in a build for CPUs."""
+    jax = importlib.import_module("jax")
+
+    def devices(platform=None):
+        raise raised
+
+    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setattr(jax, "config", types.SimpleNamespace(jax_platforms="cuda"))
+    info = {info.name: info for info in groupnorm.available_backends()}
+    assert info["numpy"].devices == ("cpu",)
+    assert (info["jax"].installed, info["jax"].devices) == (True, ())
+    for device in (None, "gpu"):
+        with pytest.raises(BackendImportError) as error:
+            groupnorm.GroupNorm(64, backend="jax", device=device)
+        assert f"no device to compute on ({reason}; JAX_PLATFORMS is 'cuda': " in str(error.value)
+        assert info["jax"].error == str(error.value)
+
+
+def test_an_error_without_text_has_its_type(monkeypatch):
+    def devices():
+        raise OSError
+
+    monkeypatch.setattr(adapter_named("numpy"), "devices", devices)
+    assert backend_info("numpy").error == "OSError"
 
 
 def test_output_that_nobody_reads_is_no_error():

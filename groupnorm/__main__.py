@@ -19,6 +19,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from groupnorm.backends.kernels.cpu.availability import instructions
 from groupnorm.discovery import BackendInfo, backend_info
 from groupnorm.dispatch import backend_names
 from groupnorm.selfcheck import check_backends, rows_of_backend
@@ -104,6 +105,7 @@ def _as_dict(found: list[BackendInfo], report: Report | None) -> dict[str, Any]:
     made: dict[str, Any] = {
         "groupnorm": _version(),
         "python": platform.python_version(),
+        "instructions": instructions(),
         "backends": [
             {
                 "name": info.name,
@@ -139,6 +141,8 @@ def _print(found: list[BackendInfo], report: Report | None) -> None:
             for info in found
         ],
     )
+    if instructions() is not None:
+        print(f"instructions of the kernels for CPUs: {instructions()}")
     whys = {f"{i.name} on {d}": why for i in found for d, why in i.why_not_fused.items()}
     for reason, devices in _by_value(whys).items():
         print(f"{', '.join(devices)}: not fused, {reason}")

@@ -41,6 +41,12 @@ def test_it_says_why_the_core_is_missing():
     assert f"numpy on cpu: not fused, {why_not_built()}" in " ".join(lines)
 
 
+def test_the_instructions_in_use_are_shown(capsys, monkeypatch):
+    monkeypatch.setattr(command, "instructions", lambda: "avx2")
+    command._print([backend_info("numpy")], None)
+    assert "instructions of the kernels for CPUs: avx2" in capsys.readouterr().out
+
+
 def test_devices_are_listed_separately_if_implementations_differ(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "rich.console", None)
     info = BackendInfo(
@@ -89,6 +95,8 @@ def test_info_checks_nothing(capsys):
     made = json.loads(out)
     assert "check" not in made
     assert made["backends"][0]["status"] == "usable"
+    assert made["instructions"] in (None, "baseline", "avx2", "avx512")
+    assert (made["instructions"] is None) == ("cpu" in made["backends"][0]["why_not_fused"])
     assert (
         err.splitlines()[0] == "groupnorm: importing numpy, if it is installed, to list its devices"
     )

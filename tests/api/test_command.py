@@ -18,6 +18,7 @@ from groupnorm.backends.kernels.cpu.build_report import why_not_built
 from groupnorm.discovery import BackendInfo, backend_info
 from groupnorm.dispatch import adapter_named
 from groupnorm.errors import BackendImportError
+from groupnorm.testing.report import Report
 from tests.api.test_imports import CORE, python, without
 
 
@@ -45,6 +46,35 @@ def test_the_instructions_in_use_are_shown(capsys, monkeypatch):
     monkeypatch.setattr(command, "instructions", lambda: "avx2")
     command._print([backend_info("numpy")], None)
     assert "instructions of the kernels for CPUs: avx2" in capsys.readouterr().out
+
+
+def test_libraries_that_see_no_gpu_are_named(capsys):
+    def info(name, *devices):
+        return BackendInfo(
+            name, True, "1", devices, None, dict.fromkeys(devices, ("portable",)), {}
+        )
+
+    on_cpu = [info("numpy", "cpu"), info("jax", "cpu:0", "cpu:1"), info("torch", "cpu")]
+    command._print(on_cpu, None)
+    line = "jax, torch: no GPU, because there is none or the installed build is one for CPUs"
+    assert line in capsys.readouterr().out
+    command._print([info("numpy", "cpu"), info("torch", "cpu", "cuda:0"), info("jax")], None)
+    assert "no GPU" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("row", "compiles"), [("numpy:cpu", False), ("jax:cpu:0", False), ("torch:cuda:0", True)]
+)
+def test_only_for_a_gpu_it_says_that_kernels_are_compiled(row, compiles, capsys, monkeypatch):
+    monkeypatch.setattr(command, "rows_of_backend", lambda info: [types.SimpleNamespace(name=row)])
+    monkeypatch.setattr(command, "backend_names", lambda: ["numpy"])
+    monkeypatch.setattr(
+        command, "check_backends", lambda rows, say: say(*rows) or Report([], [], "mixed")
+    )
+    command.main([])
+    said = f"groupnorm: checking {row}"
+    said += "; the first call compiles kernels" if compiles else ""
+    assert said in capsys.readouterr().err.splitlines()
 
 
 def test_devices_are_listed_separately_if_implementations_differ(capsys, monkeypatch):

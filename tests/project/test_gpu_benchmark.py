@@ -121,6 +121,71 @@ def test_a_failing_test_is_written_at_once(tmp_path):
     assert "assert 1 == 2" in written
 
 
+def first_run(out, *arguments: str, seconds: float = 120, **others: str):
+    """Run the script with the steps of `STEPS` or all of them; PY is this Python."""
+    where = environment(OUT=str(out), PY=sys.executable, **others)
+    return subprocess.run(
+        ["bash", SCRIPTS / "gpu_first_run.sh", *arguments], cwd=ROOT, env=where,
+        capture_output=True, text=True, timeout=seconds,
+    )  # fmt: skip
+
+
+no_bash = pytest.mark.skipif(
+    sys.platform != "linux", reason="the script is for bash, Triton for Linux"
+)
+
+
+@no_gpu
+@no_bash
+@pytest.mark.parametrize("steps", ["", "own"])
+def test_without_a_gpu_the_first_run_says_so_and_ends(steps, tmp_path):
+    done = first_run(tmp_path, STEPS=steps)
+    assert done.returncode == 2, done.stdout + done.stderr
+    *reasons, last = done.stdout.splitlines()
+    assert last == "no GPU here; DRY=1 tries the steps without one"
+    assert [reason.partition(":")[0] for reason in reasons] == ["cupy", "torch", "jax"]
+    assert (tmp_path / "log.txt").read_text() == done.stdout
+    assert (tmp_path / "steps.txt").read_text() == ""
+
+
+@no_bash
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["--help"], 0, "LIMIT is for all of it"),
+        (["-h"], 0, "LIMIT is for all of it"),
+        (["torch"], 2, "LIMIT is for all of it"),
+    ],
+)
+def test_arguments_of_the_first_run(arguments, status, said, tmp_path):
+    done = first_run(tmp_path / "out", *arguments)
+    assert (done.returncode, done.stderr) == (status, "")
+    assert said in done.stdout
+    assert "set -u" not in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+@no_bash
+@pytest.mark.parametrize("limit", ["abc", "08", "-3", "1.5"])
+def test_a_limit_that_is_no_number_is_an_error(limit, tmp_path):
+    done = first_run(tmp_path / "out", LIMIT=limit)
+    assert done.returncode == 2
+    assert done.stdout + done.stderr == f"LIMIT={limit}: give whole seconds, such as 520\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "dry", "status"),
+    [("pytest.skip('no GPU')", "", 5), ("pytest.skip('no GPU')", "1", 0), ("pass", "", 0)],
+)
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_run_that_skips_every_test_is_no_success(body, dry, status, workers, tmp_path):
+    (tmp_path / "test_it.py").write_text(f"import pytest\ndef test_it():\n    {body}\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-n", workers, "-p", "_gpu_failures"]
+    where = environment(OUT=str(tmp_path), PYTHONPATH=str(SCRIPTS), DRY=dry)
+    done = subprocess.run(command, cwd=tmp_path, env=where, capture_output=True, timeout=60)
+    assert done.returncode == status, done.stdout
+
+
 STEPS = ["versions", "torch", "cupy", "jax", "sanitize", "own", "rows", "all", "bench"]
 FACTS = {
     "torch": ["copy, ", "host, ", "UNet 16x320@64x64 channels-last backward, us"],
@@ -132,13 +197,9 @@ FACTS = {
 @no_gpu
 @pytest.mark.slow
 @pytest.mark.needs("torch", "jax", "cupy")
-@pytest.mark.skipif(sys.platform != "linux", reason="the script is for bash, Triton for Linux")
+@no_bash
 def test_a_dry_run_executes_every_step(tmp_path):
-    where = environment(DRY="1", OUT=str(tmp_path), PY=sys.executable, STEPS=" ".join(STEPS))
-    done = subprocess.run(
-        ["bash", SCRIPTS / "gpu_first_run.sh"], cwd=ROOT, env=where, capture_output=True,
-        text=True, timeout=600,
-    )  # fmt: skip
+    done = first_run(tmp_path, DRY="1", STEPS=" ".join(STEPS), seconds=600)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr
     steps = (tmp_path / "steps.txt").read_text().splitlines()
     assert [step.partition(":")[0] for step in steps] == STEPS

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests import ROOT
+from tests.api.test_imports import without
 
 SCRIPTS = ROOT / "benchmarks"
 COMMITTED = SCRIPTS / "results" / "h200-2026-11-27-quick.json"
@@ -32,9 +33,63 @@ def environment(**others: str) -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith(own)} | others
 
 
-def gpu_py(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, SCRIPTS / "gpu.py", *arguments]
+def script(name: str, *arguments: object, hidden: str = "") -> subprocess.CompletedProcess:
+    """Run a script, as where a package is not installed if one is `hidden`."""
+    command = [sys.executable, SCRIPTS / name, *arguments]
+    if hidden:
+        run = f"import runpy; sys.argv[:] = sys.argv[1:]; sys.path.insert(0, {str(SCRIPTS)!r})\n"
+        run += "runpy.run_path(sys.argv[0], run_name='__main__')"
+        command[1:1] = ["-c", without(hidden) + run]
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+
+
+def gpu_py(*arguments: object) -> subprocess.CompletedProcess:
+    return script("gpu.py", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "hidden"),
+    [
+        ("gpu_instructions.py", "triton"),
+        ("gpu_host_time.py", "triton"),
+        ("gpu_host_time.py", "torch"),
+    ],
+)
+def test_a_missing_package_is_named_in_one_line(name, hidden):
+    done = script(name, hidden=hidden)
+    assert (done.returncode, done.stdout) == (2, "")
+    [line] = done.stderr.splitlines()
+    assert line.startswith(f"{name} needs ")
+    assert f"No module named '{hidden}'" in line
+    assert "pip install '.[" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("gpu_instructions.py", "--against", "nonsense"), "'nonsense' is no commit"),
+        (("gpu_instructions.py", "--against", "HEAD; exit"), "'HEAD; exit' is no commit"),
+        (("gpu_host_time.py", "--rounds", "0"), "--rounds: 0 is not positive"),
+        (("gpu_host_time.py", "--calls", "-1"), "--calls: -1 is not positive"),
+        (("gpu.py", "--from-json", "nowhere.json"), "No such file"),
+        (("gpu.py", "--from-json", SCRIPTS), "Is a directory"),
+        (
+            ("gpu.py", "--from-json", SCRIPTS / "results" / "onnx-2026-11-27.json"),
+            "neither figures nor records of gpu.py",
+        ),
+        (
+            ("gpu.py", "--from-json", SCRIPTS / "results" / "gpu-h200-2026-11-27" / "facts.jsonl"),
+            "neither figures nor records of gpu.py",
+        ),
+        (("gpu.py", "--from-json", COMMITTED.with_suffix(".png")), "neither figures nor records"),
+    ],
+)
+def test_a_wrong_argument_is_an_error_in_one_line(arguments, said):
+    pytest.importorskip("triton")
+    done = script(*arguments)
+    assert done.returncode == 2
+    assert said in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
 
 
 @no_gpu
@@ -50,8 +105,11 @@ def test_committed_figures_are_shown_and_drawn(tmp_path):
     shutil.copy(COMMITTED, tmp_path / "h200.json")
     done = gpu_py("--from-json", tmp_path / "h200.json")
     assert done.returncode == 0, done.stdout + done.stderr
+    assert not (tmp_path / "h200.png").exists()  # it may be a committed figure
+    done = gpu_py("--from-json", tmp_path / "h200.json", "--into", tmp_path / "new")
+    assert done.returncode == 0, done.stdout + done.stderr
     assert "57 of 57 checks passed" in done.stdout
-    assert (tmp_path / "h200.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "new" / "h200.png").read_bytes().startswith(b"\x89PNG")
     row = next(line for line in done.stdout.splitlines() if " fwd " in line)
     assert [text in row for text in ("51.1", "96%", "2.4x", "0.9x", "52.6x")] == [True] * 5
 

@@ -18,6 +18,9 @@ import jax.numpy as jnp
 from _gpu_cases import ACTIVATION, DRY, EPSILON, FLAX, GROUPS, OURS, SEED, Case
 from _gpu_measure import Call, Timer, looped
 
+from groupnorm.dispatch import adapter_named
+from groupnorm.errors import BackendImportError
+
 BACKEND = "jax"
 IMPLEMENTATION = None if DRY else "fused"
 
@@ -27,8 +30,14 @@ Norm = Callable[[Any, Any], Any]
 
 def missing() -> str | None:
     """Why there is no usable GPU, or None."""
+    if DRY:
+        return None
+    try:
+        adapter_named(BACKEND).devices()
+    except BackendImportError as error:
+        return str(error)
     found = jax.default_backend()
-    return None if found == "gpu" or DRY else f"JAX's default backend is its {found}"
+    return None if found == "gpu" else f"JAX's default backend is its {found}"
 
 
 def gpu_name() -> str:

@@ -8,11 +8,12 @@ listed and left out, the least important ones; errors and wrong results are prin
 and make the exit status 1. It is 2 if there is no GPU::
 
     python benchmarks/gpu.py [--seconds N] [--only torch,cupy,jax] [--without compile] [--into DIR]
-    python benchmarks/gpu.py --from-json FILE
+    python benchmarks/gpu.py --from-json FILE [--into DIR]
 
 Each record is appended to DIR/records-<time>.jsonl when it is made, so that a run that is killed
 loses none. After each library the figures go to DIR/<gpu>-<date>.json, and at the end, with
-matplotlib, to a PNG next to it; ``--from-json`` shows either kind of file.
+matplotlib, to a PNG next to it; ``--from-json`` shows either kind of file, and draws to DIR if one
+is given.
 """
 
 from __future__ import annotations
@@ -94,6 +95,29 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, Any], Path] | str:
     return result, path
 
 
+FIGURES = {
+    "rows", "copies", "checks", "others", "failures", "gpu", "driver", "commit", "dirty", "date",
+    "versions",
+}  # fmt: skip
+
+
+def recorded(path: Path) -> dict[str, Any]:
+    """The figures in a file; a ValueError says why there are none."""
+    try:
+        if path.suffix == ".jsonl":
+            result = sorted_out(read(path))
+        else:
+            result = json.loads(path.read_text())
+        missing = FIGURES - set(result)
+    except OSError as error:
+        raise ValueError(error.strerror) from error
+    except (ValueError, LookupError, TypeError):
+        missing = FIGURES
+    if missing:
+        raise ValueError("the file has neither figures nor records of gpu.py")
+    return result
+
+
 def show(result: dict[str, Any]) -> None:
     """Print what is missing and what is wrong, then the table and its summary."""
     rows, checks = result["rows"], result["checks"]
@@ -146,10 +170,14 @@ def parse() -> argparse.Namespace:
         "--without", type=lambda text: text.split(","), default=[], metavar="NAMES",
         help="contenders to leave out, such as compile, which is half of torch's time",
     )  # fmt: skip
-    parser.add_argument("--into", type=Path, default=RESULTS, metavar="DIR", help="for the files")
     parser.add_argument(
-        "--from-json", type=Path, metavar="FILE", help="show and draw these, measure nothing"
-    )
+        "--into", type=Path, metavar="DIR",
+        help=f"for the files; default {RESULTS}, with --from-json none: nothing is written",
+    )  # fmt: skip
+    parser.add_argument(
+        "--from-json", type=Path, metavar="FILE",
+        help="show these figures, draw them to --into DIR if it is given, and measure nothing",
+    )  # fmt: skip
     parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -159,14 +187,22 @@ def main() -> int:
     if options.child:
         return child(json.loads(options.child))
     if path := options.from_json:
-        result = sorted_out(read(path)) if path.suffix == ".jsonl" else json.loads(path.read_text())
+        try:
+            result = recorded(path)
+        except ValueError as error:
+            print(f"gpu.py: --from-json {path}: {error}", file=sys.stderr)
+            return 2
+        if options.into:
+            options.into.mkdir(parents=True, exist_ok=True)
+            draw(result, options.into / f"{path.stem}.png")
     else:
+        options.into = options.into or RESULTS
         found = measure(options)
         if isinstance(found, str):
             print(f"gpu.py: {found}.", file=sys.stderr)
             return 2
         result, path = found
-    draw(result, path.with_suffix(".png"))
+        draw(result, path.with_suffix(".png"))
     show(result)
     return 1 if result["failures"] else 0
 

@@ -12,7 +12,8 @@
 #   bench            gpu.py, at most three minutes;  BENCH="--only torch --without compile" chooses
 #   sanitize         a few calls under compute-sanitizer, each array in memory of its own
 # LIMIT is for all of it, in seconds (default 520). Each step has a limit of its own, and one that
-# fails or hangs does not stop the next. The exit status is 1 if a step failed or had no time.
+# fails or hangs does not stop the next. The exit status is 1 if a step failed, had no time, or had
+# all its tests skipped, and 2 where no library has a GPU: nothing is run then.
 # OUT is where everything is written while it happens (default ./first_run_out):
 #   log.txt       all that was printed          facts.jsonl  a line of JSON for each fact
 #   failures.txt  each failing test, at once    steps.txt    what ran, for how long, how it ended
@@ -21,11 +22,16 @@
 #   python3 -m pip download --no-deps -d .whl array-api-compat==1.16.0 jax-triton==0.3.1
 # DRY=1 runs every step where there is no GPU, on tiny arrays: see _gpu_dry.py.
 set -u -o pipefail
+if [ $# -gt 0 ]; then # it takes none
+  sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"
+  case $1 in -h | --help) exit 0 ;; *) exit 2 ;; esac
+fi
 ROOT=$PWD
 HERE=$ROOT/benchmarks
 [ -f "$ROOT/pyproject.toml" ] && [ -d "$ROOT/backends" ] || { echo "run this from the project's root"; exit 2; }
-OUT=${OUT:-$ROOT/first_run_out}; mkdir -p "$OUT"
 LIMIT=${LIMIT:-520}
+[[ $LIMIT =~ ^[1-9][0-9]*$ ]] || { echo "LIMIT=$LIMIT: give whole seconds, such as 520"; exit 2; }
+OUT=${OUT:-$ROOT/first_run_out}; mkdir -p "$OUT"
 STEPS=${STEPS:-versions torch cupy jax own rows bench}
 DRY=${DRY:-}
 PY=${PY:-python3}
@@ -61,7 +67,17 @@ tests() { # NAME SECONDS PROCESSES ROWS ARGUMENTS...
     -o minversion=1 -o addopts= -W default -m gpu --backends "$rows" "$@"
 }
 
+a_gpu() { # Whether a library has one: the first that has ends the search. Prints why others have none.
+  local library why
+  for library in cupy torch jax; do # the fastest to import first
+    why=$(timeout 60 $PY -c "import sys, _gpu_$library as engine; sys.exit(engine.missing())" 2>&1 | tail -n 1) && return
+    echo "$library: ${why:-no answer within a minute}"
+  done
+  return 1
+}
+
 main() {
+if [ -z "$DRY" ] && ! a_gpu; then echo "no GPU here; DRY=1 tries the steps without one"; exit 2; fi
 for name in $STEPS; do
   case $name in
     versions)
@@ -105,7 +121,7 @@ for kind in right WRONG FAILED; do echo "$kind: $(grep -c "\"fact\": \"$kind" "$
 grep -h '^====' "$OUT/failures.txt" | head -30
 grep -hE '"fact": "(copy|host|.*, us")' "$OUT/facts.jsonl" | cut -c1-420
 echo "$SECONDS s in all"
-! grep -vq ': status 0 ' "$OUT/steps.txt" && ! grep -qE '"fact": "(WRONG|FAILED)' "$OUT/facts.jsonl"
+[ -s "$OUT/steps.txt" ] && ! grep -vq ': status 0 ' "$OUT/steps.txt" && ! grep -qE '"fact": "(WRONG|FAILED)' "$OUT/facts.jsonl"
 }
 
 main 2>&1 | tee "$OUT/log.txt"

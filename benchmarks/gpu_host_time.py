@@ -10,7 +10,8 @@ threads in the backward pass of tensors on a GPU. Beside our launcher, in turns:
   a layer written in Python takes.
 
 Shapes are small, since the CPU allocator maps large memory anew for each call. Figures are CPU
-microseconds of the calling thread a call, minimum and median of the rounds::
+microseconds of the calling thread a call, minimum and median of the rounds. It needs PyTorch and
+Triton (``pip install '.[torch,gpu]'``), and a C compiler::
 
     python benchmarks/gpu_host_time.py [--rounds N] [--calls N] [--json FILE]
 """
@@ -28,7 +29,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
+try:
+    import torch
+    import triton  # noqa: F401 - for what is imported below
+except ImportError as error:
+    print(
+        f"gpu_host_time.py needs PyTorch and Triton ({error}): pip install '.[torch,gpu]'",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 from _report import machine, print_table, versions, write_json
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -186,11 +195,19 @@ def measured(task: str, shape: tuple[int, ...], rounds: int, calls: int) -> dict
     }
 
 
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return number
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--calls", type=int, default=300)
-    parser.add_argument("--json", type=Path)
+    many = {"type": positive, "metavar": "N"}
+    parser.add_argument("--rounds", **many, default=15, help="of all contenders, default 15")
+    parser.add_argument("--calls", **many, default=300, help="of each in a round, default 300")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

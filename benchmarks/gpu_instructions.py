@@ -3,7 +3,8 @@
 Without a GPU: the kernels are compiled for compute capability 9.0, and the instructions that a
 thread executes are counted in their machine code. With the numbers of multiprocessors, their clock
 and the memory's bandwidth of an H100 and an H200, this bounds the share of the floor (each byte
-moved once) that a pass can reach, as if everything overlapped.
+moved once) that a pass can reach, as if everything overlapped. It needs this package with Triton
+(``pip install '.[gpu]'``).
 
     python benchmarks/gpu_instructions.py                    # the table of bfloat16 with SiLU
     python benchmarks/gpu_instructions.py --against COMMIT   # and that of another commit before it
@@ -11,6 +12,7 @@ moved once) that a pass can reach, as if everything overlapped.
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -103,18 +105,44 @@ def rows() -> Iterator[list[str]]:
             yield row
 
 
-def main() -> None:
+def print_against(commit: str) -> None:
+    """Print the table of another commit's kernels."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = f"git -C {shlex.quote(str(ROOT))} archive {commit} | tar -x -C {folder}"
+        subprocess.run(command, shell=True, check=True)
+        print(f"At {commit[:9]}:\n", flush=True)
+        environment = {**os.environ, "PYTHONPATH": folder}
+        subprocess.run([sys.executable, __file__], cwd=folder, env=environment, check=True)
+
+
+def commit(text: str) -> str:
+    """Return the hash of what git calls a commit by that name."""
+    command = ["git", "-C", ROOT, "rev-parse", "--verify", "--quiet", text + "^{commit}"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    if found.returncode:
+        raise argparse.ArgumentTypeError(f"{text!r} is no commit of {ROOT}")
+    return found.stdout.strip()
+
+
+def main() -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--against", metavar="COMMIT", help="print the table of this commit first")
+    parser.add_argument(
+        "--against", type=commit, metavar="COMMIT", help="print the table of this commit first"
+    )
     arguments = parser.parse_args()
+    try:
+        import triton  # noqa: F401
+
+        import groupnorm  # noqa: F401
+    except ImportError as error:
+        print(
+            f"gpu_instructions.py needs Triton and groupnorm ({error}): pip install '.[gpu]'",
+            file=sys.stderr,
+        )
+        return 2
     if arguments.against:
-        with tempfile.TemporaryDirectory() as folder:
-            command = f"git -C {ROOT} archive {arguments.against} | tar -x -C {folder}"
-            subprocess.run(command, shell=True, check=True)
-            print(f"At {arguments.against}:\n", flush=True)
-            environment = {**os.environ, "PYTHONPATH": folder}
-            subprocess.run([sys.executable, __file__], cwd=folder, env=environment, check=True)
+        print_against(arguments.against)
         print("\nNow:\n")
     cards = " / ".join(CARDS)
     print("bfloat16 with SiLU; bounds in % of the floor, and instructions an element\n")
@@ -122,7 +150,8 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for row in rows():
         print("| " + " | ".join(row) + " |", flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

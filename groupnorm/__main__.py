@@ -19,6 +19,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from groupnorm.backends.kernels.cpu.availability import instructions
 from groupnorm.discovery import BackendInfo, backend_info
 from groupnorm.dispatch import backend_names
 from groupnorm.selfcheck import check_backends, rows_of_backend
@@ -62,9 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report = None
     if options.command == "check":
         rows = [row for info in found for row in rows_of_backend(info)]
-        report = check_backends(
-            rows, lambda row: _say(f"checking {row.name}; on a GPU the first call compiles kernels")
-        )
+        report = check_backends(rows, lambda row: _say(f"checking {row.name}{_wait(row.name)}"))
     if options.json:
         print(json.dumps(_as_dict(found, report), indent=2))
     else:
@@ -74,6 +73,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _say(what: str) -> None:
     print(f"groupnorm: {what}", file=sys.stderr, flush=True)
+
+
+def _wait(row: str) -> str:
+    """Return what the check of a row, such as "torch:cuda:0", spends most of its time on."""
+    on_cpu = row.partition(":")[2].startswith("cpu")
+    return "" if on_cpu else "; the first call compiles kernels"
 
 
 def _version() -> str:
@@ -104,6 +109,7 @@ def _as_dict(found: list[BackendInfo], report: Report | None) -> dict[str, Any]:
     made: dict[str, Any] = {
         "groupnorm": _version(),
         "python": platform.python_version(),
+        "instructions": instructions(),
         "backends": [
             {
                 "name": info.name,
@@ -139,12 +145,27 @@ def _print(found: list[BackendInfo], report: Report | None) -> None:
             for info in found
         ],
     )
+    if instructions() is not None:
+        print(f"instructions of the kernels for CPUs: {instructions()}")
     whys = {f"{i.name} on {d}": why for i in found for d, why in i.why_not_fused.items()}
     for reason, devices in _by_value(whys).items():
         print(f"{', '.join(devices)}: not fused, {reason}")
     for info in found:
         if info.installed and not info.devices:
             print(f"{info.name} is not usable: {info.error or 'no device'}")
+    # CuPy says so itself, since it has nothing but GPUs.
+    blind = [
+        info.name
+        for info in found
+        if info.name in ("jax", "torch")
+        and info.devices
+        and all(device.partition(":")[0] == "cpu" for device in info.devices)
+    ]
+    if blind:
+        print(
+            f"{', '.join(blind)}: no GPU, because there is none or the installed build is one for "
+            "CPUs"
+        )
     if report is None:
         return
     print()

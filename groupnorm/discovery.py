@@ -81,7 +81,7 @@ def backend_info(name: str) -> BackendInfo:
         implementations = {device: implementations_on(adapter, device) for device in devices}
         reasons = {device: adapter.kernels.why_unavailable(device) for device in devices}
     except (ImportError, OSError, RuntimeError) as error:  # no driver, or a library fails to load
-        reason = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0] or type(error).__name__
         return BackendInfo(name, True, _version(library), (), reason, {}, {})
     why_not_fused = {device: why.reason for device, why in reasons.items() if why is not None}
     return BackendInfo(name, True, _version(library), devices, None, implementations, why_not_fused)

@@ -18,6 +18,7 @@ from groupnorm.errors import (
     ArgumentTypeError,
     ArgumentValueError,
     AxisNameError,
+    BackendImportError,
 )
 
 __all__ = ["JaxAdapter", "jax_adapter"]
@@ -126,6 +127,8 @@ class JaxAdapter(Adapter):
         A constant of one call (which has a `like`) is rounded to JAX's precision, as JAX does with
         NumPy arrays; what is to be kept is not.
         """
+        if like is None:
+            _devices()
         name = value.dtype.name
         if (
             like is None
@@ -210,7 +213,7 @@ class JaxAdapter(Adapter):
 
     def devices(self) -> tuple[str, ...]:
         """Return the names of JAX's devices."""
-        return tuple(f"{d.platform}:{d.id}" for d in jax.devices())
+        return tuple(f"{d.platform}:{d.id}" for d in _devices())
 
 
 @lru_cache(maxsize=256)
@@ -219,12 +222,35 @@ def _promoted(x64: bool, dtypes: tuple[Any, ...]) -> Any:
         return jnp.result_type(*dtypes)
 
 
+def _devices() -> list[Any]:
+    """Return JAX's default devices.
+
+    Raises
+    ------
+    BackendImportError
+        If JAX has none, as where it lacks the platform that ``JAX_PLATFORMS`` names.
+    """
+    try:
+        return jax.devices()
+    except Exception as error:  # a RuntimeError, or an AssertionError without text
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        config: Any = jax.config
+        if config.jax_platforms:
+            reason += (
+                f"; JAX_PLATFORMS is {config.jax_platforms!r}: name platforms that this "
+                "installation of JAX supports, such as 'cpu', or unset it"
+            )
+        raise BackendImportError(
+            f"backend='jax' has no device to compute on ({reason})."
+        ) from error
+
+
 def _device(name: str) -> Any:
     platform, _, index = name.partition(":")
     try:
         return jax.devices(platform)[int(index or 0)]
     except (RuntimeError, IndexError, ValueError) as error:
-        known = ", ".join(f"{d.platform}:{d.id}" for d in jax.devices())
+        known = ", ".join(f"{d.platform}:{d.id}" for d in _devices())
         raise ArgumentValueError(
             f"device={name!r} is not one JAX has here ({error}): choose from {known}."
         ) from error

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -13,7 +15,10 @@ import pytest
 import groupnorm
 from groupnorm import __main__ as command
 from groupnorm.backends.kernels.cpu.build_report import why_not_built
-from groupnorm.discovery import BackendInfo
+from groupnorm.discovery import BackendInfo, backend_info
+from groupnorm.dispatch import adapter_named
+from groupnorm.errors import BackendImportError
+from groupnorm.testing.report import Report
 from tests.api.test_imports import CORE, python, without
 
 
@@ -36,6 +41,41 @@ def test_it_says_why_the_core_is_missing():
     assert lines[3].split() == ["numpy", np.__version__, "cpu", "portable", "agrees"]
     assert lines[4].split() == ["jax", "-", "-", "-", "not", "installed"]
     assert f"numpy on cpu: not fused, {why_not_built()}" in " ".join(lines)
+
+
+def test_the_instructions_in_use_are_shown(capsys, monkeypatch):
+    monkeypatch.setattr(command, "instructions", lambda: "avx2")
+    command._print([backend_info("numpy")], None)
+    assert "instructions of the kernels for CPUs: avx2" in capsys.readouterr().out
+
+
+def test_libraries_that_see_no_gpu_are_named(capsys):
+    def info(name, *devices):
+        return BackendInfo(
+            name, True, "1", devices, None, dict.fromkeys(devices, ("portable",)), {}
+        )
+
+    on_cpu = [info("numpy", "cpu"), info("jax", "cpu:0", "cpu:1"), info("torch", "cpu")]
+    command._print(on_cpu, None)
+    line = "jax, torch: no GPU, because there is none or the installed build is one for CPUs"
+    assert line in capsys.readouterr().out
+    command._print([info("numpy", "cpu"), info("torch", "cpu", "cuda:0"), info("jax")], None)
+    assert "no GPU" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("row", "compiles"), [("numpy:cpu", False), ("jax:cpu:0", False), ("torch:cuda:0", True)]
+)
+def test_only_for_a_gpu_it_says_that_kernels_are_compiled(row, compiles, capsys, monkeypatch):
+    monkeypatch.setattr(command, "rows_of_backend", lambda info: [types.SimpleNamespace(name=row)])
+    monkeypatch.setattr(command, "backend_names", lambda: ["numpy"])
+    monkeypatch.setattr(
+        command, "check_backends", lambda rows, say: say(*rows) or Report([], [], "mixed")
+    )
+    command.main([])
+    said = f"groupnorm: checking {row}"
+    said += "; the first call compiles kernels" if compiles else ""
+    assert said in capsys.readouterr().err.splitlines()
 
 
 def test_devices_are_listed_separately_if_implementations_differ(capsys, monkeypatch):
@@ -86,9 +126,43 @@ def test_info_checks_nothing(capsys):
     made = json.loads(out)
     assert "check" not in made
     assert made["backends"][0]["status"] == "usable"
+    assert made["instructions"] in (None, "baseline", "avx2", "avx512")
+    assert (made["instructions"] is None) == ("cpu" in made["backends"][0]["why_not_fused"])
     assert (
         err.splitlines()[0] == "groupnorm: importing numpy, if it is installed, to list its devices"
     )
+
+
+@pytest.mark.needs("jax")
+@pytest.mark.parametrize(
+    ("raised", "reason"),
+    [(AssertionError(), "AssertionError"), (RuntimeError("no plugin\nfor it"), "no plugin")],
+)
+def test_jax_without_a_device_is_listed_and_raises_one_kind_of_error(raised, reason, monkeypatch):
+    """As with JAX_PLATFORMS=cuda, which is an AssertionError without text in a build for CPUs."""
+    jax = importlib.import_module("jax")
+
+    def devices(platform=None):
+        raise raised
+
+    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setattr(jax, "config", types.SimpleNamespace(jax_platforms="cuda"))
+    info = {info.name: info for info in groupnorm.available_backends()}
+    assert info["numpy"].devices == ("cpu",)
+    assert (info["jax"].installed, info["jax"].devices) == (True, ())
+    for device in (None, "gpu"):
+        with pytest.raises(BackendImportError) as error:
+            groupnorm.GroupNorm(64, backend="jax", device=device)
+        assert f"no device to compute on ({reason}; JAX_PLATFORMS is 'cuda': " in str(error.value)
+        assert info["jax"].error == str(error.value)
+
+
+def test_an_error_without_text_has_its_type(monkeypatch):
+    def devices():
+        raise OSError
+
+    monkeypatch.setattr(adapter_named("numpy"), "devices", devices)
+    assert backend_info("numpy").error == "OSError"
 
 
 def test_output_that_nobody_reads_is_no_error():

@@ -37,8 +37,18 @@ def test_other_instruction_sets(name):
     assert " passed" in done.stdout
 
 
+LOADED = "from groupnorm.backends.kernels.cpu.availability import core; print(core().instructions)"
+
+
 @pytest.mark.parametrize("unknown", ["", "sse9", "AVX2"])
-def test_an_unknown_instruction_set_changes_nothing(unknown):
-    program = f"import {core.__name__} as core; print(core.instructions)"
-    best = run("avx512", "-c", program).stdout
-    assert run(unknown, "-c", program).stdout == best
+def test_an_unknown_instruction_set_changes_nothing_and_is_logged(unknown):
+    best = run("avx512", "-c", LOADED).stdout
+    done = run(unknown, "-c", LOADED)
+    assert done.stdout == best
+    logged = f"groupnorm ignores GROUPNORM_INSTRUCTIONS={unknown!r} and uses '{best.strip()}'"
+    assert done.stderr.startswith(logged if unknown else "")
+    assert bool(done.stderr) == bool(unknown)
+
+
+def test_an_instruction_set_in_use_is_not_logged():
+    assert run(core.instructions, "-c", LOADED).stderr == ""

@@ -2,13 +2,17 @@
 
 import importlib
 import logging
+import os
 from functools import lru_cache
 from typing import Any
 
 from groupnorm.adapter import Unsupported
 from groupnorm.backends.kernels.cpu.build_report import why_not_built
 
-__all__ = ["core", "why_unavailable"]
+__all__ = ["core", "instructions", "why_unavailable"]
+
+# Read by the core (run.cpp), which takes every value that it does not know for the best.
+VARIABLE = "GROUPNORM_INSTRUCTIONS"
 
 _log = logging.getLogger("groupnorm")
 
@@ -16,7 +20,15 @@ _log = logging.getLogger("groupnorm")
 @lru_cache(maxsize=1)
 def core() -> Any:
     """Import the core, an extension module; requires that `why_unavailable` returned None."""
-    return importlib.import_module("groupnorm.backends.kernels.cpu._core")
+    found: Any = importlib.import_module("groupnorm.backends.kernels.cpu._core")
+    wanted = os.environ.get(VARIABLE)
+    if wanted and wanted != found.instructions:
+        _log.warning(
+            "groupnorm ignores %s=%r and uses %r: it must be 'baseline', 'avx2' or 'avx512', and "
+            "the processor must have it.",
+            VARIABLE, wanted, found.instructions,
+        )  # fmt: skip
+    return found
 
 
 @lru_cache(maxsize=1)
@@ -31,3 +43,8 @@ def why_unavailable() -> Unsupported | None:
         _log.warning("groupnorm uses its portable implementation: %s", why.reason)
         return why
     return None
+
+
+def instructions() -> str | None:
+    """Return the instruction set that the kernels use; None where there are none."""
+    return core().instructions if why_unavailable() is None else None

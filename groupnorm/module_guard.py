@@ -97,26 +97,23 @@ def _framework_of(cls: type) -> _Framework | None:
 
 
 def _is_trained(layer: Any, framework: _Framework) -> bool:
-    if framework.label == "equinox":
-        return bool(layer.backend == "jax")
+    """Whether modules of a framework train a layer that they hold."""
     held = [stored for stored in layer._held.values() if stored is not None]
-    return (
-        all(base.__module__.partition(".")[0] == framework.parameters for base in map(type, held))
-        if held
-        else True
-    )
+    roots = {type(stored).__module__.partition(".")[0] for stored in held}
+    if framework.label == "equinox":  # it trains the arrays of trees; states are no trees
+        return layer.backend == "jax" and "brainstate" not in roots
+    return roots <= {framework.parameters}
 
 
 def _holds(module: Any, layer: Any, depth: int = 4) -> bool:
     """Whether a layer is an attribute of a module or of its parts, also in lists and dicts."""
-    if isinstance(module, dict):
-        parts = list(module.values())
+    parts: list[Any] = []
+    if _framework_of(type(module)) is not None:
+        parts += getattr(module, "__dict__", {}).values()
+    if isinstance(module, dict):  # as modules of MLX are, too
+        parts += module.values()
     elif isinstance(module, list | tuple | set):
-        parts = list(module)
-    elif _framework_of(type(module)) is not None:
-        parts = list(getattr(module, "__dict__", {}).values())
-    else:
-        return False
+        parts += module
     if any(part is layer for part in parts):
         return True
     return depth > 0 and any(_holds(part, layer, depth - 1) for part in parts)

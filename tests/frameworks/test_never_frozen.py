@@ -1,0 +1,264 @@
+"""No layer is silently frozen: every kind of layer in every foreign kind of module.
+
+A layer is trained, or its first call raises an error with the fix, or its arrays are of another
+library than the module's, which raises as well. The keras of this process computes with PyTorch.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("KERAS_BACKEND", "torch")
+
+import importlib
+
+import numpy as np
+import pytest
+
+import groupnorm
+from groupnorm import GroupNorm
+from groupnorm.errors import ArgumentStateError
+
+pytestmark = pytest.mark.needs(
+    "jax", "torch", "mlx", "flax", "haiku", "equinox", "brainstate", "keras"
+)
+CHANNELS, GROUPS = 8, 4
+VALUES = np.random.default_rng(0).normal(size=(2, 5, CHANNELS)).astype(np.float32)
+
+
+def make(kind: str, **options) -> GroupNorm:
+    if kind == "nnx.Param":
+        kind, options["param_type"] = "jax", importlib.import_module("flax.nnx").Param
+    elif kind == "ParamState":
+        kind, options["param_type"] = "jax", importlib.import_module("brainstate").ParamState
+    return GroupNorm(CHANNELS, num_groups=GROUPS, backend=kind, **options)
+
+
+def jax_array():
+    return importlib.import_module("jax.numpy").asarray(VALUES)
+
+
+def in_nnx(layer):
+    from flax import nnx
+
+    class Model(nnx.Module):
+        def __init__(self):
+            self.norm = nnx.data(layer)  # as nnx's own error advises
+
+        def __call__(self, x):
+            return self.norm(x)
+
+    model = Model()
+    gradient = nnx.grad(lambda model, x: (model(x) ** 3).sum())
+    return {path[-1] for path, _ in nnx.to_flat_state(gradient(model, jax_array()))}
+
+
+def in_linen(layer):
+    import jax
+    from flax import linen
+
+    class Model(linen.Module):
+        norm: object
+
+        @linen.compact
+        def __call__(self, x):
+            return self.norm(x)
+
+    return Model(layer).init(jax.random.key(0), jax_array()).get("params", {})
+
+
+def in_linen_made_inside(layer):
+    import jax
+    from flax import linen
+
+    class Model(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            return layer.to_backend(layer.backend)(x)
+
+    return Model().init(jax.random.key(0), jax_array()).get("params", {})
+
+
+def in_haiku(layer):
+    import haiku
+
+    class Model(haiku.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = layer
+
+        def __call__(self, x):
+            return self.norm(x)
+
+    return haiku.transform(lambda x: Model()(x)).init(None, jax_array())
+
+
+def in_haiku_without_module(layer):
+    import haiku
+
+    return haiku.transform(lambda x: layer(x)).init(None, jax_array())
+
+
+def in_equinox(layer):
+    import equinox
+
+    class Model(equinox.Module):
+        norm: object
+
+        def __call__(self, x):
+            return self.norm(x)
+
+    gradient = equinox.filter_grad(lambda model, x: (model(x) ** 3).sum())
+    found = gradient(Model(layer), jax_array())
+    return {"scale": found.norm.scale, "bias": found.norm.bias}
+
+
+def in_brainstate(layer):
+    import brainstate
+
+    class Model(brainstate.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = layer
+
+        def __call__(self, x):
+            return self.norm(x)
+
+    model = Model()
+    model(jax_array())
+    return {path[-1] for path in model.states(brainstate.ParamState)}
+
+
+def in_torch(layer):
+    import torch
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norms = torch.nn.ModuleDict() if isinstance(layer, torch.nn.Module) else {}
+            self.norms["first"] = layer
+
+        def forward(self, x):
+            return self.norms["first"](x)
+
+    model = Model()
+    model(torch.from_numpy(VALUES))
+    return {name.rpartition(".")[2] for name, _ in model.named_parameters()}
+
+
+def in_keras(layer):
+    import keras
+
+    class Model(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.norm = layer
+
+        def call(self, x):
+            return self.norm(x)
+
+    model = Model()
+    model(keras.ops.convert_to_tensor(VALUES))
+    return {w.path.rpartition("/")[2] for w in model.trainable_variables}
+
+
+def in_mlx(layer):
+    import mlx.core as mx
+    import mlx.nn as nn
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = layer
+
+        def __call__(self, x):
+            return self.norm(x)
+
+    model = Model()
+    model(mx.array(VALUES))
+    return model.trainable_parameters().get("norm", {})
+
+
+MODULES = {
+    "flax nnx": in_nnx,
+    "flax linen": in_linen,
+    "flax linen, made in a call": in_linen_made_inside,
+    "haiku": in_haiku,
+    "haiku, without a module": in_haiku_without_module,
+    "equinox": in_equinox,
+    "brainstate": in_brainstate,
+    "PyTorch": in_torch,
+    "keras": in_keras,
+    "MLX": in_mlx,
+}
+#: Those that are trained, of all pairs.
+TRAINED = {
+    ("nnx.Param", "flax nnx"),
+    ("jax", "equinox"),
+    ("nnx.Param", "equinox"),
+    ("ParamState", "brainstate"),
+    ("torch", "PyTorch"),
+    ("torch", "keras"),
+    ("mlx", "MLX"),
+}
+KINDS = ("numpy", "jax", "nnx.Param", "ParamState", "torch", "mlx")
+#: The library of the arrays of each module's call here.
+LIBRARIES = {"PyTorch": "torch", "keras": "torch", "MLX": "mlx"}
+
+
+def library_of(kind: str) -> str:
+    return "jax" if kind in ("nnx.Param", "ParamState") else kind
+
+
+@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_trained_or_refused(kind, module):
+    call = MODULES[module]
+    if (kind, module) in TRAINED:
+        found = call(make(kind))
+        assert len(set(found)) == 2, found
+        return
+    accepted = kind == "numpy" or library_of(kind) == LIBRARIES.get(module, "jax")
+    # Arrays of another library, and modules that replace what is a dict, fail in their own ways.
+    with pytest.raises(ArgumentStateError if accepted else Exception) as raised:
+        call(make(kind))
+    if accepted:
+        message = str(raised.value)
+        assert module.partition(",")[0] in message
+        assert "trainable=False" in message
+        assert "groupnorm." in message or "backend=" in message
+
+
+@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("kind", ["numpy", "jax"])
+def test_constants_are_accepted(kind, module):
+    if kind == "numpy" or LIBRARIES.get(module, "jax") == "jax":
+        layer = make(kind, trainable=False)
+        if module == "equinox":
+            import equinox
+
+            equinox.filter_jit(lambda layer, x: layer(x))(layer, jax_array())
+        else:
+            assert not MODULES[module](layer)
+
+
+def test_calls_outside_of_modules(rng):
+    """Functions, transformations and a caller that is no module are no concern of the guard."""
+    import jax
+
+    class Trainer:
+        def __init__(self, layer):
+            self.layer = layer
+
+        def step(self, x):
+            return jax.grad(lambda layer: (layer(x) ** 3).sum())(self.layer)
+
+    assert Trainer(make("jax")).step(jax_array()).scale.any()
+    jax.jit(make("jax"))(jax_array())
+    make("numpy")(jax_array())
+
+
+def test_the_modules_named_in_errors_exist():
+    for name in ("flax.nnx", "flax.linen", "haiku", "equinox", "brainstate"):
+        assert importlib.import_module(f"groupnorm.{name}").GroupNorm
+    assert groupnorm.keras.GroupNormalization

@@ -93,6 +93,7 @@ class GroupNorm(brainstate.nn.GroupNorm):
         """
         values = {} if self.weight is None else self.weight.value
         scale, bias = values.get("scale"), values.get("bias")
+        x = jax.numpy.asarray(x)
         return compute(adapter_of(x), x, scale, bias, mask, self._config.options)
 
 

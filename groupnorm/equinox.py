@@ -53,7 +53,7 @@ class GroupNorm(equinox.nn.GroupNorm):
             With the state, if there is one.
         """
         y = group_norm(
-            x[None], self.weight, self.bias, mask=None if mask is None else mask[None],
+            jax.numpy.asarray(x)[None], self.weight, self.bias, mask=None if mask is None else mask[None],
             num_groups=self.groups, epsilon=self.eps, feature_axis=1, dtype="input",
         )[0]  # fmt: skip
         return y if state is _NO_STATE else (y, state)

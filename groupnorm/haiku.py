@@ -57,6 +57,7 @@ class GroupNorm(haiku.GroupNorm):
                     f"{name} is passed in the call, and the module creates its own: construct it "
                     f"with create_{name}=False."
                 )
+        x = jax.numpy.asarray(x)
         feature = self.channel_index % x.ndim
         channels = x.shape[feature]
         shape = (channels,) if feature == x.ndim - 1 else (channels,) + (1,) * (x.ndim - 2)

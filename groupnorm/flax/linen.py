@@ -48,6 +48,7 @@ class GroupNorm(linen.GroupNorm):
         -------
         array of x's shape
         """
+        x = jax.numpy.asarray(x)
         shape, dtype = (x.shape[-1],), self.param_dtype
         scale = self.param("scale", self.scale_init, shape, dtype) if self.use_scale else None
         bias = self.param("bias", self.bias_init, shape, dtype) if self.use_bias else None

@@ -46,6 +46,7 @@ class GroupNorm(nnx.GroupNorm):
         -------
         array of x's shape
         """
+        x = jax.numpy.asarray(x)
         scale, bias = (None if p is None else p[...] for p in (self.scale, self.bias))
         if self.promote_dtype is not dtypes.promote_dtype:
             x, scale, bias = self.promote_dtype((x, scale, bias), dtype=self.dtype)

@@ -1,0 +1,300 @@
+"""`GroupNorm.from_` and `layer.to_`: what is read off a framework's group norm, and refused."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("KERAS_BACKEND", "torch")
+
+import importlib
+from typing import Any
+
+import numpy as np
+import pytest
+
+import groupnorm
+from groupnorm import GroupNorm
+from groupnorm.errors import ArgumentTypeError, ArgumentValueError, GroupNormError
+from groupnorm.testing import oracle
+from tests.rows import CONTRACT, assert_close
+
+CHANNELS, GROUPS = 8, 2
+
+
+def module(name: str) -> Any:
+    return importlib.import_module(name)
+
+
+def needs(*packages: str):
+    return pytest.mark.needs(*packages)
+
+
+@pytest.fixture
+def values(rng):
+    return rng.normal(size=(2, CHANNELS)).astype(np.float32)
+
+
+@pytest.fixture
+def x(rng):
+    return rng.normal(size=(3, 4, 4, CHANNELS)).astype(np.float32)
+
+
+def to_host(y: Any) -> np.ndarray:
+    return np.asarray(y.detach() if hasattr(y, "detach") else y)
+
+
+def check(layer, peer, x, values, epsilon, **options) -> None:
+    """Check that a layer computes what its peer computes, and the formula, to its own accuracy."""
+    given = {"feature_axis": -1, **options}
+    want = oracle.group_norm(x, *values, num_groups=GROUPS, epsilon=epsilon, **given)
+    np.testing.assert_allclose(to_host(peer), want, rtol=1e-4, atol=1e-4)
+    host = layer.to_backend("numpy")
+    assert_close(host(x), want, tolerance=2 * CONTRACT)
+    assert host.epsilon == epsilon
+    for got, wanted in zip((host.scale, host.bias), values, strict=True):
+        assert got.tobytes() == wanted.tobytes()
+
+
+# From the frameworks' own classes, with the epsilon that each has by default ---------------------
+
+
+@needs("torch")
+def test_from_torch(x, values):
+    torch = module("torch")
+    x = np.moveaxis(x, -1, 1)
+    peer = torch.nn.GroupNorm(GROUPS, CHANNELS)
+    with torch.no_grad():
+        for parameter, value in zip(peer.parameters(), values, strict=True):
+            parameter.copy_(torch.from_numpy(value))
+    peer.bias.requires_grad_(False)
+    layer = GroupNorm.from_(peer)
+    assert (layer.backend, layer.dtype, layer.trainable) == ("torch", "input", True)
+    check(layer, peer(torch.from_numpy(x)), x, values, 1e-5, feature_axis=1)
+    assert type(peer) is torch.nn.GroupNorm  # as it was
+    with torch.no_grad():
+        peer.weight.zero_()
+    assert layer.weight.all()  # a copy
+    assert GroupNorm.from_(torch.nn.GroupNorm(2, 8, affine=False)).scale is None
+    frozen = torch.nn.GroupNorm(2, 8).requires_grad_(False)
+    assert not GroupNorm.from_(frozen).trainable
+
+
+@needs("torch")
+def test_from_torch_layer_norm_and_refusals():
+    torch = module("torch")
+    layer = GroupNorm.from_(torch.nn.LayerNorm((4, 6), eps=0.5))
+    assert (layer.num_groups, layer.epsilon, layer.in_size[-2:]) == (1, 0.5, (4, 6))
+
+    class Other(torch.nn.GroupNorm):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    for refused in (Other(2, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 8)):
+        with pytest.raises(GroupNormError, match=type(refused).__name__):
+            GroupNorm.from_(refused)
+
+
+@needs("jax", "flax")
+@pytest.mark.parametrize("own", [False, True], ids=["flax", "groupnorm"])
+def test_from_flax_nnx(own, x, values):
+    nnx = module("flax.nnx")
+    cls = module("groupnorm.flax.nnx").GroupNorm if own else nnx.GroupNorm
+    peer = cls(CHANNELS, GROUPS, rngs=nnx.Rngs(0))
+    peer.scale.set_value(values[0])
+    peer.bias.set_value(values[1])
+    layer = GroupNorm.from_(peer)
+    assert (layer.backend, layer.dtype) == ("jax", None)
+    check(layer, peer(x), x, values, 1e-6)
+    options = {"dtype": "bfloat16", "use_fast_variance": False, "axis_name": "batch"}
+    other = GroupNorm.from_(cls(8, 2, epsilon=0.5, use_bias=False, rngs=nnx.Rngs(0), **options))
+    assert (other.epsilon, other.bias, other.dtype) == (0.5, None, "bfloat16")
+    assert (other.use_fast_variance, other.axis_name) == (False, "batch")
+    back = other.to_("flax.nnx")
+    for name in ("epsilon", "use_bias", "num_groups", "axis_name", "use_fast_variance"):
+        assert getattr(back, name) == getattr(other, name)
+
+
+@needs("jax", "flax")
+@pytest.mark.parametrize("own", [False, True], ids=["flax", "groupnorm"])
+def test_from_flax_linen(own, x, values):
+    linen = module("flax.linen")
+    cls = module("groupnorm.flax.linen").GroupNorm if own else linen.GroupNorm
+    peer = cls(num_groups=None, group_size=CHANNELS // GROUPS)
+    variables = {"params": dict(zip(("scale", "bias"), values, strict=True))}
+    for given in (variables, variables["params"]):
+        check(GroupNorm.from_(peer, given), peer.apply(variables, x), x, values, 1e-6)
+    for wrong in (None, {}, {"params": {"scale": values[0]}}):
+        with pytest.raises(ArgumentTypeError, match="params"):
+            GroupNorm.from_(peer, wrong)
+
+
+@needs("jax", "equinox")
+@pytest.mark.parametrize("own", [False, True], ids=["equinox", "groupnorm"])
+def test_from_equinox(own, x, values):
+    jax, equinox = module("jax"), module("equinox")
+    cls = module("groupnorm.equinox").GroupNorm if own else equinox.nn.GroupNorm
+    peer = equinox.tree_at(
+        lambda norm: [norm.weight, norm.bias],
+        cls(GROUPS, CHANNELS),
+        [jax.numpy.asarray(v) for v in values],
+    )
+    x = np.moveaxis(x, -1, 1)
+    layer = GroupNorm.from_(peer)
+    check(layer, jax.vmap(peer)(x), x, values, 1e-5, feature_axis=1)
+    assert layer.dtype == "input"
+    with pytest.raises(ArgumentValueError, match="channels=None"):
+        GroupNorm.from_(cls(2, channelwise_affine=False))
+
+
+@needs("jax", "haiku")
+@pytest.mark.parametrize("own", [False, True], ids=["haiku", "groupnorm"])
+@pytest.mark.parametrize("first", [False, True], ids=["last", "first"])
+def test_from_haiku(first, own, x, values):
+    haiku = module("haiku")
+    cls = module("groupnorm.haiku").GroupNorm if own else haiku.GroupNorm
+    x = np.moveaxis(x, -1, 1) if first else x
+    shape = (CHANNELS, 1, 1) if first else (CHANNELS,)
+    parameters = dict(zip(("scale", "offset"), values.reshape(2, *shape), strict=True))
+    found = []
+
+    def model(x):
+        peer = cls(GROUPS, data_format="channels_first" if first else "channels_last")
+        found.append(GroupNorm.from_(peer, parameters))
+        y = peer(x)
+        found.append(GroupNorm.from_(peer, {"group_norm": parameters}))  # after a call, too
+        return y
+
+    transformed = haiku.without_apply_rng(haiku.transform(model))
+    y = transformed.apply({"group_norm": parameters}, x)
+    for layer in found:
+        check(layer, y, x, values, 1e-5, feature_axis=1 if first else -1)
+    size = (CHANNELS, 4, 4) if first else (4, 4, CHANNELS)
+    layer = GroupNorm(size, 0 if first else -1, num_groups=GROUPS, scale_init=values[0])
+    assert layer.to_("haiku")[1]["scale"].shape == shape
+
+    def sparse(x):
+        return GroupNorm.from_(cls(GROUPS, axis=[1, 2]), parameters)
+
+    with pytest.raises(ArgumentValueError, match="axis="):
+        haiku.transform(sparse).init(None, x)
+
+
+@needs("keras", "torch")
+@pytest.mark.parametrize("own", [False, True], ids=["keras", "groupnorm"])
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_from_keras(axis, own, x, values):
+    keras = module("keras")
+    cls = groupnorm.keras.GroupNormalization if own else keras.layers.GroupNormalization
+    x = np.moveaxis(x, -1, axis)
+    peer = cls(GROUPS, axis=axis)
+    with pytest.raises(ArgumentValueError, match="not built"):
+        GroupNorm.from_(peer)
+    peer.build(x.shape)
+    peer.set_weights(list(values))
+    layer = GroupNorm.from_(peer)
+    assert (layer.backend, layer.dtype) == (keras.backend.backend(), "float32")
+    check(layer, peer(x), x, values, 1e-3, feature_axis=axis)
+    mixed = cls(GROUPS, dtype="mixed_bfloat16")
+    mixed.build((None, CHANNELS))
+    layer = GroupNorm.from_(mixed)
+    assert (layer.dtype, layer.param_dtype) == ("bfloat16", "float32")
+    back = layer.to_("keras")
+    assert back.dtype_policy.name == "mixed_bfloat16"
+    assert back(keras.ops.zeros((2, 3, CHANNELS))).dtype == module("torch").bfloat16
+    mixed.trainable = False
+    assert not GroupNorm.from_(mixed).to_("keras").trainable
+
+
+@needs("jax", "brainstate")
+@pytest.mark.parametrize("own", [False, True], ids=["brainstate", "groupnorm"])
+def test_from_brainstate(own, x, values):
+    brainstate = module("brainstate")
+    cls = module("groupnorm.brainstate").GroupNorm if own else brainstate.nn.GroupNorm
+    peer = cls((CHANNELS,), num_groups=GROUPS)
+    scale, bias = map(module("jax").numpy.asarray, values)
+    peer.weight.value = {"scale": scale, "bias": bias}
+    check(GroupNorm.from_(peer), peer(module("jax").numpy.asarray(x)), x, values, 1e-6)
+    without = cls((CHANNELS,), num_groups=GROUPS, use_scale=False, use_bias=False)
+    assert GroupNorm.from_(without).scale is GroupNorm.from_(without).bias is None
+
+
+@needs("mlx")
+@pytest.mark.parametrize("compatible", [False, True], ids=["interleaved", "compatible"])
+def test_from_mlx(compatible, x, values):
+    mx, nn = module("mlx.core"), module("mlx.nn")
+    peer = nn.GroupNorm(GROUPS, CHANNELS, pytorch_compatible=compatible)
+    peer.weight, peer.bias = map(mx.array, values)
+    layer = GroupNorm.from_(peer)
+    assert (layer.backend, layer.epsilon) == ("mlx", 1e-5)
+    y = np.asarray(peer(mx.array(x)))
+    if compatible:
+        check(layer, y, x, values, 1e-5)
+        return
+    view = mx.array(x).reshape(3, 4, 4, CHANNELS // GROUPS, GROUPS).swapaxes(-1, -2)
+    got = np.asarray(layer(view).swapaxes(-1, -2).reshape(x.shape))
+    order = np.arange(CHANNELS).reshape(-1, GROUPS).T.ravel()  # the channels of each group
+    want = oracle.group_norm(x[..., order], *values[:, order], num_groups=GROUPS, epsilon=1e-5)
+    assert_close(got[..., order], want, tolerance=2 * CONTRACT)
+    np.testing.assert_allclose(y[..., order], want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("wrong", [None, 3, np.ones(3), GroupNorm(8, num_groups=2), dict])
+def test_from_what_is_no_module(wrong):
+    with pytest.raises(ArgumentTypeError, match="layer is of type"):
+        GroupNorm.from_(wrong)
+
+
+@needs("jax", "flax")
+def test_parameters_of_two_dtypes(values):
+    linen = module("flax.linen")
+    params = {"scale": values[0], "bias": values[1].astype(np.float16)}
+    with pytest.raises(ArgumentValueError, match=r"float32 and a bias of float16"):
+        GroupNorm.from_(linen.GroupNorm(GROUPS), params)
+
+
+# What a framework's group norm cannot be ---------------------------------------------------------
+
+REFUSED = [
+    ("torch", {}, {}, "feature_axis=0"),
+    ("torch", {}, {"feature_axis": 0}, "pass that as dtype"),
+    ("torch", {"in_size": (8, ...), "feature_axis": 0}, {}, "dtype='input'"),
+    ("flax.nnx", {"dtype": "input"}, {}, "dtype=None"),
+    ("flax.linen", {"in_size": (8, ...), "feature_axis": 0}, {}, "feature_axis=-1"),
+    ("flax.nnx", {"activation": "silu"}, {}, "activation='silu'"),
+    ("flax.nnx", {"trainable": False}, {}, "trainable=False"),
+    ("equinox", {"use_bias": False}, {"feature_axis": 0, "dtype": "input"}, "use_bias=False"),
+    ("mlx", {"use_scale": False}, {}, "use_scale=False"),
+    ("haiku", {"reduction_axes": (-1,)}, {}, r"reduction_axes=\(-1,\)"),
+    ("haiku", {"in_size": (4, 8, 4), "feature_axis": 1}, {}, "feature_axis=1"),
+    ("haiku", {"in_size": (8, ...), "feature_axis": 0}, {}, "Give the layer all of them"),
+    (
+        "keras",
+        {"in_size": (2, 4), "feature_axis": (0, 1)},
+        {"dtype": "float32"},
+        "=0 or feature_axis=-1",
+    ),
+    ("keras", {"axis_name": "i"}, {"dtype": "float32"}, "axis_name='i'"),
+    ("keras", {"param_dtype": "bfloat16"}, {"dtype": "float32"}, "mixed_float16"),
+    ("paddle", {}, {}, "name='paddle'"),
+    (None, {}, {}, "name=None"),
+    ("torch", {}, {"feature_axis": 1}, "feature_axis=1"),
+    ("flax.nnx", {"reduction_axes": (-1,)}, {"feature_axis": -1}, "reduction_axes="),
+    ("flax.nnx", {}, {"dtype": "int32"}, "dtype='int32'"),
+]
+
+
+@needs("jax", "flax", "haiku", "keras", "torch", "equinox", "mlx")
+@pytest.mark.parametrize(("name", "options", "changes", "match"), REFUSED)
+def test_refused(name, options, changes, match):
+    layer = GroupNorm(**{"in_size": CHANNELS, "num_groups": GROUPS, **options})
+    with pytest.raises(GroupNormError, match=match):
+        layer.to_(name, **changes)
+
+
+@needs("torch")
+def test_moving_the_channels_keeps_the_parameters(values):
+    layer = GroupNorm((4, 4, CHANNELS), num_groups=GROUPS, scale_init=values[0])
+    other = layer.to_("torch", feature_axis=0, dtype="input")
+    assert other.in_size == (CHANNELS, ...)
+    assert to_host(other.weight).tobytes() == values[0].tobytes()
+    assert layer.in_size == (4, 4, CHANNELS)  # as it was

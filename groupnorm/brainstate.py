@@ -5,7 +5,8 @@ from typing import Any
 
 from groupnorm.carrying import check_class, parameters_of
 from groupnorm.dispatch import adapter_of, compute
-from groupnorm.errors import ArgumentTypeError, needs
+from groupnorm.errors import ArgumentTypeError
+from groupnorm.imports import needs
 from groupnorm.initializers import ones, zeros
 from groupnorm.layer import GroupNorm as Layer
 from groupnorm.typing import AxisIndexGroups, DTypeLike

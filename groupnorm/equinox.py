@@ -3,8 +3,9 @@
 from typing import Any
 
 from groupnorm.carrying import channels_of, check_class, parameters_of
-from groupnorm.errors import ArgumentTypeError, ArgumentValueError, needs
+from groupnorm.errors import ArgumentTypeError, ArgumentValueError
 from groupnorm.functional import group_norm
+from groupnorm.imports import needs
 
 with needs("equinox", "groupnorm.equinox"):
     import equinox
@@ -52,8 +53,9 @@ class GroupNorm(equinox.nn.GroupNorm):
         array of x's shape and dtype
             With the state, if there is one.
         """
+        x, mask = jax.numpy.asarray(x)[None], None if mask is None else mask[None]
         y = group_norm(
-            jax.numpy.asarray(x)[None], self.weight, self.bias, mask=None if mask is None else mask[None],
+            x, self.weight, self.bias, mask=mask,
             num_groups=self.groups, epsilon=self.eps, feature_axis=1, dtype="input",
         )[0]  # fmt: skip
         return y if state is _NO_STATE else (y, state)

@@ -1,8 +1,5 @@
 """The exceptions of this package; each derives from `GroupNormError` and a built-in exception."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 __all__ = [
     "ArgumentStateError",
     "ArgumentTypeError",
@@ -10,7 +7,6 @@ __all__ = [
     "AxisNameError",
     "BackendImportError",
     "GroupNormError",
-    "needs",
 ]
 
 
@@ -36,20 +32,3 @@ class BackendImportError(GroupNormError, ImportError):
 
 class AxisNameError(GroupNormError, NameError, ValueError):
     """`axis_name` does not name an axis or communicator to pool statistics over."""
-
-
-@contextmanager
-def needs(library: str, module: str, package: str = "") -> Iterator[None]:
-    """Turn a failed import of a library into an error that says what needs it.
-
-    `package` is the name that installs the library, if it is another one.
-    """
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if error.name != library:
-            raise
-        raise BackendImportError(
-            f"{module} needs {library}, which cannot be imported: install it with "
-            f'pip install "{package or library}".'
-        ) from error

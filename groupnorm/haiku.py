@@ -5,8 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 from groupnorm.carrying import channels_of, check_class, parameters_of, place_of
-from groupnorm.errors import ArgumentTypeError, ArgumentValueError, needs
+from groupnorm.errors import ArgumentTypeError, ArgumentValueError
 from groupnorm.functional import group_norm
+from groupnorm.imports import needs
 
 with needs("haiku", "groupnorm.haiku", "dm-haiku"):
     import haiku

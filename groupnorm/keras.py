@@ -3,13 +3,9 @@
 from typing import Any
 
 from groupnorm.carrying import channels_of, check_class, parameters_of, place_of
-from groupnorm.errors import (
-    ArgumentTypeError,
-    ArgumentValueError,
-    BackendImportError,
-    needs,
-)
+from groupnorm.errors import ArgumentTypeError, ArgumentValueError, BackendImportError
 from groupnorm.functional import group_norm
+from groupnorm.imports import needs
 
 with needs("keras", "groupnorm.keras"):
     import keras
@@ -39,8 +35,8 @@ class GroupNormalization(keras.layers.GroupNormalization):
     >>> import keras
     >>> from groupnorm.keras import GroupNormalization
     >>> layer = GroupNormalization(groups=32)
-    >>> layer(keras.random.normal((8, 28, 28, 64))).shape
-    TensorShape([8, 28, 28, 64])
+    >>> tuple(layer(keras.random.normal((8, 28, 28, 64))).shape)
+    (8, 28, 28, 64)
     """
 
     def __init__(self, groups: int = 32, axis: int = -1, *arguments: Any, **options: Any) -> None:

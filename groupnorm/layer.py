@@ -319,9 +319,9 @@ class Layer(ConfigProperties):
 
         Examples
         --------
-        >>> import torch
+        >>> import torch  # doctest: +SKIP
         >>> from groupnorm import GroupNorm
-        >>> GroupNorm.from_(torch.nn.GroupNorm(2, 8)).epsilon
+        >>> GroupNorm.from_(torch.nn.GroupNorm(2, 8)).epsilon  # doctest: +SKIP
         1e-05
         """
         from groupnorm.carrying import carried_from
@@ -363,7 +363,7 @@ class Layer(ConfigProperties):
         --------
         >>> from groupnorm import GroupNorm
         >>> layer = GroupNorm(8, num_groups=2)
-        >>> layer.to_("torch", feature_axis=0, dtype="input").eps
+        >>> layer.to_("torch", feature_axis=0, dtype="input").eps  # doctest: +SKIP
         1e-06
         """
         from groupnorm.carrying import carried_to

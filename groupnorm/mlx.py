@@ -3,7 +3,8 @@
 from typing import Any
 
 from groupnorm.carrying import check_class
-from groupnorm.errors import ArgumentTypeError, needs
+from groupnorm.errors import ArgumentTypeError
+from groupnorm.imports import needs
 
 with needs("mlx", "groupnorm.mlx"):
     import mlx.nn

@@ -3,7 +3,8 @@
 import copy
 from typing import Any
 
-from groupnorm.errors import ArgumentTypeError, ArgumentValueError, needs
+from groupnorm.errors import ArgumentTypeError, ArgumentValueError
+from groupnorm.imports import needs
 
 with needs("torch", "groupnorm.torch"):
     from groupnorm.backends.torch.fusion import fused, register_fusion

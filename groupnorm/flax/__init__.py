@@ -1,6 +1,6 @@
 """Group norms for flax: `groupnorm.flax.nnx.GroupNorm` and `groupnorm.flax.linen.GroupNorm`."""
 
-from groupnorm.errors import needs
+from groupnorm.imports import needs
 
 with needs("flax", "groupnorm.flax"):
     from groupnorm.flax import linen, nnx

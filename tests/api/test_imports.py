@@ -273,6 +273,24 @@ def test_every_error_derives_from_a_package_and_a_builtin_error():
     assert set(errors.__all__) == {"GroupNormError", *(error.__name__ for error in kinds)}
 
 
+@pytest.mark.parametrize(
+    ("library", "package"),
+    [
+        *((name, name) for name in ("brainstate", "equinox", "flax", "keras", "mlx", "torch")),
+        ("haiku", "dm-haiku"),
+    ],
+)
+def test_a_missing_framework_is_named(library, package):
+    program = without(library) + (
+        "import groupnorm\n"
+        f"try:\n    groupnorm.{library}\n"
+        "except groupnorm.errors.BackendImportError as error:\n    print(error)\n"
+    )
+    printed = python("-W", "error", "-c", program).stdout
+    assert f"groupnorm.{library} needs {library}" in printed
+    assert f'pip install "{package}"' in printed
+
+
 PUBLIC_MODULES = [
     "groupnorm",
     "groupnorm.distributed.axis_names",
@@ -281,6 +299,7 @@ PUBLIC_MODULES = [
     "groupnorm.functional",
     "groupnorm.initializers",
     "groupnorm.layer",
+    "groupnorm.parameters",
     "groupnorm.portable.merge",
     "groupnorm.testing.oracle",
 ]

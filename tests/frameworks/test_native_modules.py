@@ -6,6 +6,8 @@ import os
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
+import doctest
+import importlib
 import inspect
 
 import numpy as np
@@ -22,6 +24,8 @@ JAX_FRAMEWORKS = [
     pytest.param(name, marks=pytest.mark.needs("jax", name))
     for name in ("flax", "equinox", "haiku", "brainstate")
 ]
+
+KERAS = pytest.param("keras", marks=pytest.mark.needs("keras", "torch"))
 
 
 @pytest.fixture
@@ -66,6 +70,17 @@ def call(name, x, mask):
         return [model.apply(model.init(None, x, mask), x, mask)], 1e-5
     layer = groupnorm.brainstate.GroupNorm((10, CHANNELS), num_groups=GROUPS)
     return [layer(x, mask=mask)], 1e-6
+
+
+@pytest.mark.parametrize(
+    "name", [*JAX_FRAMEWORKS, pytest.param("keras", marks=pytest.mark.needs("keras", "torch"))]
+)
+def test_examples_in_docstrings(name):
+    names = ("flax.nnx", "flax.linen") if name == "flax" else (name,)
+    for module in names:
+        failed, tried = doctest.testmod(importlib.import_module(f"groupnorm.{module}"))
+        assert tried
+        assert not failed
 
 
 @pytest.mark.parametrize("name", JAX_FRAMEWORKS)

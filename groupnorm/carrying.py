@@ -63,6 +63,8 @@ _SOURCES = {
 
 def carried_from(cls: "type[Layer]", module: Any, params: Any) -> Any:
     """Return a layer equal to a framework's; see `GroupNorm.from_`."""
+    if isinstance(module, cls):
+        return module.to_backend(module.backend)
     for base in type(module).__mro__:
         for prefix, name in _SOURCES.items():
             if f"{base.__module__}.".startswith(f"{prefix}."):

@@ -21,8 +21,6 @@ def arguments_of(module: Any, params: Any = None) -> dict[str, Any]:
     is for inputs ``x.reshape(..., C // G, G).swapaxes(-1, -2)``, of shape (N, ..., G, C // G),
     where the channels of a group are next to each other.
     """
-    if isinstance(module, MlxGroupNorm):
-        raise ArgumentTypeError("layer is one of this library: use its to_backend.")
     check_class(module, MlxGroupNorm, mlx.nn.GroupNorm, "__call__")
     if params is not None:
         raise ArgumentTypeError("params is given, and modules of MLX hold their parameters.")

@@ -45,7 +45,7 @@ def arguments_of(module: Any, params: Any = None) -> dict[str, Any]:
             f"layer is of type {type(module).__name__}, which is no group norm of PyTorch: pass a "
             "torch.nn.GroupNorm, or a module for which register_replacement was called."
         )
-    if getattr(one, "then", ()):
+    if getattr(one, "_then", ()):
         raise ArgumentValueError(
             f"layer={type(module).__name__} also computes what follows its normalization: use "
             "groupnorm.torch.replace, which keeps that."

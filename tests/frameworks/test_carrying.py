@@ -238,10 +238,50 @@ def test_from_mlx(compatible, x, values):
     np.testing.assert_allclose(y[..., order], want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("wrong", [None, 3, np.ones(3), GroupNorm(8, num_groups=2), dict])
+@pytest.mark.parametrize("wrong", [None, 3, np.ones(3), dict, GroupNorm])
 def test_from_what_is_no_module(wrong):
     with pytest.raises(ArgumentTypeError, match="layer is of type"):
         GroupNorm.from_(wrong)
+
+
+@pytest.mark.parametrize(
+    "library", ["numpy", *(pytest.param(n, marks=needs(n)) for n in ("jax", "torch", "mlx"))]
+)
+def test_from_a_layer_of_this_library(library, values):
+    layer = GroupNorm(CHANNELS, num_groups=GROUPS, scale_init=values[0], backend=library)
+    other = GroupNorm.from_(layer)
+    assert type(other) is type(layer)
+    assert other is not layer
+    assert repr(other) == repr(layer)
+    assert to_host(other.scale).tobytes() == values[0].tobytes()
+
+
+@needs("torch")
+def test_from_a_replaced_module_and_one_that_computes_more():
+    torch = module("torch")
+
+    class WithActivation(torch.nn.GroupNorm):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.act = torch.nn.SiLU()
+
+        def forward(self, x):
+            return self.act(super().forward(x))
+
+    def rule(norm):
+        return groupnorm.torch.Replacement(
+            norm.num_groups, norm.eps, (norm.num_channels, ...), then=("act",)
+        )
+
+    groupnorm.torch.register_replacement(WithActivation, rule)
+    for replaced in (False, True):
+        plain, more = torch.nn.GroupNorm(GROUPS, CHANNELS), WithActivation(GROUPS, CHANNELS)
+        if replaced:
+            groupnorm.torch.replace(torch.nn.ModuleList([plain, more]))
+        layer = GroupNorm.from_(plain)
+        assert (layer.num_groups, layer.epsilon, layer.dtype) == (GROUPS, 1e-5, "input")
+        with pytest.raises(GroupNormError, match=r"act|what follows"):
+            GroupNorm.from_(more)
 
 
 @needs("jax", "flax")

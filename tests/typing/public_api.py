@@ -65,6 +65,12 @@ def to_backend_names_the_class_too(layer: GroupNorm) -> None:
     assert_type(layer.to_backend("mlx"), MlxGroupNorm)
 
 
+def carried(module: torch.nn.Module, layer: GroupNorm) -> None:
+    assert_type(GroupNorm.from_(module), GroupNorm)
+    assert_type(GroupNorm.from_(module, params={"scale": 1}), GroupNorm)
+    layer.to_("flax.nnx", feature_axis=-1, dtype=None)
+
+
 def array_in_array_out(x: Host, t: torch.Tensor, j: jax.Array) -> None:
     layer = GroupNorm((4, 4, 8), num_groups=None, group_size=4)
     assert_type(layer(x), Host)

@@ -9,6 +9,7 @@ from typing import Any
 from groupnorm import errors, initializers
 from groupnorm.discovery import BackendInfo, available_backends
 from groupnorm.distributed.axis_names import bind_axis
+from groupnorm.files import load, save
 from groupnorm.functional import group_norm, group_norm_vjp
 from groupnorm.layer import GroupNorm
 from groupnorm.num_threads import get_num_threads, set_num_threads
@@ -29,8 +30,10 @@ __all__ = [
     "group_norm_vjp",
     "group_statistics",
     "initializers",
+    "load",
     "merge_statistics",
     "normalize",
+    "save",
     "set_num_threads",
 ]
 

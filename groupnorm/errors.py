@@ -6,6 +6,7 @@ __all__ = [
     "ArgumentValueError",
     "AxisNameError",
     "BackendImportError",
+    "FileFormatError",
     "GroupNormError",
 ]
 
@@ -32,3 +33,7 @@ class BackendImportError(GroupNormError, ImportError):
 
 class AxisNameError(GroupNormError, NameError, ValueError):
     """`axis_name` does not name an axis or communicator to pool statistics over."""
+
+
+class FileFormatError(GroupNormError, ValueError):
+    """A file is damaged, or not one that `groupnorm.save` wrote."""

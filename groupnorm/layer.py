@@ -410,6 +410,25 @@ class Layer(ConfigProperties):
             values.append(host.reshape(shape))
         return values
 
+    def _converted(self, name: str, value: "np.ndarray[Any, Any]") -> Array:
+        """Return the value of a parameter as this layer holds it, on the same device.
+
+        Nothing is changed yet; what can go wrong does so here.
+        """
+        held, adapter = getattr(self, name), self._adapter
+        if not adapter.is_array(held):
+            raise ArgumentTypeError(
+                f"the {name} of a layer is of type {type(held).__name__}, not of "
+                f"{adapter.array_name}: set the parameters of layers that hold arrays."
+            )
+        return adapter.from_host(value, held)
+
+    def _assign(self, name: str, value: Array) -> Callable[[], None]:
+        """Set a parameter, and return what undoes that."""
+        held = getattr(self, name)
+        setattr(self, name, value)
+        return lambda: setattr(self, name, held)
+
     def to_onnx(
         self,
         path: "str | os.PathLike[str] | None",

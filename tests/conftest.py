@@ -57,7 +57,7 @@ hypothesis.settings.load_profile("reproducible")
 LIBRARIES = {row.library for row in ROWS.values()}
 PEERS = {
     *("brainstate", "dask", "equinox", "flax", "haiku", "keras", "mpi4py", "optax"),
-    *("onnx", "onnxruntime"),
+    *("onnx", "onnxruntime", "orbax", "safetensors"),
 }
 ROWS_OF = {
     "backend": lambda row: row.name not in ("torch:compile", "dask", "jax"),

@@ -32,6 +32,12 @@ class JaxGroupNorm(PlainGroupNorm):
         y: ArrayT = self._normalize(x, mask)
         return y
 
+    def _converted(self, name: str, value: Any) -> Any:
+        super()._converted(name, value)  # checks what is held
+        converted = self._adapter.from_host(value)  # without `like`, which would round 64 bits
+        held = getattr(self, name)
+        return jax.device_put(converted, held.sharding) if held.committed else converted
+
     def _flatten(self) -> tuple[tuple[Any, ...], Any]:
         return tuple(self._held.values()), (self._config, tuple(self._held))
 

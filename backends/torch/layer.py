@@ -1,6 +1,7 @@
 """The layer as an `nn.Module`."""
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,7 +10,7 @@ from groupnorm.arguments import CallOptions, check_epsilon, positive
 from groupnorm.backends.torch.adapter import torch_adapter
 from groupnorm.backends.torch.native import is_autocast_to_float32, laid_out_as_pytorch
 from groupnorm.dispatch import compute, compute_local
-from groupnorm.errors import ArgumentTypeError, ArgumentValueError
+from groupnorm.errors import ArgumentStateError, ArgumentTypeError, ArgumentValueError
 from groupnorm.initializers import Initializers
 from groupnorm.layer import GroupNorm
 from groupnorm.layer_config import LayerConfig
@@ -230,6 +231,33 @@ class TorchGroupNorm(GroupNorm, torch.nn.Module):
             own = dict(self.named_parameters())
             for name, parameter in layer.named_parameters():
                 parameter.requires_grad_(own[name].requires_grad)
+
+    # Files ----------------------------------------------------------------------------------------
+
+    def _converted(self, name: str, value: Any) -> Any:
+        key = "weight" if name == "scale" else name
+        stored = self._parameters.get(key)
+        if stored is None or stored.is_meta:
+            raise ArgumentStateError(
+                f"the {key} of a layer is on the meta device: call to_empty(device=...) first."
+                if stored is not None
+                else f"the {key} of a layer is computed from other tensors, as by parametrizations "
+                "and pruning: remove those first, or load without into."
+            )
+        converted = torch_adapter.from_host(value.reshape(stored.shape), stored)
+        return torch_adapter.sharded_like(converted, stored)
+
+    def _assign(self, name: str, value: Any) -> Callable[[], None]:
+        """Set a parameter in place, since optimizers refer to it."""
+        stored: Any = self._parameters["weight" if name == "scale" else name]
+        old = stored.detach().clone()
+
+        def write(value: Any) -> None:
+            with torch.no_grad():
+                stored.copy_(value)
+
+        write(value)
+        return lambda: write(old)
 
     # Initialization -------------------------------------------------------------------------------
 

@@ -35,7 +35,9 @@ HEAVY = {
     "onnx",
     "onnxscript",
     "optax",
+    "orbax",
     "rich",
+    "safetensors",
     "scipy",
     "torch",
     "triton",
@@ -250,6 +252,7 @@ def test_cpu_kernels_are_unavailable_on_other_devices():
 def test_public_names():
     expected = {
         *("GroupNorm", "group_norm", "group_norm_vjp", "available_backends", "bind_axis"),
+        *("save", "load"),
         *("GroupStatistics", "group_statistics", "merge_statistics", "normalize"),
     }
     assert expected <= set(groupnorm.__all__)
@@ -265,6 +268,7 @@ def test_every_error_derives_from_a_package_and_a_builtin_error():
         errors.ArgumentTypeError: TypeError,
         errors.BackendImportError: ImportError,
         errors.AxisNameError: NameError,
+        errors.FileFormatError: ValueError,
         errors.ArgumentStateError: RuntimeError,
     }
     for error, kind in kinds.items():

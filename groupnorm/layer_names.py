@@ -1,0 +1,127 @@
+"""The layers in a model, or in any tree of containers and objects, and their names."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from groupnorm.errors import ArgumentTypeError, ArgumentValueError
+from groupnorm.layer import Layer
+
+__all__ = ["check_name", "named_layers", "shown"]
+
+_LEAVES = (str, bytes, int, float, complex, type(None), type, ModuleType, np.ndarray)
+# In the place of a key that gives no name.
+_UNNAMED = object()
+# The key of a node and the path of what holds it; None at the root.
+_Path = tuple[Any, Any] | None
+
+
+def named_layers(tree: Any, argument: str) -> dict[str, Layer]:
+    """Return the layers of a tree by name, such as ``"encoder.blocks.0.norm"``.
+
+    The names are made of keys, indices, fields and attributes; a module of PyTorch has those of its
+    `named_modules`. A layer that is in several places is found once, in the first of them. The name
+    of a tree that is a layer is empty.
+
+    Raises
+    ------
+    ArgumentValueError
+        If there are no layers, or two with one name, or one without.
+    ArgumentTypeError
+        If a layer cannot be part of a file.
+    """
+    found: dict[str, Layer] = {}
+    # By id, with the objects themselves: a mapping may make them when they are asked for.
+    seen: dict[int, Any] = {}
+    stack: list[tuple[_Path, Any]] = [(None, tree)]
+    while stack:
+        path, node = stack.pop()
+        if id(node) in seen:
+            continue
+        seen[id(node)] = node
+        if isinstance(node, Layer):
+            name = _name(path, argument)
+            if name in found:
+                raise ArgumentValueError(
+                    f"{argument} has two layers of the name {name!r}: rename a key with a dot, or "
+                    "one that is a number."
+                )
+            # One that was replaced in a model may compute more than its configuration says.
+            refuse = getattr(node, "_refuse", None)
+            if refuse is not None:
+                refuse(f"groupnorm.{'load' if argument == 'into' else 'save'}")
+            found[name] = node
+            continue
+        _check_kind(node, path, argument)
+        children = [c for c in _children(node) if not isinstance(c[1], _LEAVES)]
+        stack += [((path, key), child) for key, child in reversed(children)]
+    if not found:
+        raise ArgumentValueError(
+            f"{argument} is of type {type(tree).__name__} and has no layers of this library: give "
+            "a GroupNorm, or a dict, list, dataclass, module or other object with some."
+        )
+    return found
+
+
+def _children(node: Any) -> Iterable[tuple[Any, Any]]:
+    if hasattr(type(node), "named_children"):  # PyTorch: other attributes are no part of a module
+        return list(node.named_children())
+    if isinstance(node, Mapping):
+        usable = {k: isinstance(k, str | int) and not isinstance(k, bool) for k in node}
+        return [(key if usable[key] else _UNNAMED, node[key]) for key in usable]
+    if isinstance(node, tuple) and hasattr(node, "_fields"):
+        return list(zip(node._fields, node, strict=True))
+    if isinstance(node, list | tuple):
+        return list(enumerate(node))
+    if isinstance(node, set | frozenset):
+        return [(_UNNAMED, child) for child in node]
+    fields = dataclasses.fields(node) if dataclasses.is_dataclass(node) else ()
+    own = {field.name: getattr(node, field.name, None) for field in fields}
+    attributes = getattr(node, "__dict__", None)
+    return (own | attributes if isinstance(attributes, dict) else own).items()
+
+
+def _name(path: _Path, argument: str) -> str:
+    keys: list[Any] = []
+    while path is not None:
+        path, key = path
+        keys.append(key)
+    if _UNNAMED in keys:
+        raise ArgumentValueError(
+            f"{argument} has a layer in a set, or below a key that is neither str nor int, which "
+            "gives it no name: use a list, or a dict with strings as keys."
+        )
+    parts = [str(key) for key in reversed(keys)]
+    if "" in parts:
+        raise ArgumentValueError(f"{argument} has a layer below an empty key: give it a name.")
+    return check_name(".".join(parts))
+
+
+def check_name(name: str) -> str:
+    """Return a name; raise `ArgumentValueError` if no file can hold it."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise ArgumentValueError(
+            f"the name {name!r} of a layer is no valid Unicode: use another one."
+        ) from None
+    return name
+
+
+def shown(name: str) -> str:
+    """Return a layer's name for messages."""
+    return repr(name) if len(name) <= 120 else f"{name[:117]!r}..."
+
+
+def _check_kind(node: Any, path: _Path, argument: str) -> None:
+    """Refuse modules whose parameters are held in another framework's way: they would be missed."""
+    for base in type(node).__mro__:
+        if base.__module__.startswith("groupnorm.") and base.__name__.startswith("GroupNorm"):
+            raise ArgumentTypeError(
+                f"{argument} has {_name(path, argument) or 'a module'!r} of the class "
+                f"{base.__module__}.{base.__name__}, which is one of another framework: save it "
+                "with the checkpoints of that framework."
+            )

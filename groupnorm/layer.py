@@ -401,7 +401,7 @@ class Layer(ConfigProperties):
             if stored is None:
                 values.append(None)
                 continue
-            host = np.array(self._adapter.to_host(stored))
+            host = np.array(self._adapter.to_host(self._check_held(name, stored)))
             if host.size != math.prod(shape):
                 raise ArgumentValueError(
                     f"{name} has shape {host.shape}, and the layer's feature axes are {shape}: set "
@@ -410,18 +410,22 @@ class Layer(ConfigProperties):
             values.append(host.reshape(shape))
         return values
 
+    def _check_held(self, name: str, held: Any) -> Array:
+        """Return a parameter; raise if there is something else, as transformations of trees do."""
+        if not self._adapter.is_array(held):
+            raise ArgumentTypeError(
+                f"the {name} of a layer is of type {type(held).__name__}, and not among "
+                f"{self._adapter.array_name}: use a layer that holds arrays."
+            )
+        return held
+
     def _converted(self, name: str, value: "np.ndarray[Any, Any]") -> Array:
         """Return the value of a parameter as this layer holds it, on the same device.
 
         Nothing is changed yet; what can go wrong does so here.
         """
-        held, adapter = getattr(self, name), self._adapter
-        if not adapter.is_array(held):
-            raise ArgumentTypeError(
-                f"the {name} of a layer is of type {type(held).__name__}, not of "
-                f"{adapter.array_name}: set the parameters of layers that hold arrays."
-            )
-        return adapter.from_host(value, held)
+        held = self._check_held(name, getattr(self, name))
+        return self._adapter.from_host(value, held)
 
     def _assign(self, name: str, value: Array) -> Callable[[], None]:
         """Set a parameter, and return what undoes that."""

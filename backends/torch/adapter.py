@@ -198,6 +198,11 @@ class TorchAdapter(Adapter):
                 f"a tensor of shape {tuple(x.shape)} is on the meta device and has no values to "
                 "copy: call to_empty(device=...) and reset_parameters() first."
             )
+        if self.sharded_call(x) is not None:
+            raise ArgumentTypeError(
+                f"a tensor of shape {tuple(x.shape)} is a DTensor, and only a part of it is here: "
+                "take x.full_tensor() on all ranks, or use torch.distributed.checkpoint."
+            )
         x = x.detach().cpu().resolve_conj().resolve_neg()
         name = str(x.dtype).removeprefix("torch.")
         if not name.startswith(("bfloat", "float8")):

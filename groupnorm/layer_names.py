@@ -123,5 +123,5 @@ def _check_kind(node: Any, path: _Path, argument: str) -> None:
             raise ArgumentTypeError(
                 f"{argument} has {_name(path, argument) or 'a module'!r} of the class "
                 f"{base.__module__}.{base.__name__}, which is one of another framework: save it "
-                "with the checkpoints of that framework."
+                "with that framework, or make a layer of it by GroupNorm.from_."
             )

@@ -49,6 +49,8 @@ def examples():
         if block.language != "python":
             continue
         used = libraries(block.code)
+        if "groupnorm.save(" in block.code:
+            used.append("safetensors")
         marks = [pytest.mark.needs(*used)] if used else []
         if "cupy" in used:
             marks.append(pytest.mark.gpu)

@@ -19,8 +19,10 @@ from groupnorm import (
     group_norm_vjp,
     group_statistics,
     initializers,
+    load,
     merge_statistics,
     normalize,
+    save,
     set_num_threads,
 )
 from groupnorm.backends.cupy import CupyGroupNorm
@@ -155,3 +157,10 @@ def names_are_bound(communicator: object) -> None:
 def threads_are_counted() -> None:
     assert_type(get_num_threads(), int)
     set_num_threads(2)
+
+
+def files(model: torch.nn.Module, layer: NumpyGroupNorm) -> None:
+    save("norms.safetensors", model)
+    assert_type(load("norms.safetensors", into=model), torch.nn.Module)
+    assert_type(load("norms.safetensors", into=layer, strict=False), NumpyGroupNorm)
+    load("norms.safetensors", backend="jax", device="cpu")

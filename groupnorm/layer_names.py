@@ -1,6 +1,7 @@
 """The layers in a model, or in any tree of containers and objects, and their names."""
 
 import dataclasses
+import sys
 from collections.abc import Iterable, Mapping
 from types import ModuleType
 from typing import Any
@@ -67,15 +68,15 @@ def named_layers(tree: Any, argument: str) -> dict[str, Layer]:
 
 
 def _children(node: Any) -> Iterable[tuple[Any, Any]]:
-    if hasattr(type(node), "named_children"):  # PyTorch: other attributes are no part of a module
-        return list(node.named_children())
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(node, torch.nn.Module):
+        return list(node.named_children())  # other attributes are no part of a module, as there
     if isinstance(node, Mapping):
         usable = {k: isinstance(k, str | int) and not isinstance(k, bool) for k in node}
         return [(key if usable[key] else _UNNAMED, node[key]) for key in usable]
-    if isinstance(node, tuple) and hasattr(node, "_fields"):
-        return list(zip(node._fields, node, strict=True))
     if isinstance(node, list | tuple):
-        return list(enumerate(node))
+        names = getattr(node, "_fields", None)  # of a NamedTuple
+        return list(enumerate(node)) if names is None else list(zip(names, node, strict=True))
     if isinstance(node, set | frozenset):
         return [(_UNNAMED, child) for child in node]
     fields = dataclasses.fields(node) if dataclasses.is_dataclass(node) else ()

@@ -428,6 +428,23 @@ def test_states_of_brainstate(path, rng):
         assert same(second, layer)
 
 
+@pytest.mark.needs("jax", "brainstate")
+def test_a_module_of_brainstate(path, rng):
+    """Its `named_children` leaves out layers that are no modules of it."""
+    nn = importlib.import_module("brainstate").nn
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = small(rng).to_backend("jax")
+
+    first, second = (nn.Sequential(Net(), nn.ReLU()) for _ in range(2))
+    groupnorm.save(path, first)
+    assert list(groupnorm.load(path)) == ["layers.0.norm"]
+    groupnorm.load(path, into=second)
+    assert same(first.layers[0].norm, second.layers[0].norm)
+
+
 @pytest.mark.needs("jax", "equinox")
 def test_a_module_of_equinox(path, rng):
     equinox = importlib.import_module("equinox")

@@ -154,9 +154,9 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def examples(session: nox.Session) -> None:
-    """Run the examples of statistics shared over devices or tiles, or those named in posargs."""
-    install_models(session, *group("demo"))
-    names = ("tiled_image", "spatial_parallel_training", "tiled_vae")
+    """Run all examples but the demo and `replace_in_diffusers`, or those named in posargs."""
+    install_models(session, *group("demo"), *group("peers"))
+    names = ("tiled_image", "spatial_parallel_training", "tiled_vae", "digits_ring")
     for script in session.posargs or [f"examples/{name}.py" for name in names]:
         session.run("python", script)
 

@@ -1,5 +1,6 @@
 """Tables of text: plain, or in colours with rich."""
 
+import sys
 from collections.abc import Sequence
 
 __all__ = ["plain_table", "print_table"]
@@ -30,7 +31,9 @@ def print_table(header: Line, lines: Sequence[Line]) -> None:
     for line in lines:
         table.add_row(*(Text(c, style="bold red" if c.endswith("WRONG") else "") for c in line))
     console = Console()
-    if console.measure(table).maximum > console.width:  # it would cut the cells
+    # What is measured with the console's own options is never wider than the console.
+    unlimited = console.options.update_width(sys.maxsize)
+    if console.measure(table, options=unlimited).maximum > console.width:  # it would cut the cells
         print(plain_table(header, lines))
     else:
         console.print(table)

@@ -19,6 +19,7 @@ from groupnorm.discovery import BackendInfo, backend_info
 from groupnorm.dispatch import adapter_named
 from groupnorm.errors import BackendImportError
 from groupnorm.testing.report import Report
+from groupnorm.text_tables import print_table
 from tests.api.test_imports import CORE, python, without
 
 
@@ -30,6 +31,15 @@ def test_table():
     for name in (*backends, "implementation", "In agreement with float64"):
         assert name in done.stdout
     assert "checking numpy:cpu" in done.stderr
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+def test_cells_of_wide_tables_are_not_cut(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    print_table(["a" * 40, "b" * 40], [["c" * 40, "d" * 40]])
+    printed = capsys.readouterr().out
+    for letter in "abcd":
+        assert letter * 40 in printed
 
 
 def test_it_says_why_the_core_is_missing():

@@ -1,4 +1,4 @@
-"""The multi-device examples work at a small size, and detect wrong results."""
+"""The examples that need no models work at a small size, and detect wrong results."""
 
 from __future__ import annotations
 
@@ -18,13 +18,39 @@ EXAMPLES = ROOT / "examples"
 SECONDS = 300
 PNG = b"\x89PNG\r\n"
 
+# One wrong thing for each check of digits_ring.py, at three stops.
+WRONG = """
+import sys
+import digits_ring_models as models
+
+# Both ways, so that weights come back as they were.
+models.channels_first_dense = models.channels_last_dense = lambda dense: dense.T
+
+def one_bit(model, read=models.Haiku.read):
+    weights = read(model)
+    weights.dense[0, 0] = models.np.nextafter(weights.dense[0, 0], models.np.float32(9))
+    return weights
+
+def another_epsilon(weights, build=models.Keras.build):
+    net = build(weights)
+    for layer in net.layers:
+        if isinstance(layer, models.keras.layers.GroupNormalization):
+            layer.epsilon = 0.1
+    return net
+
+models.Haiku.read, models.Keras.build = one_bit, another_epsilon
+import digits_ring
+sys.exit(digits_ring.main())
+"""
+
 pytestmark = pytest.mark.needs("torch", "jax")
+ring = pytest.mark.needs("flax", "equinox", "haiku", "keras", "optax")
 
 
-def run(name: str, *arguments: str) -> str:
+def run(name: str, *arguments: str, **variables: str) -> str:
     done = subprocess.run(
         [sys.executable, EXAMPLES / name, *arguments],
-        env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"},
+        env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"} | variables,
         capture_output=True,
         text=True,
         timeout=SECONDS,
@@ -62,6 +88,43 @@ def test_spatial_parallel_training(tmp_path):
     assert difference["4 bands, their own statistics"] > 1e-2, printed
     picture = tmp_path / "spatial_parallel_training.png"
     assert picture.read_bytes().startswith(PNG)
+
+
+@ring
+@pytest.mark.slow
+@pytest.mark.parametrize("library", ["jax", "torch", "numpy"])
+def test_digits_ring(library):
+    printed = run("digits_ring.py", "--epochs", "3", KERAS_BACKEND=library, COLUMNS="80")
+    row = r"^(\S.*?)  .*  ([\d.e+-]+)  +([\d.e+-]+)  +(equal|WRONG)  +([\d.]+)%  +[\d.]+ s$"
+    stops = [(name, *values) for name, *values in re.findall(row, printed, re.M)]
+    names = ["flax nnx", "flax linen", "equinox", "haiku", f"keras ({library})", "PyTorch"]
+    assert [name for name, *_ in stops] == [*names, "flax nnx"], printed
+    for _, to_first, to_float64, bits, accuracy in stops:
+        assert np.max([float(to_first), float(to_float64)]) <= 1e-5, printed
+        assert bits == "equal"
+        assert float(accuracy) > 85
+    # A stop that computed with what another had computed would prove nothing.
+    assert any(float(to_first) > 0 for _, to_first, *_ in stops)
+
+
+@ring
+@pytest.mark.slow
+def test_wrong_weights_in_the_ring_are_detected():
+    """The control: wrong logits alone, wrong bits alone, and both."""
+    done = subprocess.run(
+        [sys.executable, "-c", WRONG, "--epochs", "1"],
+        env=os.environ | {"KERAS_BACKEND": "jax", "PYTHONPATH": str(EXAMPLES)},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    said = re.findall(r"^  (.*?): (logits|other bits)", done.stderr, re.M)
+    found = {stop: {what for name, what in said if name == stop} for stop, _ in said}
+    after = ("keras (jax)", "PyTorch", "flax nnx")
+    expected = {"equinox": {"logits"}, "haiku": {"other bits"}}
+    assert found == expected | {name: {"logits", "other bits"} for name in after}, done.stderr
+    assert "the state of the last model" in done.stderr
 
 
 def test_wrong_results_are_detected():

@@ -6,6 +6,7 @@ params)`` returns what `GroupNorm` is called with, all of it read off the module
 are found by the names of their classes, so that none is imported here.
 """
 
+import functools
 import importlib
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -65,7 +66,9 @@ def carried_from(cls: "type[Layer]", module: Any, params: Any) -> Any:
     """Return a layer equal to a framework's; see `GroupNorm.from_`."""
     if isinstance(module, cls):
         return module.to_backend(module.backend)
-    for base in type(module).__mro__:
+    # What makes a module of haiku, which itself exists in transformed functions only.
+    made = module.func if isinstance(module, functools.partial) else type(module)
+    for base in getattr(made, "__mro__", ()):
         for prefix, name in _SOURCES.items():
             if f"{base.__module__}.".startswith(f"{prefix}."):
                 arguments = _framework(name).arguments_of(module, params)
@@ -98,14 +101,14 @@ def _layer(cls: "type[Layer]", module: Any, arguments: dict[str, Any]) -> Any:
     return cls(**arguments)
 
 
-def carried_to(layer: "GroupNorm", name: str, feature_axis: Any, dtype: Any) -> Any:
+def carried_to(layer: "GroupNorm", name: str, in_size: Any, feature_axis: Any, dtype: Any) -> Any:
     """Return the framework's module; see `GroupNorm.to_`."""
     target = _TARGETS.get(str(name))
     if target is None:
         raise ArgumentValueError(
             f"name={name!r} is not the name of a framework: choose from {', '.join(_TARGETS)}."
         )
-    layer = _changed(layer, feature_axis, dtype)
+    layer = _changed(layer, in_size, feature_axis, dtype)
     _check(layer, name, target)
     return _framework(name).module_of(layer)
 
@@ -114,29 +117,27 @@ def _framework(name: str) -> Any:
     return importlib.import_module(f"groupnorm.{name}")
 
 
-def _changed(layer: "GroupNorm", feature_axis: Any, dtype: Any) -> Any:
-    """Return a NumPy layer with another place of the channels and another dtype, if given."""
+def _changed(layer: "GroupNorm", in_size: Any, feature_axis: Any, dtype: Any) -> Any:
+    """Return a NumPy layer with other inputs and another dtype, where they are given."""
     host = layer.to_backend("numpy")
-    if feature_axis is ... and dtype is ...:
-        return host
-    in_size, axis = host.in_size, host.feature_axis
+    size, axis = host.in_size, host.feature_axis
     if feature_axis is not ...:
         if feature_axis not in (0, -1):
             raise ArgumentValueError(
                 f"feature_axis={feature_axis!r} must be 0, channels on axis 1 of the input, or -1, "
                 "on the last."
             )
-        channels = math.prod(host._config.feature_shape)
-        in_size, axis = ((channels, ...), 0) if feature_axis == 0 else ((..., channels), -1)
         if host.reduction_axes is not None:
             raise ArgumentValueError(
                 f"feature_axis={feature_axis!r}: this layer has "
                 f"reduction_axes={host.reduction_axes}, which would be other axes then. Leave "
                 "feature_axis out, or create the module by hand."
             )
-    return host._with(
-        in_size=in_size, feature_axis=axis, dtype=host.dtype if dtype is ... else dtype
-    )
+        channels = channels_of(host)
+        size, axis = ((channels, ...), 0) if feature_axis == 0 else ((..., channels), -1)
+    if in_size is not ...:
+        size = in_size
+    return host._with(in_size=size, feature_axis=axis, dtype=host.dtype if dtype is ... else dtype)
 
 
 def _check(layer: "GroupNorm", name: str, target: _Target) -> None:

@@ -13,12 +13,11 @@ from typing import Any, BinaryIO, NoReturn
 import numpy as np
 
 from groupnorm.adapter import as_native_contiguous
-from groupnorm.arguments import flag
+from groupnorm.config_json import arguments_of, config_of
 from groupnorm.dispatch import adapter_named, layer_class_named
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError, FileFormatError
 from groupnorm.imports import needs
 from groupnorm.layer import GroupNorm, Layer
-from groupnorm.layer_config import LayerConfig
 from groupnorm.layer_names import check_name, shown
 
 __all__ = ["VERSION", "decode", "encode"]
@@ -59,12 +58,12 @@ def encode(layers: Mapping[str, Layer]) -> bytes:
     for name, layer in layers.items():
         where = f"the layer {shown(name)}" if name else "the layer"
         try:
-            configurations[name] = _arguments(
+            configurations[name] = arguments_of(
                 layer._config._replace(
                     use_scale=layer.use_scale, use_bias=layer.use_bias, trainable=layer.trainable
                 )
             )
-            _config(configurations[name])  # what was set since, such as num_groups, may not fit
+            config_of(configurations[name])  # what was set since, such as num_groups, may not fit
         except ArgumentTypeError as error:
             raise ArgumentTypeError(f"{where} cannot be saved: {error}") from error
         except ValueError as error:
@@ -199,7 +198,7 @@ def _layer(name: str, arguments: Any, tensors: dict[str, Any]) -> GroupNorm:
     where = f"its layer {shown(name)}" if name else "its layer"
     try:
         check_name(name)
-        config = _config(arguments)
+        config = config_of(arguments)
     except (ArithmeticError, TypeError, ValueError) as error:
         _fail(f"{where} cannot be made: {error}")
     values: dict[str, Any] = {"scale": None, "bias": None}
@@ -229,71 +228,3 @@ def _tensor(name: str, key: str) -> str:
 
 def _fail(what: str) -> NoReturn:
     raise FileFormatError(f"{what}." if len(what) < 800 else f"{what[:800]}...")
-
-
-# Configurations -----------------------------------------------------------------------------------
-
-
-def _arguments(config: LayerConfig) -> dict[str, Any]:
-    """Return the arguments of the constructor that make a configuration, as JSON has them."""
-    options, axis = config.options, config.feature_axis
-    return {
-        "in_size": ["..." if n is ... else n for n in config.in_size],
-        "feature_axis": axis if isinstance(axis, int) else list(axis),
-        "num_groups": options.num_groups,
-        "epsilon": options.epsilon,
-        "dtype": options.dtype,
-        "use_bias": config.use_bias,
-        "use_scale": config.use_scale,
-        "reduction_axes": None if options.reduction is None else list(options.reduction),
-        "axis_name": list(options.axis_name)
-        if isinstance(options.axis_name, tuple)
-        else options.axis_name,
-        "axis_index_groups": None
-        if options.axis_index_groups is None
-        else [list(group) for group in options.axis_index_groups],
-        "use_fast_variance": options.fast,
-        "activation": options.activation,
-        "implementation": options.implementation,
-        "param_dtype": config.param_dtype,
-        "trainable": config.trainable,
-    }
-
-
-def _config(arguments: Any) -> LayerConfig:
-    """Return the configuration that arguments make, without any array.
-
-    Raises
-    ------
-    ArgumentTypeError, ArgumentValueError
-        If the constructor refuses them, or they are not what `_arguments` returns.
-    """
-    if not isinstance(arguments, dict) or arguments.keys() != _NAMES:
-        raise ArgumentValueError("its arguments are not those that groupnorm.save writes.")
-    names = arguments["axis_name"]
-    for name in names if isinstance(names, list) else [names]:
-        if name is not None and not isinstance(name, str):
-            raise ArgumentTypeError(
-                f"axis_name={names!r} is of type {type(name).__name__}, and a file holds names "
-                "only: use a name, bound by groupnorm.bind_axis in PyTorch, NumPy and CuPy."
-            )
-    size = arguments["in_size"]
-    given = {
-        **arguments,
-        "in_size": [... if n == "..." else n for n in size] if isinstance(size, list) else size,
-    }
-    use_bias, use_scale = (flag(name, given.pop(name)) for name in ("use_bias", "use_scale"))
-    # Without parameters nothing is allocated: whether the file has as many is checked later.
-    layer = GroupNorm(**given, use_bias=False, use_scale=False, backend="numpy")
-    config = layer._config._replace(use_bias=use_bias, use_scale=use_scale)
-    for dtype in (config.param_dtype, config.options.dtype or ""):
-        if dtype.startswith("float8") and dtype not in _DTYPES.values():  # any passes until now
-            raise ArgumentValueError(f"the dtype {dtype!r} is unknown: it is none of a file.")
-    # Written in one way, so 1 is not True, and "float" no dtype's name.
-    if json.dumps(_arguments(config)) != json.dumps({name: arguments[name] for name in _ORDER}):
-        raise ArgumentValueError("its arguments are not as groupnorm.save writes them.")
-    return config
-
-
-_ORDER = tuple(_arguments(GroupNorm(1, num_groups=1)._config))
-_NAMES = frozenset(_ORDER)

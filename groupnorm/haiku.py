@@ -85,6 +85,10 @@ def arguments_of(module: Any, params: Any = None) -> dict[str, Any]:
 
     `params` are those of the module, or of a model with this module alone.
     """
+    if isinstance(module, functools.partial):
+        made: list[Any] = []
+        haiku.transform(lambda: made.append(module())).init(None)
+        [module] = made
     check_class(module, GroupNorm, haiku.GroupNorm, "__call__")
     values = dict({} if params is None else params)
     values = dict(values.get(module.module_name, values))
@@ -136,7 +140,7 @@ def module_of(layer: Any) -> tuple[Callable[..., GroupNorm], dict[str, Any]]:
         if ... in layer.in_size:
             raise ArgumentValueError(
                 f"in_size={layer.in_size}: with channels first, the shape of haiku's parameters "
-                "depends on the number of axes. Give the layer all of them, such as (C, H, W)."
+                "depends on the number of axes. Pass in_size with all of them, such as (C, H, W)."
             )
         shape += (1,) * (len(layer.in_size) - 1)
     names = {"scale": "scale", "bias": "offset"}

@@ -298,7 +298,8 @@ class Layer(ConfigProperties):
         layer : module
             A group norm of PyTorch (or what `groupnorm.torch.replace` knows), flax nnx, flax linen,
             equinox, haiku, keras, brainstate or MLX, or the class of the same name in
-            ``groupnorm.<framework>``.
+            ``groupnorm.<framework>``. Of haiku also a `functools.partial` of the class, which is
+            known outside of transformed functions, too.
         params : dict, optional
             Its parameters, where the module does not hold them: the variables of flax linen,
             ``{"params": {"scale": ..., "bias": ...}}``, or ``{"scale": ..., "offset": ...}`` of
@@ -328,7 +329,9 @@ class Layer(ConfigProperties):
 
         return carried_from(GroupNorm, layer, params)  # type: ignore[no-any-return]
 
-    def to_(self, name: str, *, feature_axis: Any = ..., dtype: Any = ...) -> Any:
+    def to_(
+        self, name: str, *, in_size: Any = ..., feature_axis: Any = ..., dtype: Any = ...
+    ) -> Any:
         """Return the layer as a module of another framework, with exactly equal parameters.
 
         Nothing is assumed: where a framework's group norm has no such option, this raises an error
@@ -338,6 +341,9 @@ class Layer(ConfigProperties):
         ----------
         name : {"torch", "flax.nnx", "flax.linen", "equinox", "haiku", "keras", "brainstate", "mlx"}
             The framework.
+        in_size : int or sequence of int, optional
+            The shape of the module's inputs without the batch, as for `GroupNorm`. Default is this
+            layer's; haiku needs the number of axes where channels are first.
         feature_axis : {0, -1}, optional
             Where the module's inputs have their channels: on axis 1, or on the last. Default is
             where this layer's have them.
@@ -368,12 +374,18 @@ class Layer(ConfigProperties):
         """
         from groupnorm.carrying import carried_to
 
-        return carried_to(self, name, feature_axis, dtype)  # type: ignore[arg-type]
+        return carried_to(self, name, in_size, feature_axis, dtype)  # type: ignore[arg-type]
 
     def _with(self, *, in_size: Any, feature_axis: Any, dtype: Any) -> Any:
         """Return a NumPy layer with other inputs and results."""
         config = self._config
         shape = check_in_size(in_size, feature_axis)
+        if math.prod(shape.feature_shape) != math.prod(config.feature_shape):
+            raise ArgumentValueError(
+                f"in_size={in_size!r} has {math.prod(shape.feature_shape)} channels at "
+                f"feature_axis={feature_axis!r}, and this layer {math.prod(config.feature_shape)}: "
+                "give a size with as many."
+            )
         options = config.options._replace(
             feature=shape.feature,
             feature_shape=shape.feature_shape,

@@ -1,10 +1,14 @@
 """The layer as a pytree of its parameters."""
 
+import json
 import sys
 from typing import Any
 
 import jax
+import jax.export
 
+from groupnorm.config_json import arguments_of, config_of
+from groupnorm.errors import ArgumentTypeError
 from groupnorm.layer import PlainGroupNorm
 from groupnorm.layer_config import LayerConfig
 from groupnorm.typing import ArrayT, MaskLike
@@ -55,9 +59,31 @@ class JaxGroupNorm(PlainGroupNorm):
         return layer
 
 
+def _serialized(static: Any) -> bytes:
+    """Return what is static of a layer that is an argument of a program of `jax.export`."""
+    config, _ = static
+    if config.param_type is not None:
+        raise ArgumentTypeError(
+            f"param_type={config.param_type!r}: programs with a layer as an argument are saved for "
+            "layers of plain arrays only. Export with layer.to_backend('jax', param_type=None)."
+        )
+    return json.dumps(arguments_of(config)).encode()
+
+
+def _deserialized(static: bytes) -> Any:
+    config = config_of(json.loads(static))
+    return config, ("scale", "bias")
+
+
 jax.tree_util.register_pytree_with_keys(
     JaxGroupNorm,
     JaxGroupNorm._flatten_with_keys,
     JaxGroupNorm._unflatten,
     JaxGroupNorm._flatten,
+)
+jax.export.register_pytree_node_serialization(
+    JaxGroupNorm,
+    serialized_name="groupnorm.GroupNorm",
+    serialize_auxdata=_serialized,
+    deserialize_auxdata=_deserialized,
 )

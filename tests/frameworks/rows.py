@@ -239,14 +239,7 @@ class Haiku(Functional):
         return parameters["model/norm"]
 
     def layer(self, model):
-        import haiku
-
-        read = haiku.transform(
-            lambda: read_off.append(GroupNorm.from_(self.make(), self.of_norm(model[1])))
-        )
-        read_off: list[GroupNorm] = []
-        read.init(None)
-        return read_off[0]
+        return GroupNorm.from_(self.make, self.of_norm(model[1]))
 
     def round_trip(self, model, other):
         return other[0], pickle.loads(pickle.dumps(model[1]))

@@ -172,6 +172,15 @@ def test_from_haiku(first, own, x, values):
     layer = GroupNorm(size, 0 if first else -1, num_groups=GROUPS, scale_init=values[0])
     assert layer.to_("haiku")[1]["scale"].shape == shape
 
+    layer = GroupNorm((CHANNELS, ...), 0, num_groups=GROUPS, scale_init=values[0])
+    if first:
+        make, found_parameters = layer.to_("haiku", in_size=(CHANNELS, 4, 4))
+        assert found_parameters["scale"].shape == shape
+        again = GroupNorm.from_(make, found_parameters)  # outside of transformed functions
+        assert to_host(again.scale).tobytes() == values[0].tobytes()
+    with pytest.raises(ArgumentValueError, match=r"in_size=\(6, 4\) has 6 channels"):
+        layer.to_("haiku", in_size=(6, 4))
+
     def sparse(x):
         return GroupNorm.from_(cls(GROUPS, axis=[1, 2]), parameters)
 
@@ -306,7 +315,7 @@ REFUSED = [
     ("mlx", {"use_scale": False}, {}, "use_scale=False"),
     ("haiku", {"reduction_axes": (-1,)}, {}, r"reduction_axes=\(-1,\)"),
     ("haiku", {"in_size": (4, 8, 4), "feature_axis": 1}, {}, "feature_axis=1"),
-    ("haiku", {"in_size": (8, ...), "feature_axis": 0}, {}, "Give the layer all of them"),
+    ("haiku", {"in_size": (8, ...), "feature_axis": 0}, {}, "Pass in_size with all"),
     (
         "keras",
         {"in_size": (2, 4), "feature_axis": (0, 1)},

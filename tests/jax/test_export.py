@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax import export
 
-from groupnorm import group_norm
+from groupnorm import GroupNorm, group_norm
+from groupnorm.errors import ArgumentTypeError
 from groupnorm.testing import oracle
 from tests.rows import CONTRACT, GRADIENT, assert_close, assert_gradient
 
@@ -93,3 +94,51 @@ def test_long_symbolic_sums_keep_their_digits(rng):
     x = (1e5 + rng.normal(size=(1, 300_001, 2))).astype(np.float32)
     want = oracle.group_norm(x, num_groups=1)
     assert_close(np.asarray(program.call(x)), want, tolerance=CONTRACT)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_as_an_argument(bias, rng):
+    """Saved, read again, and called with other parameters and sizes; differentiated too."""
+    layer = GroupNorm(
+        (CHANNELS, ...), 0, num_groups=2, epsilon=0.25, use_bias=bias, activation="relu",
+        backend="jax", axis_index_groups=None, scale_init=rng.uniform(0.5, 2, CHANNELS),
+    )  # fmt: skip
+    h, w = export.symbolic_shape("h, w")
+    x_type = jax.ShapeDtypeStruct((2, CHANNELS, h, w), jnp.float32)
+    program = export.export(jax.jit(lambda layer, x: layer(x)))(layer, x_type)
+    again = export.deserialize(program.serialize(vjp_order=1))
+    other = jax.tree.map(lambda p: p + 1, layer)
+    for sizes in ((3, 5), (1, 1), (40, 30)):
+        x, dy = rng.normal(size=(2, 2, CHANNELS, *sizes)).astype(np.float32)
+        y, pullback = jax.vjp(again.call, other, jnp.asarray(x))
+        parameters = [None if p is None else np.asarray(p) for p in (other.scale, other.bias)]
+        options = {"num_groups": 2, "feature_axis": 1, "epsilon": 0.25}
+        want = oracle.group_norm(x, *parameters, **options)
+        assert_close(np.asarray(y), np.maximum(want, 0), tolerance=2 * CONTRACT)
+        gradient, dx = pullback(jnp.asarray(dy))
+        wanted = oracle.group_norm_gradients(x, dy * (want > 0), *parameters, **options)
+        assert type(gradient) is type(layer)
+        assert (gradient.bias is not None) == bias
+        assert_gradient(np.asarray(gradient.scale), wanted.scale, rtol=GRADIENT, at_least=1.0)
+        assert_gradient(np.asarray(dx), wanted.x, rtol=GRADIENT, at_least=1.0)
+    with pytest.raises(ValueError, match="pytree"):
+        again.call(GroupNorm(CHANNELS, num_groups=2, backend="jax", use_bias=bias), x)
+
+
+def test_a_layer_of_other_objects_than_arrays_is_not_saved():
+    class Held:
+        def __init__(self, value):
+            self.value = value
+
+    jax.tree_util.register_pytree_node(Held, lambda h: ((h.value,), None), lambda _, c: Held(*c))
+    export.register_pytree_node_serialization(
+        Held,
+        serialized_name="tests.Held",
+        serialize_auxdata=lambda _: b"",
+        deserialize_auxdata=lambda _: None,
+    )
+    layer = GroupNorm(CHANNELS, num_groups=2, backend="jax", param_type=Held)
+    x = jax.ShapeDtypeStruct((2, CHANNELS), jnp.float32)
+    program = export.export(jax.jit(lambda layer, x: layer(x)))(layer, x)
+    with pytest.raises(ArgumentTypeError, match="param_type=None"):
+        program.serialize()

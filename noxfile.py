@@ -55,8 +55,10 @@ GPU_STACK = [
 NEWEST = [
     "tests/api",
     "tests/jax",
-    *(f"tests/portable/test_{name}.py" for name in ("accuracy", "dtypes", "gradients", "masks")),
+    *(f"tests/portable/test_{name}.py" for name in ("accuracy", "gradients")),
 ]
+# What finds a file that a wheel lacks, or has in another place.
+WHEEL = ["tests/api", "tests/kernels", "tests/onnx", "tests/portable/test_accuracy.py"]
 # Removed from copies of the repository, so that what is installed is tested.
 SOURCES = ("groupnorm", "backends", "pytest_groupnorm.py")
 # The libraries of sanitizers, which must be loaded first, their options, and what runs under them.
@@ -180,7 +182,7 @@ def tests(session: nox.Session) -> None:
         return
     pytest(session, "--ignore=tests/models")  # in a session of their own, with their packages
     # With one device, JAX arrays use other code than with several.
-    one_device = ("--backends", "jax", "--backends-only", "--jax-devices", "1")
+    one_device = ("--backends", "jax", "--backends-only", "--jax-devices", "1", "-m", "not slow")
     done = [f"--ignore={path}" for path in ANY_DEVICES]
     pytest(session, *one_device, *done, *QUIET_SKIPS)
     # The GPU kernels, interpreted: PyTorch's rows of the suite, and all of the kernels' own tests.
@@ -279,7 +281,8 @@ def sanitize(session: nox.Session) -> None:
 def wheel(session: nox.Session) -> None:
     """Build sdist and wheel, and run the sdist's tests against the installed wheel."""
     # The tests session runs every backend. Only the set of files and their locations can differ
-    # here, so the two fastest backends are enough; the self-check adds JAX and the extras.
+    # here, so the two fastest backends and the tests that use every file are enough; the self-check
+    # adds JAX and the extras.
     session.install("build")
     folder = Path(session.create_tmp()).resolve()
     shutil.rmtree(folder)
@@ -310,7 +313,7 @@ def wheel(session: nox.Session) -> None:
         version = PYPROJECT["project"]["version"]
         session.run("python", "tests/programs/check_wheel.py", version)
         session.run("python", "-m", "groupnorm")
-        pytest(session, "--backends", f"{PURE_BACKENDS},toy", *QUIET_SKIPS)  # as `quick` runs them
+        pytest(session, "--backends", f"{PURE_BACKENDS},toy", *WHEEL, *QUIET_SKIPS)
 
 
 @nox.session

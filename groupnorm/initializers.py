@@ -141,6 +141,7 @@ class Initializers(NamedTuple):
                     f"{argument} is an integer beyond the range of floating-point numbers: pass a "
                     "smaller one."
                 ) from error
+        value: Any
         if callable(init):
             value, what = _call(argument, init, shape, dtype, self._key(name)), "returned an array"
         elif hasattr(init, "shape") and hasattr(init, "dtype"):

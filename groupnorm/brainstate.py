@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from groupnorm.carrying import check_class, parameters_of
-from groupnorm.dispatch import adapter_of, compute
-from groupnorm.errors import ArgumentTypeError
+from groupnorm.errors import ArgumentTypeError, ArgumentValueError
+from groupnorm.functional import group_norm
 from groupnorm.imports import needs
 from groupnorm.initializers import ones, zeros
 from groupnorm.layer import GroupNorm as Layer
@@ -66,16 +66,20 @@ class GroupNorm(brainstate.nn.GroupNorm):
             use_bias=use_bias, use_scale=use_scale, bias_init=bias_init, scale_init=scale_init,
             reduction_axes=reduction_axes, axis_name=axis_name,
             axis_index_groups=axis_index_groups, use_fast_variance=use_fast_variance, backend="jax",
+            param_dtype=brainstate.environ.dftype(),
         )  # fmt: skip
-        self._config = layer._config
         values = {name: getattr(layer, name) for name in ("scale", "bias")}
         given = {name: value for name, value in values.items() if value is not None}
         self.weight = param_type(given) if given else None
         self.in_size = self.out_size = in_size
-        self.feature_axes = layer.feature_axis
+        size = layer.in_size
+        axes = (feature_axis,) if isinstance(feature_axis, int) else feature_axis
+        self.feature_axes = tuple(axis % len(size) for axis in axes)
+        self._feature = layer._options.feature
         self.num_groups, self.group_size = layer.num_groups, layer.group_size
         self.epsilon, self.dtype = epsilon, dtype
         self.use_bias, self.use_scale = use_bias, use_scale
+        self.bias_init, self.scale_init = bias_init, scale_init
         self.reduction_axes, self.use_fast_variance = reduction_axes, use_fast_variance
         self.axis_name, self.axis_index_groups = axis_name, axis_index_groups
 
@@ -93,9 +97,13 @@ class GroupNorm(brainstate.nn.GroupNorm):
         array of x's shape
         """
         values = {} if self.weight is None else self.weight.value
-        scale, bias = values.get("scale"), values.get("bias")
-        x = jax.numpy.asarray(x)
-        return compute(adapter_of(x), x, scale, bias, mask, self._config.options)
+        # From the attributes, which may have been set.
+        return group_norm(
+            jax.numpy.asarray(x), values.get("scale"), values.get("bias"), mask=mask,
+            num_groups=self.num_groups, feature_axis=self._feature, epsilon=self.epsilon,
+            dtype=self.dtype, reduction_axes=self.reduction_axes, axis_name=self.axis_name,
+            axis_index_groups=self.axis_index_groups, use_fast_variance=self.use_fast_variance,
+        )  # fmt: skip
 
 
 _OPTIONS = (
@@ -110,10 +118,15 @@ def arguments_of(module: Any, params: Any = None) -> dict[str, Any]:
     if params is not None:
         raise ArgumentTypeError("params is given, and modules of brainstate hold their parameters.")
     values = {} if module.weight is None else module.weight.value
-    axes = module.feature_axes
+    own = type(module).update is GroupNorm.update
+    if not own and module.reduction_axes is not None:
+        raise ArgumentValueError(
+            f"layer has reduction_axes={module.reduction_axes!r}, for which brainstate computes "
+            "other statistics than those of these axes: use groupnorm.brainstate.GroupNorm."
+        )
     return {
         **{name: getattr(module, name) for name in _OPTIONS},
-        "feature_axis": tuple(axes) if isinstance(axes, list) else axes,
+        "feature_axis": tuple(module.feature_axes) if own else -1,
         "scale": values.get("scale"),
         "bias": values.get("bias"),
         "backend": "jax",
@@ -124,7 +137,6 @@ def module_of(layer: Any) -> GroupNorm:
     """Return a module equal to a layer."""
     options = {name: getattr(layer, name) for name in _OPTIONS}
     module = GroupNorm(feature_axis=layer.feature_axis, **options)
-    values = {name: jax.numpy.asarray(v) for name, v in parameters_of(layer).items()}
     if module.weight is not None:
-        module.weight.value = values
+        module.weight.value = parameters_of(layer, "jax")
     return module

@@ -9,11 +9,10 @@ are found by the names of their classes, so that none is imported here.
 import functools
 import importlib
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
-from groupnorm.dispatch import adapter_of
+from groupnorm.dispatch import adapter_named, adapter_of
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
 
 if TYPE_CHECKING:
@@ -38,41 +37,35 @@ class _Target(NamedTuple):
 
 _SHARED = ("reduction_axes", "axis_name", "axis_index_groups")
 _TARGETS = {
-    "torch": _Target((0,), ("input",)),
+    "torch": _Target((0,), ("input",), False, ("implementation",)),
     "flax.nnx": _Target((-1,), (None, "a dtype"), False, _SHARED),
     "flax.linen": _Target((-1,), (None, "a dtype"), False, _SHARED),
     "equinox": _Target((0,), ("input",), True),
     "haiku": _Target((0, -1), (None,)),
     "keras": _Target((0, -1), ("a dtype",)),
     "brainstate": _Target((0, -1, ...), (None, "a dtype"), False, _SHARED),
-    "mlx": _Target((-1,), (None,), True),
-}
-
-
-# By the module that the class of a module, or a base of it, is defined in.
-_SOURCES = {
-    "flax.nnx": "flax.nnx",
-    "flax.linen": "flax.linen",
-    "equinox": "equinox",
-    "haiku": "haiku",
-    "keras": "keras",
-    "brainstate": "brainstate",
-    "torch": "torch",
-    "mlx": "mlx",
+    "mlx": _Target((-1,), (None,), True, ("implementation",)),
 }
 
 
 def carried_from(cls: "type[Layer]", module: Any, params: Any) -> Any:
     """Return a layer equal to a framework's; see `GroupNorm.from_`."""
+    if params is not None and not isinstance(params, Mapping):
+        raise ArgumentTypeError(
+            f"params={params!r} is of type {type(params).__name__}: it must be a dict of the "
+            "parameters, by the names of the framework."
+        )
     if isinstance(module, cls):
         return module.to_backend(module.backend)
     # What makes a module of haiku, which itself exists in transformed functions only.
     made = module.func if isinstance(module, functools.partial) else type(module)
     for base in getattr(made, "__mro__", ()):
-        for prefix, name in _SOURCES.items():
-            if f"{base.__module__}.".startswith(f"{prefix}."):
-                arguments = _framework(name).arguments_of(module, params)
-                return _layer(cls, module, arguments)
+        for name in _TARGETS:
+            if f"{base.__module__}.".startswith(f"{name}."):
+                framework = _framework(name)
+                if name == "torch":  # whose modules become layers as they are
+                    return framework.layer_of(module, params)
+                return _layer(cls, module, framework.arguments_of(module, params))
     known = ", ".join(_TARGETS)
     raise ArgumentTypeError(
         f"layer is of type {type(module).__name__}, which is no module of a known framework: pass "
@@ -108,9 +101,11 @@ def carried_to(layer: "GroupNorm", name: str, in_size: Any, feature_axis: Any, d
         raise ArgumentValueError(
             f"name={name!r} is not the name of a framework: choose from {', '.join(_TARGETS)}."
         )
-    layer = _changed(layer, in_size, feature_axis, dtype)
-    _check(layer, name, target)
-    return _framework(name).module_of(layer)
+    host = _changed(layer, in_size, feature_axis, dtype)
+    _check(host, name, target)
+    module = _framework(name).module_of(host)
+    layer._carry_state(module)
+    return module
 
 
 def _framework(name: str) -> Any:
@@ -127,16 +122,16 @@ def _changed(layer: "GroupNorm", in_size: Any, feature_axis: Any, dtype: Any) ->
                 f"feature_axis={feature_axis!r} must be 0, channels on axis 1 of the input, or -1, "
                 "on the last."
             )
-        if host.reduction_axes is not None:
-            raise ArgumentValueError(
-                f"feature_axis={feature_axis!r}: this layer has "
-                f"reduction_axes={host.reduction_axes}, which would be other axes then. Leave "
-                "feature_axis out, or create the module by hand."
-            )
         channels = channels_of(host)
         size, axis = ((channels, ...), 0) if feature_axis == 0 else ((..., channels), -1)
     if in_size is not ...:
         size = in_size
+    if (size, axis) != (host.in_size, host.feature_axis) and host.reduction_axes is not None:
+        raise ArgumentValueError(
+            f"in_size={in_size!r} and feature_axis={feature_axis!r}: this layer has "
+            f"reduction_axes={host.reduction_axes}, which would be other axes then. Leave both "
+            "out, or create the module by hand."
+        )
     return host._with(in_size=size, feature_axis=axis, dtype=host.dtype if dtype is ... else dtype)
 
 
@@ -148,16 +143,18 @@ def _check(layer: "GroupNorm", name: str, target: _Target) -> None:
             f"this layer has {what}, and a group norm of {name} {rule}: {fix}"
         )
 
-    for option in ("activation", *_SHARED):
+    for option in ("activation", "implementation", *_SHARED):
         value = getattr(layer, option)
         if value is not None and option not in target.allowed:
             raise refuse(f"{option}={value!r}", "has none", "apply or create that by hand.")
     place = place_of(layer)
     if place not in target.places:
+        words = {0: "axis 1", -1: "the last axis", ...: "other axes"}
+        wanted = " or ".join(words[place] for place in target.places)
         axes = " or ".join(f"feature_axis={place}" for place in target.places)
         raise refuse(
-            f"its channels at feature_axis={layer.feature_axis} of in_size={layer.in_size}",
-            f"has them at {axes}", "pass that, and inputs laid out like that.",
+            f"its channels on {words[place]} of the input (in_size={layer.in_size})",
+            f"on {wanted}", f"pass {axes}, and inputs laid out like that.",
         )  # fmt: skip
     policy = layer.dtype if layer.dtype in (None, "input") else "a dtype"
     if policy not in target.dtypes:
@@ -184,10 +181,17 @@ def channels_of(layer: "GroupNorm") -> int:
     return math.prod(layer._config.feature_shape)
 
 
-def parameters_of(layer: "GroupNorm") -> "dict[str, np.ndarray[Any, Any]]":
-    """Return the flat parameters by name, those that there are."""
+def parameters_of(layer: "GroupNorm", backend: str) -> dict[str, Any]:
+    """Return the flat parameters by name, those that there are, as arrays of a backend.
+
+    Raises
+    ------
+    ArgumentTypeError, ArgumentValueError
+        If that would round them.
+    """
+    adapter = adapter_named(backend)
     return {
-        name: value.reshape(-1)
+        name: adapter.from_host(value.reshape(-1))
         for name, value in (("scale", layer.scale), ("bias", layer.bias))
         if value is not None
     }

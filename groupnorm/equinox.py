@@ -89,6 +89,6 @@ def module_of(layer: Any) -> GroupNorm:
     """Return a module equal to a layer, for single samples."""
     module = GroupNorm(layer.num_groups, channels_of(layer), layer.epsilon, layer.use_scale)
     if layer.use_scale:
-        values = [jax.numpy.asarray(v) for v in parameters_of(layer).values()]
+        values = list(parameters_of(layer, "jax").values())
         module = equinox.tree_at(lambda m: [m.weight, m.bias], module, values)
     return module

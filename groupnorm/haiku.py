@@ -93,7 +93,12 @@ def arguments_of(module: Any, params: Any = None) -> dict[str, Any]:
     values = dict({} if params is None else params)
     values = dict(values.get(module.module_name, values))
     used = {name for name in ("scale", "offset") if getattr(module, f"create_{name}")}
-    if not used or set(values) != used:
+    if not used:
+        raise ArgumentValueError(
+            "layer has no parameters, from which alone its number of channels is known: create the "
+            "GroupNorm with that number instead."
+        )
+    if set(values) != used:
         raise ArgumentTypeError(
             f"params has {sorted(values)}, and this module of haiku {sorted(used)}: pass its own, "
             'such as {"scale": ..., "offset": ...}. The number of channels is known from them '
@@ -144,5 +149,5 @@ def module_of(layer: Any) -> tuple[Callable[..., GroupNorm], dict[str, Any]]:
             )
         shape += (1,) * (len(layer.in_size) - 1)
     names = {"scale": "scale", "bias": "offset"}
-    values = parameters_of(layer).items()
-    return make, {names[name]: jax.numpy.asarray(value).reshape(shape) for name, value in values}
+    values = parameters_of(layer, "jax").items()
+    return make, {names[name]: value.reshape(shape) for name, value in values}

@@ -182,7 +182,7 @@ class Initializers(NamedTuple):
         return key
 
     def __reduce__(self) -> Any:
-        """Pickle only what can be imported, and neither arrays nor keys."""
+        """Pickle initializers that can be pickled, and neither arrays nor keys."""
         return Initializers, tuple(i if _is_importable(i) else _lost for i in self[:2])
 
     def __deepcopy__(self, memo: Any) -> "Initializers":

@@ -97,6 +97,23 @@ def arguments_of(module: Any, params: Any = None) -> dict[str, Any]:
         )
     if module.axis not in (-1, 1):
         raise ArgumentValueError(f"layer has axis={module.axis!r}: only 1 and -1 can be carried.")
+    given = {
+        name: getattr(module, f"{weight}_{name}")
+        for weight in ("gamma", "beta")
+        for name in ("regularizer", "constraint")
+        if getattr(module, f"{weight}_{name}") is not None
+    }
+    if given:
+        raise ArgumentValueError(
+            f"layer has a {min(given)}, which a layer of this library has not: use "
+            "groupnorm.keras.GroupNormalization, or remove it."
+        )
+    weights = [w for w in (module.gamma, module.beta) if w is not None]
+    trained = {bool(w.trainable) for w in weights} or {module.trainable}
+    if len(trained) > 1:
+        raise ArgumentValueError(
+            "layer trains one of gamma and beta alone: a layer is trained or is not."
+        )
     [channels] = module.input_spec.axes.values()
     gamma, beta = (None if w is None else w.value for w in (module.gamma, module.beta))
     return {
@@ -107,7 +124,7 @@ def arguments_of(module: Any, params: Any = None) -> dict[str, Any]:
         "dtype": module.compute_dtype,
         "scale": gamma,
         "bias": beta,
-        "trainable": module.trainable,
+        "trainable": trained.pop(),
         "backend": keras.backend.backend(),
     }
 
@@ -130,7 +147,7 @@ def module_of(layer: Any) -> GroupNormalization:
     channels = channels_of(layer)
     module.build((None, channels, None) if first else (None, channels))
     weights = {"scale": module.gamma, "bias": module.beta}
-    for name, value in parameters_of(layer).items():
+    for name, value in parameters_of(layer, keras.backend.backend()).items():
         weights[name].assign(value)
     return module
 

@@ -21,7 +21,7 @@ from groupnorm.errors import ArgumentTypeError, ArgumentValueError
 from groupnorm.initializers import Initializers, ones, zeros
 from groupnorm.layer_config import ConfigProperties, LayerConfig
 from groupnorm.module_guard import check_is_trained
-from groupnorm.parameters import ParamStore, check_param_type
+from groupnorm.parameters import ParamStore, check_param_type, metadata_of
 from groupnorm.plan import resolve_groups
 from groupnorm.typing import (
     Array,
@@ -168,7 +168,7 @@ class Layer(ConfigProperties):
 
     def _normalize(self, x: Any, mask: Any) -> Any:
         adapter, scale, bias = self._adapter_for(x), self.scale, self.bias
-        if self._config.trainable:
+        if self.trainable:
             self._check_is_trained(adapter)
         else:
             detach = self._adapter.detach
@@ -282,7 +282,8 @@ class Layer(ConfigProperties):
             name: None if host is None else target.place(target.from_host(host), device)
             for name, host in zip(("scale", "bias"), self._host_parameters(), strict=True)
         }
-        layer = layer_class_named(backend)._of(config, values)
+        same = backend == self._adapter_name and config.param_type == self.param_type
+        layer = layer_class_named(backend)._of(config, values, self._metadata() if same else {})
         self._carry_state(layer)
         return layer
 
@@ -402,6 +403,10 @@ class Layer(ConfigProperties):
             },
         )
 
+    def _metadata(self) -> Mapping[str, Mapping[str, Any]]:
+        """Return the metadata of the parameters, such as a sharding."""
+        return {}
+
     def _carry_state(self, layer: "GroupNorm") -> None:
         """Give a converted layer what is no part of the configuration, if it has that."""
 
@@ -506,9 +511,14 @@ class Layer(ConfigProperties):
         return model
 
     @classmethod
-    def _of(cls, config: LayerConfig, values: Mapping[str, Array | None]) -> Self:
+    def _of(
+        cls,
+        config: LayerConfig,
+        values: Mapping[str, Array | None],
+        metadata: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> Self:
         layer = cls.__new__(cls)
-        layer._setup(config, values, {})
+        layer._setup(config, values, metadata or {})
         return layer
 
     def _initialize(self, config: LayerConfig, initializers: Initializers, device: Any) -> None:
@@ -703,6 +713,9 @@ class PlainGroupNorm(GroupNorm):
         # Libraries without automatic differentiation train nothing.
         if adapter.has_autograd and adapter.sees_callers:
             check_is_trained(self)
+
+    def _metadata(self) -> Mapping[str, Mapping[str, Any]]:
+        return {name: metadata_of(stored) for name, stored in self._held.items()}
 
     @property
     def _store(self) -> ParamStore:

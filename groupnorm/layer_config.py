@@ -37,7 +37,7 @@ class LayerConfig(NamedTuple):
         )  # fmt: skip
 
     def __eq__(self, other: object) -> bool:
-        """Whether layers with these configurations compute the same."""
+        """Whether layers with these configurations are equal, all sizes of `in_size` included."""
         return isinstance(other, LayerConfig) and self._identity == other._identity
 
     def __ne__(self, other: object) -> bool:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from groupnorm.carrying import check_class
-from groupnorm.errors import ArgumentTypeError
+from groupnorm.errors import ArgumentTypeError, ArgumentValueError
 from groupnorm.imports import needs
 
 with needs("mlx", "groupnorm.mlx"):
@@ -25,10 +25,16 @@ def arguments_of(module: Any, params: Any = None) -> dict[str, Any]:
     if params is not None:
         raise ArgumentTypeError("params is given, and modules of MLX hold their parameters.")
     scale, bias = module.get("weight"), module.get("bias")
+    trained = bool(module.trainable_parameters())
+    if trained and len(module.trainable_parameters()) < len(module.parameters()):
+        raise ArgumentValueError(
+            "layer trains one of weight and bias alone: a layer is trained or is not."
+        )
     arguments = {
         "in_size": (..., module.dims),
         "num_groups": module.num_groups,
         "epsilon": module.eps,
+        "trainable": trained or scale is None,
         "backend": "mlx",
     }
     if not module.pytorch_compatible:

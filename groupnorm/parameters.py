@@ -19,6 +19,7 @@ __all__ = [
     "ObjectStore",
     "ParamStore",
     "check_param_type",
+    "metadata_of",
     "param_store",
     "register_param_type",
 ]
@@ -119,7 +120,7 @@ class ObjectStore:
     def _made(self, make: Callable[..., Any], value: Any, metadata: Mapping[str, Any]) -> Any:
         try:
             stored = make(value, **metadata)
-        except (TypeError, ValueError) as error:
+        except (AttributeError, TypeError, ValueError) as error:
             raise _no_wrapper(make, str(error)) from error
         if not self.is_array(value_of(stored)):
             raise _no_wrapper(make, f"it returned {stored!r}")
@@ -132,11 +133,14 @@ class ObjectStore:
 
     def write(self, held: Mapping[str, Any], name: str, value: Array) -> dict[str, Any]:
         """Change the object in place, as others refer to it; else make another one."""
-        try:
-            _set_value(held[name], value)
-        except AttributeError:
-            return {**held, name: self._made(self.param_type, value, {})}
-        return dict(held)
+        stored = held[name]
+        if value_of(stored) is not stored:  # else the type made an array of the array
+            try:
+                _set_value(stored, value)
+                return dict(held)
+            except AttributeError:  # an object that cannot be changed
+                return {**held, name: self._made(type(stored), value, metadata_of(stored))}
+        return {**held, name: self._made(self.param_type, value, {})}
 
 
 class MappingStore(ObjectStore):
@@ -173,6 +177,12 @@ def value_of(stored: Any) -> Any:
     # nnx is about to drop `.value`; brainstate has nothing else.
     get_value = getattr(stored, "get_value", None)
     return getattr(stored, "value", stored) if get_value is None else get_value()
+
+
+def metadata_of(stored: Any) -> Mapping[str, Any]:
+    """Return the metadata of a parameter object, as keyword arguments for its type."""
+    get_metadata = getattr(stored, "get_metadata", None)
+    return dict(get_metadata()) if callable(get_metadata) else {}
 
 
 def _set_value(stored: Any, value: Any) -> None:

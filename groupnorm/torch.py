@@ -5,9 +5,11 @@ from typing import Any
 
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
 from groupnorm.imports import needs
+from groupnorm.layer import GroupNorm
 
 with needs("torch", "groupnorm.torch"):
     from groupnorm.backends.torch.fusion import fused, register_fusion
+    from groupnorm.backends.torch.internals import has_hooks
     from groupnorm.backends.torch.override import override
     from groupnorm.backends.torch.process_groups import sum_gradients
     from groupnorm.backends.torch.replacement import (
@@ -22,8 +24,8 @@ __all__ = [
     "Entry",
     "Replacement",
     "Report",
-    "arguments_of",
     "fused",
+    "layer_of",
     "module_of",
     "override",
     "register_fusion",
@@ -34,30 +36,31 @@ __all__ = [
 ]
 
 
-def arguments_of(module: Any, params: Any = None) -> dict[str, Any]:
-    """Return the arguments of a layer equal to a module that `replace` knows."""
+def layer_of(module: Any, params: Any = None) -> Any:
+    """Return a layer equal to a module that `replace` knows."""
     if params is not None:
         raise ArgumentTypeError("params is given, and modules of PyTorch hold their parameters.")
-    one = copy.deepcopy(module)
-    replace(one, also=type(module), fuse=False, on_unknown="raise")
-    if not hasattr(one, "_config"):
-        raise ArgumentTypeError(
-            f"layer is of type {type(module).__name__}, which is no group norm of PyTorch: pass a "
-            "torch.nn.GroupNorm, or a module for which register_replacement was called."
-        )
-    if getattr(one, "_then", ()):
+    try:
+        one = copy.deepcopy(module)
+    except RuntimeError as error:  # of tensors that were computed, as by pruning
         raise ArgumentValueError(
-            f"layer={type(module).__name__} also computes what follows its normalization: use "
-            "groupnorm.torch.replace, which keeps that."
+            f"layer={type(module).__name__} cannot be copied ({error}): make its parameters "
+            "ordinary ones first, such as by torch.nn.utils.prune.remove."
+        ) from error
+    report = replace(one, also=type(module), fuse=False)
+    reasons = [entry.note for entry in report if "" in entry.names]
+    if not isinstance(one, GroupNorm):
+        raise ArgumentTypeError(
+            f"layer is of type {type(module).__name__}, which is no group norm that can be "
+            f"carried{''.join(f' ({reason})' for reason in reasons)}: pass a torch.nn.GroupNorm, "
+            "or a module for which groupnorm.torch.register_replacement was called."
         )
-    names = ("in_size", "feature_axis", "num_groups", "epsilon", "dtype", "reduction_axes")
-    return {
-        **{name: getattr(one, name) for name in names},
-        "scale": one.weight if one.weight is None else one.scale,
-        "bias": one.bias,
-        "trainable": one.trainable,
-        "backend": "torch",
-    }
+    if has_hooks(module):
+        raise ArgumentValueError(
+            f"layer={type(module).__name__} has hooks, which a new layer would not call: use "
+            "groupnorm.torch.replace, which keeps them, or remove them."
+        )
+    return one.to_backend("torch")
 
 
 def module_of(layer: Any) -> Any:

@@ -56,6 +56,10 @@ class MlxGroupNorm(PlainGroupNorm, mlx.nn.Module):  # type: ignore[misc]
         else:
             mlx.nn.Module.__setattr__(self, name, value)
 
+    def _carry_state(self, layer: Any) -> None:
+        if isinstance(layer, MlxGroupNorm):
+            layer.train(self.training)
+
     def _check_is_trained(self, adapter: Any) -> None:
         """Do nothing: this is a module itself."""
 

@@ -174,7 +174,8 @@ class TorchAdapter(Adapter):
         if torch.compiler.is_compiling():  # it cannot trace the code below
             return torch.as_tensor(value, device=device)
         dtype, value = self.dtype(value.dtype.name), as_native_contiguous(value)
-        if value.dtype.kind != "V":
+        # Of ml_dtypes, some are of no kind, and others are floats.
+        if value.dtype.kind != "V" and not value.dtype.name.startswith("float8"):
             return torch.tensor(value, dtype=dtype, device=device)
         bits = value.view(np.int16 if value.dtype.itemsize == 2 else np.uint8)
         return torch.tensor(bits, device=device).view(dtype)

@@ -6,7 +6,7 @@ import jax
 from flax import linen
 
 from groupnorm.carrying import check_class, parameters_of
-from groupnorm.errors import ArgumentTypeError
+from groupnorm.errors import ArgumentTypeError, ArgumentValueError
 from groupnorm.flax.nnx import options_of, shared_arguments
 from groupnorm.functional import group_norm
 
@@ -70,10 +70,20 @@ def arguments_of(module: Any, params: Any = None) -> dict[str, Any]:
     `params` are its variables, or the collection ``"params"`` of them.
     """
     check_class(module, GroupNorm, linen.GroupNorm, "__call__")
+    if not isinstance(module, GroupNorm) and not module.force_float32_reductions:
+        raise ArgumentValueError(
+            "layer has force_float32_reductions=False, and every layer here sums in float32 at "
+            "least: use groupnorm.flax.linen.GroupNorm."
+        )
     values = dict({} if params is None else params)
     values = {name: linen.unbox(v) for name, v in dict(values.get("params", values)).items()}
     used = {name for name in ("scale", "bias") if getattr(module, f"use_{name}")}
-    if not used or set(values) != used:
+    if not used:
+        raise ArgumentValueError(
+            "layer has no parameters, from which alone its number of channels is known: create the "
+            "GroupNorm with that number instead."
+        )
+    if set(values) != used:
         raise ArgumentTypeError(
             f"params has {sorted(values)}, and this module of flax linen {sorted(used)}: pass its "
             'variables, such as {"params": {"scale": ..., "bias": ...}}. The number of channels is '
@@ -93,7 +103,6 @@ def arguments_of(module: Any, params: Any = None) -> dict[str, Any]:
 
 def module_of(layer: Any) -> tuple[GroupNorm, dict[str, Any]]:
     """Return a module equal to a layer, and its variables."""
-    dtype = jax.dtypes.canonicalize_dtype(layer.param_dtype)
-    values = {name: jax.numpy.asarray(v) for name, v in parameters_of(layer).items()}
-    module: GroupNorm = GroupNorm(param_dtype=dtype, **options_of(layer))
+    values = parameters_of(layer, "jax")
+    module: GroupNorm = GroupNorm(**options_of(layer, values))
     return module, {"params": values} if values else {}

@@ -7,7 +7,7 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 
 from groupnorm.carrying import channels_of, check_class, parameters_of
-from groupnorm.errors import ArgumentTypeError
+from groupnorm.errors import ArgumentTypeError, ArgumentValueError
 from groupnorm.functional import group_norm
 
 __all__ = ["GroupNorm", "arguments_of", "module_of"]
@@ -62,8 +62,24 @@ def arguments_of(module: Any, params: Any = None) -> dict[str, Any]:
     check_class(module, GroupNorm, nnx.GroupNorm, "__call__")
     if params is not None:
         raise ArgumentTypeError("params is given, and modules of flax nnx hold their parameters.")
-    scale, bias = (None if p is None else p[...] for p in (module.scale, module.bias))
+    if module.promote_dtype is not dtypes.promote_dtype:
+        raise ArgumentValueError(
+            f"layer has promote_dtype={module.promote_dtype!r}: only flax's own can be carried."
+        )
+    if type(module).__call__ is nnx.GroupNorm.__call__ and module.reduction_axes is not None:
+        raise ArgumentValueError(
+            f"layer has reduction_axes={module.reduction_axes!r}, for which flax computes "
+            "statistics of other axes: use groupnorm.flax.nnx.GroupNorm."
+        )
+    stored = [p for p in (module.scale, module.bias) if p is not None]
+    trained = {isinstance(p, nnx.Param) for p in stored} or {True}
+    if len(trained) > 1:
+        raise ArgumentValueError(
+            "layer has one nnx.Param and one other variable: a layer is trained or is not."
+        )
+    scale, bias = (None if p is None else p.get_value() for p in (module.scale, module.bias))
     return {
+        "trainable": trained.pop(),
         "in_size": (..., module.num_groups * module.group_size),
         "num_groups": module.num_groups,
         "scale": scale,
@@ -81,9 +97,10 @@ def shared_arguments(module: Any) -> dict[str, Any]:
     return {name: getattr(module, name) for name in names}
 
 
-def options_of(layer: Any) -> dict[str, Any]:
-    """Return the arguments of a module of flax or brainstate for a layer."""
+def options_of(layer: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a module of flax for a layer with parameters of these values."""
     return {
+        "param_dtype": next((value.dtype for value in values.values()), jax.numpy.float32),
         "num_groups": layer.num_groups,
         "use_scale": layer.use_scale,
         "use_bias": layer.use_bias,
@@ -93,10 +110,9 @@ def options_of(layer: Any) -> dict[str, Any]:
 
 def module_of(layer: Any) -> GroupNorm:
     """Return a module equal to a layer."""
-    param_dtype = jax.dtypes.canonicalize_dtype(layer.param_dtype)
-    module = GroupNorm(
-        channels_of(layer), param_dtype=param_dtype, rngs=nnx.Rngs(0), **options_of(layer)
-    )
-    for name, value in parameters_of(layer).items():
-        getattr(module, name).set_value(jax.numpy.asarray(value))
+    values = parameters_of(layer, "jax")
+    options = options_of(layer, values)
+    module = GroupNorm(channels_of(layer), rngs=nnx.Rngs(0), **options)
+    for name, value in values.items():
+        getattr(module, name).set_value(value)
     return module

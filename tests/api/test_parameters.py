@@ -180,6 +180,7 @@ def test_sharding_metadata_of_flax():
     with jax.set_mesh(jax.make_mesh((1,), sharding, axis_types=auto)):
         for param_type in (nnx.Param, functools.partial(nnx.Param, tag="norm")):
             layer = make("jax", scale_init=init, param_type=param_type)
+            assert layer.to_backend("jax")._held["scale"].out_sharding == sharding
             scale, bias = layer._held["scale"], layer._held["bias"]
             assert type(scale) is type(bias) is nnx.Param
             assert scale.out_sharding == sharding
@@ -228,6 +229,44 @@ def test_frozen_parameters(library, rng):
     assert_close(
         row.to_numpy(y), oracle.group_norm(x, *values, num_groups=GROUPS), tolerance=2 * CONTRACT
     )
+
+
+@needs_torch
+def test_parameters_that_are_trained_again(rng):
+    """By the framework's own means, for every kind of input."""
+    torch = importlib.import_module("torch")
+    layer = make("torch", trainable=False).requires_grad_(True)
+    x = torch.nn.Parameter(torch.from_numpy(rng.normal(size=(2, CHANNELS)).astype(np.float32)))
+    layer(x).pow(3).sum().backward()
+    assert layer.weight.grad.any()
+
+
+@pytest.mark.needs("mlx")
+def test_parameters_that_mlx_trains_again(rng):
+    mx, nn = importlib.import_module("mlx.core"), importlib.import_module("mlx.nn")
+    layer = make("mlx", trainable=False)
+    assert not layer.trainable
+    layer.unfreeze()
+    x = mx.array(rng.normal(size=(2, 5, CHANNELS)).astype(np.float32))
+    gradient = nn.value_and_grad(layer, lambda x: (layer(x) ** 3).sum())(x)[1]
+    assert np.asarray(gradient["weight"]).any()
+
+
+@pytest.mark.parametrize("library", ["numpy", pytest.param("jax", marks=needs_jax)])
+def test_a_type_that_returns_the_array(library):
+    layer = make(library, param_type=lambda value: value)
+    layer.scale = ROWS[library].asarray(np.full(CHANNELS, 3, np.float32))
+    np.testing.assert_array_equal(host(layer)[0], np.full(CHANNELS, 3))
+
+
+@needs_torch
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_float8_moves_to_torch(dtype):
+    pytest.importorskip("ml_dtypes", reason="NumPy's float8 comes from ml_dtypes")
+    layer = make("numpy", param_dtype=dtype, scale_init=1.5)
+    moved = layer.to_backend("torch")
+    assert moved.param_dtype == dtype
+    assert host(moved)[0].tobytes() == layer.scale.tobytes()
 
 
 @needs_torch

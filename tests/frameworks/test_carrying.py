@@ -69,6 +69,14 @@ def test_from_torch(x, values):
     peer.bias.requires_grad_(False)
     layer = GroupNorm.from_(peer)
     assert (layer.backend, layer.dtype, layer.trainable) == ("torch", "input", True)
+    other = layer.eval().to_("torch")
+    for one in (layer, other):
+        assert [p.requires_grad for p in one.parameters()] == [True, False]
+    assert not other.training
+    hooked = torch.nn.GroupNorm(GROUPS, CHANNELS)
+    hooked.register_forward_hook(lambda *_: None)
+    with pytest.raises(ArgumentValueError, match="hooks"):
+        GroupNorm.from_(hooked)
     check(layer, peer(torch.from_numpy(x)), x, values, 1e-5, feature_axis=1)
     assert type(peer) is torch.nn.GroupNorm  # as it was
     with torch.no_grad():
@@ -90,7 +98,7 @@ def test_from_torch_layer_norm_and_refusals():
             return super().forward(x) + 1
 
     for refused in (Other(2, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 8)):
-        with pytest.raises(GroupNormError, match=type(refused).__name__):
+        with pytest.raises(GroupNormError, match=f"of type {type(refused).__name__}"):
             GroupNorm.from_(refused)
 
 
@@ -314,7 +322,7 @@ REFUSED = [
     ("equinox", {"use_bias": False}, {"feature_axis": 0, "dtype": "input"}, "use_bias=False"),
     ("mlx", {"use_scale": False}, {}, "use_scale=False"),
     ("haiku", {"reduction_axes": (-1,)}, {}, r"reduction_axes=\(-1,\)"),
-    ("haiku", {"in_size": (4, 8, 4), "feature_axis": 1}, {}, "feature_axis=1"),
+    ("haiku", {"in_size": (4, 8, 4), "feature_axis": 1}, {}, "on other axes"),
     ("haiku", {"in_size": (8, ...), "feature_axis": 0}, {}, "Pass in_size with all"),
     (
         "keras",
@@ -338,6 +346,42 @@ def test_refused(name, options, changes, match):
     layer = GroupNorm(**{"in_size": CHANNELS, "num_groups": GROUPS, **options})
     with pytest.raises(GroupNormError, match=match):
         layer.to_(name, **changes)
+
+
+@needs("jax", "flax", "equinox", "haiku", "brainstate", "keras", "torch")
+@pytest.mark.parametrize("name", ["flax.nnx", "flax.linen", "equinox", "haiku", "brainstate"])
+def test_float64_is_not_rounded(name):
+    layer = GroupNorm((CHANNELS, 4), 0, num_groups=GROUPS, param_dtype="float64", scale_init=1 / 3)
+    changes = {"feature_axis": 0, "dtype": "input"} if name == "equinox" else {"feature_axis": -1}
+    with pytest.raises(GroupNormError, match="float64"):
+        layer.to_(name, **changes)
+    module_ = layer.to_("keras", dtype="float64")
+    assert module_.gamma.value.detach().numpy().tobytes() == layer.scale.tobytes()
+
+
+@needs("jax", "flax", "brainstate", "keras", "torch")
+def test_options_that_no_layer_has():
+    nnx, linen, keras = module("flax.nnx"), module("flax.linen"), module("keras")
+    values = {"scale": np.ones(8, np.float32), "bias": np.ones(8, np.float32)}
+    regular = keras.layers.GroupNormalization(2, gamma_regularizer="l2")
+    regular.build((None, 8))
+    half = keras.layers.GroupNormalization(2)
+    half.build((None, 8))
+    half.gamma.trainable = False
+    cases = {
+        "promote_dtype": (nnx.GroupNorm(8, 2, rngs=nnx.Rngs(0), promote_dtype=lambda a, **_: a),),
+        "reduction_axes": (nnx.GroupNorm(8, 2, rngs=nnx.Rngs(0), reduction_axes=(-1,)),),
+        "force_float32": (linen.GroupNorm(2, force_float32_reductions=False), values),
+        "gamma_regularizer|regularizer": (regular,),
+        "gamma and beta alone": (half,),
+        "brainstate": (
+            module("brainstate").nn.GroupNorm((8,), num_groups=2, reduction_axes=(-1,)),
+        ),
+        "is of type list": (linen.GroupNorm(2), [1, 2]),
+    }
+    for match, arguments in cases.items():
+        with pytest.raises(GroupNormError, match=match):
+            GroupNorm.from_(*arguments)
 
 
 @needs("torch")

@@ -217,6 +217,16 @@ def test_brainstate_documented_example(rng):
         groupnorm.brainstate.GroupNorm((6,), num_groups=4)
 
 
+@pytest.mark.needs("jax", "brainstate")
+def test_brainstate_attributes_that_are_set(rng):
+    x = rng.normal(size=(2, 5, CHANNELS)).astype(np.float32)
+    layer = groupnorm.brainstate.GroupNorm((CHANNELS,), num_groups=GROUPS)
+    layer.epsilon, layer.num_groups = 0.5, 4
+    want = oracle.group_norm(x, num_groups=4, epsilon=0.5)
+    assert_close(np.asarray(layer(x)), want, tolerance=2 * CONTRACT)
+    assert layer.feature_axes == (0,)
+
+
 @pytest.mark.needs("torch", "keras")
 def test_keras_masks_come_from_the_layers_before(padded):
     import keras

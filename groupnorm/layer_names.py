@@ -40,7 +40,7 @@ def named_layers(tree: Any, argument: str) -> dict[str, Layer]:
     stack: list[tuple[_Path, Any]] = [(None, tree)]
     while stack:
         path, node = stack.pop()
-        if id(node) in seen:
+        if id(node) in seen or isinstance(node, _LEAVES):
             continue
         seen[id(node)] = node
         if isinstance(node, Layer):
@@ -57,7 +57,7 @@ def named_layers(tree: Any, argument: str) -> dict[str, Layer]:
             found[name] = node
             continue
         _check_kind(node, path, argument)
-        children = [c for c in _children(node) if not isinstance(c[1], _LEAVES)]
+        children = list(_children(node))
         stack += [((path, key), child) for key, child in reversed(children)]
     if not found:
         raise ArgumentValueError(

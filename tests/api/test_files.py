@@ -787,7 +787,7 @@ def without_checksum(content: bytes) -> Any:
         ({"in_size": [2**40, 2**40]}, "more elements than any array"),
         ({"activation": "os.system"}, "activation='os.system'"),
         ({"param_dtype": "object"}, "param_dtype='object'"),
-        ({"param_dtype": "float"}, "not as groupnorm.save writes"),
+        ({"param_dtype": "float"}, "not as they are written"),
         ({"param_dtype": "float8_x"}, "'float8_x' is unknown"),
         ({"dtype": "float8_x"}, "'float8_x' is unknown"),
         ({"use_scale": 1}, "use_scale=1"),
@@ -796,7 +796,7 @@ def without_checksum(content: bytes) -> Any:
         ({"pickle": "x"}, "arguments are not those"),
         ({"feature_axis": [1, 1]}, "feature_axis"),
         ({"feature_axis": [1.0]}, "feature_axis"),
-        ({"feature_axis": [-1]}, "not as groupnorm.save writes"),
+        ({"feature_axis": [-1]}, "not as they are written"),
     ],
     ids=str,
 )

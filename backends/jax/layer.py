@@ -1,5 +1,6 @@
 """The layer as a pytree of its parameters."""
 
+import contextlib
 import json
 import sys
 from typing import Any
@@ -81,9 +82,11 @@ jax.tree_util.register_pytree_with_keys(
     JaxGroupNorm._unflatten,
     JaxGroupNorm._flatten,
 )
-jax.export.register_pytree_node_serialization(
-    JaxGroupNorm,
-    serialized_name="groupnorm.GroupNorm",
-    serialize_auxdata=_serialized,
-    deserialize_auxdata=_deserialized,
-)
+# The name is taken if this module is imported again, after an import that failed.
+with contextlib.suppress(ValueError):
+    jax.export.register_pytree_node_serialization(
+        JaxGroupNorm,
+        serialized_name="groupnorm.GroupNorm",
+        serialize_auxdata=_serialized,
+        deserialize_auxdata=_deserialized,
+    )

@@ -232,7 +232,10 @@ def _listed(names: list[str]) -> str:
 
 
 def _check_fits(where: str, layer: Layer, target: Layer) -> None:
-    """Check that a layer computes what the one in the file does."""
+    """Check that a layer normalizes as the one in the file does.
+
+    Not its result's dtype nor its replicas, which are of the program and not of the parameters.
+    """
     for name, read in _COMPARED.items():
         stored, own = read(layer), read(target)
         if stored != own:

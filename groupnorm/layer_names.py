@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from collections import deque
 from collections.abc import Iterable, Mapping
 from types import ModuleType
 from typing import Any
@@ -74,13 +75,16 @@ def _children(node: Any) -> Iterable[tuple[Any, Any]]:
     if isinstance(node, Mapping):
         usable = {k: isinstance(k, str | int) and not isinstance(k, bool) for k in node}
         return [(key if usable[key] else _UNNAMED, node[key]) for key in usable]
-    if isinstance(node, list | tuple):
+    if isinstance(node, list | tuple | deque):
         names = getattr(node, "_fields", None)  # of a NamedTuple
         return list(enumerate(node)) if names is None else list(zip(names, node, strict=True))
     if isinstance(node, set | frozenset):
         return [(_UNNAMED, child) for child in node]
+    slots = [getattr(cls, "__slots__", ()) for cls in type(node).__mro__]
+    names = [name for found in slots for name in ([found] if isinstance(found, str) else found)]
     fields = dataclasses.fields(node) if dataclasses.is_dataclass(node) else ()
-    own = {field.name: getattr(node, field.name, None) for field in fields}
+    names += [field.name for field in fields]
+    own = {name: getattr(node, name, None) for name in names if not name.startswith("__")}
     attributes = getattr(node, "__dict__", None)
     return (own | attributes if isinstance(attributes, dict) else own).items()
 

@@ -251,6 +251,19 @@ def test_cycles_end(path, rng):
     assert list(groupnorm.load(path)) == [".".join(["0"] * 5000)]
 
 
+def test_layers_in_slots_and_in_a_deque(path, rng):
+    class Slotted:
+        __slots__ = ("__dict__", "norm")
+
+    class Derived(Slotted):
+        __slots__ = "other"
+
+    model = Derived()
+    model.norm, model.other, model.third = small(rng), small(rng), small(rng)
+    groupnorm.save(path, {"a": model, "b": collections.deque([small(rng)])})
+    assert set(groupnorm.load(path)) == {"a.norm", "a.other", "a.third", "b.0"}
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [

@@ -181,8 +181,8 @@ def value_of(stored: Any) -> Any:
 
 def metadata_of(stored: Any) -> Mapping[str, Any]:
     """Return the metadata of a parameter object, as keyword arguments for its type."""
-    get_metadata = getattr(stored, "get_metadata", None)
-    return dict(get_metadata()) if callable(get_metadata) else {}
+    get_metadata: Any = getattr(stored, "get_metadata", None)
+    return {} if get_metadata is None else dict(get_metadata())
 
 
 def _set_value(stored: Any, value: Any) -> None:

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from groupnorm.carrying import check_class, parameters_of
-from groupnorm.errors import ArgumentTypeError, ArgumentValueError
+from groupnorm.carrying import check_class, parameters_of, shared_arguments
+from groupnorm.errors import ArgumentValueError
 from groupnorm.functional import group_norm
 from groupnorm.imports import needs
 from groupnorm.initializers import ones, zeros
@@ -106,17 +106,12 @@ class GroupNorm(brainstate.nn.GroupNorm):
         )  # fmt: skip
 
 
-_OPTIONS = (
-    "in_size", "num_groups", "epsilon", "dtype", "use_bias", "use_scale", "reduction_axes",
-    "axis_name", "axis_index_groups", "use_fast_variance",
-)  # fmt: skip
+_OPTIONS = ("in_size", "num_groups", "use_bias", "use_scale")
 
 
-def arguments_of(module: Any, params: Any = None) -> dict[str, Any]:
+def arguments_of(module: Any) -> dict[str, Any]:
     """Return the arguments of a layer equal to a `brainstate.nn.GroupNorm`, and its parameters."""
     check_class(module, GroupNorm, brainstate.nn.GroupNorm, "update")
-    if params is not None:
-        raise ArgumentTypeError("params is given, and modules of brainstate hold their parameters.")
     values = {} if module.weight is None else module.weight.value
     own = type(module).update is GroupNorm.update
     if not own and module.reduction_axes is not None:
@@ -126,6 +121,7 @@ def arguments_of(module: Any, params: Any = None) -> dict[str, Any]:
         )
     return {
         **{name: getattr(module, name) for name in _OPTIONS},
+        **shared_arguments(module),
         "feature_axis": tuple(module.feature_axes) if own else -1,
         "scale": values.get("scale"),
         "bias": values.get("bias"),
@@ -136,7 +132,7 @@ def arguments_of(module: Any, params: Any = None) -> dict[str, Any]:
 def module_of(layer: Any) -> GroupNorm:
     """Return a module equal to a layer."""
     options = {name: getattr(layer, name) for name in _OPTIONS}
-    module = GroupNorm(feature_axis=layer.feature_axis, **options)
+    module = GroupNorm(feature_axis=layer.feature_axis, **options, **shared_arguments(layer))
     if module.weight is not None:
         module.weight.value = parameters_of(layer, "jax")
     return module

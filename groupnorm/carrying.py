@@ -1,7 +1,7 @@
 """Carry a layer into a module of another framework, and back.
 
-Each framework has a module ``groupnorm.<framework>`` with two functions: ``arguments_of(module,
-params)`` returns what `GroupNorm` is called with, all of it read off the module, and
+Each framework has a module ``groupnorm.<framework>`` with two functions: ``arguments_of(module)``
+(and the parameters, where modules do not hold them) returns what `GroupNorm` is called with, and
 ``module_of(layer)`` the framework's module, for layers that `_check` has let through. Frameworks
 are found by the names of their classes, so that none is imported here.
 """
@@ -47,6 +47,9 @@ _TARGETS = {
     "mlx": _Target((-1,), (None,), True, ("implementation",)),
 }
 
+# Those whose modules do not hold their parameters.
+_APART = ("flax.linen", "haiku")
+
 
 def carried_from(cls: "type[Layer]", module: Any, params: Any) -> Any:
     """Return a layer equal to a framework's; see `GroupNorm.from_`."""
@@ -63,9 +66,15 @@ def carried_from(cls: "type[Layer]", module: Any, params: Any) -> Any:
         for name in _TARGETS:
             if f"{base.__module__}.".startswith(f"{name}."):
                 framework = _framework(name)
+                if name in _APART:
+                    return _layer(cls, module, framework.arguments_of(module, params))
+                if params is not None:
+                    raise ArgumentTypeError(
+                        f"params is given, and modules of {name} hold their parameters."
+                    )
                 if name == "torch":  # whose modules become layers as they are
-                    return framework.layer_of(module, params)
-                return _layer(cls, module, framework.arguments_of(module, params))
+                    return framework.layer_of(module)
+                return _layer(cls, module, framework.arguments_of(module))
     known = ", ".join(_TARGETS)
     raise ArgumentTypeError(
         f"layer is of type {type(module).__name__}, which is no module of a known framework: pass "
@@ -195,6 +204,38 @@ def parameters_of(layer: "GroupNorm", backend: str) -> dict[str, Any]:
         for name, value in (("scale", layer.scale), ("bias", layer.bias))
         if value is not None
     }
+
+
+def shared_arguments(module: Any) -> dict[str, Any]:
+    """Return the options that flax, brainstate and this library have under the same names."""
+    names = (
+        "epsilon", "dtype", "reduction_axes", "axis_name", "axis_index_groups", "use_fast_variance",
+    )  # fmt: skip
+    return {name: getattr(module, name) for name in names}
+
+
+def trained_as_one(trained: "list[bool]", default: bool, names: str) -> bool:
+    """Return whether parameters are trained; raise an error if one of them alone is."""
+    found = set(trained) or {default}
+    if len(found) > 1:
+        raise ArgumentValueError(
+            f"layer trains one of {names} alone: a layer is trained or is not."
+        )
+    return found.pop()
+
+
+def check_parameters(values: Mapping[str, Any], used: "set[str]", example: str) -> None:
+    """Raise an error unless the parameters given for a module are those that it uses."""
+    if not used:
+        raise ArgumentValueError(
+            "layer has no parameters, from which alone its number of channels is known: create the "
+            "GroupNorm with that number instead."
+        )
+    if set(values) != used:
+        raise ArgumentTypeError(
+            f"params has {sorted(values)}, and this module {sorted(used)}: pass its own, such as "
+            f"{example}. The number of channels is known from them alone."
+        )
 
 
 def check_class(module: Any, own: type, peer: type, method: str) -> None:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from groupnorm.carrying import channels_of, check_class, parameters_of
-from groupnorm.errors import ArgumentTypeError, ArgumentValueError
+from groupnorm.errors import ArgumentValueError
 from groupnorm.functional import group_norm
 from groupnorm.imports import needs
 
@@ -61,14 +61,12 @@ class GroupNorm(equinox.nn.GroupNorm):
         return y if state is _NO_STATE else (y, state)
 
 
-def arguments_of(module: Any, params: Any = None) -> dict[str, Any]:
+def arguments_of(module: Any) -> dict[str, Any]:
     """Return the arguments of a layer equal to an `equinox.nn.GroupNorm`, and its parameters.
 
     The layer's inputs have a batch axis, ``x[None]`` for one sample.
     """
     check_class(module, GroupNorm, equinox.nn.GroupNorm, "__call__")
-    if params is not None:
-        raise ArgumentTypeError("params is given, and modules of equinox hold their parameters.")
     if module.channels is None:
         raise ArgumentValueError(
             "layer was created with channels=None: create it with the number of channels."

@@ -4,8 +4,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from groupnorm.carrying import channels_of, check_class, parameters_of, place_of
-from groupnorm.errors import ArgumentTypeError, ArgumentValueError
+from groupnorm.carrying import channels_of, check_class, check_parameters, parameters_of, place_of
+from groupnorm.errors import ArgumentValueError
 from groupnorm.functional import group_norm
 from groupnorm.imports import needs
 
@@ -93,17 +93,7 @@ def arguments_of(module: Any, params: Any = None) -> dict[str, Any]:
     values = dict({} if params is None else params)
     values = dict(values.get(module.module_name, values))
     used = {name for name in ("scale", "offset") if getattr(module, f"create_{name}")}
-    if not used:
-        raise ArgumentValueError(
-            "layer has no parameters, from which alone its number of channels is known: create the "
-            "GroupNorm with that number instead."
-        )
-    if set(values) != used:
-        raise ArgumentTypeError(
-            f"params has {sorted(values)}, and this module of haiku {sorted(used)}: pass its own, "
-            'such as {"scale": ..., "offset": ...}. The number of channels is known from them '
-            "alone."
-        )
+    check_parameters(values, used, '{"scale": ..., "offset": ...}')
     last = module.channel_index == -1
     channels = next(iter(values.values())).size
     axes = module.axis

@@ -2,7 +2,13 @@
 
 from typing import Any
 
-from groupnorm.carrying import channels_of, check_class, parameters_of, place_of
+from groupnorm.carrying import (
+    channels_of,
+    check_class,
+    parameters_of,
+    place_of,
+    trained_as_one,
+)
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError, BackendImportError
 from groupnorm.functional import group_norm
 from groupnorm.imports import needs
@@ -85,11 +91,9 @@ class GroupNormalization(keras.layers.GroupNormalization):
         return keras.ops.cast(y, self.compute_dtype)
 
 
-def arguments_of(module: Any, params: Any = None) -> dict[str, Any]:
+def arguments_of(module: Any) -> dict[str, Any]:
     """Return the arguments of a layer equal to a `keras.layers.GroupNormalization`."""
     check_class(module, GroupNormalization, keras.layers.GroupNormalization, "call")
-    if params is not None:
-        raise ArgumentTypeError("params is given, and layers of keras hold their weights.")
     if not module.built:
         raise ArgumentValueError(
             "layer is not built, so that its number of channels is unknown: call it once, or its "
@@ -108,12 +112,7 @@ def arguments_of(module: Any, params: Any = None) -> dict[str, Any]:
             f"layer has a {min(given)}, which a layer of this library has not: use "
             "groupnorm.keras.GroupNormalization, or remove it."
         )
-    weights = [w for w in (module.gamma, module.beta) if w is not None]
-    trained = {bool(w.trainable) for w in weights} or {module.trainable}
-    if len(trained) > 1:
-        raise ArgumentValueError(
-            "layer trains one of gamma and beta alone: a layer is trained or is not."
-        )
+    trained = [bool(w.trainable) for w in (module.gamma, module.beta) if w is not None]
     [channels] = module.input_spec.axes.values()
     gamma, beta = (None if w is None else w.value for w in (module.gamma, module.beta))
     return {
@@ -124,7 +123,7 @@ def arguments_of(module: Any, params: Any = None) -> dict[str, Any]:
         "dtype": module.compute_dtype,
         "scale": gamma,
         "bias": beta,
-        "trainable": trained.pop(),
+        "trainable": trained_as_one(trained, module.trainable, "gamma and beta"),
         "backend": keras.backend.backend(),
     }
 

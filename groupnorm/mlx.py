@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from groupnorm.carrying import check_class
-from groupnorm.errors import ArgumentTypeError, ArgumentValueError
+from groupnorm.carrying import check_class, trained_as_one
 from groupnorm.imports import needs
 
 with needs("mlx", "groupnorm.mlx"):
@@ -14,7 +13,7 @@ with needs("mlx", "groupnorm.mlx"):
 __all__ = ["arguments_of", "module_of"]
 
 
-def arguments_of(module: Any, params: Any = None) -> dict[str, Any]:
+def arguments_of(module: Any) -> dict[str, Any]:
     """Return the arguments of a layer equal to an `mlx.nn.GroupNorm`, and its parameters.
 
     Without ``pytorch_compatible=True`` a group has every G-th channel, of G groups. Then the layer
@@ -22,19 +21,13 @@ def arguments_of(module: Any, params: Any = None) -> dict[str, Any]:
     where the channels of a group are next to each other.
     """
     check_class(module, MlxGroupNorm, mlx.nn.GroupNorm, "__call__")
-    if params is not None:
-        raise ArgumentTypeError("params is given, and modules of MLX hold their parameters.")
     scale, bias = module.get("weight"), module.get("bias")
-    trained = bool(module.trainable_parameters())
-    if trained and len(module.trainable_parameters()) < len(module.parameters()):
-        raise ArgumentValueError(
-            "layer trains one of weight and bias alone: a layer is trained or is not."
-        )
+    trained = [name in module.trainable_parameters() for name in module.parameters()]
     arguments = {
         "in_size": (..., module.dims),
         "num_groups": module.num_groups,
         "epsilon": module.eps,
-        "trainable": trained or scale is None,
+        "trainable": trained_as_one(trained, True, "weight and bias"),
         "backend": "mlx",
     }
     if not module.pytorch_compatible:

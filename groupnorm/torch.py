@@ -36,10 +36,8 @@ __all__ = [
 ]
 
 
-def layer_of(module: Any, params: Any = None) -> Any:
+def layer_of(module: Any) -> Any:
     """Return a layer equal to a module that `replace` knows."""
-    if params is not None:
-        raise ArgumentTypeError("params is given, and modules of PyTorch hold their parameters.")
     try:
         one = copy.deepcopy(module)
     except RuntimeError as error:  # of tensors that were computed, as by pruning

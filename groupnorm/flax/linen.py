@@ -5,9 +5,9 @@ from typing import Any
 import jax
 from flax import linen
 
-from groupnorm.carrying import check_class, parameters_of
-from groupnorm.errors import ArgumentTypeError, ArgumentValueError
-from groupnorm.flax.nnx import options_of, shared_arguments
+from groupnorm.carrying import check_class, check_parameters, parameters_of, shared_arguments
+from groupnorm.errors import ArgumentValueError
+from groupnorm.flax.nnx import options_of
 from groupnorm.functional import group_norm
 
 __all__ = ["GroupNorm", "arguments_of", "module_of"]
@@ -78,17 +78,7 @@ def arguments_of(module: Any, params: Any = None) -> dict[str, Any]:
     values = dict({} if params is None else params)
     values = {name: linen.unbox(v) for name, v in dict(values.get("params", values)).items()}
     used = {name for name in ("scale", "bias") if getattr(module, f"use_{name}")}
-    if not used:
-        raise ArgumentValueError(
-            "layer has no parameters, from which alone its number of channels is known: create the "
-            "GroupNorm with that number instead."
-        )
-    if set(values) != used:
-        raise ArgumentTypeError(
-            f"params has {sorted(values)}, and this module of flax linen {sorted(used)}: pass its "
-            'variables, such as {"params": {"scale": ..., "bias": ...}}. The number of channels is '
-            "known from them alone."
-        )
+    check_parameters(values, used, '{"params": {"scale": ..., "bias": ...}}')
     channels = next(iter(values.values())).shape[0]
     return {
         "in_size": (..., channels),

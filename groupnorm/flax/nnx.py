@@ -6,8 +6,14 @@ import jax
 from flax import nnx
 from flax.nnx.nn import dtypes
 
-from groupnorm.carrying import channels_of, check_class, parameters_of
-from groupnorm.errors import ArgumentTypeError, ArgumentValueError
+from groupnorm.carrying import (
+    channels_of,
+    check_class,
+    parameters_of,
+    shared_arguments,
+    trained_as_one,
+)
+from groupnorm.errors import ArgumentValueError
 from groupnorm.functional import group_norm
 
 __all__ = ["GroupNorm", "arguments_of", "module_of"]
@@ -57,11 +63,9 @@ class GroupNorm(nnx.GroupNorm):
         )  # fmt: skip
 
 
-def arguments_of(module: Any, params: Any = None) -> dict[str, Any]:
+def arguments_of(module: Any) -> dict[str, Any]:
     """Return the arguments of a layer equal to a `flax.nnx.GroupNorm`, and its parameters."""
     check_class(module, GroupNorm, nnx.GroupNorm, "__call__")
-    if params is not None:
-        raise ArgumentTypeError("params is given, and modules of flax nnx hold their parameters.")
     if module.promote_dtype is not dtypes.promote_dtype:
         raise ArgumentValueError(
             f"layer has promote_dtype={module.promote_dtype!r}: only flax's own can be carried."
@@ -72,14 +76,10 @@ def arguments_of(module: Any, params: Any = None) -> dict[str, Any]:
             "statistics of other axes: use groupnorm.flax.nnx.GroupNorm."
         )
     stored = [p for p in (module.scale, module.bias) if p is not None]
-    trained = {isinstance(p, nnx.Param) for p in stored} or {True}
-    if len(trained) > 1:
-        raise ArgumentValueError(
-            "layer has one nnx.Param and one other variable: a layer is trained or is not."
-        )
+    trained = [isinstance(p, nnx.Param) for p in stored]
     scale, bias = (None if p is None else p.get_value() for p in (module.scale, module.bias))
     return {
-        "trainable": trained.pop(),
+        "trainable": trained_as_one(trained, True, "scale and bias"),
         "in_size": (..., module.num_groups * module.group_size),
         "num_groups": module.num_groups,
         "scale": scale,
@@ -87,14 +87,6 @@ def arguments_of(module: Any, params: Any = None) -> dict[str, Any]:
         "backend": "jax",
         **shared_arguments(module),
     }
-
-
-def shared_arguments(module: Any) -> dict[str, Any]:
-    """Return the options that a module of flax or brainstate has under the same names."""
-    names = (
-        "epsilon", "dtype", "reduction_axes", "axis_name", "axis_index_groups", "use_fast_variance",
-    )  # fmt: skip
-    return {name: getattr(module, name) for name in names}
 
 
 def options_of(layer: Any, values: dict[str, Any]) -> dict[str, Any]:

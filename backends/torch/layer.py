@@ -107,7 +107,9 @@ class TorchGroupNorm(GroupNorm, torch.nn.Module):
             recorded = record_layer(self, x, mask)
             if recorded is not None:
                 return recorded
-        return self._laid_out(self._normalize(x, mask))
+        # Autograd reads `requires_grad` itself, and torch.fx cannot branch on it.
+        y = compute(self._adapter_for(x), x, self.scale, self.bias, mask, self._call_options)
+        return self._laid_out(y)
 
     def _laid_out(self, y: Any) -> Any:
         """Return a result as PyTorch's modules lay it out, if this one was replaced in a model.

@@ -37,7 +37,7 @@ ANY_DEVICES = [
     "tests/distributed",
     "tests/onnx",
     "tests/peers",
-    *(f"tests/jax/test_{name}.py" for name in ("cpu_kernels", "internals", "primitives")),
+    *(f"tests/jax/test_{name}.py" for name in ("cpu_kernels", "export", "internals", "primitives")),
 ]
 # What the versions of a GPU machine's packages may break: libraries, and tests that need no GPU.
 # Triton 3.6 cannot interpret with NumPy 2.5, so that only what it compiles is tested.
@@ -58,7 +58,7 @@ NEWEST = [
     *(f"tests/portable/test_{name}.py" for name in ("accuracy", "gradients")),
 ]
 # What finds a file that a wheel lacks, or has in another place.
-WHEEL = ["tests/api", "tests/kernels", "tests/onnx", "tests/portable/test_accuracy.py"]
+WHEEL = ["tests/api", "tests/kernels/test_cpu.py", "tests/onnx", "tests/portable/test_accuracy.py"]
 # Removed from copies of the repository, so that what is installed is tested.
 SOURCES = ("groupnorm", "backends", "pytest_groupnorm.py")
 # The libraries of sanitizers, which must be loaded first, their options, and what runs under them.
@@ -197,7 +197,7 @@ def tests(session: nox.Session) -> None:
 def models(session: nox.Session) -> None:
     """Run the tests on models of diffusers, transformers and timm, and with other tools."""
     install_models(session, *group("runner"), *group("pure"), *group("examples"))
-    # One process: it takes two minutes, and the packages take long to import.
+    # One process, as the packages take long to import; .ci/run starts it beside other sessions.
     session.run("python", "-m", "pytest", "tests/models", *session.posargs)
 
 
@@ -313,7 +313,9 @@ def wheel(session: nox.Session) -> None:
         version = PYPROJECT["project"]["version"]
         session.run("python", "tests/programs/check_wheel.py", version)
         session.run("python", "-m", "groupnorm")
-        pytest(session, "--backends", f"{PURE_BACKENDS},toy", *WHEEL, *QUIET_SKIPS)
+        pytest(
+            session, "--backends", f"{PURE_BACKENDS},toy", "-m", "not slow", *WHEEL, *QUIET_SKIPS
+        )
 
 
 @nox.session

@@ -110,6 +110,7 @@ def pytest_configure(config):
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}"
     config.addinivalue_line("markers", "several_jax_devices: skipped if --jax-devices is 1")
+    config.addinivalue_line("markers", "one_jax_device: skipped unless --jax-devices is 1")
     config.addinivalue_line(
         "markers", "needs(*libraries): skipped if --backends excludes one of these"
     )
@@ -234,12 +235,12 @@ def pytest_collection_modifyitems(config, items):
             if missing:
                 reason = f"--backends excludes {', '.join(sorted(missing))}"
                 item.add_marker(pytest.mark.skip(reason=reason))
-        if config.getoption("--jax-devices") == 1 and item.get_closest_marker(
-            "several_jax_devices"
-        ):
-            item.add_marker(
-                pytest.mark.skip(reason="needs several JAX devices; --jax-devices is 1")
-            )
+        devices = config.getoption("--jax-devices")
+        other = "several_jax_devices" if devices == 1 else "one_jax_device"
+        if item.get_closest_marker(other):
+            number = other.partition("_")[0]
+            reason = f"needs {number} JAX device{'s' * (devices == 1)}; --jax-devices is {devices}"
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture

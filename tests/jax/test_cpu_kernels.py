@@ -169,7 +169,7 @@ def test_parameters_of_each_sample(jax, name, masked, rng):
             _, dx, dscale, _ = gradients(*given, mask, implementation)
             return (dx**2).sum() + (dscale**2).sum()
 
-        return jax.grad(loss, (0, 1, 2))(x, scale, bias)
+        return jax.jit(jax.grad(loss, (0, 1, 2)))(x, scale, bias)
 
     for got, want in zip(twice("fused"), twice("portable"), strict=True):
         assert_gradient(np.asarray(got), np.asarray(want), rtol=GRADIENT)

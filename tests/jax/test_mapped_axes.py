@@ -154,7 +154,7 @@ def test_one_of_two_mapped_axes_pools_over_that_one_alone():
     pairs = Case("two meshes", (3, 3, 3, 3), index_groups=((0, 1), (2, 3)))
     x, _, _ = stacked(pairs)
     layer = make_layer(Case("two meshes", (3, 3, 3, 3)), "columns")
-    y = over_shards("shard_map", lambda layer, x: layer(x), ("rows", "columns"))(layer, x)
+    y = jax.jit(over_shards("shard_map", lambda layer, x: layer(x), ("rows", "columns")))(layer, x)
     assert_close(pairs.unpadded(np.asarray(y)), data(pairs).y, tolerance=CONTRACT)
 
 
@@ -167,7 +167,8 @@ def test_gradient_taken_inside_the_map(kind):
     def loss(layer, x, dy, mask):
         return (layer(x, mask) * dy).sum()
 
-    grads, dx = over_shards(kind, jax.grad(loss, argnums=(0, 1)))(make_layer(case), x, dy, mask)
+    gradients = jax.jit(over_shards(kind, jax.grad(loss, argnums=(0, 1))))
+    grads, dx = gradients(make_layer(case), x, dy, mask)
     whole = data(case).gradients
     for got, want in ((grads.scale, whole.scale), (grads.bias, whole.bias)):
         if kind == "shard_map":
@@ -194,13 +195,14 @@ def test_loss_summed_inside_the_map(kind):
     def gradient(layer, x, dy, mask):
         return jax.grad(loss)(x, layer, dy, mask)
 
-    dx = over_shards(kind, gradient)(make_layer(case), x, dy, mask)
+    dx = jax.jit(over_shards(kind, gradient))(make_layer(case), x, dy, mask)
     times = 1 if kind == "shard_map" else SHARDS
     assert_gradient(case.unpadded(np.asarray(dx)), times * data(case).gradients.x, rtol=2e-6)
 
 
 @pytest.mark.parametrize("kind", MAPS)
 def test_function_with_traced_parameters(kind):
+    """Not compiled, in which shard_map compiles each operation: many seconds."""
     case = Case("function", (3, 3, 3, 3))
     whole = data(case)
 
@@ -218,7 +220,7 @@ def test_statistics_of_small_floats_travel_in_float32(kind, name):
     x = stacked(case)[0].astype(name)
     layer = GroupNorm(CHANNELS, backend="jax", axis_name="shards", dtype="input", **case.keywords)
     mapped = over_shards(kind, lambda layer, x: layer(x))
-    y = mapped(layer, x)
+    y = jax.jit(mapped)(layer, x)
     assert y.dtype == name
     wide = case.unpadded(np.asarray(x, dtype=np.float64))
     want = oracle.group_norm(wide, num_groups=NUM_GROUPS)
@@ -279,7 +281,8 @@ def test_wrong_index_groups(kind, groups):
     def make_and_call():
         keywords = {"axis_name": "shards", "axis_index_groups": groups}
         layer = GroupNorm(CHANNELS, num_groups=NUM_GROUPS, backend="jax", **keywords)
-        over_shards(kind, lambda layer, x: layer(x))(layer, jnp.ones((SHARDS, 2, 3, CHANNELS)))
+        mapped = jax.jit(over_shards(kind, lambda layer, x: layer(x)))
+        mapped(layer, jnp.ones((SHARDS, 2, 3, CHANNELS)))
 
     with pytest.raises(ArgumentValueError, match="axis_index_groups"):
         make_and_call()

@@ -24,6 +24,8 @@ from groupnorm.testing import oracle
 from tests.core_calls import CALLS, check, draw, reference
 from tests.rows import CONTRACT, assert_close
 
+pytestmark = pytest.mark.one_jax_device  # with several, what computes is "portable", as below
+
 # Modes that do not hinder each other are on together: each combination compiles every call again.
 MODES = {
     "values": lambda: (jax.debug_nans(True), jax.debug_infs(True)),

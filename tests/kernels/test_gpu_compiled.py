@@ -67,9 +67,14 @@ def widths(ptx: str, kind: str) -> set[int]:
     return {int(count or 1) * int(bits) // 8 for count, bits in found}
 
 
-@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90, 100])
+@pytest.mark.parametrize(
+    ("name", "capability"),
+    [
+        *((name, 90) for name in FORMS),
+        *((name, capability) for capability in (80, 100) for name in ("UNet", "ResNet", "VAE")),
+    ],
+)
 @pytest.mark.parametrize("first", [False, True], ids=["last", "first"])
-@pytest.mark.parametrize("name", FORMS)
 def test_no_spills_and_wide_memory_accesses(name, first, capability, sass):
     form = GroupedShape(*FORMS[name], first, 2)
     for step in steps(form):

@@ -367,7 +367,7 @@ def test_torch_bits_do_not_depend_on_the_thread_count(feature_axis, compiled, rn
         np.testing.assert_array_equal(outputs[0][1], other[1])
 
 
-BIG_ROWS = [ROWS["numpy"], ROWS["jax"], ROWS["jax:jit"], ROWS["torch"], ROWS["mlx"]]
+BIG_ROWS = [ROWS["numpy"], ROWS["jax:jit"], ROWS["torch"], ROWS["mlx"]]
 
 
 @pytest.mark.slow

@@ -343,12 +343,18 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("implementation", [None, "portable"])
-@pytest.mark.parametrize("given", ["constant", "argument"])
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize(
+    ("mask", "given", "implementation"),
+    [
+        *((name, given, None) for name in MASKS for given in ("constant", "argument")),
+        *((name, "argument", "portable") for name in ("nested", "NumPy")),
+        *((name, "constant", "portable") for name in ("list", "scalar")),
+    ],
+)
 def test_masks_of_the_host_in_a_compiled_program(mask, given, implementation, rng):
     """In two calls of one program; an argument's numbers are symbolic if sizes are."""
     torch._dynamo.reset()
+    mask = MASKS[mask]
 
     def call(x, mask=mask):
         keywords = {"num_groups": 2, "feature_axis": 1, "mask": mask}

@@ -72,8 +72,8 @@ class GroupNorm(brainstate.nn.GroupNorm):
         given = {name: value for name, value in values.items() if value is not None}
         self.weight = param_type(given) if given else None
         self.in_size = self.out_size = in_size
-        size = layer.in_size
-        axes = (feature_axis,) if isinstance(feature_axis, int) else feature_axis
+        size, axes = layer.in_size, layer.feature_axis
+        axes = axes if isinstance(axes, tuple) else (axes,)
         self.feature_axes = tuple(axis % len(size) for axis in axes)
         self._feature = layer._options.feature
         self.num_groups, self.group_size = layer.num_groups, layer.group_size
@@ -123,6 +123,7 @@ def arguments_of(module: Any) -> dict[str, Any]:
         **{name: getattr(module, name) for name in _OPTIONS},
         **shared_arguments(module),
         "feature_axis": tuple(module.feature_axes) if own else -1,
+        "trainable": module.weight is None or isinstance(module.weight, brainstate.ParamState),
         "scale": values.get("scale"),
         "bias": values.get("bias"),
         "backend": "jax",
@@ -134,5 +135,7 @@ def module_of(layer: Any) -> GroupNorm:
     options = {name: getattr(layer, name) for name in _OPTIONS}
     module = GroupNorm(feature_axis=layer.feature_axis, **options, **shared_arguments(layer))
     if module.weight is not None:
-        module.weight.value = parameters_of(layer, "jax")
+        shape = layer._config.feature_shape
+        values = parameters_of(layer, "jax")
+        module.weight.value = {name: value.reshape(shape) for name, value in values.items()}
     return module

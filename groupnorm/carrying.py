@@ -59,6 +59,9 @@ def carried_from(cls: "type[Layer]", module: Any, params: Any) -> Any:
             "parameters, by the names of the framework."
         )
     if isinstance(module, cls):
+        if params is not None:
+            raise ArgumentTypeError("params is given, and layers hold their parameters.")
+        _check_hooks(module)
         return module.to_backend(module.backend)
     # What makes a module of haiku, which itself exists in transformed functions only.
     made = module.func if isinstance(module, functools.partial) else type(module)
@@ -110,11 +113,19 @@ def carried_to(layer: "GroupNorm", name: str, in_size: Any, feature_axis: Any, d
         raise ArgumentValueError(
             f"name={name!r} is not the name of a framework: choose from {', '.join(_TARGETS)}."
         )
+    _check_hooks(layer)
     host = _changed(layer, in_size, feature_axis, dtype)
     _check(host, name, target)
+    if name != layer.backend:
+        trained_as_one(layer._trained(), True, "scale and bias")
     module = _framework(name).module_of(host)
     layer._carry_state(module)
     return module
+
+
+def _check_hooks(layer: "Layer") -> None:
+    if layer.backend == "torch":
+        _framework("torch").check_hooks(layer)
 
 
 def _framework(name: str) -> Any:
@@ -141,7 +152,9 @@ def _changed(layer: "GroupNorm", in_size: Any, feature_axis: Any, dtype: Any) ->
             f"reduction_axes={host.reduction_axes}, which would be other axes then. Leave both "
             "out, or create the module by hand."
         )
-    return host._with(in_size=size, feature_axis=axis, dtype=host.dtype if dtype is ... else dtype)
+    # That of the call: a torch.nn.GroupNorm keeps x's by default.
+    results = layer._options.dtype if dtype is ... else dtype
+    return host._with(in_size=size, feature_axis=axis, dtype=results)
 
 
 def _check(layer: "GroupNorm", name: str, target: _Target) -> None:

@@ -53,7 +53,12 @@ class GroupNorm(equinox.nn.GroupNorm):
         array of x's shape and dtype
             With the state, if there is one.
         """
-        x, mask = jax.numpy.asarray(x)[None], None if mask is None else mask[None]
+        x, mask = (None if a is None else jax.numpy.asarray(a)[None] for a in (x, mask))
+        if self.channels is not None and x.shape[1:2] != (self.channels,):
+            raise ArgumentValueError(
+                f"x has shape {x.shape[1:]}, and this layer {self.channels} channels, on the first "
+                "axis of one sample: call it for a batch by jax.vmap(layer)(x)."
+            )
         y = group_norm(
             x, self.weight, self.bias, mask=mask,
             num_groups=self.groups, epsilon=self.eps, feature_axis=1, dtype="input",

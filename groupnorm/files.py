@@ -178,7 +178,10 @@ def _replace(path: str, content: bytes) -> None:
             pass
     unfinished = os.path.join(os.path.dirname(target), f".groupnorm-{secrets.token_hex(8)}.tmp")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-    descriptor = os.open(unfinished, flags, 0o666)
+    try:
+        descriptor = os.open(unfinished, flags, 0o666)
+    except OSError as error:  # naming the file that was asked for
+        raise type(error)(error.errno, error.strerror, path) from error
     try:
         with open(descriptor, "wb") as file:
             file.write(content)
@@ -240,8 +243,9 @@ def _check_fits(where: str, layer: Layer, target: Layer) -> None:
         stored, own = read(layer), read(target)
         if stored != own:
             raise ArgumentValueError(
-                f"{where} in into has {name}={own!r}, and in the file {name}={stored!r}: create it "
-                f"with that of the file, or load without into."
+                f"{where} in into has {_shown(target, name, own)}, and in the file "
+                f"{_shown(layer, name, stored)}: create it with that of the file, or load without "
+                "into, and change it by to_."
             )
     for key in ("scale", "bias"):
         value, held = getattr(layer, key), getattr(target, key)
@@ -254,6 +258,14 @@ def _check_fits(where: str, layer: Layer, target: Layer) -> None:
                 f"are kept, so nothing is converted. Create it with param_dtype={stored!r}, or "
                 "load without into and convert that."
             )
+
+
+def _shown(layer: Layer, name: str, value: Any) -> str:
+    """Return what differs, as the arguments that make it."""
+    if name in ("feature shape", "feature axes"):
+        size = str(layer.in_size).replace("Ellipsis", "...")
+        return f"the {name} of in_size={size}, feature_axis={layer.feature_axis}"
+    return f"{name}={value!r}"
 
 
 _COMPARED: dict[str, Callable[[Layer], Any]] = {

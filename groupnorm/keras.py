@@ -55,6 +55,8 @@ class GroupNormalization(keras.layers.GroupNormalization):
             raise ArgumentTypeError(
                 f"axis={axis!r} must be an int: the axis of the channels, such as -1 or 1."
             )
+        if axis == 0:
+            raise ArgumentValueError("axis=0 is the batch, and must be the axis of the channels.")
         super().__init__(groups, axis, *arguments, **options)
 
     def build(self, input_shape: Any) -> None:
@@ -69,9 +71,10 @@ class GroupNormalization(keras.layers.GroupNormalization):
         Parameters
         ----------
         inputs : tensor of shape (N, ..., C), or with the channels on `axis`
-        mask : tensor of shape (N, ...) or broadcastable to the inputs, optional
-            True for valid elements, which mean and variance are computed from. Keras passes it on
-            from layers before this one.
+        mask : tensor of shape (N,), (N, T) or so, or with as many axes as the inputs, optional
+            True for valid elements, which mean and variance are computed from. One with fewer axes
+            has the first ones of the inputs, as the masks that keras passes on from layers before
+            this one.
 
         Returns
         -------
@@ -107,6 +110,8 @@ def arguments_of(module: Any) -> dict[str, Any]:
         for name in ("regularizer", "constraint")
         if getattr(module, f"{weight}_{name}") is not None
     }
+    if module.activity_regularizer is not None:
+        given["activity_regularizer"] = module.activity_regularizer
     if given:
         raise ArgumentValueError(
             f"layer has a {min(given)}, which a layer of this library has not: use "

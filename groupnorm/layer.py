@@ -269,6 +269,7 @@ class Layer(ConfigProperties):
         >>> GroupNorm(8, num_groups=2).to_backend("numpy").num_groups
         2
         """
+        self._check_own_call("to_backend")
         target = adapter_named(backend)
         if param_type is ...:
             param_type = self.param_type if backend == self._adapter_name else None
@@ -309,10 +310,10 @@ class Layer(ConfigProperties):
         Returns
         -------
         GroupNorm
-            In the module's array library. Its inputs have a batch axis, which those of equinox have
-            not. That of an `mlx.nn.GroupNorm` without ``pytorch_compatible=True``, whose groups are
-            interleaved, is for inputs of shape (N, ..., G, C // G):
-            ``x.reshape(..., C // G, G).swapaxes(-1, -2)``.
+            In the module's array library; a copy, if it is a layer already. Its inputs have a batch
+            axis, which those of equinox have not. That of an `mlx.nn.GroupNorm` without
+            ``pytorch_compatible=True``, whose groups are interleaved, is for inputs of shape
+            (N, ..., G, C // G): ``x.reshape(..., C // G, G).swapaxes(-1, -2)``.
 
         Raises
         ------
@@ -410,15 +411,40 @@ class Layer(ConfigProperties):
     def _carry_state(self, layer: "GroupNorm") -> None:
         """Give a converted layer what is no part of the configuration, if it has that."""
 
+    def _check_own_call(self, method: str) -> None:
+        """Raise an error if a subclass computes something else, which would be lost."""
+        for name in ("__call__", "forward", "update"):
+            call = getattr(type(self), name, None)
+            if not getattr(call, "__module__", "groupnorm.").startswith(("groupnorm.", "torch.")):
+                raise ArgumentTypeError(
+                    f"{method} was called for a {type(self).__name__}, whose class has a {name} of "
+                    "its own: only what the classes of this library compute can be carried."
+                )
+
+    def _trained(self) -> list[bool]:
+        """Return for each parameter whether it is trained."""
+        return [self.trainable]
+
     def _host_parameters(self) -> "list[np.ndarray[Any, Any] | None]":
         """Return scale and bias as NumPy arrays of the shape of the feature axes."""
         values: list[np.ndarray[Any, Any] | None] = []
         shape = self._config.feature_shape
         for name, stored in (("scale", self.scale), ("bias", self.bias)):
             if stored is None:
+                if getattr(self, f"use_{name}"):
+                    raise ArgumentTypeError(
+                        f"the {name} of a layer with use_{name}=True is None, as in a part of a "
+                        "tree: use the whole layer, or create one without it."
+                    )
                 values.append(None)
                 continue
             host = np.array(self._adapter.to_host(self._check_held(name, stored)))
+            if host.size != math.prod(shape) and host.shape[-len(shape) :] == shape:
+                raise ArgumentValueError(
+                    f"{name} has shape {host.shape}, and the layer's feature axes are {shape}: it "
+                    "is a stack of layers, as jax.vmap makes. Take each by itself, such as "
+                    "jax.tree.map(lambda a: a[0], layer)."
+                )
             if host.size != math.prod(shape):
                 raise ArgumentValueError(
                     f"{name} has shape {host.shape}, and the layer's feature axes are {shape}: set "

@@ -1,6 +1,7 @@
 """The layers in a model, or in any tree of containers and objects, and their names."""
 
 import dataclasses
+import functools
 import sys
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -80,8 +81,14 @@ def _children(node: Any) -> Iterable[tuple[Any, Any]]:
         return list(enumerate(node)) if names is None else list(zip(names, node, strict=True))
     if isinstance(node, set | frozenset):
         return [(_UNNAMED, child) for child in node]
-    slots = [getattr(cls, "__slots__", ()) for cls in type(node).__mro__]
-    names = [name for found in slots for name in ([found] if isinstance(found, str) else found)]
+    if isinstance(node, functools.partial):
+        return [(name, getattr(node, name)) for name in ("func", "args", "keywords")]
+    names = []
+    for cls in type(node).__mro__:
+        slots = getattr(cls, "__slots__", ())
+        for name in [slots] if isinstance(slots, str) else slots:
+            hidden = name.startswith("__") and not name.endswith("__")
+            names.append(f"_{cls.__name__.lstrip('_')}{name}" if hidden else name)
     fields = dataclasses.fields(node) if dataclasses.is_dataclass(node) else ()
     names += [field.name for field in fields]
     own = {name: getattr(node, name, None) for name in names if not name.startswith("__")}
@@ -123,10 +130,25 @@ def shown(name: str) -> str:
 
 def _check_kind(node: Any, path: _Path, argument: str) -> None:
     """Refuse modules whose parameters are held in another framework's way: they would be missed."""
+    into = argument == "into"
     for base in type(node).__mro__:
+        if base.__module__.startswith("keras.") and base.__name__ == "Layer":
+            raise ArgumentTypeError(
+                f"{argument} has {_of_module(path, argument)} of keras: its own save and load are "
+                "for that. Give the layers of this library in it by themselves, in a dict."
+            )
         if base.__module__.startswith("groupnorm.") and base.__name__.startswith("GroupNorm"):
             raise ArgumentTypeError(
-                f"{argument} has {_name(path, argument) or 'a module'!r} of the class "
-                f"{base.__module__}.{base.__name__}, which is one of another framework: save it "
-                "with that framework, or make a layer of it by GroupNorm.from_."
+                f"{argument} has {_of_module(path, argument)} of the class "
+                f"{base.__module__}.{base.__name__}, which is one of another framework: "
+                + (
+                    "load without into, and make a module of each layer by to_."
+                    if into
+                    else "save it with that framework, or make a layer of it by GroupNorm.from_."
+                )
             )
+
+
+def _of_module(path: _Path, argument: str) -> str:
+    name = _name(path, argument)
+    return f"a module {name!r}" if name else "a module"

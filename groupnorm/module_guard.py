@@ -5,6 +5,7 @@ module of flax, haiku, keras or brainstate, and a NumPy layer in any module, wou
 initialized, and nothing would say so. Who calls a layer is found on the stack, by public means.
 """
 
+import dataclasses
 import functools
 import itertools
 import sys
@@ -74,13 +75,16 @@ def check_is_trained(layer: Any) -> None:
         found = _module_of(frame)
         if found is not None and found[0].label not in settled:
             framework, module = found
-            if not _is_trained(layer, held, framework):
-                if module is not None and _holds(module, layer, [_BUDGET]):
+            if _is_trained(layer, held, framework):
+                pass
+            elif _is_parameter(held, framework, frame):
+                settled.add(framework.label)
+            elif module is not None and _holds(module, layer, [_BUDGET]):
+                raise _never_trained(layer, framework, module)
+            elif framework.functional:
+                if not _is_given(layer, start, frame):
                     raise _never_trained(layer, framework, module)
-                if framework.functional:
-                    if not (_is_given(layer, start, frame) or _has(module, held)):
-                        raise _never_trained(layer, framework, module)
-                    settled.add(framework.label)
+                settled.add(framework.label)
         frame = frame.f_back
 
 
@@ -129,10 +133,22 @@ def _arguments(frame: Any) -> list[Any]:
     values = frame.f_locals
     found = [values.get(name) for name in code.co_varnames[:count]]
     # Before Python 3.13 the frame keeps this dict, and with it all that the function has deleted
-    # since. It is emptied, unless something else refers to it, such as the caller of `locals`.
-    if type(values) is dict and sys.getrefcount(values) <= 3:
+    # since. It is emptied, unless something else refers to it, such as the caller of `locals`, or
+    # writes it back, as debuggers do.
+    traced = frame.f_trace is not None or sys.gettrace() is not None
+    if type(values) is dict and sys.getrefcount(values) <= 3 and not traced:
         values.clear()
     return found
+
+
+def _is_parameter(held: list[Any], framework: _Framework, frame: Any) -> bool:
+    """Whether what a layer holds are parameters of a module of flax linen that calls it."""
+    while framework.functional and frame is not None:
+        found = _module_of(frame)
+        if found is not None and found[0] is framework and _has(found[1], held):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _has(module: Any, held: list[Any]) -> bool:
@@ -178,7 +194,7 @@ def _is_trained(layer: Any, held: list[Any], framework: _Framework) -> bool:
 
 
 def _holds(part: Any, layer: Any, budget: list[int], depth: int = 4) -> bool:
-    """Whether a layer is in a list, tuple, dict or set, or an attribute of a module in these.
+    """Whether a layer is in a list, tuple, dict, set or dataclass, or a module in these.
 
     The search ends with the budget, as lists of data may be long.
     """
@@ -189,6 +205,8 @@ def _holds(part: Any, layer: Any, budget: list[int], depth: int = 4) -> bool:
         parts += itertools.islice(part.values(), budget[0])
     elif isinstance(part, list | tuple | set):
         parts += itertools.islice(part, budget[0])
+    elif dataclasses.is_dataclass(part):
+        parts += getattr(part, "__dict__", {}).values()
     budget[0] -= len(parts)
     if any(p is layer for p in parts):
         return True

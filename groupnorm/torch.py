@@ -3,6 +3,7 @@
 import copy
 from typing import Any
 
+from groupnorm.carrying import channels_of
 from groupnorm.errors import ArgumentTypeError, ArgumentValueError
 from groupnorm.imports import needs
 from groupnorm.layer import GroupNorm
@@ -24,6 +25,7 @@ __all__ = [
     "Entry",
     "Replacement",
     "Report",
+    "check_hooks",
     "fused",
     "layer_of",
     "module_of",
@@ -53,14 +55,22 @@ def layer_of(module: Any) -> Any:
             f"carried{''.join(f' ({reason})' for reason in reasons)}: pass a torch.nn.GroupNorm, "
             "or a module for which groupnorm.torch.register_replacement was called."
         )
+    check_hooks(module)
+    return one.to_backend("torch")
+
+
+def check_hooks(module: Any) -> None:
+    """Raise an error if calling a module calls hooks."""
     if has_hooks(module):
         raise ArgumentValueError(
             f"layer={type(module).__name__} has hooks, which a new layer would not call: use "
             "groupnorm.torch.replace, which keeps them, or remove them."
         )
-    return one.to_backend("torch")
 
 
 def module_of(layer: Any) -> Any:
     """Return the layer as a module, which is a `torch.nn.GroupNorm`."""
+    if layer._options.feature != (1,):  # but that of inputs with as many axes as in_size
+        size = (channels_of(layer), ...)
+        layer = layer._with(in_size=size, feature_axis=0, dtype=layer.dtype)
     return layer.to_backend("torch")

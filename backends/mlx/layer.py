@@ -59,6 +59,15 @@ class MlxGroupNorm(PlainGroupNorm, mlx.nn.Module):  # type: ignore[misc]
     def _carry_state(self, layer: Any) -> None:
         if isinstance(layer, MlxGroupNorm):
             layer.train(self.training)
+            trained = self.trainable_parameters()
+            frozen = [name for name in self.parameters() if name not in trained]
+            layer.unfreeze()
+            if frozen:
+                layer.freeze(keys=frozen)
+
+    def _trained(self) -> list[bool]:
+        trained = self.trainable_parameters()
+        return [name in trained for name in self.parameters()]
 
     def _check_is_trained(self, adapter: Any) -> None:
         """Do nothing: this is a module itself."""

@@ -58,7 +58,7 @@ class TorchGroupNorm(GroupNorm, torch.nn.Module):
 
     def _setup(self, config: LayerConfig, values: Any, metadata: Any) -> None:
         torch.nn.Module.__init__(self)
-        if config.as_torch_native:
+        if config.as_torch_native and type(self) is TorchGroupNorm:
             self.__class__ = TorchNativeGroupNorm  # pyright: ignore[reportAttributeAccessIssue]
         self._configure(config)
         flat = {name: None if v is None else v.reshape(-1) for name, v in values.items()}
@@ -230,9 +230,12 @@ class TorchGroupNorm(GroupNorm, torch.nn.Module):
     def _carry_state(self, layer: GroupNorm) -> None:
         if isinstance(layer, TorchGroupNorm):
             layer.train(self.training)
-            own = dict(self.named_parameters())
+            layer._initializers = self._initializers
             for name, parameter in layer.named_parameters():
-                parameter.requires_grad_(own[name].requires_grad)
+                parameter.requires_grad_(getattr(self, name).requires_grad)
+
+    def _trained(self) -> list[bool]:
+        return [p.requires_grad for p in (self.weight, self.bias) if p is not None]
 
     # Files ----------------------------------------------------------------------------------------
 

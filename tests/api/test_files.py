@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import errno
+import functools
 import hashlib
 import importlib
 import json
@@ -256,12 +257,52 @@ def test_layers_in_slots_and_in_a_deque(path, rng):
         __slots__ = ("__dict__", "norm")
 
     class Derived(Slotted):
-        __slots__ = "other"
+        __slots__ = ("__hidden", "other")
+
+        def __init__(self):
+            self.__hidden = small(rng)
 
     model = Derived()
     model.norm, model.other, model.third = small(rng), small(rng), small(rng)
-    groupnorm.save(path, {"a": model, "b": collections.deque([small(rng)])})
-    assert set(groupnorm.load(path)) == {"a.norm", "a.other", "a.third", "b.0"}
+    partial = functools.partial(small(rng), mask=None)
+    groupnorm.save(path, {"a": model, "b": collections.deque([small(rng)]), "c": partial})
+    names = {"a.norm", "a.other", "a.third", "a._Derived__hidden", "b.0", "c.func"}
+    assert set(groupnorm.load(path)) == names
+
+
+@pytest.mark.needs("jax")
+def test_a_part_of_a_layer_does_not_replace_a_file(path):
+    """As `equinox.partition` makes."""
+    import jax
+
+    layer = GroupNorm(8, num_groups=2, backend="jax", scale_init=3.0)
+    groupnorm.save(path, layer)
+    part = jax.tree.map(lambda a: None, layer)
+    half = jax.tree_util.tree_map_with_path(lambda p, a: a if "scale" in str(p) else None, layer)
+    stack = jax.tree.map(lambda a: jax.numpy.stack([a, a]), layer)
+    for wrong, match in ((part, "scale .* is None"), (half, "bias .* is None"), (stack, "a stack")):
+        with pytest.raises(GroupNormError, match=match):
+            groupnorm.save(path, wrong)
+    assert same(groupnorm.load(path), layer)
+
+
+def test_a_folder_that_is_missing(tmp_path):
+    path = tmp_path / "none" / "norms.safetensors"
+    with pytest.raises(FileNotFoundError) as info:
+        groupnorm.save(path, GroupNorm(8, num_groups=2))
+    assert info.value.filename == str(path)
+
+
+@pytest.mark.needs("keras", "torch")
+def test_models_of_keras_are_for_keras(path, rng):
+    os.environ.setdefault("KERAS_BACKEND", "torch")
+    import keras
+
+    model = keras.Sequential([groupnorm.keras.GroupNormalization(2)])
+    for tree in (model, {"model": model, "norm": small(rng)}):
+        with pytest.raises(ArgumentTypeError, match="of keras: its own save and load"):
+            groupnorm.save(path, tree)
+    assert not path.exists()
 
 
 @pytest.mark.parametrize(

@@ -368,12 +368,15 @@ def test_options_that_no_layer_has():
     half = keras.layers.GroupNormalization(2)
     half.build((None, 8))
     half.gamma.trainable = False
+    active = keras.layers.GroupNormalization(2, activity_regularizer="l2")
+    active.build((None, 8))
     cases = {
         "promote_dtype": (nnx.GroupNorm(8, 2, rngs=nnx.Rngs(0), promote_dtype=lambda a, **_: a),),
         "reduction_axes": (nnx.GroupNorm(8, 2, rngs=nnx.Rngs(0), reduction_axes=(-1,)),),
         "force_float32": (linen.GroupNorm(2, force_float32_reductions=False), values),
         "gamma_regularizer|regularizer": (regular,),
         "gamma and beta alone": (half,),
+        "activity_regularizer": (active,),
         "brainstate": (
             module("brainstate").nn.GroupNorm((8,), num_groups=2, reduction_axes=(-1,)),
         ),
@@ -391,3 +394,127 @@ def test_moving_the_channels_keeps_the_parameters(values):
     assert other.in_size == (CHANNELS, ...)
     assert to_host(other.weight).tobytes() == values[0].tobytes()
     assert layer.in_size == (4, 4, CHANNELS)  # as it was
+
+
+# Layers of this library -------------------------------------------------------------------------
+
+
+@needs("torch")
+@pytest.mark.parametrize("axis", [0, -1])
+def test_a_subclass_keeps_its_call_and_is_not_carried(axis, x):
+    torch = module("torch")
+    base = module("groupnorm.backends.torch").TorchGroupNorm
+
+    class Gated(base):
+        def __init__(self):
+            size = (CHANNELS, ...) if axis == 0 else CHANNELS
+            super().__init__(size, axis, num_groups=GROUPS)
+            self.gate = torch.nn.Parameter(torch.full((1,), 5.0))
+
+        def forward(self, x, mask=None):
+            return super().forward(x, mask) * self.gate
+
+    layer, given = Gated(), torch.from_numpy(x if axis == -1 else np.moveaxis(x, -1, 1))
+    want = oracle.group_norm(given.numpy(), num_groups=GROUPS, feature_axis=-1 if axis else 1)
+    assert_close(to_host(layer(given)), 5 * want, tolerance=10 * CONTRACT)
+    for carry in (
+        lambda: layer.to_backend("torch"),
+        lambda: GroupNorm.from_(layer),
+        lambda: layer.to_("flax.nnx", feature_axis=-1),
+    ):
+        with pytest.raises(ArgumentTypeError, match="Gated, whose class has a forward of its own"):
+            carry()
+
+
+@needs("torch")
+def test_hooks_of_a_layer_are_not_lost():
+    layer = GroupNorm((CHANNELS, ...), 0, num_groups=GROUPS, backend="torch")
+    layer.register_forward_hook(lambda module, given, y: 100 * y)
+    for carry in (lambda: GroupNorm.from_(layer), lambda: layer.to_("torch")):
+        with pytest.raises(ArgumentValueError, match="has hooks"):
+            carry()
+
+
+@needs("torch")
+def test_parameters_of_a_layer_that_are_computed():
+    prune = module("torch.nn.utils.prune")
+    layer = GroupNorm(CHANNELS, num_groups=GROUPS, backend="torch")
+    prune.l1_unstructured(layer, "weight", 0.5)
+    assert layer.to_backend("torch").weight.sum() == CHANNELS / 2
+
+
+@needs("torch", "jax")
+def test_the_dtype_that_a_layer_of_pytorch_has_by_default():
+    """Without `dtype`, a `torch.nn.GroupNorm` keeps x's, which flax's cannot."""
+    torch = module("torch")
+    layer = GroupNorm((CHANNELS, ...), 0, num_groups=GROUPS, backend="torch")
+    x = torch.ones(2, CHANNELS, 3, dtype=torch.bfloat16)
+    assert layer.to_("torch")(x).dtype == torch.bfloat16
+    with pytest.raises(ArgumentValueError, match="dtype='input'"):
+        layer.to_("flax.nnx", feature_axis=-1)
+
+
+@needs("torch")
+def test_to_torch_is_a_group_norm_of_pytorch():
+    layer = GroupNorm((CHANNELS, 4), 0, num_groups=GROUPS, dtype="input")
+    assert isinstance(layer.to_("torch"), module("torch").nn.GroupNorm)
+
+
+@needs("torch", "mlx", "jax", "flax", "equinox")
+def test_a_parameter_that_is_frozen_alone():
+    layers = {
+        "torch": GroupNorm((CHANNELS, ...), 0, num_groups=GROUPS, backend="torch", dtype="input"),
+        "mlx": GroupNorm(CHANNELS, num_groups=GROUPS, backend="mlx"),
+    }
+    layers["torch"].weight.requires_grad_(False)
+    layers["mlx"].freeze(keys="weight")
+    for name, layer in layers.items():
+        for same in (layer.to_backend(name), GroupNorm.from_(layer), layer.to_(name)):
+            assert same._trained() == layer._trained() == [False, True]
+        for other in {*layers, "flax.nnx", "equinox"} - {name}:
+            place, dtype = (0, "input") if other in ("torch", "equinox") else (-1, None)
+            with pytest.raises(ArgumentValueError, match="trains one of scale and bias alone"):
+                layer.to_(other, feature_axis=place, dtype=dtype)
+
+
+@needs("torch")
+def test_a_copy_keeps_the_initializers():
+    copy = GroupNorm(CHANNELS, num_groups=GROUPS, backend="torch", scale_init=0.5).to_backend(
+        "torch"
+    )
+    copy.weight.data.zero_()
+    copy.reset_parameters()
+    np.testing.assert_array_equal(to_host(copy.weight), np.full(CHANNELS, 0.5))
+
+
+@needs("brainstate", "jax")
+def test_states_of_brainstate():
+    brainstate, own = module("brainstate"), module("groupnorm.brainstate").GroupNorm
+    for cls, size in ((brainstate.nn.GroupNorm, (CHANNELS,)), (own, CHANNELS)):
+        frozen = cls(size, num_groups=GROUPS, param_type=brainstate.LongTermState)
+        assert not GroupNorm.from_(frozen).trainable
+        assert GroupNorm.from_(cls(size, num_groups=GROUPS)).trainable
+    layer = GroupNorm((4, CHANNELS, 2), feature_axis=(0, 1), num_groups=GROUPS)
+    made = layer.to_("brainstate")
+    assert made.weight.value["scale"].shape == (4, CHANNELS)
+    assert GroupNorm.from_(made).in_size == layer.in_size
+    assert own((4, 4, 8), feature_axis=np.int64(-1), num_groups=2).feature_axes == (2,)
+
+
+@needs("jax")
+def test_a_layer_that_is_not_whole():
+    import jax
+
+    layer = GroupNorm(CHANNELS, num_groups=GROUPS, backend="jax")
+    part = jax.tree.map(lambda a: None, layer)
+    stack = jax.vmap(lambda a: jax.tree.map(lambda p: p + a, layer))(jax.numpy.ones(3))
+    for wrong, match in ((part, "is None"), (stack, "a stack of layers")):
+        for carry in (
+            lambda w: w.to_backend("numpy"),
+            lambda w: w.to_("flax.nnx"),
+            GroupNorm.from_,
+        ):
+            with pytest.raises(GroupNormError, match=match):
+                carry(wrong)
+    with pytest.raises(ArgumentTypeError, match="params is given"):
+        GroupNorm.from_(layer, params={})

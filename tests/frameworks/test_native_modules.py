@@ -258,6 +258,26 @@ def test_keras_arguments_and_configuration(rng):
     assert one(x[:, :, None]).shape == (2, 5, 1, CHANNELS)  # another number of axes
     with pytest.raises(ArgumentTypeError, match=r"axis=\(1, 2\)"):
         groupnorm.keras.GroupNormalization(GROUPS, axis=(1, 2))
+    with pytest.raises(ArgumentValueError, match="axis=0 is the batch"):
+        groupnorm.keras.GroupNormalization(GROUPS, axis=0)
+
+
+@pytest.mark.needs("jax", "equinox")
+def test_equinox_takes_one_sample(rng):
+    import jax
+
+    layer = importlib.import_module("groupnorm.equinox").GroupNorm(1, 3)
+    x = jax.numpy.asarray(rng.normal(size=(2, 3, 4)), "float32")
+    with pytest.raises(ArgumentValueError, match=r"jax\.vmap\(layer\)\(x\)"):
+        layer(x)
+    want = oracle.group_norm(np.asarray(x), num_groups=1, feature_axis=1, epsilon=1e-5)
+    assert_close(np.asarray(jax.vmap(layer)(x)), want, tolerance=2 * CONTRACT)
+    mask = [True, True, False, True]
+    want = oracle.group_norm(
+        np.asarray(x), num_groups=1, feature_axis=1, epsilon=1e-5, mask=np.array(mask)
+    )
+    got = jax.vmap(lambda x: layer(x, mask=mask))(x)
+    assert_close(np.asarray(got), want, tolerance=2 * CONTRACT)
 
 
 # JAX's own tools, with the layer itself -----------------------------------------------------------

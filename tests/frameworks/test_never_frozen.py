@@ -365,3 +365,82 @@ def test_the_modules_named_in_errors_exist():
     for name in ("flax.nnx", "flax.linen", "haiku", "equinox", "brainstate"):
         assert importlib.import_module(f"groupnorm.{name}").GroupNorm
     assert groupnorm.keras.GroupNormalization
+
+
+def test_parameters_of_linen_are_trained_wherever_they_are_called():
+    import jax
+    import jax.numpy as jnp
+    from flax import linen
+
+    def parameter(module):
+        return module.param("norm", lambda key: make("jax"))
+
+    class InSetup(linen.Module):
+        def setup(self):
+            self.norm = parameter(self)
+
+        def __call__(self, x):
+            return self.norm(x)
+
+    class Inner(linen.Module):
+        norm: object
+
+        def __call__(self, x):
+            return self.norm(x)
+
+    class Outer(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            return Inner(parameter(self))(x)
+
+    for model in (InSetup(), Outer()):
+        variables = model.init(jax.random.key(0), jax_array())
+        loss = lambda v, model=model: (model.apply(v, jax_array()) ** 3).sum()  # noqa: E731
+        assert jnp.any(jax.grad(loss)(variables)["params"]["norm"].scale)
+    with pytest.raises(ArgumentStateError):
+        Inner(make("jax")).init(jax.random.key(0), jax_array())
+
+
+def test_layers_in_a_dataclass_are_given():
+    import jax
+    from flax import struct
+
+    @struct.dataclass
+    class State:
+        norm: GroupNorm
+
+    import haiku
+
+    function = haiku.transform(lambda state, x: state.norm(x))
+    grads = jax.grad(lambda s: (function.apply({}, None, s, jax_array()) ** 3).sum())(
+        State(make("jax"))
+    )
+    assert grads.norm.scale.any()
+
+
+def test_variables_of_a_method_that_a_debugger_holds():
+    """It writes back what it read, which would be gone if the guard had emptied it."""
+    import sys
+
+    import torch
+
+    layer, x = make("numpy"), torch.from_numpy(VALUES)
+
+    class Net(torch.nn.Module):
+        def forward(self, value):
+            y = value + 1
+            z = y + 1
+            return y + z
+
+    def trace(frame, event, argument):
+        if frame.f_code is Net.forward.__code__ and event == "line":
+            layer(x)
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        found = Net().forward(1)
+    finally:
+        sys.settrace(before)
+    assert found == 5

@@ -415,7 +415,8 @@ class Layer(ConfigProperties):
         """Raise an error if a subclass computes something else, which would be lost."""
         for name in ("__call__", "forward", "update"):
             call = getattr(type(self), name, None)
-            if not getattr(call, "__module__", "groupnorm.").startswith(("groupnorm.", "torch.")):
+            place = getattr(call, "__module__", None) or "groupnorm."
+            if not place.startswith(("groupnorm.", "torch.")):
                 raise ArgumentTypeError(
                     f"{method} was called for a {type(self).__name__}, whose class has a {name} of "
                     "its own: only what the classes of this library compute can be carried."

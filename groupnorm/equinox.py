@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import numpy as np
+
 from groupnorm.carrying import channels_of, check_class, parameters_of
 from groupnorm.errors import ArgumentValueError
 from groupnorm.functional import group_norm
@@ -53,7 +55,9 @@ class GroupNorm(equinox.nn.GroupNorm):
         array of x's shape and dtype
             With the state, if there is one.
         """
-        x, mask = (None if a is None else jax.numpy.asarray(a)[None] for a in (x, mask))
+        x = jax.numpy.asarray(x)[None]
+        if mask is not None:  # NumPy's stay such, whose values are checked
+            mask = (mask if hasattr(mask, "ndim") else np.asarray(mask))[None]
         if self.channels is not None and x.shape[1:2] != (self.channels,):
             raise ArgumentValueError(
                 f"x has shape {x.shape[1:]}, and this layer {self.channels} channels, on the first "

@@ -278,6 +278,8 @@ def test_equinox_takes_one_sample(rng):
     )
     got = jax.vmap(lambda x: layer(x, mask=mask))(x)
     assert_close(np.asarray(got), want, tolerance=2 * CONTRACT)
+    with pytest.raises(ArgumentValueError, match="mask"):
+        jax.jit(lambda x: layer(x, mask=np.full(4, 0.5)))(x[0])
 
 
 # JAX's own tools, with the layer itself -----------------------------------------------------------

@@ -61,7 +61,7 @@ def carried_from(cls: "type[Layer]", module: Any, params: Any) -> Any:
     if isinstance(module, cls):
         if params is not None:
             raise ArgumentTypeError("params is given, and layers hold their parameters.")
-        _check_hooks(module)
+        module._check_hooks()
         return module.to_backend(module.backend)
     # What makes a module of haiku, which itself exists in transformed functions only.
     made = module.func if isinstance(module, functools.partial) else type(module)
@@ -113,7 +113,7 @@ def carried_to(layer: "GroupNorm", name: str, in_size: Any, feature_axis: Any, d
         raise ArgumentValueError(
             f"name={name!r} is not the name of a framework: choose from {', '.join(_TARGETS)}."
         )
-    _check_hooks(layer)
+    layer._check_hooks()
     host = _changed(layer, in_size, feature_axis, dtype)
     _check(host, name, target)
     if name != layer.backend:
@@ -121,11 +121,6 @@ def carried_to(layer: "GroupNorm", name: str, in_size: Any, feature_axis: Any, d
     module = _framework(name).module_of(host)
     layer._carry_state(module)
     return module
-
-
-def _check_hooks(layer: "Layer") -> None:
-    if layer.backend == "torch":
-        _framework("torch").check_hooks(layer)
 
 
 def _framework(name: str) -> Any:

@@ -422,6 +422,9 @@ class Layer(ConfigProperties):
                     "its own: only what the classes of this library compute can be carried."
                 )
 
+    def _check_hooks(self) -> None:
+        """Raise an error if a call does more than the class, which a new layer would not do."""
+
     def _trained(self) -> list[bool]:
         """Return for each parameter whether it is trained."""
         return [self.trainable]
@@ -440,16 +443,16 @@ class Layer(ConfigProperties):
                 values.append(None)
                 continue
             host = np.array(self._adapter.to_host(self._check_held(name, stored)))
-            if host.size != math.prod(shape) and host.shape[-len(shape) :] == shape:
-                raise ArgumentValueError(
-                    f"{name} has shape {host.shape}, and the layer's feature axes are {shape}: it "
-                    "is a stack of layers, as jax.vmap makes. Take each by itself, such as "
-                    "jax.tree.map(lambda a: a[0], layer)."
-                )
             if host.size != math.prod(shape):
+                fix = "set num_channels to the number of channels first."
+                if host.shape[-len(shape) :] == shape:
+                    fix = (
+                        "it is a stack of layers, as jax.vmap makes. Take each by itself, such as "
+                        "jax.tree.map(lambda a: a[0], layer)."
+                    )
                 raise ArgumentValueError(
-                    f"{name} has shape {host.shape}, and the layer's feature axes are {shape}: set "
-                    "num_channels to the number of channels first."
+                    f"{name} has shape {host.shape}, and the layer's feature axes are {shape}: "
+                    f"{fix}"
                 )
             values.append(host.reshape(shape))
         return values

@@ -8,7 +8,7 @@ from groupnorm.imports import needs
 with needs("mlx", "groupnorm.mlx"):
     import mlx.nn
 
-    from groupnorm.backends.mlx.layer import MlxGroupNorm
+    from groupnorm.backends.mlx.layer import MlxGroupNorm, trained_parameters
 
 __all__ = ["arguments_of", "module_of"]
 
@@ -22,7 +22,7 @@ def arguments_of(module: Any) -> dict[str, Any]:
     """
     check_class(module, MlxGroupNorm, mlx.nn.GroupNorm, "__call__")
     scale, bias = module.get("weight"), module.get("bias")
-    trained = [name in module.trainable_parameters() for name in module.parameters()]
+    trained = list(trained_parameters(module).values())
     arguments = {
         "in_size": (..., module.dims),
         "num_groups": module.num_groups,

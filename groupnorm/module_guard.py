@@ -75,16 +75,13 @@ def check_is_trained(layer: Any) -> None:
         found = _module_of(frame)
         if found is not None and found[0].label not in settled:
             framework, module = found
-            if _is_trained(layer, held, framework):
-                pass
-            elif _is_parameter(held, framework, frame):
-                settled.add(framework.label)
-            elif module is not None and _holds(module, layer, [_BUDGET]):
-                raise _never_trained(layer, framework, module)
-            elif framework.functional:
-                if not _is_given(layer, start, frame):
+            if not _is_trained(layer, held, framework):
+                holds = module is not None and _holds(module, layer, [_BUDGET])
+                missed = holds or (framework.functional and not _is_given(layer, start, frame))
+                if missed and not _is_parameter(held, framework, frame):
                     raise _never_trained(layer, framework, module)
-                settled.add(framework.label)
+                if framework.functional:
+                    settled.add(framework.label)
         frame = frame.f_back
 
 

@@ -10,7 +10,7 @@ from groupnorm.layer import GroupNorm
 
 with needs("torch", "groupnorm.torch"):
     from groupnorm.backends.torch.fusion import fused, register_fusion
-    from groupnorm.backends.torch.internals import has_hooks
+    from groupnorm.backends.torch.layer import check_hooks
     from groupnorm.backends.torch.override import override
     from groupnorm.backends.torch.process_groups import sum_gradients
     from groupnorm.backends.torch.replacement import (
@@ -25,7 +25,6 @@ __all__ = [
     "Entry",
     "Replacement",
     "Report",
-    "check_hooks",
     "fused",
     "layer_of",
     "module_of",
@@ -57,15 +56,6 @@ def layer_of(module: Any) -> Any:
         )
     check_hooks(module)
     return one.to_backend("torch")
-
-
-def check_hooks(module: Any) -> None:
-    """Raise an error if calling a module calls hooks."""
-    if has_hooks(module):
-        raise ArgumentValueError(
-            f"layer={type(module).__name__} has hooks, which a new layer would not call: use "
-            "groupnorm.torch.replace, which keeps them, or remove them."
-        )
 
 
 def module_of(layer: Any) -> Any:

@@ -7,7 +7,13 @@ import mlx.nn
 from groupnorm.layer import PlainGroupNorm
 from groupnorm.layer_config import LayerConfig
 
-__all__ = ["MlxGroupNorm"]
+__all__ = ["MlxGroupNorm", "trained_parameters"]
+
+
+def trained_parameters(module: mlx.nn.Module) -> dict[str, bool]:
+    """Return for each parameter of a module whether it is trained."""
+    trained = module.trainable_parameters()
+    return {name: name in trained for name in module.parameters()}
 
 
 class MlxGroupNorm(PlainGroupNorm, mlx.nn.Module):  # type: ignore[misc]
@@ -44,7 +50,8 @@ class MlxGroupNorm(PlainGroupNorm, mlx.nn.Module):  # type: ignore[misc]
     @property
     def trainable(self) -> bool:
         """Whether a parameter is trained: none after `freeze`."""
-        return bool(self.trainable_parameters()) if self.parameters() else self._config.trainable
+        trained = self._trained()
+        return any(trained) if trained else self._config.trainable
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "_held":
@@ -59,15 +66,13 @@ class MlxGroupNorm(PlainGroupNorm, mlx.nn.Module):  # type: ignore[misc]
     def _carry_state(self, layer: Any) -> None:
         if isinstance(layer, MlxGroupNorm):
             layer.train(self.training)
-            trained = self.trainable_parameters()
-            frozen = [name for name in self.parameters() if name not in trained]
+            frozen = [name for name, trained in trained_parameters(self).items() if not trained]
             layer.unfreeze()
             if frozen:
                 layer.freeze(keys=frozen)
 
     def _trained(self) -> list[bool]:
-        trained = self.trainable_parameters()
-        return [name in trained for name in self.parameters()]
+        return list(trained_parameters(self).values())
 
     def _check_is_trained(self, adapter: Any) -> None:
         """Do nothing: this is a module itself."""

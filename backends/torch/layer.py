@@ -8,6 +8,7 @@ import torch
 
 from groupnorm.arguments import CallOptions, check_epsilon, positive
 from groupnorm.backends.torch.adapter import torch_adapter
+from groupnorm.backends.torch.internals import has_hooks
 from groupnorm.backends.torch.native import is_autocast_to_float32, laid_out_as_pytorch
 from groupnorm.dispatch import compute, compute_local
 from groupnorm.errors import ArgumentStateError, ArgumentTypeError, ArgumentValueError
@@ -16,7 +17,7 @@ from groupnorm.layer import GroupNorm
 from groupnorm.layer_config import LayerConfig
 from groupnorm.typing import ArrayT, MaskLike
 
-__all__ = ["TorchGroupNorm", "TorchNativeGroupNorm"]
+__all__ = ["TorchGroupNorm", "TorchNativeGroupNorm", "check_hooks"]
 
 
 class TorchGroupNorm(GroupNorm, torch.nn.Module):
@@ -185,8 +186,8 @@ class TorchGroupNorm(GroupNorm, torch.nn.Module):
     @property
     def trainable(self) -> bool:
         """Whether a parameter requires gradients, or would, if there were any."""
-        stored = [p for p in (self.weight, self.bias) if p is not None]
-        return any(p.requires_grad for p in stored) if stored else self._config.trainable
+        trained = self._trained()
+        return any(trained) if trained else self._config.trainable
 
     # nn.GroupNorm's attributes, which other tools read and set ----------------------------------
 
@@ -233,6 +234,9 @@ class TorchGroupNorm(GroupNorm, torch.nn.Module):
             layer._initializers = self._initializers
             for name, parameter in layer.named_parameters():
                 parameter.requires_grad_(getattr(self, name).requires_grad)
+
+    def _check_hooks(self) -> None:
+        check_hooks(self)
 
     def _trained(self) -> list[bool]:
         return [p.requires_grad for p in (self.weight, self.bias) if p is not None]
@@ -302,6 +306,15 @@ class TorchGroupNorm(GroupNorm, torch.nn.Module):
 
     def __repr__(self) -> str:
         return torch.nn.Module.__repr__(self)
+
+
+def check_hooks(module: Any) -> None:
+    """Raise an error if a call of a module does more than its class, which a copy would not do."""
+    if has_hooks(module):
+        raise ArgumentValueError(
+            f"layer={type(module).__name__} has hooks, which a new layer would not call: use "
+            "groupnorm.torch.replace, which keeps them, or remove them."
+        )
 
 
 def _modulated(weight: Any, bias: Any, scale: Any, shift: Any) -> tuple[Any, Any]:
